@@ -46,11 +46,12 @@ SHARD_EXAMPLES = 512  # larger shards pack no better
 
 
 class Packed(NamedTuple):
-    """A group of a shard before its arrays are made.
+    """One group of a shard, packed or padded, before its arrays are made.
 
     Attributes:
-        rows: the group's rows by table; [] if it has no tokens.
-        encodings, packing: positions of the rows' tokens; None if there are none.
+        rows: the group's rows, listed table by table; [] if the group has no rows.
+        encodings: the encodings that these rows read; None if the group has no rows.
+        packing: positions of these encodings in the packed rows; None if the group has no rows.
     """
 
     rows: Rows
@@ -59,7 +60,7 @@ class Packed(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """Number of packed rows that hold tokens."""
+        """Number of packed rows of this group, without rows that are only padding."""
         return 0 if self.packing is None else self.packing.num_rows
 
 
@@ -70,15 +71,16 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    A step takes `batch_size` examples, each with the rows of all its objectives. An absent target
-    leaves out its row. Several rationales give several rows, or one that is drawn in each epoch
-    (`TaskData.sample_rationales`). Each epoch is a permutation of the examples by (seed, epoch).
+    A step takes `batch_size` examples. An example has one row for each objective for which it has a
+    target. If it has several rationales, it has one row for each of them, or only for one that is drawn
+    in each epoch (`TaskData.sample_rationales`). In each epoch, the order of the examples is a
+    permutation that depends only on (seed, epoch).
 
-    The examples are split into `num_shards` shards of consecutive examples, of about equal size. Each
-    shard is packed separately into a block of rows. All blocks have as many rows as the fullest shard
-    needs, rounded up, and the batch is the blocks in order. So the batch does not depend on the number
-    of processes, and each process packs only the shards whose rows its devices own
-    (`batches/host.py`).
+    The examples of a step are split into `num_shards` shards of consecutive examples, of about equal
+    size. Each shard is packed separately into a block of rows. All blocks have the same number of rows:
+    as many as the fullest shard needs, rounded up. The batch is the blocks in order. So the batch does
+    not depend on the number of processes, and each process packs only the shards whose rows its devices
+    own (`batches/host.py`).
 
     Two examples, the second with weight 0.5 and no rationale (objective 2), packed:
 
@@ -90,9 +92,10 @@ class Batches:
         decoder_objective_ids   1  1  2  2  2  1  1  0
         decoder_loss_weights    1  1  1  1  1 .5 .5  0
 
-    If all objectives have the same input (`share_encoding`), an example's targets read one encoder
-    segment, and each decoder segment names it. The same examples, where objective 2 has the decoder
-    prefix 9, a token without loss:
+    If all objectives have the same input (`share_encoding`), the input is encoded once, and all targets
+    of the example read the same encoder segment. `decoder_encoder_segment_ids` says, for each target
+    token, which encoder segment it reads. The same two examples, where the targets of objective 2 begin
+    with the decoder prefix 9, a token without loss:
 
         encoder_input_tokens        20  5  1 20  6  1
         encoder_segment_ids          1  1  1  2  2  2
@@ -103,11 +106,11 @@ class Batches:
         decoder_objective_ids        1  1  0  2  2  2  1  1
         decoder_loss_weights         1  1  0  1  1  1 .5 .5
 
-    For data with several parts, `decoder_task_ids` holds the number of each target token's part, from 1.
+    If the data has several parts, `decoder_task_ids` has the index, from 1, of each target token's part.
 
-    With `pairs`, all rows of an example are adjacent in one packed or padded row, and
-    `decoder_example_ids` holds the number of each target token's example in that row. Examples with
-    several targets are numbered first:
+    With `pairs`, all rows of an example are adjacent in one packed or padded row. The examples of a
+    packed row are numbered from 1, those with several targets first, and `decoder_example_ids` has the
+    number of each target token's example:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -116,20 +119,29 @@ class Batches:
     Attributes:
         data: token stores and objectives.
         batch_size: number of examples in a step.
-        input_length, target_length: maximum tokens of an input, and of a target with its decoder
-            prefix; longer texts are truncated, and keep the end of sequence as their last id.
+        input_length: maximum number of tokens of an input. A longer input is truncated, but its last
+            token is still the end of sequence.
+        target_length: maximum number of tokens of a target together with its decoder prefix. Longer
+            targets are truncated in the same way.
         seed: seed of the order, and of the choice of examples for `data_fraction`.
-        pack: False pads instead: one group for each objective (with `pairs` one for all), with row i
-            for the i-th example, as long as the group's longest row, and without shared encodings.
-        row_multiple: the number of rows is a multiple of it: devices that share a batch x microbatches.
-        data_fraction: share of the examples to use; a smaller share is a subset of a larger.
+        pack: whether to pack the rows. If False, they are padded: each objective has its own group (with
+            `pairs`, all objectives share one), in which row i belongs to the i-th example of the step. The
+            rows of a group are as long as the longest row that the data has for the group. Encodings are
+            not shared.
+        row_multiple: the number of rows of a batch is a multiple of this number, which is the number of
+            devices that share a batch times the number of microbatches.
+        data_fraction: share of the examples to use. The examples of a smaller share are a subset of those
+            of a larger share.
         row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` chooses them).
-            (0, 0) means `input_length` and `target_length` and, with `pairs`, at least the longest
-            example.
-        pairs: whether a row has all targets of its examples, for a loss that compares them.
-        loss_mean: `token`, or `example`, which divides a row's weight by its number of target tokens.
-        shuffle: False takes each example once, in order, for evaluation: `num_steps` steps, the last
-            with fewer examples in the same shapes.
+            (0, 0) means `input_length` and `target_length`; with `pairs`, each is raised to the length of
+            the longest example if that is greater.
+        pairs: whether all targets of an example are in the same packed row, so that a loss can compare
+            them.
+        loss_mean: `token` or `example`. With `example`, the loss weight of each target token is divided
+            by the number of tokens of its target.
+        shuffle: True for training. If False, the batches take each example once and in order, as an
+            evaluation does, in `num_steps` steps. The last step may have fewer examples, but its arrays
+            have the same shapes.
     """
 
     data: TaskData
@@ -151,7 +163,7 @@ class Batches:
         for objective, prefix in zip(self.data.objectives, self.data.decoder_prefixes, strict=True):
             if len(prefix) >= self.target_length:
                 raise InputError(
-                    f"`target_length={self.target_length}`: leaves no room for a target of"
+                    f"`target_length={self.target_length}`: it leaves no room for a target of"
                     f" {objective.name} after its decoder_prefix of {len(prefix)} tokens"
                 )
         for store, pool in enumerate(self._sampler.pools):
@@ -183,10 +195,12 @@ class Batches:
                 )
 
     def with_row_lengths(self, row_lengths: tuple[int, int]) -> "Batches":
-        """Returns these batches with packed rows of other lengths; reuses the tables that are computed.
+        """Returns a copy of these batches whose packed rows have other lengths.
+
+        The copy reuses the token tables that are already computed.
 
         Raises:
-            InputError: an example is longer.
+            InputError: an example is longer than the new lengths.
         """
         # a shallow copy keeps the cached tables and the sampler, which do not depend on the lengths
         other = copy.copy(self)
@@ -198,7 +212,7 @@ class Batches:
 
     @property
     def shared(self) -> bool:
-        """Whether the targets of an example read one encoding of its input."""
+        """Whether an example's input is encoded once for all its targets."""
         return self.pack and self.data.shares_encoding
 
     @functools.cached_property
@@ -223,8 +237,8 @@ class Batches:
         return Sampler(pools, self.data.rates, self.seed, self.shuffle)
 
     def _has_pairs(self) -> bool:
-        """Returns whether an example in use has targets of both of the first two objectives."""
-        # tables of one store with a row each for objective 1 and 2, and an example in use that has both
+        """Returns whether any example in use has a target for objective 1 and a target for objective 2."""
+        # two tables of one store, for objectives 1 and 2, and an example in use that has a row in each
         pairs = itertools.product(self._tables, self._tables)
         return any(
             (one.store, one.objective, other.objective) == (other.store, 1, 2)
@@ -239,12 +253,12 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Number of steps in which the run takes as many examples as the data has."""
+        """Number of steps in an epoch, which may be a fraction: the number of examples in use / `batch_size`."""
         return self.num_examples / self.batch_size
 
     @property
     def num_shards(self) -> int:
-        """Number of shards of a batch, which depends only on its size; 1 below 1,024 examples."""
+        """Number of shards of a batch: one for each full 512 examples of `batch_size`, but at least 1."""
         return max(1, self.batch_size // SHARD_EXAMPLES)
 
     @property
@@ -254,16 +268,17 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps that take each example once, with `shuffle` False."""
+        """Number of steps of batches without `shuffle`, which take each example once."""
         return -(-self.num_examples // self.batch_size)
 
     @functools.cached_property
     def row_counts(self) -> tuple[int, ...]:
-        """At most four numbers of packed rows, ascending; the last holds any batch of this data.
+        """The row counts that a packed batch may have: at most four, ascending.
 
-        They do not depend on the seed. They depend on `data_fraction` only if it leaves fewer examples
-        than a batch takes (then the last is larger). So runs that differ in these two share compiled
-        steps.
+        Each batch gets the smallest count into which it fits, and any batch of this data fits into the
+        last. The counts do not depend on the seed, and they depend on `data_fraction` only if it leaves
+        fewer examples than a batch takes (then the last count is larger). So runs that differ only in
+        `seed` and `data_fraction` share compiled steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
@@ -282,21 +297,23 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """Number that must divide the rows of a block so that `row_multiple` divides the rows of a batch.
+        """The number of which a block's row count must be a multiple.
 
-        4 shards and a row multiple of 6 give 3: a batch has 4 blocks of 3k rows each, together 12k rows.
+        With it, the row count of a batch is a multiple of `row_multiple`. Example: with 4 shards and a
+        `row_multiple` of 6, this number is 3. A batch then has 4 blocks of 3k rows each, so 12k rows.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the number of rows of a batch, rounded up, if its fullest shard needs `num_rows`."""
+        """Returns the number of rows of a batch, after rounding up, whose fullest shard needs `num_rows` rows."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
         """Returns the lengths of the longest input and of the longest target, after truncation.
 
-        With `pairs`, an example counts with the total lengths of its inputs and of its targets. If
-        rationales are sampled, it counts with its longest rationale.
+        With `pairs`, these are the largest total input length and the largest total target length of
+        any example. If rationales are sampled, these totals include only the longest rationale of an
+        example.
         """
         return self._longest
 
@@ -312,11 +329,11 @@ class Batches:
         return max(1, inputs), max(1, targets)
 
     def probe(self, count: int) -> list[int]:
-        """Packs random shards; returns the number of packed rows that each of them needs.
+        """Packs up to `count` random shards and returns the number of packed rows that each of them needs.
 
-        The shards do not depend on `seed` and `data_fraction`, except for the rationales that are
-        sampled. To bound the time, it packs at most `count` x 1,024 rows, and so fewer than `count` large
-        shards, but at least `count` / 16 shards.
+        The shards do not depend on `seed` or `data_fraction`, except that `seed` decides which rationales
+        are sampled. To bound the time, all probes together pack about `count` x 1,024 rows at most. If the
+        shards are large, this allows fewer than `count` of them, but at least `count` / 16 are packed.
         """
         size = self._shard_size
         # 128 shards of 256 examples with 3 tables: 98,304 rows <= 131,072, so all 128. Of 512 examples: 85
@@ -341,7 +358,7 @@ class Batches:
 
     @functools.cached_property
     def lengths(self) -> tuple[tuple[int, int], ...]:
-        """The (input, target) lengths of each group."""
+        """The input length and the target length of the rows of each group."""
         if self.pack:
             return (self.row_lengths,)
         if self.pairs:
@@ -358,7 +375,11 @@ class Batches:
 
     @functools.cached_property
     def _groups(self) -> list[list[TokenTable]]:
-        """Tables of each group: all tables or, if padded, tables with at most one row for each example."""
+        """The tables of each group.
+
+        Packed batches and batches with `pairs` have one group, with all tables. Other padded batches have
+        a group for each objective and variant, in which an example has at most one row.
+        """
         if self.pack or self.pairs:
             return [list(self._tables)]
         # An example with two rationales has rows in the groups (label, 0), (rationale, 0), (rationale, 1). If
@@ -393,17 +414,18 @@ class Batches:
 
     def batch_rows(self, fullest: int) -> int:
         """Returns the number of rows of each group if the fullest shard needs `fullest` rows."""
-        # padded: a row for each example. Packed: the smallest compiled shape in which the fullest shard fits
+        # padded: a row for each example. Packed: the smallest row count into which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
 
     def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
-        """Returns the arrays of the given shards of a step, one block of rows after the other.
+        """Returns the arrays of the given shards: for each group, one block of rows after the other.
 
         Args:
-            shards: shards of one step, possibly not all.
-            fullest: number of rows that the fullest of all shards of the step needs.
+            shards: some or all shards of one step.
+            fullest: number of rows that the fullest of all shards of the step needs. That shard need not be
+                one of the given ones.
         """
         count, features = self.batch_rows(fullest) // self.num_shards, self._features
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
@@ -413,9 +435,8 @@ class Batches:
             for group, packed in zip(batch, shard, strict=True):
                 if packed.encodings is None or packed.packing is None:
                     continue
-                own = {
-                    name: array[block] for name, array in group.items()
-                }  # views: written in place
+                # views, which are written in place
+                own = {name: array[block] for name, array in group.items()}
                 # five lists of arrays by table: inputs, targets, tasks, objectives, weights
                 tokens = zip(*(table.tokens(e) for table, e, _ in packed.rows), strict=True)
                 scatter(own, packed.encodings, packed.packing, *map(np.concatenate, tokens))
@@ -429,7 +450,7 @@ class Batches:
     def _packed(
         self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
     ) -> Packed:
-        """Returns one group of a shard: its rows, their encodings, and the encodings' positions."""
+        """Returns one group of a shard: the rows of the drawn examples, their encodings and the packing."""
         rows = self._rows(drawn, tables)
         if not rows:
             return Packed(rows)
@@ -447,7 +468,7 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Returns the encodings of rows; each table gives (input lengths, decoder lengths, places)."""
+        """Returns the encodings of rows, given (input lengths, decoder lengths, places) for each table."""
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice
@@ -455,14 +476,17 @@ class Batches:
         return Encodings.of(sizes, places, room, shared=self.shared)
 
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
-        """Returns places and sizes of the units to pack: encodings or, with `pairs`, examples."""
+        """Returns the places and the sizes of the units to pack.
+
+        With `pairs`, a unit is a complete example; without, it is one encoding and its targets.
+        """
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store, with all rationales; place i is example i.
+        """Returns the encodings of all examples of a store; place i is example i.
 
-        With `pairs` and sampled rationales, an example has one rationale, as in a step, which is as long
-        as its longest.
+        They include all rationales of an example. With `pairs` and sampled rationales, an example has one
+        rationale, as in a step, and it is as long as the example's longest.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):
@@ -478,12 +502,12 @@ class Batches:
         return self._encodings_of(rows)
 
     def sizes(self) -> np.ndarray:
-        """Returns the input and target lengths of all units to pack (see `_units`): [units, 2]."""
+        """Returns the input and target lengths of all units of the data (see `_units`), [units, 2]."""
         stores = range(len(self.data.stores))
         return np.concatenate([self._units(self._all_encodings(store))[1] for store in stores])
 
     def cut_counts(self) -> dict[str, dict[str, int]]:
-        """Returns how many inputs and targets of the examples in use are truncated, for each objective."""
+        """Returns, for each objective, how many inputs and targets of the examples in use are truncated."""
         counts = {o.name: {"inputs": 0, "targets": 0} for o in self.data.objectives}
         for table in self._tables:
             pool = self._sampler.pools[table.store]
@@ -495,5 +519,5 @@ class Batches:
 
 
 def filled_rows(batch: Batch) -> int:
-    """Returns the number of rows that hold tokens."""
+    """Returns the number of rows that have at least one input token, over all groups of the batch."""
     return sum(int((group["encoder_segment_ids"] > 0).any(1).sum()) for group in batch)

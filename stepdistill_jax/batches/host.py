@@ -1,8 +1,8 @@
 """Prepares a process's part of the coming batches: the shards with rows on the process's devices.
 
-The number of rows of a batch depends on its fullest shard, and its totals on all shards. So the
-processes pack 8 steps, exchange the counts of their shards for these steps, and then make the arrays of
-one step at a time.
+The row count of a batch depends on its fullest shard, and its token totals depend on all shards. So each
+process first packs its shards of 8 steps. Then the processes exchange the counts of their shards for
+these steps, and each process makes its arrays, one step at a time.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from stepdistill_jax.batches.batch import Batch, Batches, Shard
 from stepdistill_jax.runtime.channel import Channel
 
 AGREED_STEPS = 8
-# rows, input tokens and target tokens of a shard, then the target tokens of each objective
+# a shard's number of rows, of input tokens and of target tokens, then its target tokens for each objective
 Counts = list[int]
 
 
@@ -24,12 +24,15 @@ class HostBatch:
     """A process's rows of a batch, and the totals of the global batch.
 
     Attributes:
-        groups: the rows of the process's shards, block after block.
-        shards: numbers of these shards, ascending.
+        groups: arrays with the rows of the process's shards, one block after the other.
+        shards: indices of these shards, from 0, ascending.
         num_shards: number of shards of the global batch.
         shapes: (rows, input length, target length) of each group of the global batch.
-        input_tokens, target_tokens: tokens in the global batch, with decoder prefixes, without padding.
-        objective_tokens: target tokens of each objective in the global batch, without prefixes.
+        input_tokens: number of input tokens in the global batch, without padding.
+        target_tokens: number of target tokens in the global batch. It includes decoder prefixes, but
+            not padding.
+        objective_tokens: number of target tokens of each objective in the global batch. It excludes
+            decoder prefixes.
     """
 
     groups: Batch
@@ -50,14 +53,16 @@ def iterate(
     channel: Channel | None = None,
     prefetch: int = 4,
 ) -> Iterator[HostBatch]:
-    """Returns an iterator over the batches of steps `start` to `stop - 1`, which a thread makes in advance.
+    """Returns an iterator over the batches of steps `start` to `stop - 1`.
+
+    A thread makes the batches in advance.
 
     Args:
         batches: the run's batches, the same in all processes.
         start, stop: the first step, and the step after the last.
-        shards: numbers of the shards that this process makes, ascending; None for all.
-        channel: connects the processes that make the other shards, and is closed at the end; None if
-            this process makes all shards.
+        shards: indices of the shards that this process makes, ascending; None means all.
+        channel: connects this process to those that make the other shards. The iterator closes it at
+            the end. None means that this process makes all shards.
         prefetch: number of batches to keep ready.
     """
     import grain
@@ -82,7 +87,7 @@ def _closing(source: Any, channel: Channel | None) -> Iterator[HostBatch]:
 
 
 class _Maker:
-    """Makes the batch of a step; call it for consecutive steps."""
+    """Makes the batch of a step. It must be called for consecutive steps, in order."""
 
     def __init__(
         self, batches: Batches, stop: int, numbers: tuple[int, ...], channel: Channel | None
@@ -100,9 +105,8 @@ class _Maker:
             for other in block:
                 self._pack(other)
             self._totals.update(zip(block, self._agreed(block), strict=True))
-        if (
-            self._channel is not None
-        ):  # each call also packs one step of the next block, so that no call has to pack 8
+        # each call also packs one step of the next block, so that no call has to pack 8
+        if self._channel is not None:
             self._pack(step + self._ahead)
         fullest, inputs, targets, *objectives = self._totals.pop(step)
         rows = self._batches.batch_rows(fullest)
@@ -121,7 +125,7 @@ class _Maker:
             self._packed[step] = [self._batches.shard(step, n) for n in self._numbers]
 
     def _agreed(self, steps: range) -> list[Counts]:
-        """Returns the counts of each step: the rows of its fullest shard, and the tokens of all shards."""
+        """Returns, for each step, the row count of the fullest shard and the total tokens of all shards."""
         # shard -> its counts for each step: {2: [[9, 140, 61, 20, 41], ...], 3: ...}
         own = {
             number: [_counts(self._batches, self._packed[step][place]) for step in steps]
@@ -133,7 +137,10 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Combines the counts of all processes' shards for each step; counts a shard only once if two processes have it."""
+    """Combines, for each step, the counts of all processes' shards.
+
+    A shard that several processes make is counted only once.
+    """
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]
     # column 0, rows, becomes the maximum over shards; token counts are added up

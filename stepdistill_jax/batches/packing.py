@@ -1,9 +1,11 @@
 """Packs many short rows into few long ones, in three steps: lengths -> packed rows -> arrays.
 
-1. `Encodings.of` finds the rows of a step that read one encoding of an input, and their lengths.
-2. `first_fit` finds the packed row and the first columns of each encoding. `choose_row_counts` and
-   `most_rows` bound the number of packed rows. If targets are paired, `first_fit` packs complete
-   examples (`Encodings.of_examples`), and `Packing.of_encodings` finds the encodings inside them.
+1. `Encodings.of` groups the rows of a step that read the same encoding of an input, and computes the
+   lengths of each group.
+2. `first_fit` chooses a packed row for each encoding, and the columns where its inputs and targets start.
+   `choose_row_counts` and `most_rows` limit the number of packed rows. If targets are paired,
+   `first_fit` packs complete examples (`Encodings.of_examples`), and `Packing.of_encodings` computes the
+   positions of the encodings inside them.
 3. `scatter` writes each token into its cell of the arrays of a batch.
 """
 
@@ -18,7 +20,8 @@ from stepdistill_jax.batches.sampler import ranges
 
 Group = dict[str, np.ndarray]
 
-# encoder segment that a target token reads; without this feature, the one with the token's own number
+# for each target token, the encoder segment that it reads; without this feature, it reads the encoder segment
+# that has the same number as its own decoder segment
 DECODER_ENCODER_SEGMENTS = "decoder_encoder_segment_ids"
 TASK_IDS = "decoder_task_ids"
 EXAMPLE_IDS = "decoder_example_ids"
@@ -34,12 +37,15 @@ class Encodings:
     """Encodings of inputs, the rows that read each of them, and the order of these rows' targets.
 
     Attributes:
-        of_row: [rows] int64 number of the encoding that the row reads, from 0.
-        offset: [rows] int64 decoder tokens of the same encoding to the left of the row's.
-        row_sizes: [rows, 2] int64 input and decoder length of the row.
-        is_first: [rows] bool, true for the row whose inputs are encoded.
-        places: [encodings] int64 place of the encoding's example in the step.
-        sizes: [encodings, 2] int64 input length, and sum of the decoder lengths of its rows.
+        of_row: for each row, the index of the encoding that it reads, from 0, [rows] int64.
+        offset: for each row, the number of decoder tokens that other rows of its encoding have to the
+            left of its own, [rows] int64.
+        row_sizes: for each row, its input length and its decoder length, [rows, 2] int64.
+        is_first: whether the row is the first of its encoding, so that its inputs are the ones encoded,
+            [rows] bool.
+        places: for each encoding, the place of its example in the step, [encodings] int64.
+        sizes: for each encoding, its input length and the sum of its rows' decoder lengths,
+            [encodings, 2] int64.
     """
 
     of_row: np.ndarray
@@ -55,15 +61,16 @@ class Encodings:
     ) -> "Encodings":
         """Returns one encoding for each row or, if `shared`, one for all rows of an example.
 
-        If an example's targets together exceed `target_length`, it is encoded again for the targets
-        that do not fit, so that none is truncated to make room for another.
+        If the targets of an example are together longer than `target_length`, the example is encoded
+        again for those that do not fit. So no target is truncated to make room for another.
 
-        Example: three shared rows of one example with target length 6 and the sizes (3, 2), (3, 3),
-        (3, 4) have `of_row` [0, 0, 1], `offset` [0, 2, 0] and the encoding sizes (3, 5), (3, 4).
+        Example: an example has three shared rows of the sizes (3, 2), (3, 3) and (3, 4), and
+        `target_length` is 6. Then `of_row` is [0, 0, 1], `offset` is [0, 2, 0], and the sizes of the two
+        encodings are (3, 5) and (3, 4).
 
         Args:
-            sizes: [rows, 2] int64 input and decoder length.
-            places: [rows] int64 place of the row's example in the step.
+            sizes: for each row, its input length and its decoder length, [rows, 2] int64.
+            places: for each row, the place of its example in the step, [rows] int64.
             target_length: decoder length of a packed row.
             shared: whether all rows of an example have the same input.
         """
@@ -71,7 +78,7 @@ class Encodings:
         keys, offset = rows.copy(), np.zeros_like(rows)
         if shared:
             count = int(places.max()) + 1
-            # per place: how often its example is encoded again, and tokens in its latest encoding
+            # per place: how often its example is encoded again, and the decoder tokens in its latest encoding
             again, used = np.zeros(count, np.int64), np.zeros(count, np.int64)
             # the first rows of all examples at once, then all second rows, and so on
             turn = _numbers_within(places, rows)
@@ -90,7 +97,12 @@ class Encodings:
         return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
     def of_examples(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the examples' places [examples], ascending, and their total sizes [examples, 2]."""
+        """Sums up the encodings of each example.
+
+        Returns:
+            The places of the examples, ascending, [examples], and their total input and target lengths,
+            [examples, 2].
+        """
         places, of = np.unique(self.places, return_inverse=True)
         sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
         return places, np.stack(sums, 1).astype(np.int64)
@@ -101,9 +113,10 @@ class Packing:
     """Positions of encodings in packed rows. All arrays are [encodings] int64.
 
     Attributes:
-        row: number of the packed row, from 0.
-        input_start, target_start: first column of the inputs and of the targets.
-        segment: number of the segment in its packed row, from 1.
+        row: index of the packed row that the encoding is in, from 0.
+        input_start: column of the packed row where the encoding's inputs start.
+        target_start: column of the packed row where the encoding's targets start.
+        segment: index of the encoder segment within its packed row, from 1.
         num_rows: number of packed rows.
     """
 
@@ -115,16 +128,17 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Puts each encoding into the row of its example's place, without packing."""
+        """Returns positions without packing: the encoding of the example at place i is alone in row i."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Returns the positions of encodings, given the positions of their examples (`self`).
+        """Returns the positions of encodings, where `self` has the positions of complete examples.
 
-        The examples are in the order of `of_examples`. The encodings of an example follow each other: if
-        an example at the columns (5, 2) has two encodings of sizes (3, 1) and (3, 4), these start at
-        (5, 2) and (8, 3).
+        The examples in `self` are in the order of `Encodings.of_examples`. The encodings of an example are
+        placed one after the other. Example: an example's inputs start at column 5 and its targets at
+        column 2, and it has two encodings of the sizes (3, 1) and (3, 4). Then the encodings start at the
+        columns (5, 2) and (8, 3).
         """
         _, of = np.unique(encodings.places, return_inverse=True)
         order = np.argsort(of, kind="stable")
@@ -138,21 +152,25 @@ class Packing:
 
 
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
-    """Packs by first-fit decreasing on two lengths: fills one packed row after the other.
+    """Packs rows by first-fit decreasing on two lengths: fills one packed row after the other.
 
-    Rows wait in two lists, each longest first: rows that need a larger share of a packed row's
-    inputs than of its targets (most labels), and the others (rationales). The next row is the first
-    that fits, from the list whose side has more room, so that inputs and targets fill up together.
-    On rows like CQA's this needs 15% fewer packed rows than one list sorted by the larger share,
-    which packs the rationales together. The last two rows of a packed row are chosen together, as
-    the pair that fills it best; this needs 3% fewer.
+    The rows wait in two lists, the longest row first. The target list has the rows that use a larger share
+    of a packed row's target columns than of its input columns, such as most rationales, sorted by target
+    length. The input list has all other rows, such as most labels, sorted by input length. If a larger
+    share of the packed row's target columns than of its input columns is free, the next row is the first
+    of the target list that fits, and otherwise the first of the input list that fits. If no row of that
+    list fits, the next row comes from the other list. So inputs and targets fill up together. On rows like
+    CQA's, this needs 15% fewer packed rows than a single list sorted by the larger share, which would pack
+    the rationales together. Once only about two more rows fit into a packed row, the pair that fills it
+    best is chosen, which saves another 3%.
 
-    Example: with capacity (4, 4) the sizes (3, 1), (1, 1), (1, 3) give the packed rows 0, 1, 0:
-    (3, 1) comes first, and (1, 3) fills the rest of its row.
+    Example: with the capacity (4, 4), the sizes (3, 1), (1, 1), (1, 3) are put into the packed rows 0, 1, 0.
+    The row of size (3, 1) comes first, and the row of size (1, 3) fills the rest of its packed row.
 
     Args:
-        sizes: [rows, 2] int input and target length, each from 1 to the capacity.
-        capacity: input and target length of a packed row.
+        sizes: for each row, its input length and its target length, [rows, 2] int. Each length is at
+            least 1 and at most the capacity.
+        capacity: input length and target length of a packed row.
 
     Returns:
         The position of each row, in the order of `sizes`.
@@ -164,8 +182,8 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     is_target_heavy = shares[:, 1] > shares[:, 0]
     lists = [_Decreasing(sizes, np.flatnonzero(is_target_heavy == side), side) for side in (0, 1)]
     nearly_full = (NEARLY_FULL * sizes.mean(0)).tolist()
-    # value of an input and of a target token: if all rows together fill 3 packed rows by their inputs and 6
-    # by their targets, a target token counts twice as much, relative to the capacity
+    # value of an input token and of a target token. If all inputs together fill 3 packed rows and all targets
+    # fill 6, a target token counts twice as much as an input token, relative to the capacities.
     worth = shares.sum(0) / capacity
     placed: list[tuple[int, int, int, int, int]] = []  # index, row, input, target, segment
     num_rows = 0
@@ -190,7 +208,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
                 room[0] -= n_in
                 room[1] -= n_out
         if not segment:  # an empty packed row takes any row that is not too long
-            raise ValueError(f"a row is longer than the capacity {capacity}")
+            raise ValueError(f"a row is longer than the (input, target) capacity {capacity}")
         num_rows += 1
     index, *values = np.array(placed, np.int64).T
     columns[:, index] = values
@@ -198,7 +216,11 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """The rows that wait to be packed, sorted by the length of their heavy side, longest first."""
+    """One of the two lists of waiting rows in `first_fit`, sorted by one of their lengths, the longest first.
+
+    The sorting length is the input length in the input list (`side` 0), and the target length in the target
+    list (`side` 1).
+    """
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
         order = members[np.argsort(-sizes[members, side], kind="stable")]
@@ -209,15 +231,15 @@ class _Decreasing:
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the first position whose heavy side fits; it also fits at all later positions."""
-        # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If the other side of no row fits, no
-        # position is searched.
+        """Returns the first position whose sorting length fits into `room`. At all later positions, it fits, too."""
+        # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
+        # target length in the input list) does not fit, no row fits, and the result is the end of the list.
         if room[1 - self._side] < self._least_other:
             return len(self._keys)
         return bisect.bisect_left(self._keys, -room[self._side])
 
     def first(self, room: list[int]) -> list[tuple["_Decreasing", int]]:
-        """Returns [(self, position)] of the first row that fits on both sides; [] if none does."""
+        """Returns [(self, position)] of the first row whose input and target both fit; [] if there is none."""
         other, other_room = self._lengths[1 - self._side], room[1 - self._side]
         for k in range(self._from(room), len(other)):
             if other[k] <= other_room:
@@ -225,9 +247,10 @@ class _Decreasing:
         return []
 
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
-        """Returns positions, input lengths and target lengths of about 24 rows whose heavy side fits.
+        """Returns the positions, input lengths and target lengths of about 24 candidates.
 
-        The rows are evenly spread over the list, so they have both long and short lengths.
+        The sorting length of a candidate fits into `room`, but its other length may not. The candidates are
+        evenly spread over the list, so they include long and short rows.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)
@@ -235,7 +258,7 @@ class _Decreasing:
         return range(start, len(self._keys), step), inputs[start::step], targets[start::step]
 
     def take(self, k: int) -> tuple[int, int, int]:
-        """Removes the row at position k; returns its (index, input length, target length)."""
+        """Removes the row at position k and returns its (index, input length, target length)."""
         self._keys.pop(k)
         inputs, targets = self._lengths
         return self._index.pop(k), inputs.pop(k), targets.pop(k)
@@ -244,9 +267,10 @@ class _Decreasing:
 def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
-    """Returns the one or two waiting rows that fit and fill the most; [] if none fits.
+    """Returns the candidate, or the pair of candidates, that fits and fills the packed row best.
 
-    Of two rows in the same list, the later comes first, since removing it does not move the earlier.
+    The result is a list of (list of waiting rows, position); it is [] if no candidate fits. The row at
+    the later position comes first, so that removing it does not move the other row.
     """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists
@@ -262,7 +286,7 @@ def _last_two(
     if not value.item(best):
         return []
     first = len(places)
-    # the flat index `best` means the pair divmod(best, count); on the diagonal both numbers are one row
+    # the flat index `best` means the pair divmod(best, count); on the diagonal, both indices are the same row
     return [
         (lists[0], places[i]) if i < first else (lists[1], more_places[i - first])
         for i in sorted({*divmod(best, count)}, reverse=True)
@@ -270,7 +294,7 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns the sum of each pair of n lengths, [n, n] float64, with single lengths on the diagonal.
+    """Returns the sum of each pair of n lengths, [n, n] float64; the diagonal has the single lengths.
 
     Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
     """
@@ -283,23 +307,25 @@ def _each_two(lengths: list[int]) -> np.ndarray:
 def choose_row_counts(
     probes: Sequence[int], bound: int, row_multiple: int, *, num_shards: int = 1
 ) -> tuple[int, ...]:
-    """Returns at most four numbers of packed rows for a shard, ascending; the last holds any shard.
+    """Returns the row counts that the packed block of a shard may have: at most four, ascending.
 
-    Each number is a shape to compile, so few must waste few empty rows. The first two give the
-    smallest mean number of rows, over the probes. The third is a standard deviation or two above the
-    largest probe, so that the fourth, far larger, is hardly ever compiled.
+    A block gets the smallest count into which it fits, and its other rows are empty. Each count is
+    another shape to compile, so there are only four. The first two minimise the mean count, and so the
+    empty rows, over the probes. The third lies above the largest probe by about one or two standard
+    deviations of the probes. The fourth is `bound`, rounded up: it is far larger, but hardly ever needed.
 
     Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
     Args:
-        probes: packed rows that random shards needed.
-        bound: packed rows that no shard can exceed.
-        row_multiple: the numbers are multiples of it.
-        num_shards: number of shards in a batch; all get as many rows as the fullest of them needs.
+        probes: number of packed rows that each of some random shards needed.
+        bound: number of packed rows that no shard can exceed.
+        row_multiple: every count is a multiple of this number.
+        num_shards: number of shards in a batch. All blocks of a batch get the count that its fullest
+            shard needs.
     """
     used = np.sort(np.asarray(probes, np.int64))
-    # The fullest of several shards lies further above the mean. This factor keeps batches that need
-    # the fourth number to one in some thousands.
+    # The fullest of several shards lies further above the mean. With this factor, only one batch in some
+    # thousands needs the fourth count.
     spread = used.std() * (1 + math.log10(num_shards) / 2)
     third = round_up(used[-1] + max(1, int(np.ceil(spread))), row_multiple)
     if num_shards > 1:
@@ -307,7 +333,8 @@ def choose_row_counts(
         used = np.random.default_rng(0).choice(used, (PROBES, num_shards)).max(1)
     rounded = np.array([round_up(count, row_multiple) for count in used.tolist()])
     values = np.unique(rounded)
-    # mean number of rows with the numbers a <= b < third, where each probe takes the smallest that holds it
+    # mean row count for each choice of the first two counts, a <= b, if each probe gets the smallest of a, b
+    # and `third` into which it fits
     means = {
         (a, b): np.where(rounded <= a, a, np.where(rounded <= b, b, third)).mean()
         for a in values.tolist()
@@ -325,16 +352,17 @@ def round_up(value: float, multiple: int) -> int:
 
 
 def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
-    """Returns a number of packed rows that first-fit never exceeds for `batch_size` examples.
+    """Returns a number of packed rows that `first_fit` never exceeds for `batch_size` examples.
 
-    First-fit opens a packed row only if no waiting row fits into the previous one, in inputs or in
-    targets. So the loads of two neighbouring packed rows add up to more than 1, and m packed rows
-    have a total load above (m - 1) / 2: m < 2 load + 1.
+    `first_fit` opens a new packed row only when no waiting row fits into the current one, because its
+    input or its target is too long. So the loads of two consecutive packed rows add up to more than 1. m
+    packed rows then have a total load above (m - 1) / 2, so m < 2 load + 1.
 
     Args:
-        loads: [examples] sum of input / capacity + target / capacity over an example's encodings.
-            An example that a batch may take twice is listed twice.
-        rows_each: [examples] number of encodings; each needs at most one packed row.
+        loads: for each example, the sum of input / capacity + target / capacity over its encodings,
+            [examples]. An example that a batch may contain twice is listed twice.
+        rows_each: for each example, its number of encodings, [examples]. An encoding is always in a
+            single packed row.
         batch_size: number of examples in a batch.
     """
     # the worst batch has the heaviest examples
@@ -353,10 +381,11 @@ def empty_group(
     several_tasks: bool = False,
     pairs: bool = False,
 ) -> Group:
-    """Returns a group of `count` rows of padding, with all features.
+    """Returns a group of `count` rows of padding.
 
-    Adds one feature for each option: with `shared` encodings, the encoder segment that a target token
-    reads; with `several_tasks`, the number of its task; with `pairs`, the number of its example in the row.
+    Each option adds a feature of the target tokens. `shared` adds the encoder segment that each target
+    token reads, `several_tasks` adds the index of its task, and `pairs` adds the number of its example
+    within the packed row.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
@@ -386,17 +415,19 @@ def scatter(
     objectives: np.ndarray,
     weights: np.ndarray,
 ) -> None:
-    """Writes tokens into a group of padding, each into its cell.
+    """Writes each token of the rows into its cell of a group.
 
-    Decoder segments are numbered from the left of each packed row. If every target has its own encoding,
-    encoder segments have the same numbers.
+    The decoder segments of a packed row are numbered from left to right. If every target has its own
+    encoding, its encoder segment and its decoder segment have the same number.
 
     Args:
         group: arrays of `empty_group`, filled in place.
         encodings, packing: positions of the tokens.
-        inputs: [input tokens] ids of all rows, one row after the other.
-        targets, tasks, objectives, weights: [decoder tokens] of all rows, in the same order, with
-            decoder prefixes.
+        inputs: input ids of all rows, one row after the other, [input tokens].
+        targets: decoder ids of all rows, in the same order of rows and including decoder prefixes,
+            [decoder tokens].
+        tasks, objectives, weights: the task index, objective index and loss weight of each decoder token,
+            [decoder tokens].
     """
     # An array [rows, width] is filled through its flat view: cell = row * width + column.
     # encoder: only the first row of each encoding, since the other rows read the same encoding
@@ -430,26 +461,27 @@ def scatter(
 
 
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Returns the number of each row's example in its packed row, [rows] from 1.
+    """Returns, for each row, the number (from 1) of its example within the packed row, [rows].
 
-    Examples with several targets come first, from left to right, then the others. So the number of an
-    example with a pair is at most half of the packed row's target tokens, however many other examples the
-    row has.
+    The examples of a packed row that have several targets are numbered first, from left to right, and
+    those with a single target after them. An example with several targets has at least two target tokens. So
+    the numbers of these examples are at most half of the packed row's target length, however many other
+    examples are in the row.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True
     )
-    # sort by column, with examples of a single target after all others
+    # sort by column, with the examples that have a single target after all others
     key = start[first] + (count == 1) * (start.max(initial=0) + 1)
     return _numbers_within(row[first], key)[of]
 
 
 def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns the rank of each row in its group by its key, [rows] from 1.
+    """Returns, for each row, its rank (from 1) among the rows of its group, sorted by their keys, [rows].
 
     Example: `_numbers_within([0, 1, 0], [9, 5, 2])` is [2, 1, 1].
     """
-    # sorted by group, a row's rank is its index minus that of the first row of its group
+    # sorted by group, a row's rank is 1 + its index - the index of the first row of its group
     order = np.lexsort((key, group))
     number = np.empty_like(group)
     number[order] = np.arange(1, len(group) + 1) - np.searchsorted(group[order], group[order])

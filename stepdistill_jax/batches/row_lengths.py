@@ -1,4 +1,4 @@
-"""Chooses the lengths of packed rows by the cost of a step."""
+"""Chooses the input and target lengths of packed rows, so that a step is cheap."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -9,23 +9,25 @@ from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.models.config import MAX_LENGTH
 
-FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # input length of a row, as a multiple of the longest input
-SLACKS = (1.0, 1.1, 1.25)  # target length of a row, relative to the data's targets per input token
+FOLDS = (1, 1.5, 2, 3, 4, 6, 8)  # input length of a row / length of the longest input
+# target length of a row / (its input length x the data's target tokens per input token)
+SLACKS = (1.0, 1.1, 1.25)
 TILE = 64  # accelerators split longer rows into tiles
-PROBES = 8  # shards to pack for each candidate: at most about a second for all candidates
-LITTLE_MORE = 1.01  # relative cost allowed for shorter rows, whose attention takes less memory
+PROBES = 8  # shards to pack for each candidate; all candidates together take at most about a second
+# shorter rows may cost 1% more than the cheapest candidate, since their attention takes less memory
+LITTLE_MORE = 1.01
 
 Cost = Callable[[int, int], float]  # (input length, target length) of a packed row -> cost
 
 
 @dataclasses.dataclass(frozen=True)
 class RowLengths:
-    """Candidate lengths of packed rows, and their cost.
+    """A candidate for the lengths of packed rows, and its cost.
 
     Attributes:
-        input_length, target_length: tokens of a row.
-        rows: mean number of rows of a step, after rounding up to the row multiple.
-        cost: cost of a step.
+        input_length, target_length: numbers of input tokens and of target tokens of a packed row.
+        rows: mean number of packed rows of a step, each rounded up so that `row_multiple` divides it.
+        cost: mean cost of a step: `rows` times the cost of one packed row.
     """
 
     input_length: int
@@ -44,13 +46,14 @@ def candidates(
 ) -> list[RowLengths]:
     """Returns candidate row lengths with their cost, shortest first.
 
-    Each candidate holds the longest example of the data. The candidates do not depend on the seed. They
-    depend on `data_fraction` only if `TaskData.share_is_drawn`, when the data consists of the share.
+    The longest example of the data fits into a row of each candidate. The candidates do not depend on the
+    seed. They depend on `data_fraction` only if `TaskData.share_is_drawn` is true, because the data then
+    consists of the drawn share.
 
     Args:
-        batches: batches of the train split; `row_multiple` is used, `row_lengths` is not.
-        cost: cost of one row, for instance its FLOPs.
-        input_length, target_length: a fixed length, or None to choose it.
+        batches: batches of the train split. Their `row_lengths` are ignored.
+        cost: function from (input length, target length) of a packed row to its cost, for instance in FLOPs.
+        input_length, target_length: a fixed length, or None to try several.
     """
     found = []
     # runs that differ in these settings get the same row lengths, and so share compiled steps
@@ -65,7 +68,7 @@ def candidates(
 
 
 def cheapest(tried: list[RowLengths]) -> RowLengths:
-    """Returns the shortest candidate whose cost is within 1% of the least."""
+    """Returns the shortest candidate that costs at most 1% more than the cheapest one."""
     least = min(c.cost for c in tried)
     return next(c for c in tried if c.cost <= LITTLE_MORE * least)
 

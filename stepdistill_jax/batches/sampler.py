@@ -1,7 +1,7 @@
-"""Chooses the rows of a step: a pure function of (tables, pools, rates, seed).
+"""Chooses the examples of a step and their rows, which depend only on the data, the settings and the step.
 
 `Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run needs only its step to resume.
-`rows_of` finds the rows of examples in each `TokenTable`.
+`rows_of` finds the rows of these examples in each `TokenTable`.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from stepdistill_jax.data.vocabulary import EOS_ID
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenRows
 
-# Positions of a mixture are assigned to stores in blocks. A block takes a millisecond to draw, and its
-# shares of the stores equal the rates to 1 in 65,536.
+# The positions of a mixture are assigned to stores in blocks. A block takes a millisecond to draw. In each
+# block, the number of positions of a store is its exact share, rounded to a whole number.
 MIXTURE_BLOCK = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedRows:
-    """Rows of ids, truncated to `most` tokens; a truncated row keeps its end of sequence.
+    """Rows of ids, truncated to `most` tokens; if a row ends with the end of sequence (1), it still does.
 
     Example: with `most` 3, the row `5 6 7 1` becomes `5 6 1`, and `5 6 7 8` becomes `5 6 7`.
     """
@@ -41,7 +41,7 @@ class TruncatedRows:
         return self.rows.lengths > self.most
 
     def used(self, examples: np.ndarray) -> np.ndarray:
-        """Returns the indices of the examples' tokens in `rows.ids`: [tokens]."""
+        """Returns the indices, in `rows.ids`, of the tokens that the examples keep: [tokens]."""
         return ranges(self.rows.starts[examples], self.lengths[examples])
 
     def ids(self, examples: np.ndarray) -> np.ndarray:
@@ -61,12 +61,15 @@ class TokenTable:
     """The truncated rows of one column of a store.
 
     Attributes:
-        store, objective: number of the store, from 0, and of the objective, from 1.
-        variant: number of the rationale among the example's rationales, from 0.
-        inputs, targets: rows of ids; a target of length 0 marks an absent row.
+        store: index of the store, from 0.
+        objective: index of the objective, from 1.
+        variant: index of the rationale among the example's rationales, from 0.
+        inputs, targets: ids of each example's input and target. If the target is empty, the example has
+            no row in this table.
         prefix: ids of the objective's `decoder_prefix`.
         weights: loss weight of each example's target tokens, [examples] float32.
-        token_weights: further factor for each id of the targets, [tokens] float32; None means 1.
+        token_weights: a further factor of the loss weight of each target token, [tokens] float32; None
+            means 1 for all.
     """
 
     store: int
@@ -85,13 +88,14 @@ class TokenTable:
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """Tokens of prefix and target, 0 for an absent row: [examples] int64."""
+        """Number of tokens of prefix and target, or 0 if an example has no row: [examples] int64."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns the examples' input ids, and their decoder ids, tasks, objectives and weights.
+        """Returns the input ids, decoder ids, task indices, objective indices and loss weights of examples.
 
-        Each is an array [tokens], one example after the other. Tokens of a prefix have objective 0 and
+        Each is an array [tokens], with one example after the other. The input ids have one entry for each
+        input token, the others one for each decoder token. Tokens of a decoder prefix have objective 0 and
         weight 0.
         """
         ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
@@ -100,7 +104,7 @@ class TokenTable:
         if self.token_weights is not None:
             weights *= self.token_weights[self.targets.used(examples)]
         if self.prefix:
-            # np.insert takes places of the old array: the first token of each target, repeated for each id
+            # np.insert takes indices of the old array: the first token of each target, repeated for each id
             # of the prefix; lengths [2, 3] and a prefix of 2 ids give [0, 0, 2, 2]
             at = np.repeat(np.cumsum(lengths) - lengths, len(self.prefix))
             ids = np.insert(ids, at, np.tile(self.prefix, len(examples)))
@@ -117,7 +121,7 @@ class TokenTable:
 def token_tables(
     data: TaskData, input_length: int, target_length: int, loss_mean: str
 ) -> tuple[TokenTable, ...]:
-    """Returns the table of each store and column; see `Batches` for the lengths and `loss_mean`."""
+    """Returns a table for each column of each store; `Batches` describes the lengths and `loss_mean`."""
     tables = []
     for number, part in enumerate(data.parts):
         store = part.store
@@ -146,9 +150,9 @@ def _loss_weights(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns `weights` and `token_weights` of a `TokenTable`.
 
-    With `loss_mean` "example", the tokens of a target share its weight w: each gets w / length, or
-    w / (sum of the target's token weights). So the compiled step's sums over tokens become sums over
-    targets, and the step does not change.
+    With `loss_mean` "example", the weights of a target's tokens add up to the target's weight w. Each token
+    gets w / length or, with token weights, w / (sum of the target's token weights). So the sums over tokens
+    in the compiled step become sums over targets, without a change of the step.
     """
     first, shares = targets.rows.starts, targets.lengths
     ends = first + targets.lengths
@@ -167,7 +171,10 @@ def _loss_weights(
 
 
 class ExampleIds(NamedTuple):
-    """Drawn examples, as three arrays [examples] int64: store, example in the store, and epoch of the draw."""
+    """Drawn examples, as three arrays [examples] int64.
+
+    For each example: the index of its store, its index in the store, and the epoch in which it is drawn.
+    """
 
     stores: np.ndarray
     indices: np.ndarray
@@ -175,10 +182,10 @@ class ExampleIds(NamedTuple):
 
 
 def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
-    """Returns uniform random numbers, [examples] uint64, that depend only on (seed, store, example, epoch).
+    """Returns a uniform random number for each drawn example, [examples] uint64.
 
-    Uses the mixing function of splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number
-    generators").
+    It depends only on (seed, store, example, epoch). It is computed with the mixing function of splitmix64
+    (Steele et al. 2014, "Fast splittable pseudorandom number generators").
     """
     # uint64 arrays wrap around without a warning, as the algorithm needs
     mixed = np.full(len(drawn.indices), seed, np.uint64)
@@ -191,10 +198,10 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 
 
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
-    """Returns the examples of each store that a run uses, sorted.
+    """Returns, for each store, the examples that a run uses, sorted.
 
-    They are the first examples of a fixed permutation of the store, so a smaller fraction is a subset of a
-    larger one.
+    They are the first examples of a permutation of the usable examples that depends only on the seed and the
+    store. So the examples of a smaller fraction are a subset of those of a larger one.
     """
     if fraction == 1:
         return list(usable)
@@ -210,15 +217,18 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 class Sampler:
     """Maps positions 0, 1, 2, ... of a run to examples, in two steps.
 
-    Position -> (store, turn): each block of 65,536 positions is a random sequence of the stores, in which
-    each store has its rate's share; `turn` counts the store's earlier positions. Turn -> example: turn t
-    of a store with n examples is number t % n of the permutation of epoch t // n.
+    1. Position -> (store, turn). Each block of 65,536 positions is a random sequence of the stores, in which
+       each store appears in proportion to its rate. The turn of a position is the number of earlier
+       positions of the same store.
+    2. (store, turn) -> example. Turn t of a store with n examples takes the element t % n of the store's
+       permutation in epoch t // n.
 
     Attributes:
         pools: for each store, the examples in use.
-        rates: for each store, its share of the positions; not used without `shuffle`.
+        rates: for each store, its share of the positions. Only used with `shuffle`.
         seed: seed of all draws.
-        shuffle: False gives one store after the other, each in its own order, once.
+        shuffle: if False, the positions give each example once: one store after the other, each in its own
+            order.
     """
 
     pools: Sequence[np.ndarray]
@@ -227,7 +237,7 @@ class Sampler:
     shuffle: bool
 
     def __call__(self, position: np.ndarray) -> ExampleIds:
-        """Returns the examples at positions [positions] int64, which may be in any order."""
+        """Returns the examples at the given positions, [positions] int64, which may be in any order."""
         if not self.shuffle:
             return self._in_order(position)
         # position -> (store, turn), block by block
@@ -248,7 +258,7 @@ class Sampler:
         return ExampleIds(stores, indices, epochs)
 
     def _in_order(self, position: np.ndarray) -> ExampleIds:
-        # pools of 3 and 2 examples: ends [3, 5], so positions 0 to 2 are store 0's, 3 and 4 store 1's
+        # pools of 3 and 2 examples: ends [3, 5], so positions 0 to 2 belong to store 0, and 3 and 4 to store 1
         ends = np.cumsum([len(pool) for pool in self.pools])
         position = position[position < ends[-1]]
         stores = np.searchsorted(ends, position, side="right")
@@ -256,7 +266,7 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """Function (store, epoch) -> the permuted pool; caches two permutations for each store."""
+        """Function from (store, epoch) to the permuted pool. It caches two permutations per store on average."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -266,13 +276,13 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Function block -> (store of each position, turn of that store): two arrays [65,536]."""
+        """Function from the index of a block to the store and the turn of each position, two arrays [65,536]."""
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng((self.seed, len(self.pools), 2, block))
             stores = rng.permutation(np.repeat(np.arange(len(self.pools)), self._shares))
             turns = np.empty(MIXTURE_BLOCK, np.int64)
-            # each block has `share` turns of a store: block b has the turns from b * share on
+            # each block has `share` turns of a store: in block b, they are numbered from b * share
             for store, share in enumerate(self._shares):
                 turns[stores == store] = block * share + np.arange(share)
             return stores, turns
@@ -281,10 +291,11 @@ class Sampler:
 
     @functools.cached_property
     def _shares(self) -> np.ndarray:
-        """Number of positions of each store in a block, at least 1, by largest remainders: [stores].
+        """Number of positions of each store in a block, at least 1, [stores].
 
-        For 10 positions, the rates 1 and 2 give exactly 3.33 and 6.67, so 3 and 6 rounded down. The
-        remaining position goes to the larger remainder: 3 and 7.
+        The exact shares are rounded by the method of largest remainders. Example: for 10 positions, the rates
+        1 and 2 give the exact shares 3.33 and 6.67, and 3 and 6 rounded down. The position that is left over
+        goes to the store with the larger remainder, so the result is 3 and 7.
         """
         exact = np.asarray(self.rates, np.float64)
         exact = exact / exact.sum() * MIXTURE_BLOCK
@@ -297,14 +308,15 @@ class Sampler:
         return shares
 
 
-# (table, [rows] example in the table, [rows] the example's place in the step)
+# for each table: the table, the example of each row, [rows], and the place of that example in the step, [rows]
 Rows = list[tuple[TokenTable, np.ndarray, np.ndarray]]
 
 
 def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int | None) -> Rows:
-    """Returns the rows of drawn examples in these tables.
+    """Returns the rows that the drawn examples have in these tables.
 
-    With a `variant_seed`, an example has one of its rationales in each epoch. Without, it has all.
+    If there is a `variant_seed`, one rationale of each example is drawn in each epoch. If it is None, an
+    example has the rows of all its rationales.
     """
     found = []
     random = None if variant_seed is None else draws(drawn, variant_seed)
@@ -314,7 +326,7 @@ def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int |
         taken = table.present[examples]
         if random is not None:
             # An example with n rationales has the variants 0 to n - 1, so its draw modulo n is one of them.
-            # Each table computes the same draw and takes the row if it is its own variant.
+            # The draw is the same for each table, and a table takes the row if the variant is its own.
             of = (table.store, table.objective)
             variants = [t.present[examples] for t in tables if (t.store, t.objective) == of]
             count = np.maximum(np.sum(variants, axis=0), 1).astype(np.uint64)

@@ -30,26 +30,27 @@ def beam_search(
     num_beams: int,
     length_penalty: float = LENGTH_PENALTY,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Searches with `num_beams` answers at a time and returns the best answer of each row.
+    """Keeps `num_beams` unfinished answers of each row at a time, and returns the row's best answer.
 
-    An answer's score is `sum of log probabilities / tokens ** length_penalty`; the end of sequence
+    An answer's score is `sum of log probabilities / tokens ** length_penalty`, where the end of sequence
     counts as a token. The result equals `generate(num_beams=..., length_penalty=...,
     do_sample=False, early_stopping=False)` of transformers 5.23 (generation/utils.py,
     `_beam_search`).
 
-    Each step takes the 2 * num_beams best continuations. The ones that end and are among the first
-    `num_beams` join the finished answers, of which the best `num_beams` are kept. The best `num_beams`
-    that do not end continue. A row is done when it has `num_beams` finished answers and its best
-    unfinished answer, at its current length, scores no better than the worst of them. At
-    `max_decode_len` every answer counts as finished.
+    Each step finds the 2 * num_beams best continuations of a row. Those that end and are among the first
+    `num_beams` join the row's finished answers, of which the best `num_beams` are kept. Of the
+    continuations that do not end, the best `num_beams` are continued in the next step. A row is done when
+    it has `num_beams` finished answers and its best unfinished answer, scored at its current length, is no
+    better than the worst of the finished ones. At `max_decode_len`, every answer counts as finished.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        num_beams: number of beams; 1 runs `greedy_decode`, as in Hugging Face.
-        length_penalty: above 0 favours long answers; 0 ignores length.
+        num_beams: number of beams. With 1, `greedy_decode` is called, as in Hugging Face.
+        length_penalty: a value above 0 favours long answers; 0 ignores the length.
 
     Returns:
-        The same arrays as `greedy_decode`: ids, scores (without the length penalty), and finished.
+        The arrays (ids, scores, finished) that `greedy_decode` describes. The scores are log probabilities
+        without the length penalty.
 
     Raises:
         InputError: `num_beams` or `length_penalty` is out of range.
@@ -65,7 +66,8 @@ def beam_search(
     state = {
         "index": jnp.int32(0),
         "done": begin.filler,
-        # All beams start with the same ids. If all counted, each would have the same best continuations.
+        # All beams start with the same ids, so all would have the same best continuations. So only the first
+        # beam counts at the first step.
         "running": {
             "ids": ids,
             "log_probs": jnp.full((batch, num_beams), NOTHING).at[:, 0].set(0.0),
@@ -93,7 +95,7 @@ def beam_search(
             "log_probs": log_probs,
         }
         ends = (tokens == EOS_ID) | (index + 1 == max_decode_len)
-        # as in `generate`: an end that is not among the first `num_beams` candidates is dropped, and a row
+        # as in `generate`: a candidate that ends but is not among the first `num_beams` is dropped, and a row
         # that is done takes no further answers
         ended = _keep_ended(
             state["ended"],
@@ -101,7 +103,7 @@ def beam_search(
             ends & ~state["done"][:, None] & (jnp.arange(2 * num_beams) < num_beams),
             penalties[index],
         )
-        # a beam has one continuation that ends, so at least `num_beams` of the candidates go on
+        # each beam has only one continuation that ends, so at least `num_beams` of the candidates do not end
         go_on, places = jax.lax.top_k(jnp.where(ends, log_probs + NOTHING, log_probs), num_beams)
         worst = jnp.min(ended["scores"], axis=-1)
         hopeless = go_on[:, 0] / penalties[index] <= worst
@@ -124,14 +126,14 @@ def beam_search(
 
 
 def search(num_beams: int, length_penalty: float | None = None) -> Callable:
-    """Returns the decode function for these options, to be passed to `LabelDecoder`.
+    """Returns the decode function for these options, which can be passed to `LabelDecoder`.
 
     Args:
-        num_beams: 1 means greedy decoding.
-        length_penalty: None means 1.
+        num_beams: number of beams; 1 means greedy decoding.
+        length_penalty: as for `beam_search`; None means 1.
 
     Raises:
-        InputError: a value is out of range, or a single beam has a length penalty.
+        InputError: a value is out of range, or there is a length penalty but only one beam.
     """
     penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
     _check(num_beams, penalty)
@@ -145,7 +147,8 @@ def search(num_beams: int, length_penalty: float | None = None) -> Callable:
     return greedy_decode
 
 
-@functools.lru_cache(maxsize=8)  # the same search is the same function, so it is compiled once
+# cached, so that equal options give the same function object, which is compiled only once
+@functools.lru_cache(maxsize=8)
 def _search(num_beams: int, length_penalty: float) -> Callable:
     return functools.partial(beam_search, num_beams=num_beams, length_penalty=length_penalty)
 
@@ -157,14 +160,15 @@ def _check(num_beams: int, length_penalty: float) -> None:
 
 
 def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the best continuations of each row.
+    """Returns the 2 * beams best continuations of each row, the best first.
 
     Args:
-        logits: [batch * beams, vocab].
+        logits: logits of the next token, [batch * beams, vocab].
         log_probs: log probabilities of the beams so far, [batch, beams].
 
     Returns:
-        Log probabilities, beams and tokens, each [batch, 2 * beams], the best first.
+        Three arrays [batch, 2 * beams]: the log probability of each continuation, the index of the beam that
+        it continues, and its new token.
     """
     batch, num_beams = log_probs.shape
     vocab = logits.shape[-1]
@@ -175,26 +179,29 @@ def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax
 
 
 def _keep_ended(ended, candidates, ends, penalty):
-    """Returns the best answers among the finished ones and the candidates that end now, best first."""
+    """Returns the best answers of each row, chosen from its finished ones and the candidates that end now.
+
+    As many answers as there are beams are kept, the best first.
+    """
     new = {
         **candidates,
         "scores": jnp.where(ends, candidates["log_probs"] / penalty, -jnp.inf),
         "there": ends,
     }
-    # [batch, beams] and [batch, 2 * beams] -> [batch, 3 * beams], of which `beams` are kept; candidates that
-    # do not end have score -inf
+    # [batch, beams] and [batch, 2 * beams] -> [batch, 3 * beams], of which `beams` are kept. Candidates that do
+    # not end have the score -inf.
     merged = {name: jnp.concatenate([ended[name], new[name]], axis=1) for name in ended}
     _, places = jax.lax.top_k(merged["scores"], ended["scores"].shape[1])
     return {name: _gather(x, places) for name, x in merged.items()}
 
 
 def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Takes items of each row: x [batch, n, ...], places [batch, m] -> [batch, m, ...]."""
+    """Takes, from each row of x [batch, n, ...], the items at `places` [batch, m]: [batch, m, ...]."""
     return jax.vmap(lambda row, chosen: row[chosen])(x, places)
 
 
 def _reorder(cache: dict[str, jax.Array], beams: jax.Array) -> dict[str, jax.Array]:
-    """Gives each beam the keys and values of its parent; `beams` [batch, beams] holds the parents' numbers."""
+    """Gives each beam the keys and values of the beam that it continues, whose index is in `beams`, [batch, beams]."""
 
     def reorder(x):  # [layers, batch * beams, ...]
         by_row = x.reshape(x.shape[0], *beams.shape, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""Computes the exact log probability of each allowed answer of a row, with one encoding for all answers."""
+"""Computes the exact log probability of each given answer of a row, and encodes the row only once."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -33,22 +33,22 @@ WIDTHS = (
     32,
     48,
     64,
-)  # tokens of a decoder row; an answer that is longer makes the decoder rows longer
-CHUNK_TOKENS = 512  # number of tokens on a device for which logits exist at a time
+)  # possible widths of a decoder row in tokens; a longer answer makes the decoder rows of its batch wider
+CHUNK_TOKENS = 512  # number of tokens for which a device keeps logits at a time
 Ids = Sequence[int]
 
 
 class ChoiceScorer:
-    """Scores given answers exactly, by the sum of the log probabilities of their ids under the model.
+    """Scores given answers: an answer's score is the sum of the log probabilities of its ids.
 
-    The input is encoded once, and its keys and values are computed once. The answers of a row are packed
-    into decoder rows of at most 64 tokens, where each answer is a segment, like targets in a training
-    batch. Decoder rows are scored one after the other, and logits exist for 512 tokens at a time, so memory
-    does not grow with the number of answers. A score does not depend on the other answers or on the other
-    rows.
+    Each input is encoded once, and its keys and values are computed once. The answers of an input are packed
+    into decoder rows of at most 64 tokens (more only if an answer is longer). As in a training batch, each
+    answer is a segment of its decoder row. Decoder rows are scored one after the other, and logits exist for
+    at most 512 tokens at a time, so the memory for logits does not grow with the number of answers. A score
+    does not depend on the other answers or on the other inputs.
 
-    The scorer keeps its compiled programs: one for each bucket of input lengths, width of decoder rows
-    and, if a row has more than 64 tokens of answers, number of decoder rows.
+    The scorer keeps its compiled programs, one for each combination of the bucket of input lengths, the width
+    of the decoder rows, and the number of decoder rows for an input.
 
     Example: `ChoiceScorer(config)(params, [[5, 7, 1]], [[[4, 1], [6, 8, 1]]])` is `[array([-2.1, -9.8])]`.
     """
@@ -56,12 +56,12 @@ class ChoiceScorer:
     def __init__(
         self, config: ModelConfig, *, batch_size: int | None = None, mesh: Mesh | None = None
     ):
-        """Compiles nothing yet.
+        """Prepares a scorer. Programs are compiled only when it is called.
 
         Args:
-            config: configuration of the model; dropout is off.
+            config: configuration of the model. Dropout is never applied.
             batch_size: number of inputs to score at once, as for `LabelDecoder`.
-            mesh: holds `params` and cuts the inputs, as for `LabelDecoder`.
+            mesh: mesh over which `params` are placed and the inputs are cut, as for `LabelDecoder`.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self._mesh = mesh
@@ -77,10 +77,11 @@ class ChoiceScorer:
         """Returns the scores of each row's answers.
 
         Args:
-            params: the model's parameters, placed by the mesh if there is one.
-            rows: ids of each input with its end of sequence, without padding; none is empty.
-            answers: for each row, the ids of each answer with its end of sequence; none is empty.
-            on_progress: called with the number of rows of each finished batch.
+            params: parameters of the model, placed over the mesh if there is one.
+            rows: ids of each input, with its end of sequence and without padding. No row may be empty.
+            answers: for each row, its answers, each given as ids with the end of sequence. Each row needs
+                at least one answer.
+            on_progress: a function that is called with the number of rows of each batch when it is scored.
 
         Returns:
             For each row, the natural log of the probability of each answer's ids, [answers] float32.
@@ -89,7 +90,9 @@ class ChoiceScorer:
             ValueError: a row has no ids or no answers, or an answer has no ids.
         """
         if len(rows) != len(answers) or not all(map(len, rows)) or not all(map(len, answers)):
-            raise ValueError("each row needs ids and at least one answer")
+            raise ValueError(
+                "each row needs ids and at least one answer, and each list of answers needs a row"
+            )
         if not all(all(map(len, of_row)) for of_row in answers):
             raise ValueError("each answer needs ids, at least its end of sequence")
         scores: list[np.ndarray] = [np.empty(0, np.float32)] * len(rows)
@@ -103,8 +106,8 @@ class ChoiceScorer:
 
         for places, owners, log_probs in pipelined(started()):
             log_probs = np.asarray(log_probs, np.float64)
-            # Adds up the log probabilities of each answer's ids: owners 1 1 2 0 give sums of padding (0), of
-            # answer 1 and of answer 2.
+            # Adds up the log probabilities of each answer's ids. Owners 1 1 2 0 give three sums: of padding
+            # (0), of answer 1 and of answer 2.
             for i, place in enumerate(places):
                 sums = np.bincount(owners[i].ravel(), log_probs[i].ravel())
                 scores[place] = sums[1:].astype(np.float32)
@@ -119,7 +122,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
     rows_of_device = batch_size // (batch_shards(mesh) if mesh else 1)
 
     def score(params, arrays):
-        """Returns the log probability of each token of [rows, decoder rows, width] targets."""
+        """Returns the log probability of each target token, [rows, decoder rows, width] float32."""
         inputs, targets, segments = arrays
         variables = {"params": params}
         present = (inputs != PAD_ID).astype(jnp.int32)
@@ -131,7 +134,8 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
 
         def one_decoder_row(_, of_row):
             targets, segments = of_row  # [rows, width]
-            # teacher forcing: each answer starts with 0; segments 1 1 2 2 with targets 7 1 8 1 read 0 7 0 8
+            # teacher forcing: the decoder reads 0 at the start of each answer, so segments 1 1 2 2 with
+            # targets 7 1 8 1 read 0 7 0 8
             begins = segments != _shifted(segments)
             ids = jnp.where(begins, PAD_ID, _shifted(targets))
             x: Any = model.apply(variables, ids, segments, cache, present, method="target_states")
@@ -153,12 +157,16 @@ def _shifted(x: jax.Array) -> jax.Array:
 
 
 def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: int) -> jax.Array:
-    """Returns the log probabilities of ids [rows, width] from states [rows, width, embed]: [rows, width] float32.
+    """Returns the log probability of each target id, [rows, width] float32.
 
-    Logits exist for at most `at_once` tokens of each row at a time.
+    Args:
+        x: the decoder's last states, [rows, width, embed].
+        output: the output layer.
+        targets: ids, [rows, width].
+        at_once: number of tokens of each row for which logits may exist at a time.
     """
     width = x.shape[1]
-    # the chunks of a scan have one shape, so the size divides the width: width 48, at most 20 -> 16
+    # all chunks of a scan have the same size, so it must divide the width: width 48, at most 20 -> 16
     size = max(n for n in range(1, width + 1) if width % n == 0 and n <= at_once)
 
     def cut(x):  # [rows, width, ...] -> [width / size, rows, size, ...]
@@ -177,10 +185,14 @@ def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: i
 def _batches(
     rows: Sequence[Ids], answers: Sequence[Sequence[Ids]], batch_size: int
 ) -> Iterator[list[int]]:
-    """Yields the places of rows with similar numbers of decoder rows, input buckets, and answer tokens."""
+    """Yields the places of the rows of each batch.
+
+    Rows with similar numbers of decoder rows, similar input lengths and similar numbers of answer tokens are
+    in the same batch.
+    """
     tokens = [sum(map(len, of_row)) for of_row in answers]
 
-    # negative, so that the largest batch comes first and a lack of memory shows early
+    # negative, so that the largest batch comes first and a lack of memory shows in the first batch
     def size(i: int) -> tuple[int, int, int]:
         return -(tokens[i] // WIDTHS[-1]), -bucket_length(len(rows[i])), -tokens[i]
 
@@ -192,16 +204,21 @@ def _batches(
 def _arrays(
     rows: list[Ids], answers: list[Sequence[Ids]], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns one batch, filled up with rows of zeros.
+    """Returns the arrays of one batch, filled up with rows of zeros.
 
-    Two answers 7 1 and 8 9 1 in one decoder row of 8 have targets 7 1 8 9 1 0 0 0, and segments and owners
-    1 1 2 2 2 0 0 0. In a second decoder row, segments start again at 1, and owners continue.
+    Example: the answers 7 1 and 8 9 1 in one decoder row of width 8 have the targets 7 1 8 9 1 0 0 0, and their
+    segments and their owners are 1 1 2 2 2 0 0 0. In a second decoder row, segments are numbered from 1
+    again, but owners continue with 3.
 
     Returns:
-        inputs [batch_size, bucket]; targets, segments and owners [batch_size, decoder rows, width],
-        all int32: ids, number of the id's answer in its decoder row, and number among the row's answers.
+        inputs: ids of each input, [batch_size, bucket] int32.
+        targets: ids of the answers, [batch_size, decoder rows, width] int32.
+        segments: for each id of `targets`, the index of its answer within the decoder row. It starts at 1,
+            and 0 is padding. The shape is that of `targets`.
+        owners: for each id of `targets`, the index of its answer among all answers of the input. It starts
+            at 1, and 0 is padding. The shape is that of `targets`.
     """
-    # the narrowest width that holds the longest answer and, up to 64 tokens, all answers of a row
+    # the narrowest width into which the longest answer fits and, up to 64 tokens, all answers of an input
     longest = max(len(ids) for of_row in answers for ids in of_row)
     most = max(sum(map(len, of_row)) for of_row in answers)
     needed = max(longest, min(most, WIDTHS[-1]))
@@ -223,7 +240,7 @@ def _arrays(
 
 
 def _pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Packs answers into decoder rows, in order: `_pack([3, 4, 2], 8)` is [[0, 1], [2]]."""
+    """Returns, for each decoder row, the indices of its answers: `_pack([3, 4, 2], 8)` is [[0, 1], [2]]."""
     decoder_rows, used = [[]], 0
     for number, length in enumerate(lengths):
         if used + length > width:
@@ -235,7 +252,7 @@ def _pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _rounded(count: int) -> int:
-    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16, ..., so that few shapes are compiled."""
+    """Rounds `count` up to one of 1, 2, 3, 4, 6, 8, 12, 16, ..., so that few shapes are compiled."""
     power = 1
     while power < count:
         if power > 1 and power * 3 // 2 >= count:

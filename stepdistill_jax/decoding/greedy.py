@@ -1,4 +1,4 @@
-"""Greedy decoding, and a decoder for rows of any length that batches them."""
+"""Greedy decoding, and `LabelDecoder`, which decodes rows of any length in batches."""
 
 import collections
 import dataclasses
@@ -26,7 +26,9 @@ from stepdistill_jax.runtime.chips import chip_of
 
 SMALLEST_BUCKET = 32
 ROWS_PER_DEVICE, FEWEST_ON_GPU = 64, 8
-GATHERED = 1 / 3  # share of a device's memory; the rest is for a training state, caches and logits
+# share of a device's memory that gathered parameters may take; the rest is for a training state, caches and
+# logits
+GATHERED = 1 / 3
 T = TypeVar("T")
 
 
@@ -38,21 +40,23 @@ def greedy_decode(
     max_decode_len: int,
     decoder_prefix: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Takes the most probable token at each step until every row has ended.
+    """Takes the most probable token at each step, until every row has ended or has `max_decode_len` tokens.
 
     Args:
-        params: unboxed parameters of the model.
-        config: its configuration.
-        encoder_input_tokens: [batch, length] int32, 0 is padding. A row of zeros only fills up the batch
-            and is done from the start.
-        max_decode_len: maximum number of tokens of an answer, with the end of sequence.
-        decoder_prefix: ids that the decoder reads before the answer; the results contain neither them
-            nor their probability.
+        params: parameters of the model, unboxed.
+        config: configuration of the model.
+        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding. A row of zeros only
+            fills up the batch and is done from the start.
+        max_decode_len: maximum number of tokens of an answer, including the end of sequence.
+        decoder_prefix: ids that the decoder reads before the answer. The returned ids do not contain
+            them, and the scores do not include their probability.
 
     Returns:
-        ids [batch, max_decode_len] int32, 0 after the end of sequence; scores [batch] float32, the
-        natural log of the probability of the ids, with the end of sequence; finished [batch] bool, false
-        if the answer has no end within `max_decode_len` ids (and for rows of zeros).
+        ids: ids of each answer, followed by zeros after the end of sequence, [batch, max_decode_len] int32.
+        scores: natural log of the probability of each answer's ids, including the end of sequence, [batch]
+            float32.
+        finished: whether the answer reached the end of sequence within `max_decode_len` ids, [batch] bool.
+            It is False for rows of zeros.
     """
     return decode_tokens(
         params,
@@ -69,7 +73,7 @@ class Decoded:
     """Decoded answers, in the order of the input rows.
 
     Attributes:
-        ids: ids of each answer, up to and including the end of sequence if it has one.
+        ids: ids of each answer. If it reached the end of sequence, that is its last id.
         scores: natural log of the probability of each answer's ids, [rows] float32.
         finished: whether each answer reached the end of sequence, [rows] bool.
     """
@@ -80,12 +84,14 @@ class Decoded:
 
 
 def bucket_length(length: int) -> int:
-    """Returns the padded length of a row: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
+    """Rounds a row's length up to its bucket: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
 
-    Few lengths mean few shapes to compile (21 up to 1024). Rounding the longest row up to its bucket makes
-    at most a fifth of a batch padding, except in batches of the shortest rows.
+    Each bucket is a shape to compile, and there are only 21 of them up to length 1024. If a batch's longest
+    row has more than 32 tokens, the rounding makes the batch at most 25% longer. Shorter rows of the batch
+    need further padding.
     """
-    # four buckets between a power of 2 and the next: length 70 has power 64, so multiples of 16, so 80
+    # four buckets between a power of 2 and the next: length 70 is above 64, so it is rounded up to a multiple
+    # of 16, which gives 80
     power = SMALLEST_BUCKET
     while 2 * power < length:
         power *= 2
@@ -97,12 +103,11 @@ def bucketed(
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Yields batches of rows of similar length: (places in `rows`, ids [batch_size, bucket] int32).
 
-    The longest rows come first, so if a batch does not fit into memory, it fails early. The last batch is
-    filled up with rows of zeros.
+    The longest rows come first, so that a lack of memory shows in the first batch. The last batch is filled
+    up with rows of zeros.
     """
-    order = sorted(
-        range(len(rows)), key=lambda i: -len(rows[i])
-    )  # stable: rows of equal length keep their order
+    # `sorted` is stable, so rows of equal length keep their order
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
         batch = np.zeros((batch_size, bucket_length(len(rows[places[0]]))), np.int32)
@@ -119,13 +124,13 @@ def _jit_decode(
     decode_fn: Callable,
     decoder_prefix: tuple[int, ...],
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the compiled function of a `LabelDecoder`; equal decoders in a process share it.
+    """Returns the compiled function of a `LabelDecoder`.
 
-    So a service that calls `predict` repeatedly compiles once, and the traces that JAX keeps do not
-    accumulate.
+    Equal decoders in a process share it. So a service that calls `predict` repeatedly compiles only once, and
+    the traces that JAX keeps do not accumulate.
     """
     options: dict[str, Any] = {"max_decode_len": max_decode_len}
-    # only if there is one: a decode function of a user need not take a prefix
+    # passed only if there is a prefix, since a user's decode function need not have this argument
     if decoder_prefix:
         options["decoder_prefix"] = decoder_prefix
 
@@ -136,12 +141,12 @@ def _jit_decode(
 
 
 def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
-    """Compiles `fn(params, arrays)` for a tree of arrays [rows, ...]; each device gets all results.
+    """Compiles `fn(params, arrays)` for a tree of arrays [rows, ...]. Each device gets all results.
 
-    Matrices are cast to `dtype` once, not at each token. Under a mesh whose devices have different rows,
-    each device also gathers the parameters once and decodes its rows independently. With GSPMD alone,
+    Matrices are cast to `dtype` once, not at each token. If the devices of the mesh have different rows,
+    each device gathers the parameters once and decodes its rows independently. With GSPMD alone, the
     devices would gather the parameters at each token, ask each other whether all rows are done, and gather
-    the logits of beams. GSPMD alone is used only if gathered parameters would take more than `GATHERED` of
+    the logits of beams. GSPMD alone is used only if the gathered parameters would take more than a third of
     a device's memory.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
@@ -157,8 +162,7 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
     def spread(params, arrays):
         params = cast(params)
-        # With `fsdp`, the rows are cut over the axis that also cuts the parameters, so each device must gather
-        # all of them.
+        # With `fsdp`, one axis cuts both the rows and the parameters, so each device must gather all parameters.
         if not own_rows or (mesh.shape["fsdp"] > 1 and not _fits(params, mesh)):
             return fn(params, arrays)
         rows = PartitionSpec(tuple(own_rows))
@@ -175,14 +179,17 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
 
 def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
-    """Casts a float32 parameter to `dtype` if it is a matrix; bfloat16 halves the bytes to read and send."""
+    """Casts a parameter to `dtype` if it is a float32 matrix. bfloat16 halves the bytes to read and to send."""
     # norm scales and position biases are used in float32
     is_matrix = path[-1].key.endswith(("kernel", "embedder")) and x.dtype == np.float32
     return x.astype(dtype) if is_matrix else x
 
 
 def _fits(params: Any, mesh: Mesh) -> bool:
-    """Returns whether all parameters fit into `GATHERED` of a device's memory; false for an unknown accelerator."""
+    """Returns whether all parameters, gathered, take less than a third of a device's memory.
+
+    On CPUs of unknown memory it returns True, and on other devices of unknown memory False.
+    """
     device = mesh.devices.flat[0]
     # reads the memory from a table, not from the device, since all processes must trace the same program
     chip = chip_of(device.device_kind)
@@ -191,7 +198,10 @@ def _fits(params: Any, mesh: Mesh) -> bool:
 
 
 def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:
-    """Starts a function from `jit_over_rows` on this process's arrays."""
+    """Calls a function that `jit_over_rows` returned, without waiting for its results.
+
+    `arrays` is a tree of NumPy arrays [rows, ...], which must be the same in each process.
+    """
     if mesh is None:
         return fn(params, arrays)
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_AXIS_RULES):
@@ -199,9 +209,10 @@ def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) ->
 
 
 def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
-    """Yields started items in order; yields an item only after `ahead` later items have been started.
+    """Yields the items of an iterator in order, but each only after the next `ahead` items have been started.
 
-    With one batch queued, the device does not wait for the host.
+    Taking an item from the iterator starts its computation. With one further batch queued, the device does
+    not wait for the host.
     """
     queue = collections.deque()
     for item in started:
@@ -213,11 +224,12 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 
 
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
-    """Returns the number of rows to decode at once: `batch_size`, or 64 for each part of the batch.
+    """Returns the number of rows to decode at once.
 
-    The number is rounded up to a multiple of the parts into which a mesh cuts a batch. A GPU decodes at least
-    8 rows in each part: XLA pads each product of fewer rows separately, and computes a single row without
-    tensor cores, with 1.5 times as many operations.
+    A mesh cuts a batch into equal parts, one for each device along the batch axes; without a mesh, there is
+    one part. The number is `batch_size`, or 64 rows for each part if that is None. It is rounded up so that
+    all parts are equal. On a GPU, each part has at least 8 rows, since XLA pads the rows of each smaller
+    matmul separately, and computes a single row without tensor cores and with 1.5 times as many operations.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
@@ -227,13 +239,13 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
 
 
 class LabelDecoder:
-    """Decodes any number of rows of ids, in any order and of any length; greedy by default.
+    """Decodes any number of rows of ids, in any order and of any length. It is greedy by default.
 
-    It keeps its compiled programs, one for each bucket of input lengths. A row's answer does not depend
-    on the other rows.
+    A `LabelDecoder` keeps its compiled programs, one for each bucket of input lengths. The answer of a row
+    does not depend on the other rows.
 
-    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`; with beams:
-    `LabelDecoder(..., decode_fn=functools.partial(beam_search, num_beams=4))`.
+    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids` decodes two rows. For
+    beam search, add `decode_fn=functools.partial(beam_search, num_beams=4)`.
     """
 
     def __init__(
@@ -246,20 +258,20 @@ class LabelDecoder:
         decode_fn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = greedy_decode,
         decoder_prefix: Sequence[int] = (),
     ):
-        """Compiles nothing yet.
+        """Prepares a decoder. Programs are compiled only when it is called.
 
         Args:
-            config: configuration of the model; dropout is off.
-            max_decode_len: maximum number of tokens of an answer, with the end of sequence.
-            batch_size: number of rows to decode at once. It is rounded up to fill the batch axes of a
-                mesh, and on a GPU to at least 8. None means 64 for each part of a batch.
-            mesh: holds `params` and cuts the rows; None means the default device. With several
-                processes, each must pass the same rows, and each gets all answers.
+            config: configuration of the model. Dropout is never applied.
+            max_decode_len: maximum number of tokens of an answer, including the end of sequence.
+            batch_size: number of rows to decode at once; `rows_at_once` describes how it is rounded up. None
+                means 64 rows for each part of a batch.
+            mesh: mesh over which `params` are placed and the rows are cut; None means the default device.
+                With several processes, each must pass the same rows, and each gets all answers.
             decode_fn: a function with the signature of `greedy_decode` (params, config,
-                encoder_input_tokens, max_decode_len=...) that returns the same three arrays; it runs
-                under `jax.jit`.
-            decoder_prefix: ids that the decoder reads before the answer (an objective's
-                `decoder_prefix`); passed to `decode_fn` if there are any.
+                encoder_input_tokens, max_decode_len=...) that returns the same three arrays. It is traced by
+                `jax.jit`.
+            decoder_prefix: ids that the decoder reads before the answer, as in an objective's
+                `decoder_prefix`. If it is empty, `decode_fn` does not get this argument.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self.max_decode_len = max_decode_len
@@ -275,15 +287,17 @@ class LabelDecoder:
         """Decodes `rows`.
 
         Args:
-            params: the model's parameters, placed by the mesh if there is one.
-            rows: ids of each input with its end of sequence, without padding; none is empty.
-            on_progress: called with the number of rows of each finished batch.
+            params: parameters of the model, placed over the mesh if there is one.
+            rows: ids of each input, with its end of sequence and without padding. No row may be empty.
+            on_progress: a function that is called with the number of rows of each batch when it is decoded.
 
         Raises:
             ValueError: a row has no ids.
         """
         if not all(map(len, rows)):
-            raise ValueError(f"row {[len(r) for r in rows].index(0)} has no ids")
+            raise ValueError(
+                f"row {[len(r) for r in rows].index(0)} has no ids; an input needs at least one"
+            )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
         )

@@ -1,4 +1,4 @@
-"""Samples answers; a row's draw depends only on the key and the row."""
+"""Samples answers. The draw of a row depends only on the random key and the row's ids."""
 
 import functools
 from collections.abc import Sequence
@@ -25,24 +25,25 @@ def sample_decode(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Samples answers from the model's distribution, which shows how its answers vary.
+    """Samples an answer for each row from the model's distribution.
 
-    No command samples, since a label should be the likeliest answer. In Python, use `LabelDecoder(...,
-    decode_fn=functools.partial(sample_decode, rng=jax.random.key(0)))`. A row's draw depends only on `rng`
-    and the row's ids, not on the batch, its order or its padding. So equal rows get equal answers, and
+    No command uses sampling, since a label should be the likeliest answer. In Python, use `LabelDecoder(...,
+    decode_fn=functools.partial(sample_decode, rng=jax.random.key(0)))`. The draw of a row depends only on
+    `rng` and the row's ids, not on the batch, its order or its padding. So equal rows get equal answers, and
     another draw needs another key.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         rng: a key of `jax.random`.
-        temperature: divides the logits; above 0.
+        temperature: number above 0 by which the logits are divided.
         top_k: only the `top_k` likeliest tokens (and tokens tied with the last of them) can be drawn;
-            0 means all.
-        top_p: among these, only the likeliest tokens that together have this probability can be drawn,
-            at least one; 1 means all.
+            0 means all tokens.
+        top_p: of the tokens that `top_k` leaves, only the smallest set of likeliest tokens whose total
+            probability reaches `top_p` can be drawn. This is at least one token; 1 means all.
 
     Returns:
-        The same arrays as `greedy_decode`: ids, scores (at temperature 1, over all tokens), and finished.
+        The arrays (ids, scores, finished) that `greedy_decode` describes. The scores are log probabilities
+        at temperature 1, without `top_k` and `top_p`.
 
     Raises:
         InputError: `temperature`, `top_k` or `top_p` is out of range.
@@ -54,7 +55,7 @@ def sample_decode(
 
     def choose(logits, index, places):
         allowed = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-        # places, not positions in the loop: a row has the same key after the loop has been shortened
+        # `places` are places in the whole batch, so a row keeps its key when the loop goes on with fewer rows
         now = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys[places], index)
         return jax.vmap(jax.random.categorical)(now, allowed)
 
@@ -69,9 +70,9 @@ def sample_decode(
 
 
 def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Divides logits [..., vocab] by `temperature` and sets tokens that cannot be drawn to -inf.
+    """Divides logits [..., vocab] by `temperature`, and sets the logits of tokens that cannot be drawn to -inf.
 
-    Applies the three options in the same order and with the same meaning as transformers
+    The three options have the same meaning as in transformers and are applied in the same order
     (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`).
     """
     logits = logits / temperature
@@ -79,7 +80,8 @@ def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: f
         last = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < last, -jnp.inf, logits)
     if top_p < 1:
-        # probabilities .2 .5 .3 and top_p .6: order 1 2 0, likelier 0 .5 .8, so ids 1 and 2 can be drawn
+        # probabilities .2 .5 .3 and top_p .6: `order` is 1 2 0, `likelier` is 0 .5 .8, so ids 1 and 2 can be
+        # drawn
         order = jnp.argsort(-logits, axis=-1)
         probs = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
         likelier = jnp.cumsum(probs, axis=-1) - probs  # probability of all tokens before this one
@@ -91,7 +93,7 @@ def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: f
 
 
 def row_keys(rng: jax.Array, encoder_input_tokens: jax.Array) -> jax.Array:
-    """Returns a key for each row [batch], computed from `rng` and the row's ids without padding."""
+    """Returns a random key for each row, [batch], computed from `rng` and the row's ids without padding."""
     # with JAX's other generators, a row's bits depend on its batch; with threefry they do not
     threefry = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
     rng = threefry(jax.random.bits(rng, (2,), jnp.uint32))

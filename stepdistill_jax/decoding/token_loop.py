@@ -1,4 +1,7 @@
-"""Start, step and loop over tokens, shared by greedy decoding and sampling; beam search shares the first two."""
+"""Decodes token by token: the start, the step and the loop of greedy decoding and of sampling.
+
+Beam search uses the same start and step, but has its own loop.
+"""
 
 import dataclasses
 import functools
@@ -16,10 +19,11 @@ from stepdistill_jax.models.sharding import traced_device, traced_platform
 from stepdistill_jax.models.unrolled import unrolled
 from stepdistill_jax.runtime.chips import chip_of
 
-# When a quarter of the rows or fewer are unfinished, they are gathered into a batch of that size, if it has
-# at least 8 rows. This happens at most twice, since each size compiles one more step.
+# When at most a quarter of the rows are unfinished, they are gathered into a batch of a quarter of the size,
+# unless that is below 8 rows. This happens at most twice, since each size compiles one more step.
 FEWER, FEWEST, SMALLER_SIZES = 4, 8, 2
-KEPT = 1 / 8  # share of a GPU's memory for keys and values that are kept only for speed
+# share of a GPU's memory that keys and values of the inputs may take if they only save time
+KEPT = 1 / 8
 
 Memory = dict[str, Any]
 
@@ -28,13 +32,15 @@ class Start(NamedTuple):
     """The initial state of a loop over tokens.
 
     Attributes:
-        step: (ids [batch * beams] of the previous position, cache, memory, scalar position) -> logits
-            [batch * beams, vocab] float32 and the cache with that position filled in.
-        cache: keys and values of self-attention, [layers, batch * beams, ...] from `start_cache`. It
-            holds the positions of a decoder prefix, filled in, and `max_decode_len` more.
-        memory: the encoded inputs, which never change.
-        last: ids of the position before the first, [batch * beams] int32.
-        filler: true for rows of zeros, which only fill up the batch and have no answer; [batch] bool.
+        step: a function of (ids of the previous position [batch * beams], cache, memory, scalar position).
+            It returns the logits of the position, [batch * beams, vocab] float32, and the cache with the
+            position filled in.
+        cache: keys and values of self-attention from `start_cache`, [layers, batch * beams, ...]. It has
+            the positions of the decoder prefix, already filled in, and `max_decode_len` further positions.
+        memory: the encoded inputs, or their keys and values. It never changes.
+        last: the ids that the decoder reads at the first position of the answer, [batch * beams] int32.
+        filler: whether a row has only zeros, so that it only fills up the batch and has no answer,
+            [batch] bool.
     """
 
     step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]
@@ -53,15 +59,17 @@ def start(
     beams: int = 1,
     decoder_prefix: Sequence[int] = (),
 ) -> Start:
-    """Encodes the inputs, once for each row whatever the number of beams, and fills in the decoder prefix.
+    """Encodes the inputs and fills in the decoder prefix.
+
+    Each input is encoded only once, whatever the number of beams.
 
     Args:
-        params: unboxed parameters of the model.
-        config: its configuration.
-        encoder_input_tokens: [batch, length] int32, 0 is padding.
-        max_decode_len: number of positions of an answer.
+        params: parameters of the model, unboxed.
+        config: configuration of the model.
+        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding.
+        max_decode_len: maximum number of tokens of an answer.
         beams: number of decoder rows for each input; the beams of an input are adjacent.
-        decoder_prefix: ids that the decoder reads before the answer, and that are not part of it.
+        decoder_prefix: ids that the decoder reads before the answer. They are not part of the answer.
     """
     gpu = _gpu()
     if gpu:
@@ -75,9 +83,9 @@ def start(
     encoded = in_row_blocks(encode, encoder_input_tokens, segments)
     given = len(decoder_prefix)
     # Computing keys and values of the inputs pays off if enough queries read them. `Attention.over_states`
-    # states the number by operations; half of it is enough, since the products of `over_states` are small.
-    # A GPU reads keys and values as fast as the states, in one kernel instead of nine, so it keeps them
-    # where they fit. A TPU holds the states in its own fast memory.
+    # gives the number of queries at which the operations break even. Half of it is enough, since the small
+    # matmuls of `over_states` are slow. A GPU reads keys and values as fast as the states, and in one kernel
+    # instead of nine, so it keeps them where they fit. A TPU keeps the states in its own fast memory.
     side = config.decoder
     worth = side.head_dim * side.num_kv_heads // side.num_heads
     cross = 2 * beams * (given + max_decode_len) > worth
@@ -123,12 +131,15 @@ def start(
 
 
 def _gpu() -> str | None:
-    """Returns the kind of GPU that the traced program is for, or None for another device."""
+    """Returns the kind of GPU that the traced program is for, or None if it is for another kind of device."""
     return traced_device().device_kind if traced_platform() == "gpu" else None
 
 
 def _has_room(config: ModelConfig, encoded: jax.Array, kind: str) -> bool:
-    """Returns whether keys and values of `encoded`, in all layers, fit into `KEPT` of the GPU's memory."""
+    """Returns whether the keys and values of `encoded`, for all layers, fit into 1/8 of the GPU's memory.
+
+    Returns False if the memory or the size of the batch is not known.
+    """
     chip, (batch, length, _) = chip_of(kind), encoded.shape
     if chip is None or not isinstance(batch, int) or not isinstance(length, int):
         return False
@@ -146,18 +157,19 @@ def decode_tokens(
     max_decode_len: int,
     decoder_prefix: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Decodes one token at a time until every row has ended; never revises a token.
+    """Decodes one token at a time until every row has ended or has `max_decode_len` tokens.
 
-    Most labels are short, and the longest label of a batch would keep all rows in the loop. When few
-    rows are unfinished, they are gathered into a smaller batch and continue alone.
+    Most labels are short, but without further measures, the longest label of a batch would keep all rows in
+    the loop. So when few rows are unfinished, they are gathered into a smaller batch and continue alone.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        choose: (logits [rows, vocab] float32, scalar position, places [rows] of these rows in the
-            batch) -> ids [rows].
+        choose: a function that chooses the next token of each row of the loop. It gets the logits,
+            [rows, vocab] float32, the scalar position and the places of these rows in the batch, [rows]. It
+            returns the chosen ids, [rows].
 
     Returns:
-        ids, scores and finished, as described in `greedy_decode`.
+        The arrays (ids, scores, finished) that `greedy_decode` describes.
     """
     batch = encoder_input_tokens.shape[0]
     begin = start(
@@ -178,7 +190,7 @@ def decode_tokens(
     def body(state):
         logits, cache = begin.step(state["last"], state["cache"], memory, state["index"])
         chosen = choose(logits, state["index"], places).astype(jnp.int32)
-        # the log softmax of the chosen id only; no second array [rows, vocab] is written
+        # the log softmax of the chosen id only, so that no second array [rows, vocab] is written
         log_prob = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
         log_prob -= jax.nn.logsumexp(logits, axis=-1)
         # a row that is done stays in the batch: it gets padding, and its score no longer changes
@@ -200,7 +212,8 @@ def decode_tokens(
             places, memory = places[rows], _take_rows(memory, rows)
             index = state.pop("index")
             state = {**_take_rows(state, rows), "index": index}
-        # 64 rows, sizes [64, 16]: the first loop ends when 16 or fewer rows are unfinished, the second at 0
+        # 64 rows, sizes [64, 16]: the first loop ends when 16 or fewer rows are unfinished, the second when
+        # all have finished
         enough = sizes[i + 1] if i + 1 < len(sizes) else 0
 
         def unfinished(state, enough=enough):
@@ -214,9 +227,9 @@ def decode_tokens(
 
 
 def _sizes(batch: Any) -> list[int]:
-    """Returns the numbers of rows in the loop, at the start and as rows finish: `_sizes(64)` is [64, 16].
+    """Returns the row counts of the loop: the whole batch, and then the smaller batches of unfinished rows.
 
-    A batch of symbolic size (`jax.export`) has only one.
+    Example: `_sizes(64)` is [64, 16]. If the batch size is symbolic (`jax.export`), it is the only count.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:
@@ -225,7 +238,7 @@ def _sizes(batch: Any) -> list[int]:
 
 
 def _take_rows(arrays: dict[str, Any], rows: jax.Array) -> dict[str, Any]:
-    """Takes the given rows of each array; in arrays with a layer axis, axis 1 holds the rows."""
+    """Takes the given rows of each array. Rows are axis 1 of arrays with a layer axis, and axis 0 of all others."""
 
     def take(name: str, x: Any) -> Any:
         axis = 1 if name == "cache" or name.startswith("cross") else 0

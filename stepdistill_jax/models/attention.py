@@ -1,7 +1,7 @@
 """Attention over segments: one function for all implementations.
 
-The function makes the mask itself, from the segments of queries and keys, and all rows share a relative
-bias. So neither an array [batch, heads, q, k] nor a gradient of that shape passes from layer to layer.
+`attention` makes the mask itself, from the segments of queries and keys, and all rows share one relative bias.
+So no layer has to pass on an array [batch, heads, q, k], or a gradient of that shape.
 """
 
 import flax.linen as nn
@@ -36,37 +36,39 @@ def attention(
     scale: float = 1.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
+    """Returns, for each query, the mean of the values that it sees, weighted by the softmax of its scores.
 
     A query sees the keys of its own segment. A score is scale x (query . key), capped by `softcap`,
     plus the bias. If a query sees no key, its result is finite and has no meaning.
 
     Args:
-        q: [batch, q, heads, d].
-        k: [batch, k, kv_heads, d]; `kv_heads` divides `heads`, and head i reads i // (heads / kv_heads).
-        v: the shape of `k`.
-        relative_bias: [1, heads, q, k] float32, added to the scores.
-        query_segments: [batch or 1, q or 1] int32.
-        key_segments: [batch or 1, k] int32; 0 is padding and is never seen.
-        causal: a query does not see keys at later places.
-        dropout_rate: share of the weights that becomes 0; 0 <= rate < 1.
-        dropout_rng: None turns dropout off.
-        dropout_broadcast: all queries of a head share one mask; with fewer `kv_heads`, all queries that
-            read the same values do.
-        softcap: a score s becomes softcap x tanh(s / softcap).
-        window: a query sees keys less than this many places away.
-        scale: 1 in T5, whose initial query kernel contains 1 / sqrt(d).
-        implementation: one of `config.ATTENTIONS`. "xla" is plain operations that XLA fuses; "pallas" is
-            one kernel, which a CPU interprets in tests. A few queries, as in decoding, always use plain
-            operations. "auto" means "xla" here: `training.attention_choice` resolves it earlier.
+        q: queries, [batch, q, heads, d].
+        k: keys, [batch, k, kv_heads, d]. `kv_heads` divides `heads`, and query head i reads the key head
+            i // (heads / kv_heads).
+        v: values, in the shape of `k`.
+        relative_bias: bias that is added to the scores, [1, heads, q, k] float32.
+        query_segments: segments of the queries, [batch or 1, q or 1] int32.
+        key_segments: segments of the keys, [batch or 1, k] int32. Segment 0 is padding, which no query sees.
+        causal: whether a query does not see keys at later places.
+        dropout_rate: share of the weights that dropout sets to 0; 0 <= rate < 1.
+        dropout_rng: a key of `jax.random`; None turns dropout off.
+        dropout_broadcast: whether all queries that read the same values share one dropout mask. These are the
+            queries of one head or, with fewer `kv_heads`, of a group of heads.
+        softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
+        window: a query sees only keys that are less than this many places away; None means all.
+        scale: factor of the scores. It is 1 in T5, whose initial query kernel contains 1 / sqrt(d).
+        implementation: one of `config.ATTENTIONS`. "xla" means plain operations, which XLA fuses. "pallas"
+            means one kernel, which a CPU interprets in tests. If there are only a few queries, as in decoding,
+            or if the kernel does not support an option, plain operations are always used. "auto" means "xla"
+            here, since `training.attention_choice` replaces it earlier.
 
     Returns:
-        [batch, q, heads, d] in the dtype of `v`.
+        The means, [batch, q, heads, d], in the dtype of `v`.
     """
     if implementation not in ATTENTIONS:
         raise ValueError(f"implementation must be one of {ATTENTIONS}, not {implementation!r}")
     if dropout_broadcast and dropout_rng is not None:
-        # where all queries lose the same keys, weights of 0 equal values of 0
+        # if dropout drops the same keys for all queries, it can set values to 0 instead of weights
         v, dropout_rng = _dropped_values(v, dropout_rate, dropout_rng), None
     plain = softcap is None and window is None and scale == 1.0 and q.shape[2] == k.shape[2]
     # The length is compared last: in an exported program it is a symbol, whose comparison may fail.
@@ -88,32 +90,32 @@ def attention(
     mask = seen(query_segments, key_segments)
     if causal or window is not None:
         mask &= _near(q.shape[1], k.shape[1], causal, window)
-    # float32 up to here; in bfloat16 the product with the values reads half of the bytes
+    # weights are float32 up to here; in bfloat16, the matmul with the values reads half of the bytes
     weights = masked_softmax(scores, mask).astype(v.dtype)
     weights = dropout(weights, dropout_rate, dropout_rng, broadcast=False)
-    # the name that a kernel's output has, too (`stacks.scan_layers` refers to it)
+    # the output of a kernel has the same name, to which `stacks.scan_layers` refers
     return checkpoint_name(_mixed(weights, v), ATTENTION_OUTPUT)
 
 
 def shaped_scores(scores: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    """Scales and caps scores in float32; without scale and cap, returns them unchanged."""
+    """Scales and caps scores in float32. If neither is needed, the scores are returned unchanged."""
     if scale == 1.0 and softcap is None:
         return scores
     return softcapped(scores.astype(jnp.float32) * scale, softcap)
 
 
 def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
-    """Returns softcap x tanh(x / softcap), which lies between -softcap and softcap; None returns x.
+    """Returns softcap x tanh(x / softcap), which lies between -softcap and softcap.
 
-    Gemma Team 2024 (arXiv:2408.00118, section 2).
+    If `softcap` is None, x is returned unchanged. See Gemma Team 2024 (arXiv:2408.00118, section 2).
     """
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
-    """Sets a share of the values [batch, k, heads, d] to 0, for all queries of a head.
+    """Applies dropout to values [batch, k, heads, d]: the values of some keys become 0, the others are scaled up.
 
-    Equals weights of 0, but needs no mask as large as the weights.
+    For attention, this has the same effect as weights of 0, but it needs no mask as large as the weights.
     """
     batch, keys, heads, _ = v.shape
     # the mask of `dropout` for weights [batch, heads, q, k] that all q share: [batch, heads, 1, k]
@@ -123,11 +125,14 @@ def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _plus_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
-    """Adds [1, heads, q, k] to [batch, heads, q, k]; its gradient is a sum over the batch."""
+    """Adds a bias [1, heads, q, k] to scores [batch, heads, q, k].
+
+    The gradient of the bias is a sum over the batch, computed by `cpu_speed.sum_over_rows`.
+    """
     return scores + bias
 
 
-# JAX's own gradient is the same sum, which takes long on a CPU (`cpu_speed.sum_over_rows`)
+# JAX's own gradient is the same sum, but slow on a CPU
 _plus_bias.defvjp(
     lambda scores, bias: (scores + bias, None),
     lambda _, gradient: (gradient, sum_over_rows(gradient)),
@@ -137,30 +142,31 @@ _plus_bias.defvjp(
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the softmax over the keys where `mask` is true: [batch, heads, q, k] float32.
 
-    Adds the mask to the scores. With `jnp.where`, JAX would hoist arrays as large as the scores out of the
-    loop over layers, and each layer would read them.
+    The mask is added to the scores, as 0 or -1e9. With `jnp.where`, JAX would compute arrays as large as the
+    scores before the loop over layers, and each layer would read them.
 
     Args:
-        scores: [batch, heads, q, k].
-        mask: [batch or 1, 1, q or 1, k] bool.
+        scores: scores, [batch, heads, q, k].
+        mask: which keys each query sees, [batch or 1, 1, q or 1, k] bool.
     """
     hidden = (~mask).astype(jnp.float32) * NEG_INF
     return nn.softmax(scores.astype(jnp.float32) + hidden, axis=-1)
 
 
 def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """Returns which keys each query sees, [batch, 1, q, k] bool, from segments [batch, q] and [batch, k].
+    """Returns which keys each query sees, [batch, 1, q, k] bool, given the segments [batch, q] and [batch, k].
 
-    A query sees the keys of its segment, except padding.
+    A query sees the keys of its own segment. No query sees padding.
     """
-    # query segments 1 2 0 and key segments 1 1 0: rows 1 1 0, 0 0 0 and 0 0 0
+    # query segments 1 2 0 and key segments 1 1 0: the first query sees 1 1 0, the others 0 0 0
     same = query_segments[:, :, None] == key_segments[:, None, :]
     return (same & (key_segments > 0)[:, None, :])[:, None]
 
 
 def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None) -> jax.Array:
-    """Returns the part of the mask that depends on places only: [1, 1, q, k] bool."""
-    # ahead[i, j] = j - i, so query 2 has -2 -1 0 1 to four keys. Causal with a window of 2: keys 1 and 2
+    """Returns the part of the mask that depends only on the places of queries and keys, [1, 1, q, k] bool."""
+    # ahead[i, j] = j - i, so for query 2 and four keys it is -2 -1 0 1. If causal with a window of 2, query 2 sees
+    # the keys 1 and 2.
     ahead = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
     mask = ahead <= 0 if causal else jnp.full(ahead.shape, True)
     if window is not None:
@@ -169,10 +175,14 @@ def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns q [batch, q, heads, d] times k [batch, k, kv_heads, d]: [batch, heads, q, k] float32.
+    """Returns the scores (query . key), [batch, heads, q, k] float32.
 
-    With bfloat16 inputs, scores are rounded to bfloat16. The softmax runs in float32, since sums over
-    long inputs would lose digits.
+    If q and k are bfloat16, the scores are rounded to bfloat16 before they become float32. The softmax is
+    computed in float32, since sums over long inputs would otherwise lose digits.
+
+    Args:
+        q: queries, [batch, q, heads, d].
+        k: keys, [batch, k, kv_heads, d].
     """
     precision = precision_of(q.dtype)
     batch, queries, heads, width = q.shape
@@ -187,7 +197,12 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _mixed(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns means of v [batch, k, kv_heads, d] by weights [batch, heads, q, k]: [batch, q, heads, d]."""
+    """Returns weighted sums of values, [batch, q, heads, d].
+
+    Args:
+        weights: weight of each value for each query, [batch, heads, q, k].
+        v: values, [batch, k, kv_heads, d].
+    """
     precision = precision_of(v.dtype)
     batch, heads, queries, keys = weights.shape
     kv_heads, width = v.shape[2:]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import keep, number, one_of, refused, whole
 
-# Far above every published model, and small enough to refuse an absurd config.json before its layers are
+# These limits are far above every published model. They refuse an absurd config.json before its layers are
 # named or 32 bits overflow.
 MAX_SIZE, MAX_LAYERS = 2**24, 1000
 MAX_LENGTH = 2**16  # ids of an input or of an answer
@@ -23,18 +23,18 @@ OLD_REMAT_POLICIES = {"none": "elementwise"}  # in configs and `run.json` of old
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: a rank for each projection, 0 for no adapter (Hu et al. 2021, arXiv:2106.09685).
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a rank for each projection, where 0 means no adapter.
 
     The fields have the names of the parameter tree. A rank applies to every layer of encoder and decoder.
 
     Attributes:
-        query, key, value, out: rank in self-attention and in attention to the encoder.
-        wi: rank of the feed-forward block's first projection, or of both in a gated block.
-        wo: rank of the feed-forward block's second projection.
+        query, key, value, out: rank for this projection in self-attention and in attention to the encoder.
+        wi: rank for the feed-forward block's input projection, or for each of the two in a gated block.
+        wo: rank for the feed-forward block's output projection.
         alpha: an adapter's output is multiplied by alpha / rank.
 
     Raises:
-        InputError: a rank is not a whole number of at least 0, no rank is above 0, or alpha is not.
+        InputError: a rank is not a whole number of at least 0, all ranks are 0, or alpha is not above 0.
     """
 
     query: int = 0
@@ -59,17 +59,20 @@ class Side:
 
     Attributes:
         emb_dim: model width.
-        num_heads, num_kv_heads, head_dim: query heads, heads of keys and values, width of each head.
-            Query head i reads the keys and values of head i // (num_heads / num_kv_heads).
+        num_heads: number of query heads.
+        num_kv_heads: number of heads of keys and values. Query head i reads the keys and values of head
+            i // (num_heads / num_kv_heads).
+        head_dim: width of each head.
         mlp_dim: feed-forward width.
-        num_layers: depth.
-        score_scale: factor of (query . key).
+        num_layers: number of layers.
+        score_scale: factor by which (query . key) is multiplied.
         score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
-        windows: for each layer, how many tokens self-attention reaches back (and, in an encoder, ahead);
-            0 means all. None means all in every layer.
-        rope_theta: base of the rotary position embedding; None for a model without it.
-        init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule, which
-            depends on the widths of each.
+        windows: for each layer, how many tokens back (and, in an encoder, also ahead) self-attention
+            reaches, as in Hugging Face (`stacks.windows_of`). 0 means all tokens. None means all tokens in
+            every layer.
+        rope_theta: base of the rotary position embedding; None if the model has none.
+        init_stddev: standard deviation of initial kernels and embeddings. None means T5's rule, by which
+            it depends on the widths of each kernel.
 
     Raises:
         InputError: a size is out of bounds, or the key/value heads do not divide the heads.
@@ -96,9 +99,15 @@ class Side:
                 f"`num_kv_heads`: {self.num_kv_heads} does not divide the {self.num_heads} heads"
             )
         if self.rope_theta is not None and self.head_dim % 2:
-            raise refused("head_dim", "even, since rotary positions turn pairs", self.head_dim)
+            raise refused(
+                "head_dim", "even, since rotary positions rotate pairs of features", self.head_dim
+            )
         if self.windows is not None and len(self.windows) != self.num_layers:
-            raise refused("windows", f"one for each of {self.num_layers} layers", self.windows)
+            raise refused(
+                "windows",
+                f"a tuple with one window for each of {self.num_layers} layers",
+                self.windows,
+            )
 
     @property
     def joined_kv(self) -> int:
@@ -108,38 +117,39 @@ class Side:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(abc.ABC):
-    """Everything that code outside a family's module knows about a model.
+    """Configuration of a model. Code outside a family's module only uses what is declared here.
 
-    A family is a subclass in its own module and a row of `models.families.FAMILIES`. A row of
-    `formats.config_json` and a row of `formats.parameter_names` describe its files. All families use the
-    module `models.encoder_decoder.EncoderDecoder`.
+    To define a family, its module has a subclass of this class, and `models.families.FAMILIES` has an entry for
+    it. An entry in `formats.config_json` and one in `formats.parameter_names` describe the family's files. All
+    families use the same Flax module, `models.encoder_decoder.EncoderDecoder`.
 
     Attributes:
-        vocab_size: number of rows of an embedding; at least the number of the vocabulary's pieces.
+        vocab_size: number of rows of an embedding, at least the number of the vocabulary's pieces.
         mlp_activations: `("relu",)` in T5 v1.0; `("gelu", "linear")`, the gated tanh gelu, in v1.1 and
             Gemma; `("silu", "linear")` in UL2.
-        dropout_rate: for embeddings, attention weights, and the output of each block; 0 to 1.
-        dropout_broadcast: all positions of a row share one dropout mask (`models.dropout`).
-        layer_norm_epsilon: added to the mean of squares.
-        logits_via_embedding: the decoder's embedding is also the output layer.
+        dropout_rate: rate of the dropout on embeddings, on attention weights, inside feed-forward blocks, and
+            on the output of each block and of each stack. At least 0 and below 1.
+        dropout_broadcast: whether all positions of a row share one dropout mask (`models.dropout`).
+        layer_norm_epsilon: number that a norm adds to the mean of squares.
+        logits_via_embedding: whether the decoder's embedding is also the output layer.
         logits_softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
-        dtype: type of activations, `float32` or `bfloat16`; parameters are always float32.
-        attention: how attention is computed, `auto`, `xla` or `pallas` (`models.attention`).
-        remat_policy: what the backward pass recomputes: `elementwise` (norms, softmax, activations and
-            dropout masks, but no products; `none` is its old name), `minimal` (all but the products with
-            weights), `full` (everything inside a layer).
-        scan_layers: layers are a loop that is compiled once; false unrolls it. Parameters are stacked
-            either way.
-        lora: adapters of the projections; None for the plain model. Only the plain model can decode
-            (`models.lora.merge`).
-        quantized: kernels are int8 with a scale for each output; for decoding only
+        dtype: type of activations, `float32` or `bfloat16`. Parameters are always float32.
+        attention: how attention is computed: `auto`, `xla` or `pallas` (`models.attention`).
+        remat_policy: what the backward pass recomputes. `elementwise` recomputes norms, softmax, activations
+            and dropout masks, but no matmuls (its old name is `none`). `minimal` recomputes everything except
+            the matmuls with weights. `full` recomputes everything inside a layer.
+        scan_layers: whether the layers are a loop whose body is compiled once. If False, the loop is
+            unrolled. In both cases, the parameters of the layers are stacked.
+        lora: adapters of the projections; None for a model without adapters. A model with adapters cannot
+            decode before they are merged (`models.lora.merge`).
+        quantized: whether kernels are int8 with a scale for each output. Such a model can only decode
             (`models.quantized.quantize`).
-        unrolled_decoder: the decoder has a parameter tree for each layer and no loop over layers; for
-            decoding on a GPU (`models.unrolled.unrolled`).
+        unrolled_decoder: whether each layer of the decoder has its own parameter tree, and there is no loop
+            over layers. This is for decoding on a GPU (`models.unrolled.unrolled`).
 
     Raises:
-        InputError: the dtype is `float16` (it overflows in T5's feed-forward layers) or unknown, the
-            policy is unknown, or a size is out of bounds.
+        InputError: the dtype is `float16` (which overflows in T5's feed-forward layers) or unknown, another
+            option is unknown, or a size or rate is out of bounds.
     """
 
     vocab_size: int = 32128
@@ -180,7 +190,7 @@ class ModelConfig(abc.ABC):
 
     @property
     def position_bias(self) -> str | None:
-        """Which modules have a table of relative position biases: each `side`, each `layer`, or None."""
+        """What has its own table of relative position biases: each `side`, each `layer`, or nothing (None)."""
         return None
 
     @property
@@ -190,10 +200,10 @@ class ModelConfig(abc.ABC):
 
     @property
     def start_id(self) -> int:
-        """Id that the decoder reads first; batches hold 0 in its place, whatever the family."""
+        """Id that the decoder reads first. In the arrays of a batch, this id is 0 for every family."""
         return 0
 
-    # a norm multiplies by this plus its scale; Gemma stores the scale's difference from 1
+    # a norm multiplies by norm_offset + its stored scale; Gemma stores the scale's difference from 1
     norm_offset: ClassVar[float] = 0.0
     # whether each block's output is normalised, too
     post_norms: ClassVar[bool] = False
@@ -206,11 +216,12 @@ class ModelConfig(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of published models: a row of `models.families.FAMILIES`.
+    """A family of published models, as in `models.families.FAMILIES`.
 
     Attributes:
         config: class of the family's configuration.
-        sizes: fields of `config` for each published size; `tiny` is for tests and demos.
+        sizes: for each size, the fields of `config` that it sets. `tiny` is not published; it is for tests
+            and demos.
         vocab_size: size of the published vocabulary.
         traits: fields of `config` that all sizes share.
     """
@@ -225,7 +236,7 @@ def check_dtype(dtype: str) -> None:
     """Checks the type of activations.
 
     Raises:
-        InputError: it is float16 or unknown.
+        InputError: the type is float16 or unknown.
     """
     if dtype == "float16":
         raise InputError(
@@ -236,7 +247,11 @@ def check_dtype(dtype: str) -> None:
 
 
 def known_remat_policy(name: str) -> str:
-    """Returns the current name of a remat policy; raises InputError for an unknown name."""
+    """Returns the current name of a remat policy, which may be given by an old name.
+
+    Raises:
+        InputError: the name is unknown.
+    """
     policy = OLD_REMAT_POLICIES.get(name, name)
     one_of("remat_policy", policy, REMAT_POLICIES)
     return policy

@@ -1,6 +1,6 @@
-"""Code that exists only for speed on CPUs; it gives the same results as the plain code.
+"""Code that exists only for speed on CPUs. It gives the same results as the plain code.
 
-Gains, measured on two cores (docs/lab/training_speed.md, docs/lab/decoding_speed.md):
+The gains were measured on two cores (docs/lab/training_speed.md, docs/lab/decoding_speed.md):
 
     keep_pages      a step takes 0.63 to 1.0 of the time, with a tenth of the page faults
     argmax          8 -> 0.4 ms of a decoding step of 64 rows
@@ -21,22 +21,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
-NEVER = -1  # mallopt(3); 2**31 - 1 would return a step's memory as soon as it has 2 GiB
-BLOCK_TOKENS = 1024  # whose activations fit a CPU's cache
+# a threshold that is never reached (mallopt(3)); 2**31 - 1 would return a step's memory once it has 2 GiB
+NEVER = -1
+BLOCK_TOKENS = 1024  # number of tokens whose activations fit a CPU's cache
 
 
 def keep_pages() -> bool:
     """Makes glibc keep the pages that XLA frees, if JAX will run on a CPU.
 
-    XLA allocates a step's buffers again in each step. glibc returns large buffers to the operating system,
-    which then clears every page again; that takes up to 40% of the time of a step of a small T5. With this
-    setting, the process keeps its peak memory.
+    XLA allocates a step's buffers anew in each step. Without this setting, glibc returns large buffers to the
+    operating system, which clears every page before it hands it out again. This takes up to 40% of the time
+    of a step of a small T5. With this setting, the process never gives back its peak memory.
 
-    Call it before JAX starts its threads. It needs three settings: no separate mappings for large blocks,
-    no trimming, and a single heap, since only the main heap is never returned.
+    This must be called before JAX starts its threads. It takes three settings of glibc: no separate mappings
+    for large blocks, no trimming, and a single heap, since only the main heap is never returned.
 
     Returns:
-        Whether it was done. It is not done on an accelerator or with another C library.
+        Whether glibc was set. It is not on an accelerator, or if the C library is not glibc.
     """
     if not _on_cpu() or platform.libc_ver()[0] != "glibc":
         return False
@@ -53,11 +54,11 @@ def _on_cpu() -> bool:
 
 
 def step_options(mesh: Mesh) -> dict[str, bool] | None:
-    """Returns XLA's options for a training step on this mesh; None on an accelerator.
+    """Returns XLA's options for a training step on this mesh; None if its devices are not CPUs.
 
-    By default, XLA copies Adam's moments before it updates them in place, because it does not look at
-    the order of the operations. And it orders them so that many can run at once, which keeps more
-    buffers alive than a few cores can use.
+    By default, XLA copies Adam's moments before it updates them in place, because it does not consider
+    the order of the operations. Also by default, it orders the operations so that many can run at the same
+    time, which keeps more buffers alive than a few cores can use.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return None
@@ -68,9 +69,9 @@ def step_options(mesh: Mesh) -> dict[str, bool] | None:
 
 
 def sum_over_rows(x: jax.Array) -> jax.Array:
-    """Sums over the first axis, [rows, ...] -> [1, ...]; on a CPU by a product with ones.
+    """Sums over the first axis, [rows, ...] -> [1, ...]. On a CPU, the sum is computed as a matmul with ones.
 
-    On a CPU, XLA's own sum over the first axis jumps from row to row for each element.
+    XLA's own sum over the first axis is slow on a CPU, since it jumps from row to row for each element.
     """
 
     def product(x):
@@ -84,18 +85,19 @@ def sum_over_rows(x: jax.Array) -> jax.Array:
 def argmax(logits: jax.Array) -> jax.Array:
     """Returns `jnp.argmax` over the last axis, computed in two passes of vector instructions.
 
-    On a CPU, XLA's own argmax compares the ids one by one.
+    XLA's own argmax compares the ids one by one on a CPU.
     """
-    # the largest value, then the smallest id that has it: 2 7 7 1 -> 3 1 2 3 -> 1. Row of NaN: the last id
+    # the largest value, then the smallest id that has it: 2 7 7 1 -> 3 1 2 3 -> 1. For a row of NaN: the last id
     last = logits.shape[-1] - 1
     best = jnp.max(logits, axis=-1, keepdims=True)
     return jnp.min(jnp.where(logits == best, jnp.arange(last + 1), last), axis=-1)
 
 
 def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
-    """Returns `encode(*arrays)` of arrays [batch, length]; on a CPU, encodes one block of rows at a time.
+    """Returns `encode(*arrays)` for arrays [batch, length].
 
-    The activations of a block fit the CPU's cache. Other devices encode all rows at once.
+    On a CPU, one block of rows is encoded at a time, so that its activations fit the CPU's cache. Other devices
+    encode all rows at once.
     """
     batch, length = arrays[0].shape
     rows = _rows_of_block(batch, length)
@@ -110,13 +112,14 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def _rows_of_block(batch: Any, length: Any) -> Any:
-    """Returns the number of rows in a block: the largest divisor of `batch` with at most 1024 ids.
+    """Returns the number of rows of a block: the largest divisor of `batch` for which a block has at most 1024 ids.
 
-    Returns `batch` if the divisor is at most half of the rows that fit, or if sizes are symbolic.
+    The result is `batch` if the divisor is less than half of the rows that would fit, or if sizes are symbolic.
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch
-    # 256 rows of 100: most 10, rows 8. 251 rows (a prime) of 100: rows 1, so all rows at once
+    # 256 rows of 100 ids: at most 10 rows fit, so 8. 251 rows (a prime) of 100 ids: the divisor is 1, so all rows
+    # at once
     most = max(1, BLOCK_TOKENS // length)
     rows = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
     return rows if 2 * rows > most else batch

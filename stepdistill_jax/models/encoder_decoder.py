@@ -1,7 +1,7 @@
-"""The model of every family: an encoder-decoder over packed or padded batches, in Flax Linen.
+"""The model of all families: an encoder-decoder in Flax Linen, for packed and padded batches.
 
-A batch passes through `EncoderDecoder.__call__` -> `Encoder` -> `Decoder` -> logits. Decoding calls the parts
-separately: `encode` once, `start_cache` once, `decode_step` for each token.
+In training, `EncoderDecoder.__call__` computes the logits of a batch. Decoding calls the parts separately:
+`encode` and `start_cache` once, and `decode_step` for each token.
 """
 
 import functools
@@ -25,12 +25,12 @@ Cache = dict[str, jax.Array]
 
 
 def _one_segment(visible: jax.Array) -> Segments:
-    """Returns segments that let each query see the keys where `visible` [batch or 1, k] is true."""
+    """Returns segments with which each query sees exactly the keys where `visible` [batch or 1, k] is true."""
     return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
 
 
 class EncoderDecoder(nn.Module):
-    """Encoder-decoder over packed or padded batches."""
+    """An encoder-decoder for packed and padded batches."""
 
     config: ModelConfig
 
@@ -53,23 +53,23 @@ class EncoderDecoder(nn.Module):
             self.logits_dense = dense(c, c.vocab_size, axes, stddev, float32_sums=True)
 
     def _embed(self, ids: jax.Array, embedder: str) -> jax.Array:
-        # [batch, length] -> [batch, length, embed]. This gathers the width of the table first: if the width
-        # stayed cut over fsdp, XLA would replicate the complete result of the lookup and cut it again
-        # ("full rematerialization").
+        # [batch, length] -> [batch, length, embed]. The constraint makes devices gather the table's width before
+        # the lookup. If the width stayed cut over fsdp, XLA would replicate the complete result of the lookup and
+        # cut it again ("full rematerialization").
         table = nn.with_logical_constraint(self.tables[embedder], ("vocab", None))
-        # Casts after the lookup, whose gradient adds up over equal tokens in float32. A bfloat16 sum of ones
-        # stops at 256, since 257 has no bfloat16.
+        # The cast comes after the lookup, so that the lookup's gradient, a sum over equal tokens, is added up in
+        # float32. In bfloat16, a sum of ones would stop at 256, since bfloat16 has no 257.
         x = jnp.take(table, ids, axis=0).astype(self.config.dtype)
         if self.config.scaled_embeddings:
-            # rounds the root to the dtype of activations, as transformers does
+            # the square root is rounded to the dtype of activations, as in transformers
             x = x * jnp.asarray(x.shape[-1] ** 0.5, x.dtype)
         return nn.with_logical_constraint(x, ("batch", "length", "embed"))
 
     def _embed_targets(self, ids: jax.Array) -> jax.Array:
         c = self.config
         if c.start_id:
-            # In a batch, 0 is both the first id of a target and padding. Nothing attends to padding, and no
-            # target contains 0, so every 0 can be replaced.
+            # In a batch, 0 is both the first decoder input of a target and padding. Nothing attends to padding, and
+            # no target contains 0, so every 0 can be replaced.
             ids = jnp.where(ids == 0, c.start_id, ids)
         return self._embed(ids, c.target_embedder)
 
@@ -77,7 +77,7 @@ class EncoderDecoder(nn.Module):
         return x if self.config.output_scale == 1.0 else x * self.config.output_scale
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        # [batch, length, embed] -> [batch, length, vocab]; float32 for the softmax
+        # [batch, length, embed] -> [batch, length, vocab]; logits are float32, since the softmax needs it
         c = self.config
         if c.logits_via_embedding:
             logits = jnp.einsum(
@@ -95,7 +95,7 @@ class EncoderDecoder(nn.Module):
     def encode(
         self, encoder_input_tokens, encoder_segment_ids, *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Encodes ids and segments [batch, length]; returns states [batch, length, embed]."""
+        """Encodes ids and segments, each [batch, length], to states [batch, length, embed]."""
         return self.encoder(
             self._embed(encoder_input_tokens, self.config.input_embedder),
             encoder_segment_ids,
@@ -105,25 +105,26 @@ class EncoderDecoder(nn.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Returns the logits of each target position, [batch, target length, vocab] float32 (see `states`)."""
+        """Returns the logits at each target position, [batch, target length, vocab] float32; see `states`."""
         return self._logits(self.states(batch, enable_dropout=enable_dropout))
 
     def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
-        """Returns the decoder's states under teacher forcing; `output_layer` turns them into logits.
+        """Returns the decoder's states under teacher forcing. `output_layer` turns them into logits.
 
         Args:
-            batch: int32 `encoder_input_tokens`, `encoder_segment_ids` [batch, length] and
-                `decoder_input_tokens`, `decoder_segment_ids` [batch, target length]. Segment 0 is
-                padding. A decoder segment reads the encoder segment with the same number, or, if
-                given, with the number in `decoder_encoder_segment_ids` [batch, target length].
-            enable_dropout: needs the rng collection `dropout`.
+            batch: int32 arrays: `encoder_input_tokens` and `encoder_segment_ids`, each [batch, length], and
+                `decoder_input_tokens` and `decoder_segment_ids`, each [batch, target length]. Segment 0 is
+                padding. A decoder segment reads the encoder segment with the same number. If the batch has
+                `decoder_encoder_segment_ids` [batch, target length], a token reads the encoder segment that
+                is given there.
+            enable_dropout: turns dropout on. It needs the rng collection `dropout`.
 
         Returns:
-            [batch, target length, embed].
+            The states, [batch, target length, embed].
         """
         source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
         encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
-        # places in the row: attention uses only distances, which inside a segment are the same
+        # places in the row: attention uses only distances, and inside a segment these equal those in the text
         position = jnp.arange(target.shape[1])
         x, _ = self.decoder(
             self._embed_targets(batch["decoder_input_tokens"]),
@@ -149,16 +150,17 @@ class EncoderDecoder(nn.Module):
         """Decodes one token for each row.
 
         Args:
-            ids: [batch, 1] int32, the previous token (0 first). In a beam search, `ids` and the cache's
-                `key` and `value` have batch * beams rows; arrays from the encoder have batch rows.
-            cache: from `start_cache`.
-            encoder_segment_ids: [batch, length], 0 is padding.
-            index: scalar int32, position of the decoded token.
-            encoded: needed if the cache has no keys and values of the input: the states [batch,
-                length, embed] from `encode`, and their transpose [batch, embed, length].
+            ids: the previous token of each row, [batch, 1] int32; at the first position it is 0. In a beam search,
+                `ids` and the cache's `key` and `value` have batch * beams rows, and all arrays that come from the
+                encoder have batch rows.
+            cache: the cache, from `start_cache` or the previous step.
+            encoder_segment_ids: segments of the inputs, [batch, length]; 0 is padding.
+            index: position of the decoded token, scalar int32.
+            encoded: only needed if the cache has no keys and values of the inputs. It has the states from
+                `encode`, [batch, length, embed], and their transpose, [batch, embed, length].
 
         Returns:
-            Logits [batch, vocab] float32 and the cache with this position filled in.
+            The logits, [batch, vocab] float32, and the cache with this position filled in.
         """
         key = jnp.arange(cache["key"].shape[-1])
         x, new = self.decoder(
@@ -173,8 +175,8 @@ class EncoderDecoder(nn.Module):
             index=index,
             deterministic=True,
         )
-        # writes the position of all layers at once, into [layers, batch, kv_heads, kv, positions] for keys and
-        # [layers, batch, kv_heads, positions, kv] for values
+        # writes this position for all layers at once. Keys are [layers, batch, kv_heads, kv, positions], and values
+        # are [layers, batch, kv_heads, positions, kv].
         new = {
             name: jax.lax.dynamic_update_slice_in_dim(cache[name], new[name], index, axis)
             for name, axis in (("key", -1), ("value", -2))
@@ -188,16 +190,17 @@ class EncoderDecoder(nn.Module):
         cache: Cache,
         encoder_segment_ids: jax.Array,
     ) -> jax.Array:
-        """Returns the `states` of given targets, using the inputs' keys and values from `start_cache`.
+        """Returns the decoder's states for given targets, as `states` does, but reads a cache.
 
         Args:
-            decoder_input_tokens, decoder_segment_ids: [batch, target length] int32. Each segment is
-                one target, 0 is padding; all targets of a row read the same input.
-            cache: from `start_cache`; only the inputs' keys and values are read.
-            encoder_segment_ids: [batch, length], 0 is padding.
+            decoder_input_tokens: ids that the decoder reads, [batch, target length] int32.
+            decoder_segment_ids: segments of these ids, [batch, target length] int32. Each segment is one target,
+                and 0 is padding. All targets of a row read the same input.
+            cache: a cache from `start_cache`. Only the keys and values of the inputs are read.
+            encoder_segment_ids: segments of the inputs, [batch, length]; 0 is padding.
 
         Returns:
-            [batch, target length, embed].
+            The states, [batch, target length, embed].
         """
         position = jnp.arange(decoder_input_tokens.shape[1])
         x, _ = self.decoder(
@@ -219,9 +222,9 @@ class OutputLayer:
     """The output layer, which turns the decoder's states into logits.
 
     Attributes:
-        weights: [embed, vocab], or [vocab, embed] if tied.
+        weights: the weights, [embed, vocab], or [vocab, embed] if tied.
         softcap: cap of the logits (`ModelConfig.logits_softcap`).
-        tied: whether the weights are the targets' embedding.
+        tied: whether the weights are the embedding of the targets.
     """
 
     weights: jax.Array
@@ -230,7 +233,7 @@ class OutputLayer:
 
     @property
     def kernel(self) -> jax.Array:
-        """Weights as [embed, vocab]."""
+        """The weights as [embed, vocab], whether tied or not."""
         return self.weights.T if self.tied else self.weights
 
     def logits(self, states: jax.Array) -> jax.Array:
@@ -239,7 +242,7 @@ class OutputLayer:
 
 
 def output_layer(params: Mapping, config: ModelConfig) -> OutputLayer:
-    """Returns the output layer for `EncoderDecoder.states`; a tied layer uses the targets' embedding."""
+    """Returns the output layer that turns the result of `EncoderDecoder.states` into logits."""
     if tied := config.logits_via_embedding:
         weights = params[config.target_embedder]
     else:
@@ -255,29 +258,32 @@ def start_cache(
     *,
     cross: bool = True,
 ) -> Cache:
-    """Returns a decoder cache: empty for self-attention, filled in for attention to the encoder.
+    """Returns a cache for the decoder.
 
-    Keys and values for attention to the encoder depend only on the encoder, so they are computed once per
-    batch, outside the loop over tokens.
+    For self-attention, the cache is still empty. For attention to the encoder, it has the keys and values of the
+    inputs. These depend only on the encoder, so they are computed once per batch, before the loop over tokens.
 
     Args:
-        params: unboxed parameters of an `EncoderDecoder`.
-        encoded: [batch, length, embed] from `EncoderDecoder.encode`.
-        config: of the model.
-        max_decode_len: number of positions of self-attention.
-        cross: false leaves out the encoder's keys and values. Then `decode_step` needs `encoded`, which is
-            less work if an input has fewer than `head_dim` queries in total: rows times tokens to
-            decode.
+        params: parameters of the model, unboxed.
+        encoded: states from `EncoderDecoder.encode`, [batch, length, embed].
+        config: configuration of the model.
+        max_decode_len: number of positions for self-attention.
+        cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs its
+            argument `encoded`. That is less work if an input has few queries in total, which are its beams
+            times its tokens to decode (see `layers.Attention.over_states`).
 
     Returns:
-        `key` [layers, batch, kv_heads, kv, max_decode_len] and `value` [layers, batch, kv_heads,
-        max_decode_len, kv], zeros; `cross_key` and `cross_value` have `length` in place of max_decode_len.
+        A dict of arrays. `key` [layers, batch, kv_heads, kv, max_decode_len] and `value` [layers, batch, kv_heads,
+        max_decode_len, kv] are zeros. `cross_key` and `cross_value` are the keys and values of the inputs, in the
+        same shapes with `length` in place of `max_decode_len`.
 
     Raises:
         ValueError: the parameters or the configuration have adapters, which decoding would ignore.
     """
     if config.lora is not None or has_adapters(params):
-        raise ValueError("decoding needs plain weights: call models.lora.merge first")
+        raise ValueError(
+            "the model has LoRA adapters, and decoding needs plain weights: call models.lora.merge first"
+        )
     kernels = params["decoder"]["layers"]["encoder_decoder_attention"]
     side = config.decoder
     heads = (side.num_kv_heads, side.head_dim)
@@ -288,7 +294,7 @@ def start_cache(
         kernel = kernel.reshape(*kernel.shape[:2], *heads)
         return jnp.einsum(f"ble,nehd->{axes}", encoded, kernel, precision=precision)
 
-    # the axes are in the order that each token's products need, so the loop transposes nothing
+    # the axes are in the order that the matmuls of each token need, so the loop transposes nothing
     rows, (count, width) = (side.num_layers, encoded.shape[0]), heads
     cache = {
         "key": jnp.zeros((*rows, count, width, max_decode_len), config.dtype),
@@ -309,7 +315,7 @@ _FEATURES = (
 
 @functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB for each trace
 def abstract_params(config: ModelConfig) -> Any:
-    """Returns the parameter tree as boxed shapes with logical axis names; allocates nothing."""
+    """Returns the tree of parameters as boxed shapes with logical axis names, without allocating arrays."""
     # one row of 8: no parameter depends on the sizes of a batch
     batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), batch)["params"]

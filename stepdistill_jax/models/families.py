@@ -17,19 +17,20 @@ _EOS_ID = 1  # the same in every vocabulary that `data` reads
 def model_config(
     family: str, size: str, *, vocab_size: int, bos_id: int | None = None, **overrides: Any
 ) -> ModelConfig:
-    """Returns the configuration of a published model, with the vocabulary size rounded up to a multiple of 128.
+    """Returns the configuration of a published model, adapted to a vocabulary.
 
-    With the extra rows, the usual numbers of devices divide the table, as they divide T5's own 32128.
+    The vocabulary size is rounded up to a multiple of 128, so that the usual device counts divide the rows of
+    the embedding, as they divide T5's own 32128.
 
     Args:
-        family: a name in `FAMILIES`; Flan-T5 is a `t5_v1_1`.
+        family: a name in `FAMILIES`. Flan-T5 is a `t5_v1_1`.
         size: `small` to `xxl` for T5, or `tiny` for tests and demos. Other families have further sizes,
             such as T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
         vocab_size: number of ids of the vocabulary.
-        bos_id: the vocabulary's bos id, 0 if it has none; None means the published models' id. Without a
-            bos, a T5Gemma's decoder starts with the end of sequence, since transformers would treat a
-            first 0 as padding and not attend to it.
-        **overrides: other fields of the family's configuration.
+        bos_id: the vocabulary's bos id, or 0 if it has none. None means the id of the published models. If
+            there is no bos, the decoder of a T5Gemma starts with the end of sequence, since transformers
+            would treat 0 as padding and not attend to it.
+        **overrides: further fields of the family's configuration, which replace those of the size.
 
     Raises:
         InputError: the family or size is unknown, or the vocabulary has a bos that the family does not use.

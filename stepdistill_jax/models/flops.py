@@ -1,4 +1,4 @@
-"""Matmul FLOPs of a model, by formula; XLA's own count contains the body of a loop only once."""
+"""Computes the matmul FLOPs of a model by formula, since XLA's own count contains the body of a loop only once."""
 
 from stepdistill_jax.models.config import ModelConfig, Side
 
@@ -6,16 +6,16 @@ from stepdistill_jax.models.config import ModelConfig, Side
 def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_length: int) -> float:
     """Returns the matmul FLOPs of a forward and a backward pass over padded rows.
 
-    The backward pass costs twice the forward pass, since each factor of a product has a gradient. With
-    LoRA, frozen weights have no gradient, so their products cost the same in both passes.
+    The backward pass of a matmul costs twice its forward pass, since both factors have a gradient. With LoRA,
+    frozen weights have no gradient, so the backward pass of their matmuls costs only as much as the forward pass.
 
-    A row of T5 v1.1 large with 512 inputs and 114 targets takes 1.47e12 FLOPs.
+    Example: a row of T5 v1.1 large with 512 inputs and 114 targets takes 1.47e12 FLOPs.
 
     Args:
-        config: the model.
-        rows: number of rows of the batch, including empty rows.
-        input_length: encoder positions of a row.
-        target_length: decoder positions of a row.
+        config: configuration of the model.
+        rows: number of rows of the batch. Rows that are only padding count like all others.
+        input_length: number of encoder positions of a row.
+        target_length: number of decoder positions of a row.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     trained = 3 * adapters + (3 if config.lora is None else 2) * weights
@@ -25,10 +25,10 @@ def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_len
 def recomputed_flops(
     config: ModelConfig, *, rows: int, input_length: int, target_length: int
 ) -> float:
-    """Returns the matmul FLOPs that the backward pass repeats under the config's `remat_policy`.
+    """Returns the matmul FLOPs of the forward pass that the backward pass repeats under `config.remat_policy`.
 
-    `minimal` saves products with weights and recomputes the two products inside attention. `full`
-    recomputes the forward pass of each layer. Neither recomputes the output layer.
+    `elementwise` repeats no matmul. `minimal` saves matmuls with weights, and repeats the two matmuls inside
+    attention. `full` repeats the forward pass of each layer. No policy repeats the output layer.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     head = 2 * target_length * config.decoder.emb_dim * config.vocab_size
@@ -37,12 +37,12 @@ def recomputed_flops(
 
 
 def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int, int, int]:
-    """Returns the FLOPs of a row's forward pass: of products with weights, with adapters, and inside attention."""
+    """Returns the FLOPs of the forward pass of a row: of matmuls with weights, with adapters, and inside attention."""
     encoder, decoder, ranks = config.encoder, config.decoder, config.lora
     weights, adapters, scores = 2 * targets * decoder.emb_dim * config.vocab_size, 0, 0
 
     def add(positions: int, width: int, features: int, projection: str) -> None:
-        """Counts the product of each position with a kernel [width, features] and with its adapter."""
+        """Adds the matmuls of all positions with a kernel [width, features] and with its adapter."""
         nonlocal weights, adapters
         rank = getattr(ranks, projection) if ranks else 0
         # two FLOPs per weight and position; an adapter is [width, rank] times [rank, features]
@@ -50,14 +50,14 @@ def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int,
         adapters += 2 * positions * rank * (width + features)
 
     def attend(side: Side, queries: int, keys: int, width: int) -> None:
-        """Counts attention in all layers of a side, over keys computed from states [keys, width]."""
+        """Adds attention in all layers of a side, where keys and values are computed from states [keys, width]."""
         nonlocal scores
         layers, kv_width = side.num_layers, side.num_kv_heads * side.head_dim
         add(layers * queries, side.emb_dim, side.joined_kv, "query")
         add(layers * queries, side.joined_kv, side.emb_dim, "out")
         add(layers * keys, width, kv_width, "key")
         add(layers * keys, width, kv_width, "value")
-        # scores and the mean of values, two FLOPs each; a causal mask saves none with plain operations
+        # scores and the mean of values, two FLOPs each; with plain operations, a causal mask saves no FLOPs
         scores += layers * 4 * queries * keys * side.joined_kv
 
     for side, length in ((encoder, inputs), (decoder, targets)):

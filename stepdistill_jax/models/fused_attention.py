@@ -1,7 +1,7 @@
-"""Chooses the attention kernel of a chip, checks its limits, and runs it on the devices of a mesh.
+"""Chooses the attention kernel for a chip, checks its limits, and runs it on the devices of a mesh.
 
-XLA cannot partition a kernel (`models.kernels`), which computes on one device. So `shard_map` gives each
-device its own rows and heads.
+XLA cannot partition a kernel of `models.kernels` over devices. So `shard_map` gives each device its own
+rows and heads, and each device runs the kernel on them.
 """
 
 import functools
@@ -18,7 +18,7 @@ from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
 # a CPU interprets the TPU's kernel, for tests
 KERNELS = {"tpu": "tpu", "gpu": "gpu", "cpu": "tpu"}
-# decoding has one or a few queries: a kernel's tile would be mostly empty and save no time
+# decoding has only one or a few queries per row, so a kernel's tiles would be mostly empty and save no time
 FEWEST_QUERIES = 16
 
 
@@ -34,10 +34,10 @@ def fused_attention(
     dropout_rate: float,
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
-    """Returns the result of `attention.attention` for the same arguments, computed by a kernel.
+    """Returns the same as `attention.attention` for the same arguments, computed by a kernel.
 
-    It has no softcap, window or scale. Keys have as many heads as queries, and each query has its own
-    dropout mask.
+    Softcap, window, scale and shared dropout masks are not supported, and there must be as many heads of keys
+    as of queries.
     """
     platform = traced_platform()
     kept, seeds = kept_draws(dropout_rate), None
@@ -53,8 +53,8 @@ def fused_attention(
     bias = None if relative_bias is None else relative_bias[0]
     query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
     key_segments = jnp.broadcast_to(key_segments, k.shape[:2])
-    # Names all free axes, even axes that cut nothing here, since XLA refuses a kernel that it might have
-    # to partition.
+    # Names all free axes, even those that cut nothing here, since XLA refuses a kernel that it might have to
+    # partition.
     if (free := _free_axes()) and jax.sharding.get_abstract_mesh().size > 1:
         rows, heads = [tuple(a for a in free if a in axes) for axes in (BATCH_AXES, ("tensor",))]
         of_rows, of_heads = P(rows), P(rows, None, heads)
@@ -75,7 +75,7 @@ def fused_attention(
 
 
 def kernel_of(platform: str) -> types.ModuleType:
-    """Imports and returns a platform's kernel module; only when needed, since importing Pallas takes long."""
+    """Imports and returns a platform's kernel module. It is imported only here, since importing Pallas is slow."""
     return importlib.import_module(f"stepdistill_jax.models.kernels.{KERNELS[platform]}")
 
 
@@ -89,11 +89,11 @@ def reason_against(
     *,
     bias: bool,
 ) -> str | None:
-    """Returns why a device has no kernel for these shapes, or None if it has one.
+    """Returns the reason why there is no kernel for these shapes on a device, or None if there is one.
 
     Args:
         device: any object with `platform` and `device_kind`.
-        q_len, k_len, heads, head_dim, dtype: shapes and type of queries and keys.
+        q_len, k_len, heads, head_dim, dtype: shapes and type of the queries and keys.
         bias: whether there is a relative bias.
     """
     if device.platform not in KERNELS:
@@ -103,6 +103,6 @@ def reason_against(
 
 
 def _free_axes() -> tuple[str, ...]:
-    """Returns the mesh axes that no enclosing `shard_map` has cut already."""
+    """Returns the mesh axes that no enclosing `shard_map` handles already."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(axis for axis in mesh.axis_names if axis not in mesh.manual_axes)

@@ -1,7 +1,7 @@
-"""Costs of kernel calls, computed by formulas next to the kernels.
+"""A registry of formulas for the costs of kernel calls.
 
-XLA does not know what a custom call computes, so a plan looks up its cost here. A kernel registers a
-formula:
+XLA does not know what a custom call computes, so a plan looks up its cost here. The module of a kernel
+registers a formula:
 
     @kernel_cost("my_attention")
     def _cost(operands, results): ...
@@ -15,11 +15,11 @@ from typing import Protocol
 
 
 class Shaped(Protocol):
-    """An operand or a result of a call."""
+    """What a formula can read of an operand or a result of a call."""
 
     @property
     def dtype(self) -> str:
-        """Type in HLO's spelling: bf16, f32, s32, pred."""
+        """Type as HLO spells it, for instance bf16, f32, s32 or pred."""
         ...
 
     @property
@@ -29,7 +29,7 @@ class Shaped(Protocol):
 
     @property
     def bytes(self) -> int:
-        """Bytes in memory."""
+        """Number of bytes in memory."""
         ...
 
 
@@ -38,9 +38,10 @@ class KernelCost:
     """Cost of one call on one device.
 
     Attributes:
-        flops: FLOPs of matrix products, two for each multiplication.
-        bytes: bytes read from and written to the device's main memory.
-        integer, other: element operations on integers, and on all other types.
+        flops: FLOPs of matmuls, two for each multiplication.
+        bytes: number of bytes read from and written to the device's main memory.
+        integer: number of elementwise operations on integers.
+        other: number of elementwise operations on all other types.
     """
 
     flops: float = 0.0
@@ -54,10 +55,11 @@ _FORMULAS: dict[str, Formula] = {}
 
 
 def kernel_cost(name: str) -> Callable[[Formula], Formula]:
-    """Returns a decorator that registers a kernel's formula, (operands, results) -> cost.
+    """Returns a decorator that registers a function (operands, results) -> cost as the formula of a kernel.
 
     Args:
-        name: the target of the kernel's custom call, or its name in a `jax.named_scope` or `pallas_call`.
+        name: the target of the kernel's custom call, or the kernel's name in a `jax.named_scope` or
+            `pallas_call`.
     """
 
     def register(formula: Formula) -> Formula:
@@ -68,9 +70,11 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 
 
 def formula_of(target: str, op_name: str) -> Formula | None:
-    """Returns the formula of a custom call: by its target, or by a name in its JAX path, innermost first.
+    """Returns the formula of a custom call, or None if none is registered.
 
-    A path looks like `jit(f)/transpose(jvp(my_attention))/pallas_call`.
+    The formula may be registered under the target of the call, or under a name in its JAX path, such as
+    `jit(f)/transpose(jvp(my_attention))/pallas_call`. The target is tried first, then the names of the path from
+    the last to the first.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

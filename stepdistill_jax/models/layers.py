@@ -1,6 +1,6 @@
-"""The parts of a layer in Linen, with logical axis names.
+"""The parts of a layer, as Flax Linen modules with logical axis names.
 
-Axis names are T5X's: batch, length, embed, heads, kv, joined_kv, mlp, vocab, layers.
+The axis names are those of T5X: batch, length, embed, heads, kv, joined_kv, mlp, vocab, layers.
 """
 
 import functools
@@ -18,7 +18,7 @@ from stepdistill_jax.models.lora import LoraDense
 from stepdistill_jax.models.products import kernel_product, precision_of
 from stepdistill_jax.models.quantized import KERNEL, SCALE, QuantizedDense, int8_product, kernel_of
 
-Segments = tuple[jax.Array, jax.Array]  # of queries and keys, as `attention` takes them
+Segments = tuple[jax.Array, jax.Array]  # segments of queries and of keys, see `attention.attention`
 
 
 class RMSNorm(nn.Module):
@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises x [batch, length, embed]; returns the same shape in the config's dtype."""
+        """Normalises x [batch, length, embed] and returns it in the config's dtype."""
         # the effective scale starts at 1: a stored 1, or a stored 0 with Gemma's offset of 1
         offset = self.config.norm_offset
         init = nn.with_logical_partitioning(nn.initializers.constant(1 - offset), ("embed",))
@@ -50,20 +50,21 @@ def dense(
     projection: str | None = None,
     float32_sums: bool = False,
 ) -> nn.Dense | LoraDense | QuantizedDense:
-    """Returns a dense layer without bias, of the kind that the config needs.
+    """Returns a dense layer without bias: plain, with a LoRA adapter, or int8, depending on the config.
 
-    It has an adapter if `config.lora` has a rank for `projection`. Kernels are 2-D, since `nn.DenseGeneral`
-    with axis names raises inside a mesh.
+    It has an adapter if the rank of `projection` in `config.lora` is above 0. Kernels are 2-D, since
+    `nn.DenseGeneral` with axis names raises an error inside a mesh.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         features: width of the output.
         axes: logical axes of the kernel.
-        stddev: of the initial kernel.
-        name: of the module.
-        projection: field of `LoraConfig` that holds its rank; None for a layer without adapters.
-        float32_sums: whether the output is float32 whatever the factors are. Logits need it, since
-            rounding to bfloat16 could make two of them equal.
+        stddev: standard deviation of the initial kernel.
+        name: name of the module.
+        projection: field of `LoraConfig` with the rank of the adapter. None means that the layer never has an
+            adapter.
+        float32_sums: whether the output is float32 even if the arithmetic is bfloat16. Logits need this,
+            since rounding to bfloat16 could make two of them equal.
     """
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
@@ -84,16 +85,17 @@ def dense(
 
 
 class Merged(nn.Module):
-    """Several projections of one input, computed as one product; `models.unrolled` makes the kernel.
+    """Several projections of the same input, computed as one matmul.
 
-    For decoding only: `kernel_product` has no gradient for a 3-D kernel.
+    `models.unrolled` makes the kernel. This module is only for decoding, since `kernel_product` has no
+    gradient for a 3-D kernel.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """Projects x [..., inputs]; returns [..., features] for each projection."""
+        """Projects x [..., inputs] and returns an array [..., features] for each projection."""
         params: Any = self.variables["params"]  # kernel [inputs, projections, features]
         if self.config.quantized:
             sums = int8_product(x, params[KERNEL], params[SCALE], self.config.dtype)
@@ -105,11 +107,13 @@ class Merged(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention; a separate method computes keys and values, so that a decoder can keep them.
+    """Multi-head attention.
+
+    Keys and values are computed by a separate method, so that a decoder can keep them in a cache.
 
     Attributes:
-        config: of the model.
-        side: sizes of the stack that the queries belong to.
+        config: configuration of the model.
+        side: sizes of the stack (encoder or decoder) that the queries belong to.
         inputs: width of the states from which keys and values are computed.
     """
 
@@ -142,16 +146,16 @@ class Attention(nn.Module):
         return self._split(self.query(x))
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
-        """Returns `queries` and `keys_values` of x, with the merged parameters of `models.unrolled`.
+        """Returns the queries, keys and values of x, computed with the merged parameters of `models.unrolled`.
 
-        Takes one product, or two if there are fewer key/value heads than query heads.
+        This takes one matmul, or two if there are fewer key/value heads than query heads.
         """
         if self.side.num_kv_heads == self.side.num_heads:
             return [self._split(y) for y in self.query_key_value(x)]
         return [self._split(y) for y in (self.query(x), *self.key_value(x))]
 
     def keys_values(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Projects y [batch, length, inputs] to keys and values, each [batch, length, kv_heads, kv]."""
+        """Projects y [batch, length, inputs] to keys and to values, each [batch, length, kv_heads, kv]."""
         return self._split(self.key(y)), self._split(self.value(y))
 
     def __call__(
@@ -166,13 +170,13 @@ class Attention(nn.Module):
         window: jax.Array | None = None,
         deterministic: bool,
     ) -> jax.Array:
-        """Returns attention's projected output [batch, q, embed].
+        """Returns the output of attention after the output projection, [batch, q, embed].
 
         Args:
-            queries: [batch, q, heads, kv].
-            keys, values: [batch, k, kv_heads, kv].
-            segments: of queries and keys.
-            relative_bias, causal, window: as for `attention`.
+            queries: queries, [batch, q, heads, kv].
+            keys, values: keys and values, each [batch, k, kv_heads, kv].
+            segments: segments of the queries and of the keys.
+            relative_bias, causal, window: as for `attention.attention`.
             deterministic: turns dropout off.
         """
         c, s = self.config, self.side
@@ -196,7 +200,7 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
     def _weights(self, scores, segments: Segments, relative_bias=None) -> jax.Array:
-        """Turns scores [batch, heads, q, k] into weights in the config's dtype."""
+        """Turns scores [batch, heads, q, k] into softmax weights in the config's dtype."""
         scores = shaped_scores(scores, self.side.score_scale, self.side.score_softcap)
         if relative_bias is not None:
             scores = scores.astype(jnp.float32) + relative_bias
@@ -205,18 +209,18 @@ class Attention(nn.Module):
     def over_cache(
         self, queries, keys, values, segments: Segments, relative_bias=None
     ) -> jax.Array:
-        """Returns the result of `__call__` for keys and values in a cache's layout.
+        """Returns the same as `__call__`, for keys and values in the layout of a cache.
 
-        The layout needs no transposition before the two products of each token.
+        In this layout, the two matmuls of each token need no transposition.
 
         Args:
-            queries: [batch, q, heads, kv].
-            keys: [batch, kv_heads, kv, k].
-            values: [batch, kv_heads, k, kv].
+            queries: queries, [batch, q, heads, kv].
+            keys: keys, [batch, kv_heads, kv, k].
+            values: values, [batch, kv_heads, k, kv].
             segments, relative_bias: as for `__call__`.
         """
         product = functools.partial(jnp.einsum, precision=precision_of(self.config.dtype))
-        # `count` queries of a row: one token, or the beams of an input in attention to the encoder
+        # `count` queries in each row: one token or, in attention to the encoder, the beams of an input
         batch, count, heads, width = queries.shape
         if self.side.num_kv_heads == heads:
             scores = product("bqhd,bhdk->bhqk", queries, keys)
@@ -232,18 +236,21 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(batch, count, -1))
 
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
-        """Returns attention over encoder states directly, without computing keys and values.
+        """Returns attention that reads the encoder's states directly, without computing keys and values.
 
-        A score q . (K e) equals (K^T q) . e, and the mean of V e equals V times the mean of e, up to
-        rounding. A query costs inputs / kv times as much as with keys and values, so `kv` queries of one
-        input cost as much as computing its keys and values. With fewer queries this is less work, and no
-        layer needs a copy of the keys and values.
+        Let e be a state, q a query, and K and V the kernels of keys and values. Up to rounding, a score
+        q . (K e) equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e. Per
+        query, this takes inputs / kv times as many operations as attention over keys and values, but it saves
+        computing them. The two ways are equal at about `kv` queries for each input (with as many key/value
+        heads as query heads). With fewer queries, this way is less work, and no layer needs memory for keys
+        and values.
 
         Args:
-            x: [batch, q, embed].
-            encoded: states [batch, k, inputs].
-            transposed: the same as [batch, inputs, k], transposed once instead of at each call.
-            segments: of queries and keys.
+            x: the decoder's states, [batch, q, embed].
+            encoded: the encoder's states, [batch, k, inputs].
+            transposed: the encoder's states as [batch, inputs, k]. The caller transposes them only once, so
+                this method need not do it for each token.
+            segments: segments of the queries and of the keys.
         """
         c = self.config
         product = functools.partial(jnp.einsum, precision=precision_of(c.dtype))
@@ -255,12 +262,12 @@ class Attention(nn.Module):
             # query head i reads kv head i // groups: 4 heads and 2 kv heads -> kernels 0 0 1 1
             return jnp.repeat(found, groups, axis=1) if groups > 1 else found
 
-        # K^T q, the query in the space of the states: [batch, heads, q, inputs]
+        # K^T q: the queries, projected to the width of the states, [batch, heads, q, inputs]
         queries = product("bqhd,ehd->bhqe", self._split(self.query(x)), kernel(self.key))
         scores = product("bhqe,bek->bhqk", queries, transposed)
         weights = self._weights(scores, segments)
         means = product("bhqk,bke->bhqe", weights, encoded)
-        # V once per query and head, after the mean over all keys
+        # V is applied once per query and head, after the mean over all keys
         mixed = product("bhqe,ehd->bqhd", means, kernel(self.value))
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
@@ -274,10 +281,11 @@ _ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nn.Module):
-    """Feed-forward block: multiplies one activated projection per activation, then projects back.
+    """Feed-forward block.
 
-    `("relu",)` has one projection, `wi`. The gated `("gelu", "linear")` has two, `wi_0` and `wi_1`. With
-    `merged` they are one product, with the parameters of `models.unrolled`.
+    With the activations `("relu",)` it computes relu(x wi) wo. With the gated `("gelu", "linear")` it computes
+    (gelu(x wi_0) * (x wi_1)) wo. If `merged`, the projections of x are one matmul, with the parameters of
+    `models.unrolled`.
     """
 
     config: ModelConfig
@@ -286,7 +294,7 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
-        """Applies the block to x [batch, length, embed]; returns the same shape."""
+        """Applies the block to x [batch, length, embed] and returns the same shape."""
         c, s = self.config, self.side
         names = ["wi"] if len(c.mlp_activations) == 1 else ["wi_0", "wi_1"]
         if self.merged:
@@ -294,7 +302,7 @@ class Mlp(nn.Module):
         else:
             size = s.mlp_dim, ("embed", "mlp"), s.init_stddev or s.emb_dim**-0.5
             projected = [dense(c, *size, name, "wi")(x) for name in names]
-        # gated: gelu(x wi_0) * (x wi_1) (Shazeer 2020, arXiv:2002.05202); without a gate: relu(x wi)
+        # with a gate (Shazeer 2020, arXiv:2002.05202): gelu(x wi_0) * (x wi_1); without: relu(x wi)
         h = jnp.ones((), c.dtype)
         for y, activation in zip(projected, c.mlp_activations, strict=True):
             h = h * _ACTIVATION_FNS[activation](y)

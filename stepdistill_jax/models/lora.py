@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA): a projection with an adapter, and merging into plain weights.
+"""Low-rank adapters (LoRA): a projection with an adapter, and functions that split and merge parameters.
 
-Hu et al. 2021 (arXiv:2106.09685, section 4.1): y = x W + (alpha / rank) (x A) B, with W frozen. W, A
-and B are `kernel`, `lora_a` and `lora_b` of a projection.
+A projection with an adapter computes y = x W + (alpha / rank) (x A) B, where W is frozen (Hu et al. 2021,
+arXiv:2106.09685, section 4.1). Its parameters W, A and B are named `kernel`, `lora_a` and `lora_b`.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 
 
 class LoraDense(nn.Module):
-    """A dense layer without bias plus a low-rank adapter A B, whose full product is never computed.
+    """A dense layer without bias, plus a low-rank adapter of two matrices A and B.
 
-    B starts as zeros, so the adapter starts as 0. A is drawn as in the authors' code: uniform between
-    -1 / sqrt(inputs) and 1 / sqrt(inputs).
+    The matrix product A B is never computed. B starts as zeros, so at first the adapter adds 0. The initial A
+    is uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), as in the authors' code.
 
     Attributes:
         features: width of the output.
         axes: logical axes of the kernel.
-        stddev: of the initial kernel.
-        rank: columns of A and rows of B.
+        stddev: standard deviation of the initial kernel.
+        rank: number of columns of A and of rows of B.
         scale: alpha / rank.
-        dtype: type of the output and of the arithmetic; parameters are float32.
+        dtype: type of the output and of the arithmetic. Parameters are float32.
     """
 
     features: int
@@ -47,7 +47,7 @@ class LoraDense(nn.Module):
         """Projects x [..., inputs] to [..., features]."""
         inputs, (rows, columns) = x.shape[-1], self.axes
         named, normal = nn.with_logical_partitioning, nn.initializers.normal
-        # variance 1 / (3 inputs), the variance of the uniform distribution up to 1 / sqrt(inputs)
+        # variance 1 / (3 inputs): that of the uniform distribution between -1 / sqrt(inputs) and 1 / sqrt(inputs)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         kernel: Any = self.param(
             "kernel", named(normal(self.stddev), self.axes), (inputs, self.features)
@@ -57,17 +57,21 @@ class LoraDense(nn.Module):
             LORA_B, named(nn.initializers.zeros, ("lora", columns)), (self.rank, self.features)
         )
         x = x.astype(self.dtype)
-        # (x A) B, not x (A B): the scale multiplies the thin [..., rank] array
+        # (x A) B, not x (A B); the scale is applied to x A, since that is the smallest array, [..., rank]
         return kernel_product(x, kernel) + kernel_product(kernel_product(x, a) * self.scale, b)
 
 
 def has_adapters(params: Any) -> bool:
-    """Returns whether a tree of parameters, shapes or shardings holds adapters."""
+    """Returns whether a tree of parameters, of shapes or of shardings contains adapters."""
     return any(path[-1] == LORA_A for path in flatten_dict(params))
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """Splits parameters into (trained, frozen): adapters and the rest; without adapters, everything and {}."""
+    """Splits parameters into (trained, frozen).
+
+    If there are adapters, they are trained and all other parameters are frozen. Without adapters, all parameters
+    are trained, and the frozen tree is {}.
+    """
     if not has_adapters(params):
         return params, {}
     trained, frozen = {}, {}
@@ -77,36 +81,36 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """Joins the two trees of `split`."""
+    """Joins the two trees that `split` returns."""
     if not frozen:
         return trained
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
 
 
 def base_of(params: Any) -> Any:
-    """Returns the parameters without adapters; does not merge the adapters into them."""
+    """Returns the parameters without the adapters, which are left out and not merged."""
     trained, frozen = split(params)
     return frozen or trained
 
 
 def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Merges adapters into plain weights with the same outputs: W + (alpha / rank) A B in float32.
+    """Merges adapters into the kernels: each kernel W becomes W + (alpha / rank) A B, computed in float32.
 
-    Works inside and outside `jax.jit`. Outside, a merged kernel keeps its placement on devices, and all
+    This works inside and outside `jax.jit`. Outside, a merged kernel keeps its placement on devices, and all
     other arrays are shared with `params`, not copied.
 
     Args:
-        params: unboxed parameters of a model of `config`, layers stacked.
-        config: has alpha and ranks. Without LoRA, both arguments are returned unchanged.
+        params: parameters of the model, unboxed, with stacked layers.
+        config: configuration of the model. If it has no LoRA, both arguments are returned unchanged.
 
     Returns:
-        The parameters and the configuration of the model without LoRA.
+        The parameters and the configuration of a model without adapters that computes the same outputs.
 
     Raises:
-        ValueError: `params` and `config` disagree on whether there are adapters.
+        ValueError: `params` have adapters but `config` does not, or the other way round.
     """
     if has_adapters(params) != (config.lora is not None):
-        raise ValueError("parameters and configuration disagree on whether there are adapters")
+        raise ValueError("`params` and `config` disagree on whether the model has adapters")
     if config.lora is None:
         return params, config
     adapters, frozen = split(params)

@@ -1,4 +1,4 @@
-"""Positions in attention: T5's learned bias by distance, and rotary embeddings."""
+"""Positions in attention: T5's learned bias, which depends on the distance, and rotary embeddings."""
 
 from typing import Any
 
@@ -7,22 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROPE = "rope"  # in the names of operations
+ROPE = "rope"  # scope in the names of the operations of rotary embeddings
 Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, each [length, kv / 2] float32
 
 
 def relative_buckets(
     query: jax.Array, key: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> jax.Array:
-    """Returns the bucket of each (query, key) pair of positions: [q], [k] -> [q, k] int32.
+    """Returns the bucket of each pair of a query position [q] and a key position [k]: [q, k] int32.
 
-    Half of the buckets are exact distances. The others have widths that grow with the distance, on a
-    logarithmic scale up to `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1). Packed
-    segments are contiguous in inputs and targets, so indices in a row give the same differences as
-    positions in a segment.
+    Half of the buckets are for one distance each. The others are for ranges of distances, which become wider on a
+    logarithmic scale up to `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1). In packed rows,
+    positions may be counted from the start of the row, since only distances matter and each segment is contiguous.
     """
-    # bidirectional, 32 buckets: a key 3 before its query is bucket 3, a key 3 after it bucket 16 + 3; keys
-    # 16 and 22 before it share bucket 10. Causal: bucket 0 also takes all keys after the query.
+    # bidirectional, 32 buckets: a key 3 places before its query has bucket 3, and a key 3 places after it has
+    # bucket 16 + 3. Keys 16 and 22 places before it share bucket 10. Causal: all keys after the query have bucket 0.
     relative, offset = key[None, :] - query[:, None], 0
     if bidirectional:
         num_buckets //= 2
@@ -31,7 +30,7 @@ def relative_buckets(
     else:
         relative = jnp.maximum(-relative, 0)
     exact = num_buckets // 2
-    # max(..., 1): the logarithm of 0 is never used below, but would be infinite
+    # max(..., 1) avoids the logarithm of 0, which is infinite; its result is not used below
     ratio = jnp.log(jnp.maximum(relative, 1) / exact) / np.log(max_distance / exact)
     large = jnp.minimum(exact + (ratio * (num_buckets - exact)).astype(jnp.int32), num_buckets - 1)
     return offset + jnp.where(relative < exact, relative, large)
@@ -39,10 +38,10 @@ def relative_buckets(
 
 @jax.custom_vjp
 def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
-    """Looks up table [heads, buckets] at buckets [q, k] -> [heads, q, k]; its gradient is a product.
+    """Looks up the buckets [q, k] in a table [heads, buckets] and returns [heads, q, k].
 
-    JAX's own gradient of a lookup is a scatter, which is slow on accelerators. T5X multiplies by one-hot
-    buckets in both directions; here only the gradient does.
+    The gradient of the table is computed as a matmul with one-hot buckets. JAX's own gradient of a lookup is a
+    scatter, which is slow on accelerators. T5X uses a matmul in the forward pass as well.
     """
     return jnp.take(table, buckets, axis=1)
 
@@ -50,7 +49,8 @@ def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
 def _to_table(kept: tuple[jax.Array, jax.Array], slope: jax.Array) -> tuple[jax.Array, None]:
     table, buckets = kept
     hot = jax.nn.one_hot(buckets, table.shape[1], dtype=slope.dtype)
-    # HIGHEST: by default accelerators would round the gradients before they sum q x k of them
+    # `slope` is the gradient of the looked-up biases. HIGHEST, since by default accelerators would round the
+    # gradients before they sum q x k of them.
     product = jnp.einsum("hqk,qkb->hb", slope, hot, precision=jax.lax.Precision.HIGHEST)
     return product, None
 
@@ -61,14 +61,14 @@ _of_buckets.defvjp(
 
 
 class RelativeBias(nn.Module):
-    """Learned bias per head and bucket, added to the scores of self-attention."""
+    """A learned bias for each head and bucket, which is added to the scores of self-attention."""
 
     config: Any  # a `models.t5.T5Config`; no other family has this table
     bidirectional: bool
 
     @nn.compact
     def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """Returns the bias [1, heads, q, k] float32 for queries at positions [q] and keys at positions [k]."""
+        """Returns the bias, [1, heads, q, k] float32, for the positions of queries [q] and of keys [k]."""
         c = self.config
         init = nn.with_logical_partitioning(
             nn.initializers.normal(c.emb_dim**-0.5), ("heads", "relpos_buckets")
@@ -86,18 +86,18 @@ class RelativeBias(nn.Module):
 
 @jax.named_scope(ROPE)
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Returns the cosines and sines of the angles by which `rotate` turns pairs at positions [length].
+    """Returns the cosines and sines of the angles by which `rotate` rotates features at the given positions.
 
-    Pair i at position p turns by p / theta^(2i / head_dim) (Su et al. 2021, arXiv:2104.09864, equation
-    15). A score then depends only on the distance between query and key, so indices in a row also work
-    for packed segments.
+    At position p, the pair i of features is rotated by the angle p / theta^(2i / head_dim) (Su et al. 2021,
+    arXiv:2104.09864, equation 15). Positions then affect a score only through the distance between query and key.
+    So in packed rows, positions may be counted from the start of the row.
 
     Args:
-        positions: [length] int32.
-        head_dim: width of a head; must be even.
+        positions: positions, [length] int32.
+        head_dim: width of a head, which must be even.
         theta: base of the angles; 10,000 in Gemma 2.
     """
-    # float32, since pair 0 turns by p radians, and bfloat16 rounds whole numbers above 256
+    # float32, since pair 0 is rotated by p radians, and bfloat16 rounds whole numbers above 256
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.cos(angles), jnp.sin(angles)
@@ -105,9 +105,10 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
 
 @jax.named_scope(ROPE)
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """Turns each pair of features of x [batch, length, heads, kv]; computes in float32, returns x's dtype.
+    """Rotates each pair of features of x [batch, length, heads, kv].
 
-    A pair is feature i of the first half and feature i of the second half, as in Hugging Face's weights.
+    A pair is feature i of the first half and feature i of the second half, as in Hugging Face's weights. The
+    rotation is computed in float32, and the result has the dtype of x.
     """
     # [length, kv / 2] -> [1, length, 1, kv / 2]
     cos, sin = (table[None, :, None, :] for table in by)

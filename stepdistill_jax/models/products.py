@@ -1,4 +1,4 @@
-"""Precision of matrix products, and the product of activations with a kernel."""
+"""Precision of matmuls, and the matmul of activations with a kernel."""
 
 import functools
 
@@ -7,29 +7,29 @@ import jax.numpy as jnp
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
-    """Returns the precision of a product whose factors are of `dtype`.
+    """Returns the precision for a matmul whose factors have the type `dtype`.
 
-    By default a TPU rounds float32 factors to bfloat16, and a GPU rounds them to TF32. Here float32 means
-    float32. bfloat16 factors are not rounded by default.
+    By default, a TPU rounds float32 factors to bfloat16, and a GPU rounds them to TF32. The precision `HIGHEST`
+    avoids this. bfloat16 factors are not rounded, so they get the default (None).
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) -> jax.Array:
-    """Returns x [..., in] times kernel [in, out], computed as a product of two matrices in the dtype of x.
+    """Returns x [..., in] times kernel [in, out], computed as a matmul of two matrices in the dtype of x.
 
     Batch and length become one axis. With more dimensions, XLA's CPU backend would transpose before it
     multiplies, and the kernel's gradient would take 1.7 times as long.
 
-    The gradient of the kernel is a product with a float32 result. JAX's own gradient of a float32 kernel
-    that is cast to bfloat16 is a bfloat16 product, so devices would add up rounded values. With float32,
-    one device and eight agree to float32 precision.
+    The gradient of the kernel is computed as a matmul with a result in the dtype of the kernel, usually
+    float32. JAX's own gradient would be rounded to bfloat16 before devices add up their parts. With float32,
+    one device and eight devices agree to float32 precision.
 
     Args:
         x: activations.
-        kernel: in any dtype; cast to the dtype of x before devices gather it.
-        float32_sums: whether the output is float32; otherwise it has the dtype of x.
+        kernel: kernel of any dtype. It is cast to the dtype of x before devices gather it.
+        float32_sums: whether the output is float32. Otherwise it has the dtype of x.
     """
     dtype = jnp.float32 if float32_sums else x.dtype
     rows = x.reshape(-1, x.shape[-1])
@@ -38,10 +38,10 @@ def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) 
 
 
 def _forward(x, kernel, float32_sums):
-    # calls the undecorated function: a policy of `jax.checkpoint` can only save products that it sees
+    # calls the undecorated function, since a policy of `jax.checkpoint` can only save matmuls that it sees
     y = kernel_product.fun(x.value, kernel.value, float32_sums)
-    # An argument that needs no gradient, such as a frozen kernel, costs no product. The keys of a dict
-    # record which arguments need one, since a bool would become an array.
+    # An argument that needs no gradient, such as a frozen kernel, costs no matmul in the backward pass. The
+    # keys of a dict record which arguments need a gradient, since a bool would become an array.
     wanted = {name: () for name, of in (("x", x), ("kernel", kernel)) if of.perturbed}
     return y, (x.value, kernel.value, wanted)
 
@@ -51,7 +51,8 @@ def _backward(float32_sums, kept, slope):
     x_grad = kernel_grad = None
     if isinstance(slope, jax.custom_derivatives.SymbolicZero):
         return x_grad, kernel_grad
-    # y = x W:  dx = dy W^T and dW = x^T dy, here over rows = batch x length
+    # `slope` is dy, the gradient of the output. y = x W:  dx = dy W^T and dW = x^T dy, here over
+    # rows = batch x length
     slopes = slope.reshape(-1, slope.shape[-1]).astype(x.dtype)
     if "x" in wanted:
         x_grad = _matmul(slopes, kernel.astype(x.dtype), ((1,), (1,)), x.dtype)

@@ -1,9 +1,9 @@
-"""int8 weights: a projection whose kernel is int8 with a scale for each output, and its quantization.
+"""int8 weights: a projection whose kernel is int8 with a scale for each output, and the quantization of kernels.
 
-Only weights are quantized, symmetrically: W is about W8 * scale, with W8 from -127 to 127 and a scale for
-each column (Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations, embeddings, norms
-and position biases are not quantized. int8 saves time where reading weights limits decoding, which is on
-accelerators.
+Only kernels are quantized, symmetrically: W is about W8 * scale, where W8 is from -127 to 127 and each column has
+its own scale (Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations, embeddings, norms and
+position biases are not quantized. int8 saves time on accelerators, where reading the weights limits the speed of
+decoding.
 """
 
 import dataclasses
@@ -24,13 +24,13 @@ LARGEST = 127
 
 
 class QuantizedDense(nn.Module):
-    """A dense layer without bias whose kernel is int8: one byte per weight.
+    """A dense layer without bias whose kernel is int8, so that it takes one byte per weight.
 
     Attributes:
         features: width of the output.
         axes: logical axes of the kernel.
         dtype: type of the arithmetic.
-        float32_sums: whether the output is float32; otherwise it has `dtype`.
+        float32_sums: whether the output is float32. Otherwise it has the type `dtype`.
     """
 
     features: int
@@ -50,7 +50,10 @@ class QuantizedDense(nn.Module):
 
 
 def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
-    """Multiplies x [..., inputs] with an int8 kernel [inputs, *outputs] and its scale [*outputs]; returns float32."""
+    """Multiplies x [..., inputs] with an int8 kernel [inputs, *outputs] and its scale [*outputs].
+
+    The result is [..., *outputs] float32.
+    """
     # Without the barrier, XLA would convert the kernel once, before the loop over tokens, and read the
     # converted kernel (2 or 4 bytes per weight) at each token.
     kernel, x = jax.lax.optimization_barrier((kernel, x.astype(dtype)))
@@ -61,7 +64,7 @@ def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: str) 
         precision=precision_of(dtype),
         preferred_element_type=jnp.float32,
     )
-    # a scale belongs to a column, so it multiplies the sums, and no float32 kernel is ever made
+    # a scale belongs to a column, so the sums can be multiplied by it, and no float32 kernel is ever made
     return sums * scale
 
 
@@ -70,7 +73,7 @@ def _zeros(dtype: Any) -> Any:
 
 
 def kernel_of(projection: Mapping[str, Any], dtype: Any) -> jax.Array:
-    """Returns the kernel [..., inputs, features] of a projection's parameters, int8 or not, in `dtype`."""
+    """Returns a projection's kernel, [..., inputs, features], in `dtype`, whether it is stored as int8 or not."""
     kernel = projection[KERNEL]
     if SCALE not in projection:
         return kernel.astype(dtype)
@@ -78,14 +81,14 @@ def kernel_of(projection: Mapping[str, Any], dtype: Any) -> jax.Array:
 
 
 def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Quantizes all kernels to int8 and keeps their placement on devices.
+    """Quantizes all kernels of a model to int8. Each kernel keeps its placement on devices.
 
     Args:
-        params: unboxed parameters of a model of `config` without adapters, layers stacked.
-        config: of the model.
+        params: parameters of a model without adapters, unboxed, with stacked layers.
+        config: configuration of the model.
 
     Returns:
-        The parameters, and the configuration that reads them.
+        The quantized parameters, and the configuration of the quantized model.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     # embeddings, norms and position biases have other names than `kernel`
@@ -97,9 +100,13 @@ def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _quantize(kernel: jax.Array, sharding: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the kernel [..., inputs, features] in int8 and its scales [..., features]; |error| <= scale / 2."""
+    """Returns the kernel [..., inputs, features] in int8, and its scales [..., features].
+
+    The error of a weight is at most half of the scale of its column.
+    """
     largest = jnp.max(jnp.abs(kernel), axis=-2)
-    # a column of zeros gets scale 1 / 127 instead of a division by 0. Column 0.5, -2.54: scale 0.02, 25, -127
+    # A column of zeros gets the scale 1 / 127, to avoid a division by 0. The column 0.5, -2.54 gets the scale 0.02
+    # and becomes 25, -127.
     scale = jnp.where(largest > 0, largest, 1.0) / LARGEST
     rounded = jnp.clip(jnp.round(kernel / scale[..., None, :]), -LARGEST, LARGEST)
     return jax.lax.with_sharding_constraint(rounded.astype(jnp.int8), sharding), scale

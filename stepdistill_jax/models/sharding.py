@@ -1,6 +1,7 @@
-"""Placement of arrays: mesh, layouts, and T5X-style logical axis rules.
+"""Placement of arrays on devices: the mesh, its layouts, and logical axis rules as in T5X.
 
-`jax.jit` with shardings is the successor of `pjit`: GSPMD partitions the step by the shardings below.
+`jax.jit` with shardings is the successor of `pjit`: GSPMD partitions the step according to the shardings
+that are defined here.
 """
 
 import collections
@@ -23,8 +24,8 @@ from stepdistill_jax.runtime.checks import keep, of_type, one_of, whole
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# The first rule whose mesh axis is still free wins: of a kernel ("embed", "joined_kv") the rows are cut
-# over fsdp and the columns over tensor.
+# The first rule whose mesh axis is still free wins. For example, the rows of a kernel ("embed", "joined_kv")
+# are cut over fsdp and its columns over tensor.
 LOGICAL_AXIS_RULES = (
     ("batch", BATCH_AXES),
     ("vocab", "tensor"),
@@ -50,15 +51,15 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes; one of `data`, `fsdp` and `tensor` may be -1, "all remaining devices".
+    """Sizes of the mesh axes. One of `data`, `fsdp` and `tensor` may be -1, which means all remaining devices.
 
     Attributes:
-        data: number of copies of the parameters inside a slice; each copy has its own rows.
+        data: number of copies of the parameters inside a group of `dcn_data`. Each copy has its own rows.
         fsdp: number of parts into which parameters and rows are cut.
         tensor: number of parts into which heads, feed-forward width and vocabulary are cut.
-        dcn_data: number of groups of devices that each hold a copy and are connected by the data
-            centre's network (DCN); -1 means one for each slice (MaxText's
-            `dcn_data_parallelism`). The mesh's axis `data` is dcn_data x data.
+        dcn_data: number of groups of devices that are connected by the data centre's network (DCN). Each
+            group has its own copies of the parameters. -1 means one group for each slice (MaxText calls
+            this size `dcn_data_parallelism`). The axis `data` of the mesh has the size dcn_data x data.
     """
 
     data: int = 1
@@ -80,14 +81,16 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of a layout, given by name or as sizes, over the given devices or all.
+    """Returns the mesh of a layout over the given devices; None means all devices.
 
-    Slices are the outermost axis, so the parts of a copy communicate over the fast links of one slice. If
-    devices do not know their slice, or are virtual devices of one machine (CPU), each process counts as
-    a slice, and `dcn_data` cuts the devices, in order of processes, into equal blocks.
+    The layout is a name in `LAYOUTS` or a `Layout`. The mesh is arranged so that the parts of one copy of the
+    parameters communicate over the fast links of one slice. If devices do not know their slice, or are
+    virtual devices of one machine (CPU), each process counts as a slice. `dcn_data` then cuts the devices, in
+    the order of their processes, into equal blocks.
 
     Raises:
-        InputError: the layout is unknown, or its sizes do not fit the devices; names the nearest.
+        InputError: the layout is unknown, or its sizes do not fit the devices. The message names the
+            nearest name or sizes.
     """
     if isinstance(layout, str):
         one_of("layout", layout, LAYOUTS)
@@ -100,7 +103,7 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
 
 
 def _slices(devices: list[Any]) -> int:
-    """Returns the number of slices, or of processes if devices do not know their slice."""
+    """Returns the number of slices, or the number of processes if each process counts as a slice."""
     found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
     # On CPUs JAX counts all processes of a machine as one slice. Tests of several slices use several
     # processes, so there each process counts as a slice.
@@ -114,12 +117,12 @@ def _slices(devices: list[Any]) -> int:
 
 
 def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
-    """Returns (data, fsdp, tensor) of the mesh; data includes the copies across slices."""
+    """Returns the sizes (data, fsdp, tensor) of the mesh, where data includes the copies across slices."""
     # 2 slices of 4 devices: Layout(fsdp=-1, dcn_data=-1) -> (2, 4, 1); Layout(data=-1, tensor=2) -> (4, 1, 2)
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
         raise InputError(
-            f"`layout`: hybrid needs several slices, since it keeps a copy in each; found one slice"
+            f"`layout`: hybrid keeps a copy of the parameters in each slice, and there is one slice"
             f" of {count} devices. Use fsdp, or set `Layout.dcn_data` to the number of copies"
         )
     if copies > 1 and (slices := _slices(devices)) % copies and copies % slices:
@@ -145,15 +148,16 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
 def _nearest_layout(
     wanted: Sequence[int], count: int, *, embed: int = 0, cut_by_tensor: int = 0
 ) -> str:
-    """Returns the layout of `count` devices that is nearest to `wanted`, as text.
+    """Returns the layout of `count` devices that is nearest to `wanted`, as a string such as "fsdp=4, tensor=2".
 
     The distance of two layouts is the sum over axes of |log(size / wanted size)|, so 4 and 16 are equally
     far from 8.
 
     Args:
-        wanted: dcn_data, data, fsdp, tensor; -1 is free.
+        wanted: the wanted sizes (dcn_data, data, fsdp, tensor). -1 means any size.
         count: number of devices.
-        embed, cut_by_tensor: sizes that fsdp and tensor must divide; 0 allows any.
+        embed: size that fsdp must divide; 0 allows any fsdp.
+        cut_by_tensor: size that tensor must divide; 0 allows any tensor.
     """
 
     def distance(layout: Sequence[int]) -> tuple[float, ...]:
@@ -161,7 +165,7 @@ def _nearest_layout(
             0.0 if asked == -1 else abs(math.log(size / max(asked, 1)))
             for asked, size in zip(wanted, layout, strict=True)
         ]
-        # ties: the layout with the fewest axes above 1, then the smallest change of the copies
+        # on a tie, the layout with the fewest axes above 1, then the one that changes dcn_data and data least
         return round(sum(gaps), 9), sum(size > 1 for size in layout), *gaps[:2], gaps[3]
 
     # fsdp follows from the other three: copies x data x fsdp x tensor = count
@@ -178,7 +182,7 @@ def _nearest_layout(
 
 
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
-    """Returns the devices as an array [data, fsdp, tensor], with slices along the first axes."""
+    """Returns the devices as an array [data, fsdp, tensor]. Several slices are arranged along its first axes."""
     # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     slices = len({getattr(d, "slice_index", None) for d in devices})
@@ -195,10 +199,10 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
 
 
 def traced_device() -> Any:
-    """Returns a device that the traced program is for; read its `platform` and `device_kind`.
+    """Returns an object with the `platform` and `device_kind` of the devices that the traced program is for.
 
-    It is a device of the mesh in the tracing context, which need not exist on this machine. Without a
-    mesh, it is JAX's first device.
+    If a mesh is set while JAX traces, this is a device of that mesh, which need not exist on this machine.
+    Without a mesh, it is JAX's first device.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
@@ -214,26 +218,27 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that each device holds completely."""
+    """Returns the sharding of an array of which each device has a complete copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array [batch, ...] that is cut by rows."""
+    """Returns the sharding of an array [batch, ...] whose rows are cut over the mesh."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
-    """Turns a tree of host arrays [rows, ...] into global arrays cut by rows over the mesh.
+    """Turns a tree of host arrays [rows, ...] into global arrays whose rows are cut over the mesh.
 
     Every process gives each of its devices the rows that the device owns. This works for any mesh, even
     if two processes own the same rows because of a tensor axis.
 
     Args:
-        batch: arrays with this process's blocks of rows, one after the other; all rows by default.
-        mesh: cuts the rows.
-        blocks: ascending numbers of these blocks, from `blocks_on`; there are `num_blocks` equal blocks.
-        num_blocks: number of blocks in the global batch.
+        batch: arrays with the rows of this process's blocks, one block after the other. With the default
+            values of `blocks` and `num_blocks`, they are all rows of the global batch.
+        mesh: the mesh over which the rows are cut.
+        blocks: indices of this process's blocks, ascending, as `blocks_on` returns them.
+        num_blocks: number of equal blocks of rows that make up the global batch.
     """
     sharding = batch_sharding(mesh)
     place_of = {block: place for place, block in enumerate(blocks)}
@@ -242,8 +247,8 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
         size = len(x) // len(blocks)
 
         def rows(index: Any) -> np.ndarray:
-            # blocks (2, 3) of 8 rows each: global row 20 is row 4 of block 2, so row 4 of x. A device's rows
-            # may begin in one block and end in the next, which follows it in x.
+            # blocks (2, 3) of 8 rows each: global row 20 is row 4 of block 2, so row 4 of x. The rows of a
+            # device may begin in one block and end in the next. In x, these blocks are adjacent, too.
             first, end, _ = index[0].indices(size * num_blocks)
             own = place_of[first // size] * size + first % size
             return x[own : own + end - first]
@@ -254,20 +259,21 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
 
 
 def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None) -> tuple[int, ...]:
-    """Returns the numbers of the blocks of a batch that devices need, ascending.
+    """Returns the indices of the blocks of a batch that the given devices need, ascending.
 
-    A batch is `num_blocks` equal blocks of rows. A device needs each block that holds one of its rows. Two
-    processes need the same block if neither of the numbers of blocks and devices divides the other, or if
-    a tensor axis spans processes.
+    A batch is `num_blocks` equal blocks of rows, and a device needs each block that contains any of its
+    rows. Two processes need the same block if the boundary between their rows is inside it, or if a tensor
+    axis spans processes.
 
     Args:
-        mesh: cuts the rows.
+        mesh: the mesh over which the rows are cut.
         num_blocks: number of blocks in the global batch.
         devices: devices of the mesh; None means this process's devices.
     """
     shards = batch_shards(mesh)
-    # Any number of rows that both divide gives the same answer; shards x num_blocks does. With 4 shards and
-    # 6 blocks (of 4 rows each), the second shard has rows 6 to 11, so blocks 1 and 2.
+    # The answer is the same for any number of rows that both `shards` and `num_blocks` divide, so this takes
+    # their product. With 4 shards and 6 blocks (of 4 rows each), the second shard has the rows 6 to 11, which
+    # are in the blocks 1 and 2.
     owned = batch_sharding(mesh).devices_indices_map((shards * num_blocks,))
     needed = set()
     for device in mesh.local_devices if devices is None else devices:
@@ -277,21 +283,21 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
 
 
 def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
-    """Returns the shardings of the parameters in a tree of logically partitioned boxes.
+    """Returns the shardings of a model's parameters.
 
     Args:
-        mesh: cuts the parameters.
-        boxed: the tree, from `models.encoder_decoder.abstract_params`.
-        config: of the model, whose heads must not be cut.
+        mesh: the mesh over which the parameters are cut.
+        boxed: the parameters as boxes with logical axis names, from `models.encoder_decoder.abstract_params`.
+        config: configuration of the model. A cut must not split one of its heads.
 
     Raises:
-        InputError: an axis of the mesh does not divide a dimension that it cuts; names both, and
-            the nearest layout that divides everything.
+        InputError: the size of a mesh axis does not divide a dimension that the axis cuts. The message names
+            both sizes, and the nearest layout that divides all dimensions.
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
     heads = {}
-    # with a position bias, its table [heads, buckets] is cut too, so the check of dimensions covers heads
+    # With a position bias, its table [heads, buckets] is cut too, so the check of dimensions covers the heads.
     if config.position_bias is None:
         heads = {"encoder": config.encoder.num_kv_heads, "decoder": config.decoder.num_kv_heads}
     _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings, heads)
@@ -301,10 +307,11 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
 def _check_divisible(
     mesh: Mesh, params: Any, specs: Any, shardings: Any, heads: Mapping[str, int]
 ) -> None:
-    """Raises InputError for dimensions that their mesh axis does not divide: jit raises, and GSPMD would pad.
+    """Raises InputError if the size of a mesh axis does not divide a dimension that the axis cuts.
 
-    It also checks `heads`, the number of key/value heads of each side, since a cut must not split a head.
-    The shape [embed, 128] of a kernel does not show that its 2 heads of 64 allow two parts at most.
+    `heads`, the number of key/value heads of each side, is checked as well, since a cut must not split a
+    head. For example, a kernel of shape [embed, 128] with 2 heads of width 64 can be cut into at most two
+    parts, which its shape does not show.
     """
     wrong: dict[str, str] = {}
     # greatest common divisor of the dimensions that an axis cuts

@@ -1,4 +1,4 @@
-"""Encoder and decoder as stacks of layers, whose parameters are stacked along axis 0."""
+"""Encoder and decoder as stacks of layers. The parameters of all layers are stacked along axis 0."""
 
 from typing import Any, NamedTuple
 
@@ -17,15 +17,16 @@ class Context(NamedTuple):
     """Inputs that all layers of a stack share.
 
     Attributes:
-        segments: segments of queries and keys in self-attention.
-        query, key: positions [q] and [k] in self-attention.
-        bias: [1, heads, q, k] float32, added to self-attention's scores; None if each layer has its own
-            or the model has none.
-        turn: rotation of queries and keys at the positions `query`, or None.
-        encoded: for a decoder, the encoder's states [batch, length, embed], or the `encoded` of
-            `EncoderDecoder.decode_step`.
-        cross_segments: segments of queries and keys in attention to the encoder.
-        index: position of the cache that is written.
+        segments: segments of the queries and of the keys in self-attention.
+        query: positions of the queries in self-attention, [q].
+        key: positions of the keys in self-attention, [k].
+        bias: position bias of self-attention's scores, [1, heads, q, k] float32. None if each layer computes
+            its own bias, or if the model has no bias.
+        turn: rotation of queries and keys at the positions `query`; None if the model has no rotary positions.
+        encoded: in a decoder under teacher forcing, the encoder's states, [batch, length, embed]. In a decoder
+            with a cache, the `encoded` of `EncoderDecoder.decode_step`. None in an encoder.
+        cross_segments: segments of the queries and of the keys in attention to the encoder.
+        index: position of the token that is decoded, if there is a cache.
     """
 
     segments: Segments
@@ -39,24 +40,24 @@ class Context(NamedTuple):
 
 
 def _dropout(config: ModelConfig, deterministic: bool) -> Dropout:
-    """Returns the dropout module of a layer or a stack; each of its calls draws another mask."""
+    """Returns a dropout module. Each call of the module draws another mask."""
     return Dropout(config.dropout_rate, config.dropout_broadcast, deterministic=deterministic)
 
 
 class _Layer(nn.Module):
-    """The parts that an encoder's layer and a decoder's layer share."""
+    """The parts that encoder layers and decoder layers have in common."""
 
     config: ModelConfig
     deterministic: bool
 
     def normed(self, y: jax.Array, block: str) -> jax.Array:
-        """Normalises a block's output in families that do so; returns it unchanged in others."""
+        """Normalises the output of a block if the family has such norms, and otherwise returns it unchanged."""
         if not self.config.post_norms:
             return y
         return RMSNorm(self.config, name=f"post_{block}_layer_norm")(y)
 
     def bias(self, context: Context, bidirectional: bool) -> jax.Array | None:
-        """Returns the position bias of this layer's self-attention."""
+        """Returns the position bias of this layer's self-attention, or None if the model has none."""
         if self.config.position_bias != "layer":
             return context.bias
         table = RelativeBias(self.config, bidirectional, name="relpos_bias")
@@ -66,7 +67,7 @@ class _Layer(nn.Module):
 class EncoderLayer(_Layer):
     @nn.compact
     def __call__(self, x, window, context: Context):
-        """Applies the layer to x [batch, length, embed]; returns (the same shape, None).
+        """Applies the layer to x [batch, length, embed] and returns (an array of the same shape, None).
 
         `window` is this layer's entry of `windows_of`, or None.
         """
@@ -74,7 +75,7 @@ class EncoderLayer(_Layer):
         drop = _dropout(c, self.deterministic)
         bias = self.bias(context, bidirectional=True)
         attention = Attention(c, side, side.emb_dim, name="attention")
-        # x + block(norm(x)); `normed` adds Gemma's second norm, of the block's output
+        # x + block(norm(x)); in Gemma, `normed` is a second norm, of the block's output
         h = RMSNorm(c, name="pre_attention_layer_norm")(x)
         keys, values = attention.keys_values(h)
         queries, keys = _turned(attention.queries(h), keys, context.turn)
@@ -88,18 +89,24 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """A decoder layer: under teacher forcing if `cache` is None, otherwise over a cache.
+    """A decoder layer, used in one of three ways.
 
-    A cache with `key` and `value` decodes one token. Without them, targets are given, and the cache holds
-    only the input's `cross_key` and `cross_value`. If `context.encoded` is given, the cache has no keys and
-    values of the input.
+    1. `cache` is None: teacher forcing. Keys and values of the input are computed from `context.encoded`.
+    2. `cache` has only `cross_key` and `cross_value`, the keys and values of the input: teacher forcing that
+       reads these.
+    3. `cache` has `key` and `value`, those of earlier tokens: one token is decoded. In attention to the encoder,
+       the layer reads `cross_key` and `cross_value` or, if `context.encoded` is given, the encoder's states.
     """
 
     causal: bool
 
     @nn.compact
     def __call__(self, x, window, cache, context: Context):
-        """Applies the layer to x [batch, q, embed]; returns (the same shape, the token's key and value or None)."""
+        """Applies the layer to x [batch, q, embed].
+
+        Returns:
+            An array of the same shape, and the key and value of the decoded token, or None under teacher forcing.
+        """
         c, side, off = self.config, self.config.decoder, self.deterministic
         drop = _dropout(c, off)
         bias = self.bias(context, bidirectional=False)
@@ -123,8 +130,8 @@ class DecoderLayer(_Layer):
             keys, values = cross.keys_values(context.encoded)
             y = cross(cross.queries(h), keys, values, segments, deterministic=off)
         else:
-            # [batch * beams, 1, embed] -> [batch, beams, embed]: the beams of an input are queries to the
-            # same keys, which are not copied for each beam
+            # [batch * beams, 1, embed] -> [batch, beams, embed]: the beams of an input are queries that read the
+            # same keys, so the keys are not copied for each beam
             queries = h.reshape(segments[1].shape[0], -1, h.shape[-1])
             if context.encoded is not None:
                 y = cross.over_states(queries, *context.encoded, segments)
@@ -138,17 +145,17 @@ class DecoderLayer(_Layer):
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
 
     def _next(self, attention: Attention, h, window, cache, bias, context: Context):
-        """Returns self-attention's output for one token over the cache, and the token's key and value."""
+        """Returns the output of self-attention for one token over the cache, and the token's key and value."""
         if self.config.unrolled_decoder:
             queries, keys, values = attention.queries_keys_values(h)
         else:
             queries, (keys, values) = attention.queries(h), attention.keys_values(h)
-        # a key's rotation depends only on its own position, so the cache stores it turned
+        # the rotation of a key depends only on its own position, so the cache stores rotated keys
         queries, keys = _turned(queries, keys, context.turn)
         # [batch, 1, kv_heads, kv] -> [batch, kv_heads, kv, 1] and [batch, kv_heads, 1, kv]
         new = {"key": keys.transpose(0, 2, 3, 1), "value": values.swapaxes(1, 2)}
-        # The token must see itself, but `decode_step` writes the cache, once for all layers. So these copies
-        # contain the token only while this layer computes.
+        # The token must see itself, but only `decode_step` writes into the cache, once for all layers. So this
+        # layer adds the token to copies that exist only while it computes.
         here = context.key == context.index
         keys = jnp.where(here[None, None, None, :], new["key"], cache["key"])
         values = jnp.where(here[None, None, :, None], new["value"], cache["value"])
@@ -164,13 +171,14 @@ def _turned(queries, keys, turn: Rotation | None):
 
 
 def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
-    """Returns the window of each layer for `attention`, [layers] int32; None if no window masks anything.
+    """Returns the window of each layer for `attention.attention`, [layers] int32.
 
-    `Side.windows` follow Hugging Face: an encoder sees distances <= window, a decoder < window. A window
-    masks nothing if `longest` places fit into it.
+    The windows in `Side.windows` have the meaning of Hugging Face: an encoder sees the distances <= window, and a
+    decoder sees the distances < window. The result is None if each window is at least as long as the rows, which
+    have `longest` places, so that no window masks anything.
     """
-    # `attention` masks distances >= window, so an encoder's is one more; a 0, "all", becomes more than any
-    # length
+    # `attention` masks distances >= window, so the window of an encoder becomes one more. A window of 0, which
+    # means all, becomes more than any length.
     reach = [w + (not causal) if w else 2 * MAX_LENGTH for w in side.windows or ()]
     if not reach or (isinstance(longest, int) and min(reach) >= longest):
         return None
@@ -178,20 +186,25 @@ def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
 
 
 def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axes: Any, **kwargs):
-    """Returns `length` layers, as a loop or unrolled, with parameters stacked along axis 0."""
+    """Returns a module that applies `length` layers, one after the other.
+
+    They are a loop if `config.scan_layers` is True, and otherwise the loop is unrolled. In either case, the
+    parameters of the layers are stacked along axis 0. `config.remat_policy` decides what the backward pass
+    recomputes.
+    """
     policies = jax.checkpoint_policies
     policy = {
-        # Activations and norms are cheaper to recompute than to write to memory and read again. A kernel is
-        # no product, so its output is saved by name. With plain operations, the same name marks the result
-        # of a product, which is saved anyway.
+        # Activations and norms are cheaper to recompute than to write to memory and read again. An attention
+        # kernel is not a matmul, so its output is saved by name. With plain operations, the same name marks the
+        # result of a matmul, which is saved anyway.
         "elementwise": policies.save_from_both_policies(
             policies.dots_saveable, policies.save_only_these_names(ATTENTION_OUTPUT)
         ),
         "minimal": policies.dots_with_no_batch_dims_saveable,
         "full": policies.nothing_saveable,
     }[config.remat_policy]
-    # XLA's common-subexpression elimination (CSE) could undo the recomputation, but not across a loop. In
-    # unrolled layers it could; that is harmless where only elementwise results are recomputed.
+    # XLA's common-subexpression elimination (CSE) could undo the recomputation in unrolled layers, but not across
+    # a loop. Undoing is harmless if only elementwise results are recomputed.
     prevent_cse = not config.scan_layers and config.remat_policy != "elementwise"
     layer = nn.remat(layer, prevent_cse=prevent_cse, policy=policy)
     scanned = nn.scan(
@@ -209,12 +222,12 @@ def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axe
 
 
 class _Stack(nn.Module):
-    """The parts that an encoder and a decoder share."""
+    """The parts that encoder and decoder have in common."""
 
     config: ModelConfig
 
     def context(self, side: Side, bidirectional: bool, segments, query, key, **more) -> Context:
-        """Returns the context of all layers for queries at positions `query` [q] and keys at `key` [k]."""
+        """Returns the context of all layers. `query` [q] and `key` [k] are the positions of queries and keys."""
         bias = turn = None
         if self.config.position_bias == "side":
             bias = RelativeBias(self.config, bidirectional, name="relpos_bias")(query, key)
@@ -226,7 +239,7 @@ class _Stack(nn.Module):
 class Encoder(_Stack):
     @nn.compact
     def __call__(self, x, segments, *, deterministic: bool):
-        """Encodes x [batch, length, embed] with segments [batch, length]; returns the shape of x."""
+        """Encodes embeddings x [batch, length, embed] with segments [batch, length] to states of the same shape."""
         c, side = self.config, self.config.encoder
         drop, position = _dropout(c, deterministic), jnp.arange(x.shape[1])
         context = self.context(side, True, (segments, segments), position, position)
@@ -253,7 +266,14 @@ class Decoder(_Stack):
         index=0,
         deterministic: bool,
     ):
-        """Decodes x [batch, q, embed]; returns (the shape of x, the new keys and values or None)."""
+        """Applies all layers to embeddings x [batch, q, embed].
+
+        `cache` is described in `DecoderLayer`, and has a layer axis here. `Context` describes the other arguments.
+
+        Returns:
+            States of the shape of x, and the keys and values of the decoded token in all layers, or None under
+            teacher forcing.
+        """
         c, side = self.config, self.config.decoder
         drop = _dropout(c, deterministic)
         more = {"encoded": encoded, "cross_segments": cross_segments, "index": index}

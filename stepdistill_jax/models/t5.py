@@ -10,18 +10,23 @@ from stepdistill_jax.runtime.checks import keep, whole
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(ModelConfig):
-    """Configuration of a T5, whose encoder and decoder have the same width (names as in T5X's `network.py`).
+    """Configuration of a T5, whose encoder and decoder have the same width.
+
+    The attributes have the names of T5X's `network.py`. The names in Hugging Face's config.json are in parentheses.
 
     Attributes:
-        emb_dim: model width (Hugging Face `d_model`).
-        num_heads, head_dim: attention heads and the width of each (`num_heads`, `d_kv`).
+        emb_dim: model width (`d_model`).
+        num_heads: number of attention heads (`num_heads`).
+        head_dim: width of each head (`d_kv`).
         mlp_dim: feed-forward width (`d_ff`).
-        num_encoder_layers, num_decoder_layers: depth (`num_layers`, `num_decoder_layers`).
-        num_buckets, max_distance: of the relative position bias.
-        shared_relative_position_bias: all layers of a side share one table; in UMT5 each layer has its
-            own.
-        scale_decoder_outputs: divides the output layer's input by sqrt(emb_dim), as v1.0 does (the name
-            is Hugging Face's).
+        num_encoder_layers: number of layers of the encoder (`num_layers`).
+        num_decoder_layers: number of layers of the decoder (`num_decoder_layers`).
+        num_buckets: number of buckets of the relative position bias (`relative_attention_num_buckets`).
+        max_distance: all distances from this one on share a bucket (`relative_attention_max_distance`).
+        shared_relative_position_bias: whether all layers of a side share one table of biases. In UMT5, each
+            layer has its own table.
+        scale_decoder_outputs: whether the input of the output layer is divided by sqrt(emb_dim), as in v1.0
+            (`scale_decoder_outputs`).
 
     Raises:
         InputError: as for `ModelConfig`, or a size is out of bounds.

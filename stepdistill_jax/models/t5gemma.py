@@ -1,4 +1,4 @@
-"""T5Gemma: encoder and decoder are Gemma 2 stacks, of equal or different size (Zhang et al. 2025, arXiv:2504.06225)."""
+"""T5Gemma (Zhang et al. 2025, arXiv:2504.06225): encoder and decoder are Gemma 2 stacks, whose sizes may differ."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -19,13 +19,13 @@ def gemma_side(
 ) -> Side:
     """Returns the sizes of a Gemma 2 stack (Gemma Team 2024, arXiv:2408.00118, section 2 and table 1).
 
-    In every second layer, starting with the first, attention reaches `window` tokens; in the other layers
-    it reaches all tokens.
+    The layers alternate between local and global attention, starting with a local one. In a local layer,
+    self-attention reaches only `window` tokens.
 
     Args:
         emb_dim, num_heads, num_kv_heads, head_dim, mlp_dim, num_layers: as in `Side`.
-        window: reach of the local layers, in tokens.
-        **other: fields of `Side` that differ from Gemma 2.
+        window: window of the local layers, in tokens.
+        **other: fields of `Side` whose values differ from those of Gemma 2.
     """
     windows = tuple(0 if layer % 2 else window for layer in range(num_layers))
     given: dict[str, Any] = {
@@ -56,10 +56,10 @@ _SIDES = {
 class T5GemmaConfig(ModelConfig):
     """Configuration of a T5Gemma.
 
-    Encoder and decoder each have an embedding; a tied output layer uses the decoder's.
+    Encoder and decoder have separate embeddings. A tied output layer uses the decoder's embedding.
 
     Attributes:
-        encoder, decoder: sizes and attention (`gemma_side`).
+        encoder, decoder: sizes and attention of the two stacks (`gemma_side`).
         bos_id: id that the decoder reads first.
     """
 

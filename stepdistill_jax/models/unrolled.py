@@ -1,8 +1,8 @@
 """Rearranges the decoder's parameters into the form that a GPU reads fastest at each token.
 
-A loop over stacked layers would, at each token, copy each layer's matrices out of the stack and concatenate
-the projections of one input. Here each layer has its own tree, and the projections of one input are one
-matrix.
+For each token, a loop over stacked layers would copy each layer's matrices out of the stack, and concatenate
+the projections of the same input. Here this is done only once, before the first token: the stacked layers are
+split into one tree per layer, and the projections of the same input are joined into one matrix.
 """
 
 from collections.abc import Mapping
@@ -17,14 +17,15 @@ from stepdistill_jax.models.config import ModelConfig
 def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns the parameters with `layers_0`, `layers_1`, ... instead of `layers` in the decoder.
 
-    In each layer, `self_attention` has one matrix `query_key_value` [embed, 3, joined_kv] instead of three.
-    With fewer key/value heads it has `query` and `key_value` [embed, 2, joined]. `mlp` has one matrix `wi`
-    [embed, 2, mlp] instead of two; with a single projection it is [embed, 1, mlp]. The features keep a
-    separate axis, so kernels that are cut over devices need not be moved.
+    In each layer, `self_attention` has one kernel `query_key_value` [embed, 3, joined_kv] instead of three
+    kernels. If there are fewer key/value heads than query heads, it has `query`, unchanged, and `key_value`
+    [embed, 2, features]. `mlp` has one kernel `wi` [embed, 2, mlp] instead of `wi_0` and `wi_1`; without a gate, it
+    is [embed, 1, mlp]. The features keep an axis of their own, so kernels that are cut over devices need not be
+    moved.
 
     Args:
-        params: unboxed parameters of a model of `config`, int8 or not, layers stacked.
-        config: of the model.
+        params: parameters of the model, unboxed, with stacked layers. The kernels may be int8.
+        config: configuration of the model.
     """
     decoder = dict(params["decoder"])
     layers = decoder.pop("layers")

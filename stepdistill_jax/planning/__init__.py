@@ -1,4 +1,7 @@
-"""Computes what a run needs before a device is rented: `plan` compiles the step on abstract arrays."""
+"""Computes what a run needs before a device is rented.
+
+`plan` compiles the training step on abstract arrays, and `plan_decode` compiles the decoder.
+"""
 
 from stepdistill_jax.planning.decoding import plan_decode as plan_decode
 from stepdistill_jax.planning.plan import plan as plan

@@ -1,4 +1,7 @@
-"""Finds changes to a config that make a step fit; each is compiled before it is recommended."""
+"""Finds changes to a config with which its step fits. Each change is compiled before it is recommended.
+
+In this package, the slices of a step are its microbatches (`num_microbatches`).
+"""
 
 import dataclasses
 import itertools
@@ -21,8 +24,10 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
-MORE_DEVICES = (2, 4)  # multiples of the number of devices that are tried
-MORE_WORK = 1.25  # factor by which rounding up rows for slices and devices may raise the FLOPs
+MORE_DEVICES = (2, 4)  # factors by which the number of devices is raised, to try more devices
+# Other numbers of slices and devices round the rows up to other multiples. This may raise the FLOPs of a step
+# by at most this factor.
+MORE_WORK = 1.25
 _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 3, 4, 6, 8, 12, ...
 
 
@@ -31,8 +36,8 @@ class Base:
     """The candidate that does not fit, from which advice starts.
 
     Attributes:
-        config: of the run.
-        target: the devices for which it was compiled.
+        config: config of the run.
+        target: the work and the devices for which the candidate was compiled.
         found: the candidate, as `compiled` returns it.
         layout: layout of the candidate.
         given: whether the user chose the layout.
@@ -46,26 +51,29 @@ class Base:
 
     @property
     def policy(self) -> str:
-        """Remat policy of the candidate; if it was not compiled, the policy that saves the most memory."""
+        """Remat policy of the candidate. If it was not compiled, this is the policy that saves the most memory."""
         return self.found.get("remat_policy", REMAT_POLICIES[-1])
 
     @property
     def most_flops(self) -> float:
-        """Maximum FLOPs of a step after a change of the number of slices or devices."""
+        """Largest number of FLOPs that a step may have after a change of the number of slices or devices."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
 
 def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
-    """Returns candidates that fit with one changed setting or, if none does, with all changes that save memory.
+    """Returns changed candidates that fit.
+
+    First, each change of a single setting is tried. If the step fits with none of them, the combination of all
+    changes that save memory is tried. Another layout and more devices are tried as well.
 
     Args:
         base: the candidate that does not fit.
         more_devices: the target's devices followed by further devices, for candidates on more devices.
 
     Returns:
-        Candidates that fit, the cheapest first, each with `changes`: {parameter: value}. Candidates on
-        more devices come last.
+        The candidates that fit, the cheapest first, and after them those on more devices. Each has `changes`, a
+        dict from the changed parameters to their new values.
     """
     single = list(_single(base))
     tried = [found for changes in single if (found := _with(base, changes)) is not None]
@@ -78,7 +86,7 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
 
 def _single(base: Base) -> Iterator[dict[str, Any]]:
-    """Yields changes that each concern one setting."""
+    """Yields the changes to try, each of a single setting."""
     config = base.config
     if base.given:  # otherwise the candidates already include all policies
         stronger = REMAT_POLICIES[REMAT_POLICIES.index(config.remat_policy) + 1 :]
@@ -87,10 +95,10 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
     if isinstance(optimizer, OptimizerFunction):
         yield {"optimizer": "adafactor"}
     elif optimizer.name == "adamw" and optimizer.mu_dtype == "float32":
-        if not optimizer.eps_before_correction:  # with it, the gin part of Adafactor is refused
+        if not optimizer.eps_before_correction:  # a config with this option may not name Adafactor
             yield {"optimizer": "adafactor"}
         yield {"mu_dtype": "bfloat16"}
-    # XLA's CPU backend widens bfloat16, so virtual devices would show no saving
+    # XLA's CPU backend computes bfloat16 in float32, so virtual devices would show no saving
     on_cpu = base.target.devices[0].platform == "cpu"
     if config.dtype == "float32" and not on_cpu:
         yield {"dtype": "bfloat16"}
@@ -98,16 +106,15 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
 
 
 def _slices(base: Base) -> list[int]:
-    """Returns at most two numbers of slices to try; they add few empty rows."""
+    """Returns at most two slice counts to try. Only counts that add few empty rows are considered."""
     config, work = base.config, base.target.work
     shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
     most = max(rows for rows, *_ in base.found["groups"]) // shards
     counts = [k for k in _COUNTS if config.num_microbatches < k <= most]
     sizes = base.found.get("per_device", {})
     enough = counts[-1:]
-    if (
-        "activations" in sizes
-    ):  # starts with the first number for which a slice's activations, its gradients and their sum fit
+    # starts with the first count with which a slice's activations, its gradients and their sum fit
+    if "activations" in sizes:
         fixed = sizes["arguments"] + 2 * sizes["gradients"]
         part = sizes["activations"] * config.num_microbatches
         enough = [k for k in counts if fixed + part / k <= base.target.limit] or enough
@@ -116,7 +123,7 @@ def _slices(base: Base) -> list[int]:
 
 
 def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Compiles the base with changes; returns None if the state alone is still too large."""
+    """Compiles the base with the given changes. Returns None if parameters and optimizer alone do not fit."""
     config, policy = _changed(base.config, changes), changes.get("remat_policy", base.policy)
     target = base.target
     if "dtype" in changes:
@@ -131,7 +138,7 @@ def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Returns the config with those changes that are fields of the config."""
+    """Returns the config with the given changes, except those that are not fields of the config."""
     fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
     if "optimizer" in changes:
         fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
@@ -143,16 +150,19 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles a combination of all changes that save memory singly; returns None if it does not fit.
+    """Compiles the combination of all changes of which each alone saves memory.
 
-    If the base has no size, because its state is too large or the TPU compiler refused it, the combination
-    contains all changes.
+    If the size of the base is unknown, because the TPU compiler refused it, the combination contains all
+    changes.
+
+    Returns:
+        The candidate, or None if it does not fit or if fewer than two settings would change.
     """
     saving, size = single, base.found.get("per_device", {}).get("total")
     if size is not None:
         smaller = (c for c in tried if c.get("per_device", {}).get("total", math.inf) < size)
         saving = [found["changes"] for found in smaller]
-    # of several changes of one setting the last wins: the most slices, the strongest remat policy
+    # of several changes of one setting, the last wins: the most slices, or the remat policy that saves most
     changes = {name: value for change in saving for name, value in change.items()}
     if "optimizer" in changes:
         changes.pop("mu_dtype", None)
@@ -163,7 +173,11 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles the layout with the least work other than the base's; on ties, the one with the least state."""
+    """Compiles the config in the layout with the least work, apart from the base's own layout.
+
+    If several layouts have the least work, the one with the smallest state on a device is compiled. Returns a list
+    with this candidate, or [] if it does not fit.
+    """
     config, target = base.config, base.target
 
     def work_and_state(item: tuple[str, Layout]) -> tuple[float, int]:
@@ -186,10 +200,13 @@ def _in_another_layout(base: Base) -> list[dict[str, Any]]:
 
 
 def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """Yields the base's config on the smallest larger number of devices that fits and adds few empty rows."""
+    """Tries the base's config on 2 and then on 4 times as many devices, and yields the first candidate that fits.
+
+    Nothing is yielded if none fits, or if more devices would add many empty rows.
+    """
     config, name = base.config, base.found["name"]
     if base.given and name not in LAYOUTS:
-        return  # the sizes in the name are for one number of devices
+        return  # a name with sizes, such as `fsdp_tensor 4x2`, is for a single number of devices
     for times in MORE_DEVICES:
         count = times * len(base.target.devices)
         if count > len(devices):

@@ -1,4 +1,4 @@
-"""Compiles the layouts and remat policies with which a config may run, the least work first."""
+"""Compiles the layouts and remat policies with which a config may run, starting with the least work."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import abstract_state
 
 TENSOR_PARTS = (2, 4, 8, 16, 32)
-# A layout with more than this multiple of the FLOPs of the best is not compiled. The additional FLOPs belong
-# to empty rows; `train` warns if they are more than half of all rows.
+# A layout is not compiled if it needs more than this factor times the FLOPs of the first layout that fits. The
+# additional FLOPs are spent on empty rows. `train` warns if more than half of all rows are empty.
 WASTE = 2
 
 
@@ -27,7 +27,7 @@ class Target:
     Attributes:
         work: the result of `workload`.
         devices: devices of the mesh.
-        limit: bytes of each device that a step may take.
+        limit: number of bytes that a step may take on each device.
     """
 
     work: Workload
@@ -36,9 +36,9 @@ class Target:
 
 
 def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
-    """Returns, by name, the layouts whose axes divide the model's dimensions."""
+    """Returns a dict from names to layouts: all layouts of the devices whose axes divide the model's dimensions."""
 
-    # as `models.sharding` cuts: widths over fsdp; vocabulary, whole key/value heads and mlp over tensor
+    # `models.sharding` cuts the width over fsdp, and vocabulary, whole key/value heads and mlp over tensor
     def divides(fsdp: int, tensor: int) -> bool:
         sides = (model.encoder, model.decoder)
         by_tensor = [model.vocab_size, *(n for s in sides for n in (s.num_kv_heads, s.mlp_dim))]
@@ -59,23 +59,25 @@ def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
 
 
 def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str | Layout:
-    """Returns the sizes of a layout with sizes in its name, such as `fsdp_tensor 32x8`; returns others unchanged.
+    """Returns the `Layout` that a name of `layouts_for` stands for, such as `fsdp_tensor 32x8`.
+
+    Other layouts are returned unchanged.
 
     Raises:
-        InputError: the layout does not divide this model or this number of devices.
+        InputError: a name with sizes does not fit this model or this number of devices.
     """
     if not isinstance(layout, str):
         return layout
     named = layouts_for(model, devices)
     if " " in layout and layout not in named:
         raise InputError(
-            f"`layout` {layout}: on {devices} devices this model can use {', '.join(named)}"
+            f"`layout` {layout}: it does not fit; on {devices} devices this model can use {', '.join(named)}"
         )
     return named.get(layout, layout)
 
 
 def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
-    """Returns the layouts for a target, in ascending order of a step's FLOPs."""
+    """Returns a dict from names to layouts for a target, sorted by the FLOPs of a step, the fewest first."""
 
     def flops(item: tuple[str, Layout]) -> float:
         return target.work.step_flops(row_multiple(config, target, item[1]))
@@ -84,15 +86,19 @@ def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
 
 
 def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
-    """Returns the number of which a run's row counts are multiples: batch shards x slices."""
+    """Returns the number that must divide the row count of a batch: batch shards x slices."""
     return batch_shards(make_mesh(layout, target.devices)) * config.num_microbatches
 
 
 def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
     """Compiles the layouts of `by_work`, each under as many remat policies as necessary.
 
-    A layout is not compiled if its state alone is too large, or if it has more than `WASTE` times the work
-    of one that fits. `full` is compiled if `elementwise` does not fit, and `minimal` if `full` fits.
+    A layout is not compiled if parameters and optimizer alone do not fit, or if it takes more than twice the
+    FLOPs of the first layout that fits. `full` is only compiled if `elementwise` does not fit, and `minimal` only
+    if `full` then fits.
+
+    Yields:
+        Candidates as `compiled` returns them. One that is not compiled has `error`, which says why.
     """
     least = None
     for name, layout in by_work(config, target).items():
@@ -101,7 +107,9 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
             yield {"name": name, **too_large}
             continue
         if least is not None and flops > WASTE * least:
-            why = f"not compiled: {flops / least:.1f} times the FLOPs of a layout that fits"
+            why = (
+                f"not compiled: it takes {flops / least:.1f} times the FLOPs of a layout that fits"
+            )
             yield {"name": name, **_about(config, target, layout), "fits": None, "error": why}
             continue
         tried = list(_policies(config, target, name, layout))
@@ -113,8 +121,8 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
 def _policies(
     config: TrainConfig, target: Target, name: str, layout: Layout
 ) -> Iterator[dict[str, Any]]:
-    """Compiles one layout under as many remat policies as necessary, yielding least recomputation first."""
-    # if the policy that recomputes most does not fit, none between does, so it is compiled second
+    """Compiles one layout under as many remat policies as necessary, and yields the least recomputation first."""
+    # The policy that recomputes most is compiled second. If it does not fit, no policy in between does.
     least, *between, most = REMAT_POLICIES
     first = compiled(config, target, name, layout, least)
     yield first
@@ -133,8 +141,9 @@ def compiled(
     """Compiles one candidate.
 
     Returns:
-        `name`, `fits`, `work` (FLOPs divided by the FLOPs that the same tokens need on one device) and
-        `Figures.to_json`. If the TPU compiler finds that the step does not fit, `error` replaces the sizes.
+        A dict with `name`, `fits`, `work` (the FLOPs of the step divided by the FLOPs that the same tokens need
+        on one device) and the entries of `Figures.to_json`. If the TPU compiler refuses the step because it does
+        not fit, the dict has `error` instead of sizes.
 
     Raises:
         InputError: an axis of the layout does not divide a dimension that it cuts.
@@ -150,7 +159,7 @@ def compiled(
 
 
 def state_of(config: TrainConfig, target: Target, layout: str | Layout) -> dict[str, int]:
-    """Returns the bytes of `params` and `optimizer` on one device, by arithmetic."""
+    """Returns the bytes of `params` and `optimizer` on one device, computed from their shapes."""
     mesh = make_mesh(layout, target.devices)
     return state_bytes(abstract_state(target.work.model, make_optimizer(config), mesh))
 
@@ -158,7 +167,7 @@ def state_of(config: TrainConfig, target: Target, layout: str | Layout) -> dict[
 def too_large_a_state(
     config: TrainConfig, target: Target, layout: str | Layout
 ) -> dict[str, Any] | None:
-    """Returns a candidate that is not compiled if parameters and optimizer alone do not fit, or None."""
+    """Returns None if parameters and optimizer alone fit, and otherwise a candidate that is not compiled."""
     state = state_of(config, target, layout)
     if sum(state.values()) <= target.limit:
         return None
@@ -171,7 +180,7 @@ def too_large_a_state(
 
 
 def _about(config: TrainConfig, target: Target, layout: str | Layout) -> dict[str, Any]:
-    """Returns the mesh, the rows and the work of a candidate."""
+    """Returns the entries of a candidate that are known before it is compiled: the mesh, the rows and the work."""
     multiple = row_multiple(config, target, layout)
     rows = target.work.rows_of(multiple)
     return {

@@ -21,10 +21,10 @@ class Collective:
     Attributes:
         kind: one of `KINDS`.
         count: number of runs in a step.
-        result_bytes: bytes of one run's result on one device.
-        group: number of devices that take part together.
-        shares: dtype, in HLO's spelling -> its share of the result's bytes.
-        op_name: the place in the model that it comes from; empty if XLA gives no name.
+        result_bytes: number of bytes of one run's result on one device.
+        group: number of devices that exchange data with each other.
+        shares: for each dtype, as HLO spells it, its share of the result's bytes.
+        op_name: the place in the model that the operation comes from; empty if XLA gives no name.
     """
 
     kind: str
@@ -36,12 +36,12 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the results of all runs in a step."""
+        """Number of bytes of the results of all runs in a step, on one device."""
         return self.count * self.result_bytes
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in a step with ring algorithms; 0 in a group of one."""
+        """Number of bytes that a device sends in a step, with ring algorithms. It is 0 in a group of one."""
         # A ring of 4 devices gathers a result of R bytes in 3 steps, in each of which a device sends R / 4. An
         # all-reduce is a reduce-scatter followed by an all-gather.
         share = (self.group - 1) / self.group
@@ -58,15 +58,16 @@ class Collective:
 def collectives(
     module: Module, num_devices: int, *, unknown_trips: int | None = None
 ) -> tuple[list[Collective], int]:
-    """Returns a compiled module's collectives over more than one device, largest first.
+    """Finds a compiled module's collectives over more than one device.
 
     Args:
         module: the optimised program (`compiled.as_text()`).
-        num_devices: number of devices of the mesh, which is the group of an operation that names none.
+        num_devices: number of devices of the mesh. An operation without a group is over all of them.
         unknown_trips: as for `runs`.
 
     Returns:
-        The operations, and the number of loops of unknown length that contain a collective.
+        The collectives, those that send the most bytes first, and the number of loops of unknown length that
+        contain one.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):
@@ -84,13 +85,16 @@ def collectives(
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """Returns the kind of a synchronous or started collective, or None for any other instruction."""
+    """Returns the kind of a collective, or None for any other instruction.
+
+    A collective in two parts, `-start` and `-done`, is recognised by its `-start`.
+    """
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
-    """Returns `count`, `bytes` (results) and `wire_bytes` of a step on one device, for each kind."""
+    """Returns, for each kind of collective, `count`, `bytes` (of results) and `wire_bytes` in a step on one device."""
     totals: dict[str, dict[str, float]] = {}
     for c in operations:
         total = totals.setdefault(c.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
@@ -101,9 +105,10 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
-    """Returns `kind`, `dtype`, `count`, `bytes` and `wire_bytes` of a step on one device, largest first.
+    """Returns a row for each kind and dtype, those with the most sent bytes first.
 
-    XLA combines small collectives. A collective with arrays of two dtypes is counted in two rows.
+    A row has `kind`, `dtype`, `count`, `bytes` (of results) and `wire_bytes` in a step on one device. XLA combines
+    small collectives, and one with arrays of two dtypes is counted in two rows.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for c in operations:
@@ -127,7 +132,7 @@ def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
 def _operation(instruction: Instruction, kind: str, times: int, num_devices: int) -> Collective:
     results = instruction.arrays
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        # the started form returns its operands, then the same number of results, then its own state
+        # the `-start` form returns its operands, then as many results, then its own state
         count = len(instruction.operands)
         results = results[count : 2 * count]
     size = sum(array.data_bytes for array in results)
@@ -153,7 +158,7 @@ def _as_scatter(c: Collective) -> Collective:
 
 
 def _group(attributes: str, num_devices: int) -> int:
-    """Returns the number of devices in a group, from any of HLO's three notations."""
+    """Returns the number of devices in a group, which HLO may write in any of three notations."""
     # {{0,1},{2,3}} lists groups of 2; [2,4]<=[8] is 2 groups of 4; mesh['fsdp'=4,'tensor'=2] {'tensor'} is
     # an axis of 2
     groups = attributes.partition("replica_groups=")[2]

@@ -1,4 +1,4 @@
-"""Compiles the training step for one layout and remat policy, on abstract arrays, and reads its sizes."""
+"""Compiles the training step for one layout and remat policy on abstract arrays, and reads its memory and costs."""
 
 import dataclasses
 import math
@@ -28,11 +28,12 @@ from stepdistill_jax.training.optimizer import make_optimizer
 from stepdistill_jax.training.state import TrainState, abstract_state
 from stepdistill_jax.training.step import in_mesh, jit_train_step
 
-# FLOPs that cost as much as sending one byte. By the data sheets, a TPU v5e does 197e12 FLOPs and sends
-# 200e9 bytes a second, and an H100 does 989e12 and sends 450e9 over NVLink.
+# Number of FLOPs that cost as much as sending one byte. According to the data sheets, a TPU v5e computes 197e12
+# FLOPs and sends 200e9 bytes a second, and an H100 computes 989e12 FLOPs and sends 450e9 bytes over NVLink.
 FLOPS_PER_BYTE = 1000
-# The machine code of virtual devices never runs, and optimising it changes no number here. Without a GPU,
-# XLA cannot time kernels, so products go to cuBLAS, which is as fast as the kernel that timing would choose.
+# The machine code of virtual devices never runs, and its optimisation would change no result of this module.
+# Without a GPU, XLA cannot time kernels, so matmuls go to cuBLAS, which is as fast as the kernel that timing
+# would choose.
 OPTIONS: dict[str, Any] = {
     "cpu": {"xla_backend_optimization_level": 0},
     "gpu": {"xla_gpu_autotune_level": 0},
@@ -41,24 +42,25 @@ OPTIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """The bytes and FLOPs that one device needs for a step.
+    """The memory, FLOPs and traffic of a compiled step. All bytes are those on one device.
 
     Attributes:
         layout: sizes of the mesh axes.
         remat_policy: remat policy of the model.
-        num_microbatches: number of slices of the step.
-        groups: (rows, input length, target length) of each group, as compiled.
-        filled_rows: number of these rows that hold tokens.
-        state: bytes of `params` and `optimizer` on a device, by arithmetic.
+        num_microbatches: number of slices (microbatches) of the step.
+        groups: (rows, input length, target length) of each group for which the step was compiled.
+        filled_rows: number of these rows that are not only padding.
+        state: bytes of `params` and of `optimizer`, computed from their shapes.
         arguments: bytes of parameters, optimizer state and batch, as the compiler counts them.
-        gradients: bytes of the float32 gradients of the trained parameters, by arithmetic; included in
-            `temp`.
+        gradients: bytes of the float32 gradients of the trained parameters, computed from their shapes. They
+            are included in `temp`.
         temp: bytes of the compiler's buffers, in addition to arguments and results.
-        total: peak bytes: arguments, buffers, and results that reuse no argument.
+        total: peak bytes: arguments, buffers, and those results that do not reuse an argument's memory.
         operations: the collectives, largest first.
-        unknown_loops: number of loops of unknown length with collectives, each counted as one run.
-        model_flops, recomputed_flops: FLOPs of the complete step, over all devices.
-        bound: lower bound of the step's time on a topology's chips; None for virtual devices.
+        unknown_loops: number of loops with collectives whose length is unknown. Each is counted as one run.
+        model_flops: FLOPs of the forward and backward pass, over all devices.
+        recomputed_flops: FLOPs that the backward pass repeats, over all devices.
+        bound: lower bound of the step's time on the chips of a topology; None for virtual devices.
         compile_seconds: time to compile on this machine.
     """
 
@@ -86,21 +88,21 @@ class Figures:
 
     @property
     def flops_per_device(self) -> float:
-        """FLOPs of a step on one device, including the recomputed ones."""
+        """FLOPs of a step on one device, including those that are recomputed."""
         return (self.model_flops + self.recomputed_flops) / self.devices
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in a step."""
+        """Number of bytes that a device sends in a step."""
         return sum(c.wire_bytes for c in self.operations)
 
     @property
     def cost(self) -> float:
-        """Cost by which layouts and policies are ranked: FLOPs, plus `FLOPS_PER_BYTE` for each sent byte."""
+        """Cost by which layouts and policies are ranked: FLOPs on one device, plus 1000 for each byte it sends."""
         return self.flops_per_device + FLOPS_PER_BYTE * self.wire_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the numbers as plain values; sizes are bytes on one device."""
+        """Returns these figures as values that JSON can represent. Sizes are bytes on one device."""
         return {
             "layout": self.layout,
             "remat_policy": self.remat_policy,
@@ -134,7 +136,7 @@ class Figures:
             return None
         rows, seconds = sum(rows for rows, *_ in self.groups), self.bound.seconds
         needed = self.model_flops / self.devices
-        # MFU: the model's FLOPs, without recomputation, as a share of the bfloat16 peak
+        # MFU: the model's FLOPs per second, without recomputation, as a share of the bfloat16 peak
         return {
             **self.bound.to_json(),
             "links_ms": 1e3 * self.wire_bytes / self.bound.chip.link,
@@ -147,7 +149,10 @@ class Figures:
 def abstract_batch(
     groups: Sequence[tuple[int, int, int]], mesh: Mesh, **features: bool
 ) -> tuple[dict, ...]:
-    """Returns the groups of a batch as shapes that are cut by rows; see `empty_group` for the features."""
+    """Returns the groups of a batch as abstract arrays whose rows are cut over the mesh.
+
+    `features` are the options of `empty_group`.
+    """
     sharding = batch_sharding(mesh)
     return tuple(
         {
@@ -159,8 +164,8 @@ def abstract_batch(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes that one device holds of a tree of abstract arrays with shardings."""
-    # leaves out random keys, which are a few bytes
+    """Returns the number of bytes of a tree of sharded abstract arrays on one device."""
+    # random keys are left out, since they are only a few bytes
     leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -176,10 +181,13 @@ def state_bytes(state: TrainState) -> dict[str, int]:
 def lower_step(
     config: TrainConfig, model: ModelConfig, groups: Sequence[tuple[int, int, int]], mesh: Mesh
 ) -> tuple[jax.stages.Lowered, TrainState]:
-    """Lowers `training.step.train_step` for these shapes; returns it with the abstract state.
+    """Lowers `training.step.train_step` for the given shapes.
+
+    Returns:
+        The lowered step, and the abstract state with which it is called.
 
     Raises:
-        InputError: an axis of the mesh does not divide a dimension that it cuts.
+        InputError: the size of a mesh axis does not divide a dimension that the axis cuts.
     """
     tx = make_optimizer(config)
     state = abstract_state(model, tx, mesh)
@@ -203,13 +211,14 @@ def compile_for(
     """Compiles a program for the devices of a mesh.
 
     Args:
-        lowered: the program.
-        mesh: its devices need not exist.
-        triton: computes a GPU's products with Triton, in its default tiles. For int8 weights, Triton
-            converts while it reads, and cuBLAS would read a converted copy.
+        lowered: the lowered program.
+        mesh: mesh of the devices, which need not exist.
+        triton: whether a GPU's matmuls are computed with Triton, in its default tiles, instead of cuBLAS. If
+            weights are int8, Triton converts them while it reads them. cuBLAS would read a converted copy.
 
     Raises:
-        MemoryError: the compiler finds that the program does not fit; has the compiler's message.
+        MemoryError: the compiler finds that the program does not fit into the memory. The error has the
+            compiler's message.
     """
     try:
         options = dict(OPTIONS.get(platform := mesh.devices.flat[0].platform, {}))
@@ -223,7 +232,10 @@ def compile_for(
 
 
 def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound | None:
-    """Returns the bound of a module on the mesh's chips, or None if their rates are unknown."""
+    """Returns the lower bound of a module's time on the mesh's chips, or None if the rates of the chips are unknown.
+
+    `unknown_trips` is described in `runs.runs`.
+    """
     device = mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
     if chip is None:
@@ -232,17 +244,18 @@ def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound
 
 
 def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) -> Figures:
-    """Compiles one candidate and reads its sizes.
+    """Compiles the step for one candidate and returns its figures.
 
     Args:
-        config: of the run; its layout and remat policy are not used.
+        config: config of the run. Its layout and its remat policy are not used.
         work: the result of `workload`.
-        mesh: of virtual devices or of a topology's devices.
+        mesh: a mesh of virtual devices or of the devices of a topology.
         remat_policy: `elementwise`, `minimal` or `full`.
 
     Raises:
-        InputError: an axis of the mesh does not divide a dimension that it cuts.
-        MemoryError: the compiler finds that the step does not fit; has the compiler's message.
+        InputError: the size of a mesh axis does not divide a dimension that the axis cuts.
+        MemoryError: the compiler finds that the step does not fit into the memory. The error has the compiler's
+            message.
     """
     began = time.perf_counter()
     # each device needs the same number of rows in each slice
@@ -261,7 +274,8 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
         for rows, inputs, targets in groups
     ]
     arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    # The step donates its state, so most results reuse an argument's memory; `alias` is their size.
+    # The step donates its state, so most results reuse the memory of an argument. `alias` is the size of these
+    # results.
     return Figures(
         layout=dict(mesh.shape),
         remat_policy=remat_policy,

@@ -1,4 +1,4 @@
-"""Computes the cost of an operation of a compiled module: FLOPs, bytes of main memory, element operations."""
+"""Computes the cost of an operation of a compiled module: FLOPs, bytes of main memory, and elementwise operations."""
 
 import collections
 import dataclasses
@@ -10,14 +10,15 @@ import numpy as np
 from stepdistill_jax.models.kernel_costs import formula_of
 from stepdistill_jax.planning.hlo import Array, Computation, Instruction, Module
 
-# opcodes that run nothing
+# opcodes for which a device runs nothing
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier",
     "partition-id", "replica-id", "add-dependency", "domain",
 }  # fmt: skip
-# custom calls that are only markers of the compiler
+# custom calls that are only markers for the compiler
 MARKS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "Sharding"}
-# opcodes that, inside a fusion, move elements and compute nothing
+# opcodes that are not counted as elementwise operations inside a fusion: they only move elements, or their cost is
+# counted elsewhere
 _MOVES = {
     "broadcast", "reshape", "transpose", "copy", "dot", "convolution", "slice", "dynamic-slice",
     "dynamic-update-slice", "concatenate", "pad", "iota", "fusion", "call", "custom-call", "gather",
@@ -32,10 +33,11 @@ class Cost:
     """Cost of one run of an operation on one device.
 
     Attributes:
-        products: FLOPs by (dtype of the factors, precision).
-        bytes: bytes read from and written to main memory.
-        integer, other: element operations on integers, and on all other types.
-        known: false for a custom call without a formula, for which only bytes are counted.
+        products: FLOPs of matmuls, for each pair (dtype of the factors, precision).
+        bytes: number of bytes read from and written to main memory.
+        integer: number of elementwise operations on integers.
+        other: number of elementwise operations on all other types.
+        known: False for a custom call without a formula, for which only bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -46,7 +48,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """FLOPs of all products."""
+        """FLOPs of all matmuls."""
         return sum(self.products.values())
 
 
@@ -54,12 +56,12 @@ class Costs:
     """Computes the costs of a module's operations."""
 
     def __init__(self, module: Module, *, spaces_on_chip: bool):
-        """Takes a parsed module.
+        """Prepares the costs of a parsed module.
 
         Args:
             module: an optimised program.
-            spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU;
-                otherwise all spaces are main memory.
+            spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU. Otherwise all
+                spaces count as main memory.
         """
         self._module = module
         self._on_chip = spaces_on_chip
@@ -105,10 +107,14 @@ class Costs:
                         found[kind] += flops
         return found
 
-    # element operations
+    # elementwise operations
 
     def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
-        """Returns (integer, other): the sizes of arithmetic results or, for a reduction, of its operand."""
+        """Returns the numbers of elementwise operations, (integer, other).
+
+        An instruction counts as one operation for each element of its result or, if it is a reduction, of its
+        operand. For a fusion or a call, the instructions inside are counted.
+        """
         totals = [0.0, 0.0]
         if instruction.opcode in ("fusion", "call"):
             for inner in self._module.called(instruction):
@@ -131,18 +137,17 @@ class Costs:
     def _bytes(self, instruction: Instruction, operands: list[Instruction]) -> float:
         opcode, results = instruction.opcode, instruction.arrays
         if opcode == "custom-call" and len(results) > 1:
-            # leaves out a library's workspace, which is allocated but not necessarily used
+            # leaves out the workspace of a library, which is allocated but may not be used
             results = tuple(array for array in results if array.dtype not in _WORKSPACE)
         written = sum(map(self._in_memory, results))
-        if opcode in _SLICES:  # reads as much as it writes
+        if opcode in _SLICES:  # a slice reads as much as it writes
             return 2 * written
-        if opcode == "dynamic-update-slice":  # in place: reads and writes only the update
+        if opcode == "dynamic-update-slice":  # in place, so it reads and writes only the update
             return 2 * self._in_memory(operands[1].arrays[0])
         if opcode == "scatter":
             return 2 * sum(map(self._in_memory, operands[-1].arrays)) + written
-        if (
-            opcode in _COPIES
-        ):  # (destination, source, ...): counts the moved bytes for each side that is in main memory
+        # results are (destination, source, ...): the moved bytes count for each of them that is in main memory
+        if opcode in _COPIES:
             ends = results[:2]
             moved = min(array.bytes for array in ends)
             return sum(moved for array in ends if self._in_memory(array))
@@ -173,14 +178,17 @@ class Costs:
         return total
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Returns the bytes that a fusion reads of an operand: if it only slices it, the bytes of the slices."""
+        """Returns the number of bytes that a fusion reads of an operand.
+
+        If the fusion only reads slices of the operand, these are the bytes of the slices.
+        """
         whole, total = sum(array.bytes for array in parameter.arrays), 0.0
         uses = list(_uses(inner, parameter.name))
         for user, place in uses:
             if user.opcode in _SLICES and place == 0:
                 source = inner.by_name[user.operands[0]].arrays[0]
-                # converts the slice's bytes to the operand's dtype: a float32 slice of a bfloat16 operand
-                # that was converted first reads half of its bytes
+                # The slice's bytes are converted to the operand's dtype: if a bfloat16 operand is first converted
+                # to float32 and then sliced, half of the slice's bytes are read.
                 total += user.arrays[0].bytes * parameter.arrays[0].bytes / source.bytes
             elif user.opcode == "fusion" and (callee := self._module.called(user)):
                 total += self._read(callee[0], callee[0].parameters[place])
@@ -190,7 +198,10 @@ class Costs:
 
 
 def _uses(inner: Computation, name: str):
-    """Yields the instructions that read a value, and the operand's number; looks through bitcasts and conversions."""
+    """Yields (instruction, index of the operand) for each instruction that reads a value.
+
+    Bitcasts and conversions of the value are not yielded; the instructions that read their results are.
+    """
     for user, place in inner.uses[name]:
         if user.opcode in ("bitcast", "convert"):
             yield from _uses(inner, user.name)
@@ -199,14 +210,14 @@ def _uses(inner: Computation, name: str):
 
 
 def _source(inner: Computation, instruction: Instruction) -> Instruction:
-    """Returns the instruction that computes a value, before any bitcasts, copies and conversions."""
+    """Returns the instruction that computes a value, before any bitcast, copy or conversion of it."""
     while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
         instruction = inner.by_name[instruction.operands[0]]
     return instruction
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction calls a kernel, and not a library's product or a compiler's marker."""
+    """Returns whether an instruction is a custom call other than a library's matmul or a marker of the compiler."""
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 
@@ -216,7 +227,7 @@ def _is_gemm(instruction: Instruction) -> bool:
 
 
 def _flops(computation: Computation, instruction: Instruction) -> float:
-    """Returns the FLOPs of a product; 0 for any other instruction."""
+    """Returns the FLOPs of a matmul or a convolution, and 0 for any other instruction."""
     if instruction.opcode == "dot":
         return _dot_flops(computation, instruction, instruction.axes("lhs_contracting_dims"))
     if instruction.opcode == "convolution":
@@ -237,15 +248,15 @@ def _precision(instruction: Instruction) -> str:
 
 def _dot_flops(computation: Computation, dot: Instruction, contracted: list[int]) -> float:
     left = computation.by_name[dot.operands[0]].arrays[0]
-    # [m, k] times [k, n]: two FLOPs for each of m n results and k summands
+    # [m, k] times [k, n]: two FLOPs for each of the k summands of each of the m n results
     return 2.0 * dot.arrays[0].size * math.prod(left.dims[axis] for axis in contracted)
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """Returns the FLOPs of a convolution; the TPU compiler writes products as convolutions.
+    """Returns the FLOPs of a convolution.
 
-    Batch dimensions become spatial dimensions. Only pairs of kernel and input positions that both exist
-    are multiplied.
+    The TPU compiler writes matmuls as convolutions, whose spatial dimensions are the batch dimensions of the matmul.
+    A pair of a kernel position and an input position counts only if the input position is not padding.
     """
     left, right = (computation.by_name[name].arrays[0] for name in convolution.operands[:2])
     out = convolution.arrays[0]
@@ -257,13 +268,16 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
     pairs, axes = 1, [label for label in of_out if label.isdigit()]
 
     def number(field: str, axis: int, default: int) -> int:
-        """Reads a number of one axis, such as 16 from `size=1x16` or the low end 15 from `pad=0_0x15_15`."""
+        """Returns a field's value for the given axis of the convolution's window.
+
+        Example: for axis 1, it is 16 in `size=1x16`, and the low end 15 in `pad=0_0x15_15`.
+        """
         return int(fields[field].split("x")[axis].partition("_")[0]) if field in fields else default
 
     for i, label in enumerate(axes):
         size, low = number("size", i, 1), number("pad", i, 0)
-        # [output positions, kernel positions]: the input position that each pair reads, in an input whose
-        # elements are `apart` places apart. Positions outside, or between two elements, are padding.
+        # [output positions, kernel positions]: the input position that each pair reads, where the elements of the
+        # input are `apart` places apart. Positions outside the input, or between two elements, are padding.
         places = (
             np.arange(out.dims[of_out.index(label)])[:, None] * number("stride", i, 1)
             + np.arange(size)[None, :] * number("rhs_dilate", i, 1)

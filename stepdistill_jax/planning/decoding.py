@@ -1,4 +1,4 @@
-"""Computes a lower bound of the time to decode a batch of labels, on chips that need not exist here."""
+"""Computes a lower bound of the time to decode a batch of labels on chips that this machine need not have."""
 
 import dataclasses
 import os
@@ -45,32 +45,34 @@ def plan_decode(
     hbm: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Compiles the greedy decoder of a validation for a topology, and returns the cost of a batch.
+    """Compiles the greedy decoder, as in a validation, for a topology and returns the cost of a batch.
 
     The cost assumes that each row decodes all tokens. Labels that end early take less time.
 
     Args:
-        config: of the run; its `dtype` is used for the activations.
-        topology: as for `plan`.
-        layout: a name, such as `fsdp` or `fsdp_tensor 4x2`, or sizes; None means the config's layout.
-        rows: number of rows to decode at once, over all devices; None means 64 for each part into which
-            the mesh cuts a batch. A GPU decodes at least 8 rows in each part.
+        config: config of the run. Its `dtype` is the type of the activations.
+        topology: name of a topology, as for `plan`. It is required.
+        layout: a name, such as `fsdp` or `fsdp_tensor 4x2`, or a `Layout`; None means the config's layout.
+        rows: number of rows to decode at once, over all devices. None means 64 for each part into which the
+            mesh cuts a batch. A GPU decodes at least 8 rows in each part.
         quantization: `int8` for int8 kernels; None for kernels in the config's `dtype`.
-        hbm: as for `plan`.
+        hbm: memory of one device in bytes, as for `plan`.
         data_dir: folder of prepared datasets.
 
     Returns:
-        `devices`, `device_kind`, `hbm`, `limit`, `assumptions`, `layout`, `rows`, `input_length`,
-        `tokens`; `per_device`: bytes of `params`, `arguments`, `temp` and `total`; `fits`;
-        `collectives_by_dtype`, `wire_bytes`; `bound` of a batch, as for `plan`, with `token_ms` and
-        `kernels_per_token`.
+        A dict. `devices`, `device_kind`, `hbm`, `limit` and `assumptions` are as in the result of `plan`.
+        `layout` has the sizes of the mesh axes. `rows`, `input_length` and `tokens` are the sizes of the batch.
+        `per_device` has the bytes of `params`, `arguments`, `temp` and `total`, and `fits` says whether the total
+        is within the limit. `collectives_by_dtype` and `wire_bytes` describe the data that devices exchange.
+        `bound` is the lower bound of the time of a batch, as in `plan`. Its `token_ms` and `kernels_per_token`
+        are those of one more token.
 
     Raises:
-        InputError: the topology is missing, or as for `plan`.
+        InputError: there is no topology, the decoder does not fit, or as for `plan`.
     """
     if topology is None:
         raise InputError(
-            "`decode`: set `topology`, such as cuda:8; a program for a CPU does not predict other devices"
+            "`decode`: set `topology`, such as cuda:8; a program for CPUs would not predict other devices"
         )
     if rows is not None:
         whole("rows", rows, 1)
@@ -92,10 +94,10 @@ def plan_decode(
         tokens = max_decode_len(data, config)
     elif (tokens := config.max_decode_len or 0) == 0:
         tokens = ASSUMED_TOKENS
-        assumptions.append(f"labels of {tokens} tokens (`max_decode_len`)")
+        assumptions.append(f"labels have {tokens} tokens, since `max_decode_len` is not set")
     count, length = rows_at_once(rows, mesh), bucket_length(config.input_length)
     assumptions.append(
-        f"each batch has an input of `input_length`, so all rows have {length} tokens"
+        f"each batch has an input of `input_length` tokens, so all rows are padded to {length}"
     )
     lowered, params = _lower(model, mesh, count, length, tokens)
     try:
@@ -113,7 +115,7 @@ def plan_decode(
     operations, _ = collectives(hlo, mesh.size, unknown_trips=tokens)
     found = bound_on(hlo, mesh, tokens)
     assert found is not None  # the chips of a topology are known
-    # the time of one more token, which leaves out the encoder
+    # one more token: the difference of the two bounds is the time of a token, without the encoder
     longer = bound_on(hlo, mesh, tokens + 1)
     assert longer is not None
     wire_bytes = sum(c.wire_bytes for c in operations)
@@ -145,7 +147,7 @@ def plan_decode(
 def _lower(
     model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
 ) -> tuple[jax.stages.Lowered, int]:
-    """Lowers the decoder for a batch; returns it with the bytes of its parameters on one device."""
+    """Returns the decoder, lowered for a batch, and the bytes of its parameters on one device."""
     boxed = abstract_params(model)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

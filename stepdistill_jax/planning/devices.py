@@ -1,4 +1,4 @@
-"""Provides devices to compile for that need not exist: virtual CPUs, a TPU slice, or a host's H100s."""
+"""Provides devices to compile for, which need not exist: virtual CPUs, a TPU slice, or the H100s of one host."""
 
 import importlib.util
 import os
@@ -10,8 +10,8 @@ import jax
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.chips import chip_of
 
-# Properties of a TPU machine that libtpu reads. If they are missing, it searches the network and logs
-# errors. The values do not affect compilation, which depends only on the topology's name.
+# Properties of a TPU machine that libtpu reads. If they are missing, libtpu searches the network and logs errors.
+# Their values do not affect compilation, which depends only on the topology's name.
 _NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -22,19 +22,22 @@ _NO_TPU_HERE = {
 }
 
 DEFAULT_HBM = 80 * 10**9  # bytes of an A100 or H100
-GPU = "cuda"  # the kind of a topology such as `cuda:8`
+GPU = "cuda"  # the first part of the name of a GPU topology, such as `cuda:8`
 MOST_GPUS = 8  # GPUs of one host, all connected by NVLink
 GPU_TARGET = pathlib.Path(__file__).with_name("h100_sxm.txtpb")
-# share of a GPU's memory that JAX takes, unless one of these variables is set
+# share of a GPU's memory that JAX takes, unless one of the variables below is set
 DEFAULT_FRACTION = 0.75
 _FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def memory_fraction() -> float:
-    """Returns the share of a GPU's memory that JAX takes: three quarters, or the environment's value.
+    """Returns the share of a GPU's memory that JAX takes.
+
+    It is the value of the environment variable `XLA_CLIENT_MEM_FRACTION`, or of `XLA_PYTHON_CLIENT_MEM_FRACTION`, its
+    older name. If neither is set, it is three quarters.
 
     Raises:
-        InputError: `XLA_CLIENT_MEM_FRACTION` or its older name is not a share.
+        InputError: the value is not above 0 and at most 1.
     """
     name = next((name for name in _FRACTION if os.environ.get(name)), None)
     if name is None:
@@ -49,7 +52,10 @@ def memory_fraction() -> float:
 
 
 def memory_of(kind: str, hbm: int | None) -> int:
-    """Returns a device's memory in bytes: `hbm` if given, the chip's, or an H100's if the chip is unknown."""
+    """Returns the memory of a device in bytes.
+
+    It is `hbm` if that is given. Otherwise it is the memory of the chip or, if the chip is unknown, 80e9 bytes.
+    """
     chip = chip_of(kind)
     return hbm or (DEFAULT_HBM if chip is None else chip.memory)
 
@@ -57,20 +63,20 @@ def memory_of(kind: str, hbm: int | None) -> int:
 def usable_share(device: Any) -> float:
     """Returns the share of a device's memory that a step may take.
 
-    The TPU compiler places all arrays of a step and refuses a step that does not fit. On a GPU, JAX takes
-    only a share of the memory, whatever the compiler finds. A virtual device counts as a GPU.
+    On a TPU, this is the complete memory, since the compiler places all arrays of a step and refuses a step that
+    does not fit. On a GPU, it is the share that JAX takes. A virtual device counts as a GPU.
     """
     return 1.0 if device.platform == "tpu" else memory_fraction()
 
 
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
-    """Returns at least `count` CPU devices; creates `most` if JAX has no devices yet.
+    """Returns at least `count` and at most `most` CPU devices.
 
-    JAX creates its devices at their first use. Call this before any code uses them, or in a process that
-    already has enough.
+    JAX creates its devices at their first use. If it has none yet, this function makes it create `most` (None
+    means `count`). So call it before any code uses devices, or in a process that already has enough.
 
     Raises:
-        InputError: JAX already has devices, but too few.
+        InputError: JAX already has CPU devices, but fewer than `count`.
     """
     most = most or count
     try:
@@ -88,10 +94,10 @@ def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Returns abstract devices to compile for: `v5e:8x8` is a TPU slice, and `cuda:8` a host's H100s.
+    """Returns the abstract devices of a topology: `v5e:8x8` is a TPU slice, and `cuda:8` means 8 H100s of one host.
 
     Raises:
-        InputError: the compiler is not installed, or does not know the topology.
+        InputError: the compiler for these devices is not installed, or it does not know the topology.
     """
     kind, _, sizes = name.partition(":")
     # below, `jax_platforms` keeps real arrays, such as a random key, on the CPU
@@ -139,7 +145,7 @@ def _gpus(name: str, count: str) -> list[Any]:
 
 
 def _found(module: str) -> bool:
-    """Returns whether a module is installed; its parent package may be missing."""
+    """Returns whether a module is installed, also if its parent package is missing."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

@@ -23,10 +23,10 @@ class Array:
     """The type, shape and layout of an array.
 
     Attributes:
-        dtype: type in HLO's spelling: `bf16`, `f32`, `pred`, ...
+        dtype: type as HLO spells it: `bf16`, `f32`, `pred`, ...
         dims: size of each dimension; () for a scalar.
-        layout: for example `{1,0:T(8,128)(2,1)S(1)}`: dimensions from the fastest to the slowest,
-            tiles and memory space; empty if the text has none.
+        layout: HLO's layout: the dimensions from the fastest to the slowest, the tiles, and the memory space. An
+            example is `{1,0:T(8,128)(2,1)S(1)}`. It is "" if HLO gives none.
     """
 
     dtype: str
@@ -40,24 +40,24 @@ class Array:
 
     @property
     def space(self) -> int:
-        """Memory space: 0 is the device's main memory."""
+        """Number of the memory space, where 0 is the device's main memory."""
         found = re.search(r"S\((\d+)\)", self.layout)
         return int(found.group(1)) if found else 0
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of the elements."""
+        """Number of bytes of the elements, without padding."""
         return self.size * bits(self.dtype) // 8
 
     @property
     def bytes(self) -> int:
-        """Bytes in memory, including the padding of tiles.
+        """Number of bytes in memory, including the padding of tiles.
 
         Example: bf16[100,200]{1,0:T(8,128)(2,1)} takes 104 x 256 x 2 bytes.
         """
         dims = list(self.dims)
         if found := _TILE.match(self.layout):
-            # the last size of a tile belongs to the fastest dimension; only the first tile, T(8,128), pads
+            # the last size of a tile belongs to the fastest dimension; only the first tile, here T(8,128), pads
             order = [int(axis) for axis in found.group(1).split(",")]
             tile = [int(size) if size != "*" else 1 for size in found.group(2).split(",")]
             for axis, size in zip(order, reversed(tile), strict=False):
@@ -66,7 +66,7 @@ class Array:
 
 
 def bits(dtype: str) -> int:
-    """Returns the bits of an element in memory: bf16 16, f8e4m3fn 8, pred 8, a token 0."""
+    """Returns the number of bits of an element in memory: 16 for bf16, 8 for f8e4m3fn and pred, 0 for a token."""
     if dtype == "pred":
         return 8
     digits = re.search(r"\d+", dtype)
@@ -80,11 +80,12 @@ class Instruction:
     Attributes:
         name: name without `%`.
         opcode: `fusion`, `custom-call`, `while`, ...
-        arrays: the arrays of the result; for a tuple all of them, in order, with nested tuples flattened.
-        operands: names of instructions in the same computation.
-        inside: the text between the parentheses after the opcode.
-        attributes: the text after the parentheses.
-        is_root: whether it is the result of the computation.
+        arrays: the arrays of the result. If the result is a tuple, these are all its arrays in order, with
+            nested tuples flattened.
+        operands: names of the operands, which are instructions of the same computation.
+        inside: the string between the parentheses after the opcode.
+        attributes: the string after these parentheses.
+        is_root: whether its result is the result of the computation.
     """
 
     name: str
@@ -97,19 +98,19 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Place in the model that it comes from, in JAX's names; empty if JAX gives none."""
+        """JAX's name for the place in the model that the instruction comes from; "" if there is none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def target(self) -> str:
-        """Target of a custom call; empty for other instructions."""
+        """Target of a custom call; "" for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs, without the condition of a loop."""
+        """Names of the computations that the instruction runs, except the condition of a loop."""
         if self.opcode in ("async-update", "async-done"):  # `async-start` runs the computation
             return []
         names = []
@@ -118,16 +119,16 @@ class Instruction:
         return names
 
     def axes(self, attribute: str) -> list[int]:
-        """Returns the numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
+        """Returns the numbers in an attribute, such as [1, 2] for `lhs_contracting_dims={1,2}`; [] without it."""
         found = re.search(rf"\b{attribute}=\{{([\d,]+)\}}", self.attributes)
         return [int(axis) for axis in found.group(1).split(",")] if found else []
 
 
 class Computation:
-    """A computation: its instructions, in the order of their schedule."""
+    """A computation, which is a list of instructions in the order in which they are scheduled."""
 
     def __init__(self, name: str):
-        """Starts without instructions."""
+        """Makes a computation without instructions."""
         self.name = name
         self.instructions: list[Instruction] = []
         self.by_name: dict[str, Instruction] = {}
@@ -141,23 +142,23 @@ class Computation:
         self.by_name[instruction.name] = instruction
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """Returns the instructions that compute the operands; leaves out names that the text does not define."""
+        """Returns the instructions that compute the operands, except those that the parsed text does not define."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     @functools.cached_property
     def root(self) -> Instruction:
-        """Instruction whose result the computation returns."""
+        """The instruction whose result the computation returns."""
         return next((i for i in self if i.is_root), self.instructions[-1])
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """Parameters, in the order of their numbers."""
+        """The parameters of the computation, in order."""
         found = [i for i in self if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.inside or 0))
 
     @functools.cached_property
     def uses(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """Uses of each instruction: name -> list of (instruction that reads it, number of the operand)."""
+        """For the name of each instruction, a list of (instruction that reads it, index of the operand there)."""
         found: dict[str, list[tuple[Instruction, int]]] = {i.name: [] for i in self}
         for instruction in self:
             for place, name in enumerate(instruction.operands):
@@ -170,12 +171,12 @@ class Module:
     """All computations of a module."""
 
     def __init__(self, text: str | None):
-        """Parses `compiled.as_text()`; all three backends provide it."""
+        """Parses the result of `compiled.as_text()`, which the backends for CPU, GPU and TPU all provide."""
         assert text is not None
         self.computations: dict[str, Computation] = {}
         self.entry = Computation("")
         current = None
-        # computations are not nested in the text: a head, indented instructions, and a brace in column 0
+        # computations are not nested in the text: each has a head, indented instructions, and a brace in column 0
         for line in text.splitlines():
             if line.startswith("}"):
                 current = None
@@ -187,11 +188,11 @@ class Module:
                 current.add(_instruction(line.strip()))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """Returns the computations that an instruction runs; leaves out names that the text does not define."""
+        """Returns the computations that an instruction runs, except those that the parsed text does not define."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def nested(self, computation: Computation) -> Iterator[Instruction]:
-        """Yields the instructions of a computation, and of fusions and calls inside it at any depth."""
+        """Yields the instructions of a computation, and those inside its fusions and calls, at any depth."""
         for instruction in computation:
             yield instruction
             if instruction.opcode in ("fusion", "call"):
@@ -200,10 +201,11 @@ class Module:
 
 
 def _instruction(line: str) -> Instruction:
-    """Parses `ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
+    """Parses a line such as `ROOT %n = (f32[2]{0}, u8[4]{0}) custom-call(%a, %b), custom_call_target="t"`."""
     is_root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    if rest.startswith("("):  # a tuple's shapes contain spaces, so they end with its parenthesis
+    # the shapes of a tuple contain spaces, so they end at its closing parenthesis
+    if rest.startswith("("):
         end = _closing(rest, 0) + 1
         shapes, rest = rest[:end], rest[end:].lstrip()
     else:
@@ -231,7 +233,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`, or the text's length if none does."""
+    """Returns the index of the parenthesis that closes the one at `start`, or the length of `text` if none does."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found.group() == "(" else -1

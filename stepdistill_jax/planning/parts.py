@@ -1,4 +1,4 @@
-"""Finds the part of the model that an operation belongs to, from the names that JAX and Flax gave it."""
+"""Finds the part of the model that an operation belongs to, using the names that JAX and Flax gave it."""
 
 import collections
 import re
@@ -7,7 +7,7 @@ from stepdistill_jax.models.positions import ROPE
 from stepdistill_jax.planning.costs import Cost, is_kernel
 from stepdistill_jax.planning.hlo import Instruction, Module
 
-ATTENTION_PRODUCTS = "attention: its products"
+ATTENTION_PRODUCTS = "attention: matmuls"
 ATTENTION_ELEMENTWISE = "attention: elementwise"
 ATTENTION_KERNEL = "attention: kernel"
 PROJECTIONS = "attention: projections"
@@ -21,12 +21,15 @@ RESIDUAL = "layers: residuals, dropout, casts"
 OPTIMIZER = "optimizer and the rest"
 
 _PROJECTIONS = {"query", "key", "value", "query_key_value", "key_value", "out"}
-# the loss is computed outside the modules, so its operations have only the names of transformations
+# the loss is computed outside the Flax modules, so its operations have only the names of transformations
 _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 
 
 def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
-    """Returns the part of one operation; for a fusion with an unspecific name, the part of most of its elements."""
+    """Returns the part of the model that an operation belongs to.
+
+    If the name of a fusion is not specific enough, this is the part to which most of its elements belong.
+    """
     names = [instruction.op_name]
     fused = [inner for c in module.called(instruction) for inner in module.nested(c)]
     if not cost.flops and cost.integer > cost.other:
@@ -38,8 +41,8 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
         return ATTENTION_KERNEL
     if found not in (RESIDUAL, OPTIMIZER) or not fused:
         return found
-    # each instruction votes for its part with the size of its result: a fusion of a norm's [32, 512, 1024] and
-    # a residual's scalar belongs to the norms
+    # Each instruction votes for its part, weighted by the size of its result: a fusion of a norm's [32, 512, 1024]
+    # and a scalar of a residual belongs to the norms.
     votes: collections.Counter[str] = collections.Counter()
     for inner in fused:
         if inner.op_name and inner.opcode not in ("parameter", "constant", "broadcast"):
@@ -48,11 +51,12 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
 
 
 def _by_name(op_name: str, is_product: bool) -> str:
-    """Returns the part of the model that a path of names belongs to.
+    """Returns the part of the model to which an operation with the name `op_name` belongs.
 
-    A path looks like `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`.
+    A name looks like `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`. `is_product` says
+    whether the operation is a matmul.
     """
-    # the order decides: `layers/attention/query` contains both `layers` and `attention`
+    # the order of the checks matters: `layers/attention/query` contains both `layers` and `attention`
     names = [piece for step in op_name.split("/") for piece in step.split(".")]
     steps, last = set(names), names[-1]
     if _OUTPUT & steps:
@@ -83,5 +87,5 @@ def _in_dropout(names: list[str]) -> bool:
 
 
 def _clears(names: list[str]) -> bool:
-    """Returns whether an operation makes the empty arrays that a scan over layers fills."""
+    """Returns whether an operation makes the arrays of zeros that a scan over layers fills."""
     return names[-1] == "broadcast_in_dim" and names[-2:-1] in (["encoder"], ["decoder"])

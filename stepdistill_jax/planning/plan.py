@@ -1,4 +1,4 @@
-"""Computes what a config needs on N devices, and finds the layout and remat policy that fit at least cost."""
+"""Computes what a config needs on a number of devices, and finds the cheapest layout and remat policy that fit."""
 
 import dataclasses
 import math
@@ -20,8 +20,9 @@ from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.chips import CHIPS, chip_of
 from stepdistill_jax.training.config import TrainConfig
 
-# Host memory for Orbax to save and restore the part of one device, as a multiple of its size: a copy of
-# the arrays, plus 0.32 (save) and 0.68 (restore) as measured on a CPU (benchmarks/memory.py), rounded up.
+# Host memory that Orbax needs to save and to restore the state of one device, divided by the size of this state: 1
+# for a copy of the arrays, plus 0.32 to save and 0.68 to restore, as measured on a CPU (benchmarks/memory.py),
+# rounded up.
 SAVE_FACTOR, RESTORE_FACTOR = 1.35, 1.7
 
 
@@ -35,43 +36,47 @@ def plan(
     rows: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Compiles the training step for devices that need not exist, and returns what it needs.
+    """Compiles the training step for devices that need not exist, and returns what the step needs.
 
-    It reads no weights and runs nothing on the devices. Without a topology, they are virtual CPU devices,
-    which JAX can create only before its first use: call this first, or in a process that has enough of
-    them.
+    No weights are read, and nothing runs on the devices. Without a topology, the devices are virtual CPU devices,
+    which JAX can only create before it is first used. So call this function before anything else uses JAX, or in
+    a process that has enough CPU devices.
 
     Args:
-        config: of the run. Without `layout`, its layout and remat policy are not used.
-        devices: number of devices; ignored with a topology.
-        hbm: memory of one device in bytes; None means 80e9, or the memory of the topology's chips. On a
-            GPU, and so on virtual devices, a step may take only JAX's share of it.
-        layout: plans only this layout, with the config's remat policy: a name, such as `fsdp` or
-            `fsdp_tensor 32x8`, or sizes. None compares the layouts that divide the model, the
-            least work first, each under the remat policies until one fits. A layout with more than
-            twice the work of one that fits is not compiled.
-        topology: a TPU slice such as `v5e:8x8`, compiled by libtpu, or `cuda:8`, eight H100s of a
-            host, compiled by JAX's CUDA plugin. Candidates then have a `bound`.
-        rows: number of packed rows of a step, if known.
+        config: config of the run. If `layout` is None, its layout and remat policy are not used.
+        devices: number of devices. It is ignored if there is a topology.
+        hbm: memory of one device in bytes. None means the memory of the topology's chips or, without a
+            topology, 80e9. On a GPU, and so on virtual devices, a step may take only JAX's share of it.
+        layout: the only layout to plan, under the config's remat policy. It is a name, such as `fsdp` or
+            `fsdp_tensor 32x8`, or a `Layout`. If it is None, the layouts that divide the model are compared,
+            starting with the least work, each under several remat policies until one fits. A layout with more
+            than twice the work of one that fits is not compiled.
+        topology: a TPU slice such as `v5e:8x8`, for which libtpu compiles, or `cuda:8`, eight H100s of one
+            host, for which JAX's CUDA plugin compiles. With a topology, candidates have a `bound`.
+        rows: number of packed rows of a step, if it is known.
         data_dir: folder of prepared datasets.
 
     Returns:
-        `devices`, `device_kind`, `hbm`, `limit`, `assumptions`, `model`, and
+        A dict with these entries:
 
-        `candidates`: list of `Figures.to_json` with `name`, `fits` and `work` (FLOPs divided by the
-        FLOPs that the same tokens need on one device). A candidate that was not compiled has `error`
-        instead of sizes; its `fits` is None if the reason is its work.
-        `best`: the candidate that fits at the least cost, or None.
-        `remedies`: if none fits, candidates that fit with `changes` to the config or to the number of
-        devices.
-        `hbm_needed`: if none fits, bytes of a device on which the smallest candidate would fit; None for a
-        topology, whose chips have a fixed memory.
-        `host_bytes`: host memory to save and to restore, for each device of a host.
-        `seconds_at_peak`: lower bound of a step's time for each kind of device, for the best candidate or
-        the smallest.
+        `devices`, `device_kind`: number and kind of the devices.
+        `hbm`, `limit`: bytes of a device's memory, and bytes of it that a step may take.
+        `assumptions`: a string for each assumption.
+        `model`: the fields of the model's configuration.
+        `candidates`: for each candidate, a dict of `Figures.to_json` with `name`, `fits` and `work` (the FLOPs of
+        the step divided by the FLOPs that the same tokens need on one device). A candidate that was not compiled
+        has `error` instead of sizes. If the reason is its work, its `fits` is None.
+        `best`: the cheapest candidate that fits, or None.
+        `remedies`: if no candidate fits, changed candidates that fit. Their `changes` are to the config or to the
+        number of devices.
+        `hbm_needed`: if no candidate fits, the memory in bytes with which the smallest candidate would fit. It is
+        None for a topology, whose chips have a fixed memory.
+        `host_bytes`: host memory to save and to restore a checkpoint, for each device of a host.
+        `seconds_at_peak`: for each kind of device, a lower bound of the time of a step of the best candidate or,
+        if none fits, of the smallest.
 
     Raises:
-        InputError: the devices do not exist, or the layout does not divide them or the model.
+        InputError: the devices do not exist, or the layout does not fit the devices or the model.
     """
     whole("devices", devices, 1)
     if rows is not None:
@@ -95,8 +100,8 @@ def plan(
     shown = best or min((c for c in tried if "cost" in c), key=_total, default=None)
     helpful: dict[str, Any] = {"remedies": [], "hbm_needed": None}
     if best is None:
-        # The TPU compiler gives no sizes for a step that it refuses. If it refused all, advice starts from
-        # the first candidate under the policy that recomputes most; it has the least work.
+        # The TPU compiler gives no sizes for a step that it refuses. If it refused all candidates, advice starts
+        # from the first one under the policy that recomputes most, since that layout has the least work.
         refused = (c for c in tried if c.get("remat_policy") == REMAT_POLICIES[-1])
         nearest = shown or next(refused, None) or min(tried, key=_total)
         sizes = layout or Layout(**nearest["layout"])
@@ -120,18 +125,24 @@ def plan(
 
 
 def _total(candidate: dict[str, Any]) -> float:
-    """Returns the bytes of one device; infinite for a step that the TPU compiler refused, whose size is unknown."""
+    """Returns the bytes that a candidate needs on one device.
+
+    If the TPU compiler refused the step, its size is unknown, and the result is infinite.
+    """
     return candidate.get("per_device", {}).get("total", math.inf)
 
 
 def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
-    """Returns the bytes of host memory to save and to restore the part of one device."""
+    """Returns the bytes of host memory that it takes to save and to restore the state of one device."""
     state = shown["per_device"]["params"] + shown["per_device"]["optimizer"]
     return {"save": round(SAVE_FACTOR * state), "restore": round(RESTORE_FACTOR * state)}
 
 
 def _seconds(shown: dict[str, Any], kind: str | None) -> dict[str, float]:
-    """Returns the seconds of a step at the bfloat16 peak of one or each known device, without traffic."""
+    """Returns, for each kind of device, the seconds of a step at its bfloat16 peak, without any traffic.
+
+    `kind` is a kind of device; None means all known kinds.
+    """
     chips = CHIPS if kind is None else {kind: chip_of(kind)}
     return {
         name: shown["flops"]["per_device"] / chip.bfloat16

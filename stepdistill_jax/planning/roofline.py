@@ -1,8 +1,8 @@
 """Computes a lower bound of a compiled module's time on a chip, from the costs of its operations.
 
-The time of an operation is the largest of FLOPs / peak, bytes / bandwidth of main memory, and element
-operations / rate of the vector units. The bound is the sum over operations, which a device runs one after
-the other. Links are counted separately, since they work while the device computes.
+The time of an operation is the largest of three quotients: FLOPs / peak, bytes / bandwidth of main memory, and
+elementwise operations / rate of the vector units. A device runs operations one after the other, so the bound is
+their sum. The links between devices are not included, since they work while the device computes.
 """
 
 import dataclasses
@@ -27,10 +27,12 @@ class Operation:
     Attributes:
         instruction: the instruction.
         part: the part of the model that it belongs to.
-        times: number of runs in a run of the module.
+        times: number of runs of the operation in one run of the module.
         cost: cost of one run.
-        products, memory, elements: seconds of one run by each of the three limits.
-        cycles: the TPU compiler's estimate for one run; 0 without an estimate.
+        products: seconds that the matmuls of one run take at the chip's peak.
+        memory: seconds that one run takes to read from and write to main memory.
+        elements: seconds that the elementwise operations of one run take.
+        cycles: the TPU compiler's estimate of the cycles of one run; 0 if there is none.
     """
 
     instruction: Instruction
@@ -44,13 +46,13 @@ class Operation:
 
     @property
     def seconds(self) -> float:
-        """Lower bound of all runs."""
+        """Lower bound of the time of all runs, in seconds."""
         return self.times * max(self.products, self.memory, self.elements)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Lower bound of one run of a module on one device.
+    """Lower bound of the time of one run of a module on one device.
 
     Attributes:
         chip: the chip for which it was compiled.
@@ -64,21 +66,21 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Lower bound, in seconds."""
+        """Lower bound of the time of one run of the module, in seconds."""
         return sum(o.seconds for o in self.operations)
 
     @property
     def kernels(self) -> int:
-        """Number of operations that a device runs, one after the other."""
+        """Number of operations that a device runs, each counted as often as it runs."""
         return sum(o.times for o in self.operations)
 
     @property
     def flops(self) -> float:
-        """FLOPs of all products."""
+        """FLOPs of all matmuls."""
         return sum(o.times * o.cost.flops for o in self.operations)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values; times in milliseconds."""
+        """Returns the bound as values that JSON can represent. Times are in milliseconds."""
         return {
             "bound_ms": 1e3 * self.seconds,
             **_totals(self.operations),
@@ -104,7 +106,7 @@ class Bound:
 
 
 def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None = None) -> Bound:
-    """Returns the bound of a module.
+    """Returns the lower bound of a module's time.
 
     Args:
         module: an optimised program for the chip.
@@ -115,7 +117,8 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
     costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()
     for run in runs(module, unknown_trips):
         opcode = run.instruction.opcode
-        # the start of an asynchronous operation counts, and not its update or end; collectives are links
+        # an asynchronous operation is counted at its start, not at its update or end; collectives use the links,
+        # so they are not counted
         if opcode in FREE or opcode.endswith(("-done", "-update")) or kind_of(run.instruction):
             continue
         cost = costs.of(run.computation, run.instruction)
@@ -136,7 +139,7 @@ def _operation(
         part_of(module, instruction, cost),
         times,
         cost,
-        # the peak depends on the dtype of the factors and the precision of the product
+        # the peak depends on the dtype of the factors and the precision of the matmul
         products=sum(flops / chip.products(*kind) for kind, flops in cost.products.items()),
         memory=cost.bytes / chip.bandwidth,
         elements=cost.integer / chip.integer + cost.other / chip.other,
@@ -145,7 +148,10 @@ def _operation(
 
 
 def _totals(operations) -> dict[str, float]:
-    """Returns sums over all runs: the amounts, and the milliseconds that each limit alone would give."""
+    """Returns sums over all runs of operations.
+
+    These are FLOPs, bytes and elementwise operations, and the milliseconds that each of them alone would take.
+    """
     return {
         "flops": sum(o.times * o.cost.flops for o in operations),
         "bytes": sum(o.times * o.cost.bytes for o in operations),
@@ -157,7 +163,7 @@ def _totals(operations) -> dict[str, float]:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    """Describes one of the most expensive operations by plain values."""
+    """Describes an operation with values that JSON can represent."""
     instruction = operation.instruction
     arrays = instruction.arrays[:3]
     return {

@@ -1,7 +1,7 @@
 """Lists the instructions that a module runs, and how often it runs each.
 
-XLA prints the body of a loop once; its instructions count as often as the loop runs. The lengths of loops
-over layers and slices are known at compile time.
+XLA prints the body of a loop only once, but its instructions count as often as the loop runs. The lengths of loops
+over layers and over slices (microbatches) are known at compile time.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ class Run:
     """An instruction that a device runs as one operation, with the loops around it.
 
     Attributes:
-        computation: the computation that contains it.
+        computation: the computation that contains the instruction.
         instruction: the instruction.
-        times: number of runs.
-        unknown_loop: name of an enclosing loop of unknown length; None if all lengths are known.
+        times: number of times that it runs in one run of the module.
+        unknown_loop: name of the innermost loop of unknown length that contains it; None if there is none.
     """
 
     computation: Computation
@@ -32,13 +32,15 @@ class Run:
 
 
 def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
-    """Yields what the entry computation runs, inside loops, calls and the largest branch of conditionals.
+    """Yields the instructions that the entry computation runs.
+
+    They include those inside loops and calls, and those in the largest branch of a conditional.
 
     Args:
         module: the parsed module.
-        unknown_trips: how often the first loop of unknown length runs. Other such loops then do not
-            run, since a decoder's rows are in only one of its loops at each token. None: each runs
-            once.
+        unknown_trips: how often the first loop of unknown length runs. The other loops of unknown length are then
+            left out, since the rows of a decoder are in only one of its loops at each token. None means that each
+            loop of unknown length runs once.
     """
     seen: list[str] = []
 
@@ -52,11 +54,11 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
                     within = instruction.name
                     others = 1 if unknown_trips is None else 0
                     times_here = unknown_trips if unknown_trips and len(seen) == 1 else others
-                # loops multiply: 2 slices of 12 layers run the layer's body 24 times
+                # nested loops multiply: 2 slices of 12 layers run the body of the layer 24 times
                 for body in callees if times_here else []:
                     yield from visit(body, times * times_here, within)
             elif instruction.opcode == "conditional":
-                # one branch runs at a time; this counts the largest, which does the work
+                # only one branch runs; this counts the largest one, which does the work
                 for branch in sorted(callees, key=lambda c: _size(module, c))[-1:]:
                     yield from visit(branch, times, loop)
             elif instruction.opcode in ("call", "async-start"):
@@ -71,8 +73,9 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     """Returns how often a `while` in the computation `around` runs, or None if this is unknown.
 
-    Uses XLA's note. Without one, it uses the counter that the condition compares with a constant:
-    ceil((limit - start) / step), with start 0 and step 1 if the text has no values.
+    The number is XLA's own annotation (`known_trip_count`). Without it, it is computed from the counter that the
+    loop's condition compares with a constant: ceil((limit - start) / step). If the text does not show the start or
+    the step, they are taken as 0 and 1.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))
@@ -88,12 +91,12 @@ def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     if found is None:
         return limits[0]
     place = int(found.group(1))  # index of the counter in the loop's carry
-    # from 0 to 12 by 4: ceil(12 / 4) = 3 runs, and from 1 to 12 by 4 also 3
+    # from 0 to 12 in steps of 4, there are ceil(12 / 4) = 3 runs; from 1 to 12 in steps of 4, also 3
     return max(0, -(-(limits[0] - _start(around, loop, place)) // _step(body, place)))
 
 
 def _size(module: Module, computation: Computation) -> int:
-    """Returns the number of elements that a computation produces if each loop runs once."""
+    """Returns the number of elements that a computation produces if each of its loops runs once."""
     return sum(
         sum(array.size for array in instruction.arrays)
         + sum(_size(module, callee) for callee in module.called(instruction))
@@ -109,7 +112,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 
 def _start(around: Computation, loop: Instruction, place: int) -> int:
-    """Returns the initial value of a loop's counter; 0 if the text has none."""
+    """Returns the initial value of a loop's counter, or 0 if the text does not show it."""
     # %init = tuple(%zero, %x); %loop = while(%init): the counter starts as the tuple's operand `place`
     given = around.by_name.get(loop.operands[0]) if loop.operands else None
     if given is None or given.opcode != "tuple" or place >= len(given.operands):
@@ -119,7 +122,7 @@ def _start(around: Computation, loop: Instruction, place: int) -> int:
 
 
 def _step(body: Computation, place: int) -> int:
-    """Returns the step of a loop's counter; 1 if the text has none."""
+    """Returns the step of a loop's counter, or 1 if the text does not show it."""
     # the body returns the new carry: ROOT tuple(%next, ...) with %next = add(%counter, %constant)
     if body.root.opcode != "tuple" or place >= len(body.root.operands):
         return 1

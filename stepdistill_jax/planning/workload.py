@@ -1,4 +1,4 @@
-"""Finds the model of a config and the shapes of a step's rows, from a dataset or by assumption."""
+"""Finds the model of a config and the shapes of a step's rows, from a dataset or from assumptions."""
 
 import dataclasses
 import functools
@@ -34,8 +34,9 @@ class StepRows:
     """The rows of a step for one row multiple (batch shards x microbatches).
 
     Attributes:
-        groups: (rows, input length, target length) of each group, with rows rounded up to the multiple.
-        filled: number of rows, over all groups, that hold tokens; empty rows are computed, too.
+        groups: (rows, input length, target length) of each group, where the number of rows is rounded up to a
+            multiple of the row multiple.
+        filled: number of rows of all groups that are not only padding. A step computes the other rows as well.
     """
 
     groups: Groups
@@ -43,7 +44,7 @@ class StepRows:
 
     @property
     def rows(self) -> int:
-        """Number of rows of all groups, including empty rows."""
+        """Number of rows of all groups. Rows that are only padding are included."""
         return sum(rows for rows, *_ in self.groups)
 
 
@@ -52,9 +53,9 @@ class Workload:
     """The model and the shapes of a step.
 
     Attributes:
-        model: the configuration that `train` would build.
-        rows_of: function row multiple -> rows, packed as in a run with that multiple.
-        assumptions: one text for each assumption; empty if everything was read from files.
+        model: the configuration of the model that `train` would build.
+        rows_of: function from a row multiple to the rows of a step, packed as in a run with that multiple.
+        assumptions: a string for each assumption; empty if everything was read from files.
     """
 
     model: ModelConfig
@@ -62,7 +63,10 @@ class Workload:
     assumptions: tuple[str, ...]
 
     def step_flops(self, multiple: int) -> float:
-        """Returns the FLOPs of a step, including empty rows; a multiple of 1 gives what the tokens need."""
+        """Returns the FLOPs of a step whose row counts are rounded up to multiples of `multiple`.
+
+        Rows that are only padding are included. With a `multiple` of 1, the result is about what the tokens need.
+        """
         return sum(
             train_flops(self.model, rows=rows, input_length=inputs, target_length=targets)
             for rows, inputs, targets in self.rows_of(multiple).groups
@@ -75,17 +79,17 @@ def workload(
     rows: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> Workload:
-    """Returns the model and the rows of a config; reads a prepared dataset if there is one.
+    """Returns the model and the rows of a config. They are read from the prepared dataset if there is one.
 
     Args:
-        config: of the run.
-        rows: number of packed rows of a step, as `stepdistill inspect` shows it. None means the most of
-            the first 32 steps on the prepared dataset or, without a dataset, a row for each
-            example.
+        config: config of the run.
+        rows: number of packed rows of a step, as `stepdistill inspect` shows it. None means the largest number
+            in the first 32 steps on the prepared dataset. If the dataset is not prepared, it means one row for
+            each example.
         data_dir: folder of prepared datasets; None means the default folder.
 
     Raises:
-        InputError: `init_from` exists and cannot be read, or the family or size is unknown.
+        InputError: `init_from` exists but cannot be read, or the family or size of the model is unknown.
     """
     assumptions: list[str] = []
     data = prepared(config, data_dir)
@@ -94,7 +98,7 @@ def workload(
         return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
-    if config.pairs:  # a row holds all inputs and targets of an example
+    if config.pairs:  # all inputs and targets of an example are in one row
         objectives = resolve(config.objectives)
         inputs_each = 1 if config.pack and share_encoding(objectives) else len(objectives)
         cuts = (inputs_each * cuts[0], len(objectives) * cuts[1])
@@ -109,11 +113,11 @@ def workload(
         count = 1 if config.pack or config.pairs else len(config.objectives)
         groups = ((config.batch_size, inputs, targets),) * count
         assumptions.append(
-            f"dataset {config.task!r} is not prepared here: "
+            f"dataset {config.task!r} is not prepared here, so a step has "
             + (
-                "one packed row for each example of a step (short rows pack into fewer: set `rows`)"
+                "one packed row for each example; short rows pack into fewer: set `rows`"
                 if config.pack
-                else "rows as long as `input_length` and `target_length`"
+                else "rows of the complete `input_length` and `target_length`"
                 + (", summed over all objectives" if config.pairs else "")
             )
         )
@@ -126,13 +130,13 @@ def workload(
 
 
 def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable[[int], StepRows]:
-    """Returns a function row multiple -> rows that a run on the data would have."""
+    """Returns a function from a row multiple to the rows that a run on the data would have."""
 
     def rows_of(multiple: int) -> StepRows:
         batches = batches_of(config, data, row_multiple=multiple)
         batches = in_cheapest_rows(config, batches, model)
-        # Takes the most rows of real steps. The largest shape that `train` compiles is for the worst batch,
-        # which hardly ever occurs.
+        # Takes the largest row count of real steps, and not the largest shape that `train` may compile, since that
+        # is for the worst batch, which hardly ever occurs.
         taken = [batches(step) for step in range(STEPS_LOOKED_AT)]
         groups = tuple(
             (max(len(batch[i]["encoder_segment_ids"]) for batch in taken), *pair)
@@ -144,9 +148,10 @@ def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable
 
 
 def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskData | None:
-    """Returns the train tokens of a prepared dataset, or None if the task is not prepared.
+    """Returns the tokens of the train split if the dataset is prepared, and otherwise None.
 
-    If `init_from` is not on this machine, the dataset's own vocabulary is used.
+    The tokens are those of the vocabulary of `init_from` or, if that directory is not on this machine, those of the
+    dataset's own vocabulary.
     """
     data_dir = data_folder(data_dir)
     if config.task not in prepared_names(data_dir):
@@ -158,16 +163,17 @@ def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskDat
 
 
 def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> ModelConfig:
-    """Returns the configuration that `train` would build, and adds its assumptions to the list."""
+    """Returns the configuration of the model that `train` would build, and appends its assumptions to the list."""
     if config.init_from is not None and os.path.isdir(config.init_from):
         return dataclasses.replace(read_config(config.init_from), **model_settings(config))
     if config.init_from is None and data is not None:
         return new_model(config, data)
     model = new_model(config, None)
     missing = (
-        f"dataset {config.task!r} is not prepared here"
+        f"dataset {config.task!r} is not prepared here, so the model is assumed"
         if config.init_from is None
-        else f"`init_from` {config.init_from} does not exist here: {config.model_family} {config.model_size}"
+        else f"`init_from` {config.init_from} does not exist here, so the model is assumed to be"
+        f" {config.model_family} {config.model_size}"
     )
-    assumptions.append(f"{missing}, with the published vocabulary of {model.vocab_size}")
+    assumptions.append(f"{missing} with the published vocabulary of {model.vocab_size} ids")
     return model

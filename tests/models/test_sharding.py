@@ -119,7 +119,7 @@ def test_a_process_is_a_slice_where_devices_know_none(slice_index):
         ),
         (
             "hybrid",
-            "keeps a copy in each slice, and there is one slice",
+            "keeps a copy of the parameters in each slice, and there is one slice",
         ),
         ("fdsp", "one of data, fsdp, fsdp_tensor, tensor, hybrid, not .*mean 'fsdp'"),
     ],

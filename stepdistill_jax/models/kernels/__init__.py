@@ -1,18 +1,22 @@
 """Attention kernels, one module for each kind of chip.
 
-Each module has two functions. `reason_against` returns why shapes have no kernel. `attention` takes the
-arrays of one device:
+Each module has two functions. `reason_against` returns the reason why the kernel does not support given
+shapes, or None. `attention` computes attention on one device, from these arguments:
 
     q                                 [rows, q, heads, d]
     k, v                              [rows, k, heads, d]
     bias                              [heads, q, k] float32, added to the scores of each row; or None
-    query_segments, key_segments      [rows, q] and [rows, k] int32; key segment 0 is never seen
+    query_segments, key_segments      [rows, q] and [rows, k] int32; a query sees the keys of its own
+                                      segment; a key of segment 0 is never seen
     seeds                             [2, rows, heads] uint32 from `dropout_seeds`; None: no dropout
-    causal                            a query does not see keys at later places
-    kept                              how many of the `DRAWS` values of a draw keep a weight
-    interpret                         runs the programs on a CPU, for tests
+    causal                            whether a query does not see keys at later places
+    kept                              dropout keeps a weight if its draw, a random number from 0 to
+                                      `DRAWS` - 1, is below `kept`
+    interpret                         whether a CPU runs the programs, for tests
 
-For each query it returns the mean of the values that the query sees, weighted by the softmax of the
-scores: [rows, q, heads, d] in the dtype of v. Its dropout masks equal the masks of `dropout.dropout`, bit
-for bit. A query that sees no key gets 0 and gives no gradient.
+The result has, for each query, the mean of the values that the query sees, weighted by the softmax of its
+scores: [rows, q, heads, d] in the dtype of v. The dropout masks equal those of `dropout.dropout`, bit for
+bit. A query that sees no key gets 0 and contributes to no gradient.
+
+In the backward passes, `slope` is the gradient of the loss with respect to this result.
 """

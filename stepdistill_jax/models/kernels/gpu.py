@@ -1,9 +1,10 @@
 """T5's attention for NVIDIA GPUs from the A100 on, in Pallas (Triton).
 
-Scores, weights, masks and random numbers never reach main memory. The forward kernel loops over the keys
-with a running softmax (FlashAttention) and stores the logarithm of the softmax's sum. The three backward
-kernels recompute the weights from it. Each loops over the axis of its sum, so no program adds to the
-output of another, and a run is repeatable:
+Scores, weights, masks and random numbers are never written to main memory. The forward kernel loops over the
+keys with a running softmax (FlashAttention), and stores the logarithm of each softmax's denominator. The
+three backward kernels recompute the weights from it. The programs of a kernel run in parallel. In each kernel,
+a program loops over the axis over which its gradient is summed. So no program adds to the output of another
+one, and results are repeatable:
 
     queries' gradient           a program has 128 queries of one row and head, and loops over keys
     keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries
@@ -28,8 +29,8 @@ from stepdistill_jax.models.sharding import traced_device
 _HEAD_DIMS = (16, 32, 64, 128)
 _DTYPES = ("bfloat16", "float32")
 _LONGEST = 32768  # a program reads the segments of a complete row
-# Products on a Hopper GPU read their factors from shared memory. Other GPUs load the factors into
-# registers first, so their tiles must be smaller.
+# Matmuls on a Hopper GPU read their factors from shared memory. Other GPUs load the factors into registers
+# first, so their tiles must be smaller.
 _HOPPER = ("H100", "H200", "H800", "H20")
 
 
@@ -43,7 +44,7 @@ def reason_against(
     bias: bool,
     kind: str,
 ) -> str | None:
-    """Returns why the kernel does not support these shapes on this kind of GPU, or None if it does."""
+    """Returns the reason why the kernel does not support these shapes on this kind of GPU, or None if it does."""
     del heads, bias
     if not kind.startswith("NVIDIA"):
         return f"there is no kernel for {kind}"
@@ -74,9 +75,9 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns attention on the arrays of one device; the package's docstring describes the arguments."""
+    """Computes attention on one device. The docstring of the package describes the arguments and the result."""
     if seeds is None:
-        kept = DRAWS  # programs draw nothing then
+        kept = DRAWS  # with this value, the programs draw no random numbers
     large = q.dtype != jnp.float32 and _is_hopper(traced_device().device_kind)
     keys = KEYS if large else FEW_KEYS
     call = Call(causal, kept, q.shape[1], k.shape[1], keys, interpret)
@@ -84,7 +85,10 @@ def attention(
 
 
 def _is_hopper(kind: str) -> bool:
-    """Returns whether products read shared memory; true for a CPU, which interprets the program."""
+    """Returns whether matmuls read their factors from shared memory.
+
+    It is also True for a CPU, which interprets the program.
+    """
     return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 
 
@@ -106,7 +110,7 @@ def _forward(q, k, v, bias, q_segments, k_segments, seeds, call):
         [jax.ShapeDtypeStruct(q.shape, v.dtype), _per_query(q)],
         [one.queries, one.per_query],
     )
-    # `jax.checkpoint` saves these two by name; otherwise a recomputed layer would run the kernel again
+    # `jax.checkpoint` saves these two arrays by name. Otherwise a recomputed layer would run the kernel again.
     out = checkpoint_name(out, ATTENTION_OUTPUT)
     log_sum = checkpoint_name(log_sum, ATTENTION_OUTPUT)
     return out, (arrays, out, log_sum)
@@ -117,8 +121,8 @@ def _backward(call, saved, slope):
     q, k, v, bias = arrays[:4]
     rows, _, heads, _ = q.shape
     one = _Specs(arrays)
-    # dots = slope . output of each query, [rows, heads, q]: computed here, read by the next two kernels
-    # (D in FlashAttention-2, arXiv:2307.08691, algorithm 2)
+    # `slope` is the gradient of the output. dots = slope . output of each query, [rows, heads, q]: the first
+    # kernel computes it, and the next two read it (D in FlashAttention-2, arXiv:2307.08691, algorithm 2).
     dq, dots = _run(
         gpu_programs.queries_gradient,
         call,
@@ -139,8 +143,8 @@ def _backward(call, saved, slope):
     )
     dbias = None
     if bias is not None:
-        # computes the weights a third time: writing the gradient of the scores to main memory, to sum
-        # it over rows, takes 1.5 times as long (docs/lab/accelerators.md)
+        # This kernel computes the weights a third time. To write the gradient of the scores to main memory
+        # and sum it over rows would take 1.5 times as long (docs/lab/accelerators.md).
         every = _Specs(arrays, all_rows=True)
         (dbias,) = _run(
             gpu_programs.bias_gradient,
@@ -158,10 +162,10 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each array that a program sees: its own row (or all rows) of its own head.
+    """The part of each array that a program sees: one row of the batch (or all rows) and one head.
 
-    The head is the last axis of each grid, so programs that run at the same time share a head and read
-    its bias and keys from the cache.
+    The head is the last axis of each grid. So programs that run at the same time usually have the same head,
+    and read its bias and keys from the cache.
     """
 
     def __init__(self, arrays, all_rows: bool = False):
@@ -198,8 +202,8 @@ def _per_query(q):
 
 
 def _run(program, call, grid, arrays, in_specs, out_shape, out_specs):
-    # The sums of a wide tile need the registers of more threads. Two stages hold two tiles at a time,
-    # and in float32 those exceed the shared memory of a program.
+    # The sums of a wide tile need the registers of more threads. With two stages, two tiles are in shared
+    # memory at a time, and in float32, they do not fit.
     single = arrays[0].dtype == jnp.float32
     warps = 8 if single or arrays[0].shape[-1] > 64 else 4
     kernel = pl.pallas_call(
@@ -212,6 +216,6 @@ def _run(program, call, grid, arrays, in_specs, out_shape, out_specs):
         interpret=call.interpret,
         name=name_of(program.__name__, call.causal),
     )
-    # A recomputed layer does not use this kernel if its output was saved. JAX removes an unused jitted
-    # function, but never an unused pallas_call.
+    # If this kernel's output was saved, a recomputed layer does not need the kernel again. JAX removes an unused
+    # jitted function, but never an unused pallas_call.
     return jax.jit(kernel)(*arrays)

@@ -1,9 +1,9 @@
-"""The cost of a call of each attention kernel for NVIDIA GPUs, from the sizes of its arrays.
+"""The cost of a call of each attention kernel for NVIDIA GPUs, computed from the sizes of its arrays.
 
-Complete tiles are counted, so lengths are rounded up; a causal mask leaves out the tiles that it hides.
-Tiles that a kernel skips because their segments do not meet are counted, too, since a plan does not know
-the segments. A multiplication and the addition after it are one instruction, so they count as one
-operation.
+Only complete tiles are counted, so lengths are rounded up. Tiles that a causal mask hides completely are not
+counted. Tiles that a kernel skips because their queries and keys have no segment in common are counted, since
+a plan does not know the segments. Outside matmuls, a multiplication followed by an addition is one
+instruction, so it counts as one operation.
 """
 
 import math
@@ -15,9 +15,9 @@ from stepdistill_jax.models.kernels.gpu_tiles import FEW_KEYS, KEYS, Call
 
 # operations for a random word: 9 for its hash, 1 for its place, 1 to extract its first draw
 _WORD = 11
-# program -> (products of a tile, operations on each place of a tile, further operations for dropout's
-# scale and choice). The second number is 4 for bias, mask and exponential (2), plus the operations on
-# the right.
+# program -> (number of matmuls for a tile, operations on each element of a tile, further operations on each
+# element that dropout needs for its scale and selection). The second number is the sum of 4 operations (bias,
+# mask, and two for the exponential) and the operations that the comments list.
 _PROGRAMS = {
     "forward": (2, 7, 1),  # maximum, sum, rounding
     "queries_gradient": (3, 7, 2),  # minus, times, rounding
@@ -43,9 +43,10 @@ def _cost(program: str, causal: bool, operands: Sequence[Shaped], results: Seque
     # a program with two halves computes a word once for both, and extracts the second draw
     of_word = (_WORD + 1) / call.halves
     return KernelCost(
-        # a float32 product is computed as three TF32 products
+        # a float32 matmul is computed as three TF32 matmuls
         flops=(3 if q.dtype == "f32" else 1) * 2 * head_dim * products * places,
-        # each array once: programs that run at the same time share a head, whose arrays fit the L2 cache
+        # each array is read once: programs that run at the same time share a head, and its arrays fit the L2
+        # cache
         bytes=math.fsum(array.bytes for array in (*operands, *results)),
         # compares segments, places under a causal mask, and draws
         integer=places * (1 + 2 * causal + dropout * (of_word + 1)),

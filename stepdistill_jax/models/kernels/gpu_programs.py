@@ -1,8 +1,18 @@
 """The programs of the attention kernels for NVIDIA GPUs.
 
-A program's references hold one row and one head: q, out and slope [q, d]; k and v [k, d]; bias [q, k];
-segments [q] and [k]; seeds [2]; log-sums and dots [q]. In `bias_gradient` all but the bias hold all rows,
-for example q [rows, q, d] and seeds [2, rows].
+A program's references point to one row of the batch and one head:
+
+    q, out      [q, d]; queries and output
+    slope       [q, d]; gradient of the loss with respect to the output
+    k, v        [k, d]
+    bias        [q, k]
+    segments    [q] and [k]
+    seeds       [2]
+    sums        [q]; base-2 logarithm of the denominator of each query's softmax
+    dots        [q]; dot product of each query's slope and output
+
+In `bias_gradient`, all references except the bias have all rows of the batch, for example q [rows, q, d] and
+seeds [2, rows].
 """
 
 import jax
@@ -14,12 +24,12 @@ from stepdistill_jax.models.kernels import gpu_tiles as tiles
 
 
 def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref, sum_ref):
-    """Writes the output of a program's queries, and the base-2 logarithm of each softmax's sum."""
+    """Writes the output of a program's queries, and the base-2 logarithm of each softmax's denominator."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
 
-    # The state of each half, so far: mixed, the weighted sum of values; top, the largest score; total,
-    # the sum of the weights e^(score - top). FlashAttention (arXiv:2205.14135, algorithm 1).
+    # The state of each half, over the keys so far: `mixed`, the weighted sum of values; `top`, the largest
+    # score; `total`, the sum of the weights e^(score - top). FlashAttention (arXiv:2205.14135, algorithm 1).
     def step(i, state):
         keys = tiles.keys(call, k_ref, k_segs, i * call.keys)
         v = tiles.key_rows(call, v_ref, i * call.keys)
@@ -32,7 +42,7 @@ def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref,
             # earlier sums are relative to the old maximum; e^(top - highest) converts them
             shrink = tiles.weights(top - highest, 0.0)
             total = total * shrink + jnp.sum(weights, axis=1)
-            # after the sum: dropout applies to the softmax's result, and does not change its divisor
+            # after the sum, since dropout applies to the softmax's result and does not change its denominator
             weights = tiles.dropped(call, weights, words, half).astype(v.dtype)
             after.append((mixed * shrink[:, None] + tiles.dot(call, weights, v), highest, total))
         return tuple(after)
@@ -43,12 +53,12 @@ def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref,
     for queries, (mixed, top, total) in zip(
         halves, jax.lax.fori_loop(*seen, step, (state,) * call.halves), strict=True
     ):
-        # Without a visible key, top stays LOWEST, so hidden scores (-1e30) get weight 0 and total is 0.
+        # Without a visible key, `top` stays LOWEST, so hidden scores (-1e30) get weight 0 and `total` is 0.
         sees = total > 0
         some = jnp.where(sees, total, 1.0)
-        # one multiplication for the softmax's divisor and dropout's scale
+        # one multiplication applies both the softmax's denominator and dropout's scale
         tiles.store_queries(call, out_ref, mixed * (DRAWS / call.kept / some)[:, None], queries)
-        # the logarithm of the sum of e^score, with the maximum added back; NO_KEY gives weights of 0
+        # the base-2 logarithm of the sum of e^score, with the maximum added back; NO_KEY gives weights of 0
         log_sum = jnp.where(sees, top * tiles.LOG2_E + jnp.log2(some), tiles.NO_KEY)
         tiles.store_queries(call, sum_ref, log_sum, queries)
 
@@ -68,7 +78,7 @@ def queries_gradient(
     dq_ref,
     dot_ref,
 ):
-    """Writes the gradient of a program's queries and, for each query, slope . output."""
+    """Writes the gradient of a program's queries and, for each query, the dot product of slope and output."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
     slopes = [tiles.query_rows(call, slope_ref, q.start) for q in halves]
@@ -121,8 +131,8 @@ def keys_gradient(
 ):
     """Writes the gradients of a program's keys and values.
 
-    Its tiles are [keys, queries]. With [queries, keys], both products would first transpose a tile that
-    the program has just computed.
+    Its tiles are [keys, queries]. With [queries, keys], the matmuls for both gradients would first have to
+    transpose a tile that the program has just computed.
     """
     keys = tiles.keys(call, k_ref, k_segs, pl.program_id(0) * call.keys)
     v = tiles.key_rows(call, v_ref, keys.start)
@@ -136,11 +146,11 @@ def keys_gradient(
             slope = tiles.query_rows(call, slope_ref, at)
             log_sum = tiles.query_vector(call, sums, at, tiles.NO_KEY)
             dot = tiles.query_vector(call, dots, at, 0.0)
-            # the same scores as in the forward pass, so 2^(score - log-sum) are the softmax's weights
+            # the scores are the same as in the forward pass, so this gives the softmax's weights again
             scores = tiles.scores(call, queries, keys, bias_ref, keys_first=True)
             weights = tiles.weights(scores, log_sum[None, :])
             dropped = tiles.dropped(call, weights, words, half)
-            # without dropout's scale, a constant that multiplies the complete sum below
+            # without dropout's scale, a constant by which the complete sum is multiplied below
             dv = dv + tiles.dot(call, dropped.astype(slope.dtype), slope)
             ds = tiles.softmax_gradient(
                 call, weights, tiles.dot(call, v, slope.T), dot[None, :], words, half
@@ -158,8 +168,8 @@ def keys_gradient(
 def bias_gradient(
     call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, sums, dots, slope_ref, db_ref
 ):
-    """Writes the gradient of a program's part of the bias: a sum over the rows of the batch."""
-    # the bias is added to the score, so its gradient is the sum of the scores' gradients
+    """Writes the gradient of a program's part of the bias, summed over the rows of the batch."""
+    # the bias is added to the scores of each row, so its gradient is the sum of the scores' gradients
     start, key = pl.program_id(1) * call.queries, pl.program_id(0) * call.keys
     rows = q_ref.shape[0]
 
@@ -184,7 +194,7 @@ def bias_gradient(
             )
         return tuple(after)
 
-    if call.causal:  # no query of the program sees these keys: loop over 0 rows and write zeros
+    if call.causal:  # if no query of the program sees these keys, loop over 0 rows and write zeros
         rows *= (key < start + call.queries).astype(jnp.int32)
     zeros = (jnp.zeros((HALF, call.keys), jnp.float32),) * call.halves
     found = jax.lax.fori_loop(0, rows, step, zeros)

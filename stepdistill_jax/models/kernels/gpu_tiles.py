@@ -1,8 +1,8 @@
 """Loads, computes and stores tiles of attention for the programs of the NVIDIA kernels.
 
-Queries come in halves of 64, since positions p and p + 64 share a random word of dropout. A program has
-both halves, so it computes each word once. Keys come in tiles of 64 or 32. Places after the end of an
-array are never read; they have segment 0, which is padding.
+A program has 128 queries, in two halves of 64. The queries p and p + 64 share a random word of dropout, so the
+program computes each word only once. If there are at most 64 queries, it has a single half. Keys come in tiles
+of 64 or 32. Places after the end of an array are never read. They count as segment 0, which is padding.
 """
 
 import dataclasses
@@ -19,15 +19,19 @@ from stepdistill_jax.models.products import precision_of
 KEYS = 64  # keys of a tile
 FEW_KEYS = 32  # for float32, and on an A100; with 64, shared memory or registers overflow
 LOG2_E = math.log2(math.e)
-_HIDDEN = -1e30  # score of a hidden key; its weight is 0, whatever the maximum
+_HIDDEN = -1e30  # score of a hidden key; its weight is 0, whatever the maximum is
 LOWEST = -1e20  # start of a running maximum; far above _HIDDEN, so hidden keys get weights of 0
-NO_KEY = 1e30  # base-2 log-sum of a query that sees no key; makes all its weights 0
+NO_KEY = 1e30  # base-2 log-sum of a query that sees no key; it makes all its weights 0
 _EVERY = 2**30  # greater than any segment
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The values that are fixed when a kernel is compiled; `keys` is the number of keys in a tile."""
+    """The values that are fixed when a kernel is compiled.
+
+    `causal`, `kept` and `interpret` are described in the package's docstring. `q_len` and `k_len` are the numbers
+    of queries and keys of a row, and `keys` is the number of keys of a tile.
+    """
 
     causal: bool
     kept: int
@@ -38,7 +42,7 @@ class Call:
 
     @property
     def halves(self) -> int:
-        """Number of 64-query tiles in a program."""
+        """Number of halves of a program, with 64 queries each: 1 or 2."""
         return 1 if self.q_len <= HALF else 2
 
     @property
@@ -61,14 +65,22 @@ class Call:
         """Number of pairs (a program's queries, a tile of keys) that are computed for one row and head."""
         if not self.causal:
             return self.query_programs * self.key_tiles
-        # program i reads keys up to its last query; 256 queries and keys, tiles of 64: 2 + 4 pairs of 8
+        # program i reads keys up to its last query. With 256 queries, 256 keys and tiles of 64 keys, the two
+        # programs read 2 and 4 tiles, so 6 of the 8 pairs.
         ends = (pl.cdiv((i + 1) * self.queries, self.keys) for i in range(self.query_programs))
         return sum(min(end, self.key_tiles) for end in ends)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """n consecutive queries or keys, starting at place `start`: x [n, d], segments and places [n] int32."""
+    """Consecutive queries or keys of a row.
+
+    Attributes:
+        start: place of the first of them in the row.
+        x: the queries or keys, [n, d].
+        segments: their segments, [n] int32.
+        places: their places in the row, [n] int32.
+    """
 
     start: jax.Array
     x: jax.Array
@@ -77,7 +89,10 @@ class _Tile:
 
 
 def queries(call, q_ref, segments, start, *row):
-    """Loads the halves of a program's queries, starting at `start`; `row` selects one row of all."""
+    """Loads the halves of a program's queries, which start at place `start`.
+
+    If the references have all rows of the batch, `row` is the index of the row to load.
+    """
     starts = [start + half * HALF for half in range(call.halves)]
     return [
         _Tile(
@@ -91,20 +106,23 @@ def queries(call, q_ref, segments, start, *row):
 
 
 def keys(call, k_ref, segments, start, *row):
-    """Loads a tile of keys; padding gets segment -1, which no query has."""
+    """Loads a tile of keys. Keys that are padding get segment -1, which no query has."""
     own = _vector(segments, start, call.keys, call.k_len, call.keys, 0, *row)
     own = jnp.where(own > 0, own, -1)
     return _Tile(start, key_rows(call, k_ref, start, *row), own, _places(start, call.keys))
 
 
 def scores(call, queries, keys, bias_ref, *, keys_first=False):
-    """Returns the scores of a tile, [queries, keys] or [keys, queries]; hidden ones are `_HIDDEN`."""
+    """Returns the scores of a tile, where the score of a key that the query does not see is `_HIDDEN`.
+
+    The shape is [queries, keys], or [keys, queries] if `keys_first`.
+    """
     first, second = (keys, queries) if keys_first else (queries, keys)
     scores = dot(call, first.x, second.x.T)
     if bias_ref is not None:
         bias = _bias(call, bias_ref, queries.start, keys.start)
         scores += bias.T if keys_first else bias
-    # padding has segment 0 as a query and -1 as a key, so it sees nothing and is not seen
+    # padding has segment 0 among queries and -1 among keys, so it sees nothing and is not seen
     q, k = _pair(queries.segments, keys.segments, keys_first)
     mask = q == k
     if call.causal:
@@ -114,25 +132,33 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 
 
 def words(call, seeds, queries, keys, *row, keys_first=False):
-    """Returns the random words of the first half's places, or None without dropout.
+    """Returns a random word for each pair of a key and a query of the first half, or None without dropout.
 
-    The low 16 bits of a word are the first half's draw, the high 16 bits the second half's.
+    The low 16 bits of a word are the draw for a query of the first half, and the high 16 bits are the draw for
+    the query at the same place of the second half.
     """
     if call.kept == DRAWS:
         return None
-    # The hash needs positions with bit 6 clear. The first half's are: a program starts at a multiple of 128,
-    # or at 0 if there are at most 64 queries.
+    # The hash needs positions whose bit 6 is 0. This is true in the first half, since a program starts at a
+    # multiple of 128, or at 0 if there are at most 64 queries.
     q, k = _pair(queries.places.astype(jnp.uint32), keys.places.astype(jnp.uint32), keys_first)
     return random_words(seeds[(0, *row)], seeds[(1, *row)], q, k)
 
 
 def weights(scores, top):
-    """Returns e^score / 2^top as a power of 2, for which a GPU needs one fused multiply-add and one power."""
+    """Returns e^score / 2^top, computed as a power of 2: one fused multiply-add and one `exp2` on a GPU."""
     return jnp.exp2(scores * LOG2_E - top)
 
 
 def dropped(call, x, words, half):
-    """Returns `x` with dropped places set to 0; does not scale up the others."""
+    """Returns `x` with the elements that dropout drops set to 0. The others are not scaled up.
+
+    Args:
+        call: the constants of the kernel.
+        x: a tile of one half of the queries.
+        words: the random words from `words`; None returns `x` unchanged.
+        half: index of the half, 0 or 1.
+    """
     if words is None:
         return x
     draws = words >> 16 if half else words & (DRAWS - 1)
@@ -140,24 +166,27 @@ def dropped(call, x, words, half):
 
 
 def softmax_gradient(call, weight, of_weights, dot, words, half):
-    """Returns the gradient of the scores.
+    """Returns the gradient of the scores of a tile.
 
     Args:
         call: the constants of the kernel.
         weight: softmax weights, before dropout.
-        of_weights: slope . value, the gradient of the weights after dropout.
-        dot: slope . output of each query, broadcast over the keys.
+        of_weights: gradient of the weights after dropout: for each query and key, the dot product of the
+            gradient of the query's output (`slope`) and the key's value.
+        dot: for each query, the dot product of its output and the gradient of its output, broadcast over the
+            keys.
         words, half: as in `dropped`.
     """
-    # y = softmax(s), z = m y with dropout's mask and scale m:  ds = y (m dz - sum over keys of y m dz)
+    # y = softmax(s), z = m y, where m is 0 or dropout's scale:  ds = y (m dz - sum over keys of y m dz)
     return weight * (dropped(call, of_weights * (DRAWS / call.kept), words, half) - dot)
 
 
 def key_tiles(call, halves, segments, start):
-    """Returns the range (first, end) of key tiles that a program's queries may see."""
+    """Returns the range (first, end) of the key tiles that a program's queries may see."""
     own = [queries.segments for queries in halves]
     first, last = _span(own, _whole(segments, call.k_len), call.keys)
-    if call.causal:  # rounded up: no key after the program's last query
+    # The end is rounded up. After it, all keys are later than the program's last query.
+    if call.causal:
         last = jnp.minimum(last, jax.lax.div(start + call.queries + call.keys - 1, call.keys))
     return first, last
 
@@ -165,21 +194,23 @@ def key_tiles(call, halves, segments, start):
 def query_tiles(call, keys, segments):
     """Returns the range (first, end) of the programs whose queries may see a tile of keys."""
     first, last = _span([keys.segments], _whole(segments, call.q_len), call.queries)
-    if call.causal:  # rounded down: queries before the first key see none
+    # The first is rounded down. Before it, all queries are earlier than the first key.
+    if call.causal:
         first = jnp.maximum(first, jax.lax.div(keys.start, call.queries))
     return first, last
 
 
 def _span(own, others, tile):
-    """Returns the range (first, end) of the tiles of `others` that may hold a segment of `own`.
+    """Returns the range (first, end) of the tiles of `others` in which a segment of `own` may occur.
 
-    Compares only with the least and the greatest segment of `own`. This is exact if segments rise along
-    a row; otherwise the range may have more tiles than necessary.
+    Only the smallest and the largest segment of `own` are compared with those of `others`. So the range has
+    more tiles than necessary if the segments of a row are not in ascending order.
 
-    With tiles of 2 and others 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3): places 2 to
-    5. Without a match, first is the number of tiles and end is 0, so a loop over the range is empty.
+    Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3), which
+    are the places 2 to 5. If no segment of `own` occurs, `first` is not below `end`, so a loop over the range is
+    empty.
     """
-    # only padding in `own`: low stays _EVERY and high 0, so nothing meets
+    # if `own` has only padding, `low` stays _EVERY and `high` 0, so no segment is in between
     low, high = jnp.int32(_EVERY), jnp.int32(0)
     for segments in own:
         low = jnp.minimum(low, jnp.min(jnp.where(segments > 0, segments, _EVERY)))
@@ -192,7 +223,7 @@ def _span(own, others, tile):
 
 
 def _pair(queries, keys, keys_first):
-    """Returns both vectors with an axis added, so that they broadcast to a tile."""
+    """Returns both vectors with one more axis, so that they broadcast to the shape of a tile."""
     if keys_first:
         return queries[None, :], keys[:, None]
     return queries[:, None], keys[None, :]
@@ -203,23 +234,23 @@ def _places(start, count):
 
 
 def _whole(ref, length):
-    """Loads all of ref [length], padded with zeros to a power of 2, since Triton allows no other shape."""
+    """Loads all of ref [length] and pads it with zeros to a power of 2, since Triton allows no other shape."""
     count = pl.next_power_of_2(length)
     return _vector(ref, 0, count, length, count, 0)
 
 
 def query_rows(call, ref, start, *row):
-    """Loads [64, d] of ref [*row, q, d]."""
+    """Loads 64 rows of ref [*row, q, d], from `start`: [64, d]."""
     return _rows(ref, start, HALF, call.q_len, call.queries, *row)
 
 
 def key_rows(call, ref, start, *row):
-    """Loads [keys, d] of ref [*row, k, d]."""
+    """Loads the rows of one tile of keys from ref [*row, k, d], from `start`: [keys, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
 def query_vector(call, ref, start, other, *row):
-    """Loads [64] of ref [*row, q]; places after the end get `other`."""
+    """Loads 64 elements of ref [*row, q], from `start`: [64]. Places after the end get the value `other`."""
     return _vector(ref, start, HALF, call.q_len, call.queries, other, *row)
 
 
@@ -238,18 +269,21 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """Returns which places are before the end, [count] bool; None if no program of `step` places passes it."""
-    # length 256 in steps of 128 needs no mask; length 200 does: the second program reaches place 255
+    """Returns which of `count` places from `start` on are before the end of an array of `length`, [count] bool.
+
+    If `step`, the number of places of a program, divides `length`, all places are, and the result is None.
+    """
+    # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length
 
 
 def store_queries(call, ref, x, tile):
-    """Writes x [64] or [64, d] into ref [q] or [q, d]."""
+    """Writes x, [64] or [64, d], to the place of `tile` in ref, [q] or [q, d]."""
     _store(ref, x, tile, _inside(tile.start, HALF, call.q_len, call.queries))
 
 
 def store_keys(call, ref, x, tile):
-    """Writes x [keys, d] into ref [k, d]."""
+    """Writes x [keys, d] to the place of `tile` in ref [k, d]."""
     _store(ref, x, tile, _inside(tile.start, call.keys, call.k_len, call.keys))
 
 
@@ -261,19 +295,22 @@ def _store(ref, x, tile, inside):
 
 
 def _bias(call, ref, query, key):
-    """Loads [64, keys] of ref [q, k]."""
+    """Loads the bias of 64 queries and a tile of keys from ref [q, k]: [64, keys]."""
     at, mask = _bias_tile(call, ref, query, key)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
 
 
 def store_bias(call, ref, query, key, x):
-    """Writes x [64, keys] into ref [q, k]."""
+    """Writes x [64, keys] into ref [q, k], at the place (query, key)."""
     at, mask = _bias_tile(call, ref, query, key)
     plgpu.store(at, x, mask=mask)
 
 
 def _bias_tile(call, ref, query, key):
-    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and its mask; None if all are inside."""
+    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask of the places in the array.
+
+    The mask is None if no tile reaches beyond the end of the array.
+    """
     at = ref.at[pl.ds(query, HALF), pl.ds(key, call.keys)]
     if call.q_len % call.queries == 0 and call.k_len % call.keys == 0:
         return at, None
@@ -282,11 +319,11 @@ def _bias_tile(call, ref, query, key):
 
 
 def dot(call, x, y):
-    """Returns the product of x and y with float32 sums; with float32 factors it has float32's precision.
+    """Returns the matmul of x and y, summed in float32.
 
-    A float32 product is computed as three TF32 products, with each factor split into a sum of two. A GPU
-    computes the three twice as fast as one exact product, and Triton's exact product spills kilobytes of
-    registers.
+    If the factors are float32, the result has float32's precision: each factor is split into a sum of two TF32
+    factors, and three TF32 matmuls are added. A GPU computes these three twice as fast as one exact matmul, and
+    Triton's exact matmul spills kilobytes of registers.
     """
     precision = precision_of(x.dtype)
     if precision is not None and not call.interpret:

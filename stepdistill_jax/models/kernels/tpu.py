@@ -1,9 +1,9 @@
 """T5's attention for TPUs from v5e on, in Pallas.
 
-Scores, weights, masks and random words stay in the chip's vector memory, which holds all queries and
-keys of a row at T5's lengths. The grid is (pair of heads, row of the batch), with rows innermost: the
-bias of a pair is fetched once, and its gradient is summed over rows on the chip. `tpu_programs` holds
-the programs.
+Scores, weights, masks and random words stay in the chip's vector memory. At T5's lengths, all queries and
+keys of a row fit into it as well. The grid is (pair of heads, row of the batch), and rows are the inner loop.
+So the bias of a pair of heads is fetched once, and its gradient is summed over rows on the chip. The programs
+are in `tpu_programs`.
 """
 
 import functools
@@ -23,7 +23,7 @@ from stepdistill_jax.models.kernels.tpu_programs import COLUMNS, QUERIES, UNSEEN
 _LANES = 128
 _DTYPES = ("bfloat16", "float32")
 _MEMORY = 60 * 2**20  # a v5p has 64 MiB; a v5e and a v6e have 128
-_TEMPORARIES = 12  # approximate number of arrays [keys, 256] float32 that a program holds
+_TEMPORARIES = 12  # approximate number of arrays [keys, 256] float32 that a program needs at a time
 _FORWARD, _BACKWARD = "tpu_attention", "tpu_attention_gradient"
 
 
@@ -37,8 +37,8 @@ def reason_against(
     bias: bool,
     kind: str,
 ) -> str | None:
-    """Returns why the kernel does not support these shapes, or None if it does."""
-    del heads, kind  # on a chip with less memory the test at a run's start fails to compile
+    """Returns the reason why the kernel does not support these shapes, or None if it does."""
+    del heads, kind  # on a chip with less memory, the test at the start of a run fails to compile
     dtype = jnp.dtype(dtype)
     if 2 * head_dim % _LANES:
         return f"head_dim {head_dim} is not a multiple of {_LANES // 2}"
@@ -64,11 +64,11 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Returns attention on the arrays of one device; the package's docstring describes the arguments."""
+    """Computes attention on one device. The docstring of the package describes the arguments and the result."""
     queries, heads, width = q.shape[1:]
     # 500 queries get 12 more, and 114 keys 14: the next multiples of 128
     more_queries, more_keys = -queries % QUERIES, -k.shape[1] % _LANES
-    odd = heads % 2  # the last of an odd number of heads is paired with a head of zeros
+    odd = heads % 2  # if the number of heads is odd, the last one is paired with a head of zeros
 
     # [rows, length, heads, d] -> [rows, padded length, heads x d]: a pair of heads is then 2 d columns
     def flat(x, more):
@@ -78,10 +78,11 @@ def attention(
     if bias is not None:
         bias = _bias_columns(jnp.pad(bias, ((0, odd), (0, more_queries), (0, more_keys))))
     if seeds is not None:
-        # rows first, so a program gets the seeds of one row; all rows may not fit scalar memory (1 MiB)
+        # rows first, so that a program gets the seeds of one row; those of all rows may not fit scalar memory
+        # (1 MiB)
         seeds = jnp.pad(seeds, ((0, 0), (0, 0), (0, odd))).swapaxes(0, 1)
     query_segments = jnp.pad(query_segments, ((0, 0), (0, more_queries)))
-    # Queries keep segment 0 for padding. Keys get another value, so a comparison alone gives the mask.
+    # Padding has segment 0 among queries and another value among keys, so a comparison alone gives the mask.
     key_segments = jnp.where(key_segments > 0, key_segments, UNSEEN)
     key_segments = jnp.pad(key_segments, ((0, 0), (0, more_keys)), constant_values=UNSEEN)
     out: jax.Array = _attention(
@@ -98,7 +99,7 @@ def attention(
 
 
 def _bias_columns(bias):
-    """Arranges a bias [heads, q, k] in the columns of `tpu_programs`: [pairs, rounds, k, 256]."""
+    """Arranges a bias [heads, q, k] in the order of the columns of `tpu_programs`: [pairs, rounds, k, 256]."""
     heads, queries, keys = bias.shape
     # (pair, head of the pair, round, half, query of the half, key)
     # -> (pair, round, key, half, head of the pair, query of the half); the last three are the column
@@ -107,7 +108,7 @@ def _bias_columns(bias):
 
 
 def _segment_columns(segments):
-    """Repeats segments [rows, q] for both heads: [rows, rounds, 256]."""
+    """Repeats segments [rows, q] for both heads of a pair, in the order of the columns: [rows, rounds, 256]."""
     # (row, round, half, head of the pair, query of the half)
     halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)
     both = jnp.broadcast_to(halves, (*halves.shape[:3], 2, HALF))
@@ -133,7 +134,7 @@ def _forward(q, k, v, bias, q_segments, k_segments, seeds, call):
         [one.queries, one.per_query],
         [],
     )
-    # `jax.checkpoint` saves these two by name; otherwise a recomputed layer would run the kernel again
+    # `jax.checkpoint` saves these two arrays by name. Otherwise a recomputed layer would run the kernel again.
     out = checkpoint_name(out, ATTENTION_OUTPUT)
     log_sums = checkpoint_name(log_sums, ATTENTION_OUTPUT)
     return out, (given, out, log_sums)
@@ -205,7 +206,7 @@ def _run(call, program, name, one, arrays, in_specs, out_shape, out_specs, scrat
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[*one.scratch, *scratch],
-        # rows run in order, since the bias's gradient is added up over them; pairs may run in any order
+        # rows run in order, since the gradient of the bias is summed over them; pairs may run in any order
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=one.memory
         ),
@@ -217,11 +218,11 @@ def _run(call, program, name, one, arrays, in_specs, out_shape, out_specs, scrat
 def _memory(queries: int, keys: int, width: int, itemsize: int, *, bias: bool) -> int:
     """Returns the bytes of vector memory that the backward program needs."""
     of_bias = bias * 4 * 2 * queries * keys  # float32, two heads
-    # q, output and the gradients of both; k, v and their gradients; two heads of each
+    # q, the output and their gradients, k, v and their gradients, each with two heads
     rows = 4 * (queries + keys) * 2 * width * itemsize
     # the transposed keys, float32 sums for the gradients of k and v, and the segments of the keys
     scratch = keys * (2 * width * (itemsize + 8) + 4 * _LANES)
-    # bias and its gradient; each block has two buffers, one of which is fetched for the next program
+    # the bias and its gradient; each block has two buffers, one of which is filled for the next program
     return 2 * (2 * of_bias + rows) + scratch + _TEMPORARIES * keys * COLUMNS * 4
 
 
@@ -229,23 +230,23 @@ def _up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-# Costs. Operands are (seeds), q, k, v, (bias) and the segments of queries and keys; the backward call
-# also has the output, the log-sums and the output's gradient. The operands do not show whether a call
-# is causal, so the two operations per element of a causal mask are not counted.
+# Costs. The operands are seeds (with dropout), q, k, v, the bias (if there is one) and the segments of queries
+# and keys. The backward call also has the output, the log-sums and the output's gradient. The operands do not
+# show whether a call is causal, so the two operations per element of a causal mask are not counted.
 
 
 @kernel_cost(_FORWARD)
 def _forward_cost(operands, results) -> KernelCost:
-    # Products: scores, mean of values. Operations per element: mask, maximum, difference, exponential (a
-    # product and a power of 2), sum, rounding; with dropout one selection.
+    # Matmuls: scores, mean of values. Operations per element: mask, maximum, difference, exponential (a
+    # multiplication and a power of 2), sum, rounding; with dropout, one selection.
     pairs = results[-1].dims[1]
     return _cost(operands, results, pairs, after=0, products=2, other=7, of_bias=1, choices=1)
 
 
 @kernel_cost(_BACKWARD)
 def _backward_cost(operands, results) -> KernelCost:
-    # Products: scores, gradients of weights, q, k and v. Operations per element: mask, difference,
-    # exponential (2), two for the gradient, two roundings; with a bias also its gradient.
+    # Matmuls: scores, gradients of weights, q, k and v. Operations per element: mask, difference,
+    # exponential (2), two for the gradient, two roundings; with a bias, also its gradient.
     pairs = operands[-2].dims[1]
     return _cost(operands, results, pairs, after=3, products=5, other=8, of_bias=2, choices=2)
 
@@ -255,13 +256,13 @@ def _cost(operands, results, pairs, *, after, products, other, of_bias, choices)
     given = operands[dropout : len(operands) - after]
     q, k, bias = given[0], given[1], len(given) == 6
     elements = q.dims[0] * 2 * pairs * q.dims[1] * k.dims[1]
-    # Both heads of a pair are one product, so each element sums over the features of both heads. A TPU
+    # Both heads of a pair are one matmul, so each element is a sum over the features of both heads. A TPU
     # multiplies float32 in 6 passes of bfloat16 (`Precision.HIGHEST`).
     passes = 6 if q.dtype == "f32" else 1
     flops = products * 2 * elements * (q.dims[2] // pairs) * passes
-    # each pair of heads reads the segments; one reading is among the operands below
+    # each pair of heads reads the segments; the sum over all operands below already includes one reading
     again = (pairs - 1) * sum(array.bytes for array in given[-2:])
-    # 1 to compare segments; a word costs 10 and holds two draws, each extracted and compared
+    # 1 operation to compare segments; a random word takes 10, and has two draws, each extracted and compared
     integer = 1 + dropout * (10 / 2 + 2)
     return KernelCost(
         flops=flops,

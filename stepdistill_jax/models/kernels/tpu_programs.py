@@ -1,18 +1,21 @@
 """The programs of the attention kernels for TPUs.
 
-Keys are in rows and queries in columns. So a sum over keys adds up vectors, and a value per query, such as
-its largest score, is one row. A program has one row of the batch and two heads, and processes 128 queries
-at a time as 256 columns:
+In an array of scores, keys are rows and queries are columns. So a sum over keys adds up vectors, and one value
+per query, such as its largest score, is a single row. A program has one row of the batch and two heads. In each
+round of its loop, it processes 128 queries as 256 columns:
 
     column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
     head          first       second        first       second
 
-So the left and the right half use the same random words, whose two draws belong to positions p and
-p + 64. `_per_head` gives each head separate rows, with zeros for the other head's features, so one product
-serves both heads:
+So the left half and the right half of the columns use the same random words, since the two draws of a word
+belong to the positions p and p + 64. `_per_head` gives each head separate rows, with zeros in place of the
+other head's features, so that one matmul computes the scores of both heads:
 
     k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
+
+In the backward program, `slope` is the gradient of the loss with respect to the output, and a name such as
+`q_slope` means the gradient of q.
 """
 
 import math
@@ -30,10 +33,10 @@ from stepdistill_jax.models.products import precision_of
 QUERIES = 2 * HALF  # queries that a program processes at a time
 COLUMNS = 2 * QUERIES  # columns for two heads
 UNSEEN = -2  # segment of keys that no query sees
-_UNROLLED = 4  # most rounds of a loop that is unrolled; more take long to compile
+_UNROLLED = 4  # a loop of at most 4 rounds is unrolled; a longer one would take long to compile
 _HIDDEN = -1e9  # score of a hidden key
-# Lower bound of a query's largest score: if a query sees no key, its weights are exp(_HIDDEN - _LEAST) = 0,
-# not exp(0) = 1.
+# Lower bound of a query's largest score. With it, a query that sees no key has weights of exp(_HIDDEN - _LEAST)
+# = 0, not exp(0) = 1.
 _LEAST = -1e8
 _PLAIN, _BY_ROWS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # x y, x y^T
 
@@ -43,9 +46,9 @@ class Call(NamedTuple):
 
     Attributes:
         width: number of features of a head.
-        causal: a query does not see keys at later places.
-        kept: how many of the `DRAWS` values of a draw keep a weight.
-        interpret: a CPU runs the programs.
+        causal: whether a query does not see keys at later places.
+        kept: dropout keeps a weight if its draw, a random number from 0 to `DRAWS` - 1, is below `kept`.
+        interpret: whether a CPU runs the programs.
     """
 
     width: int
@@ -57,17 +60,19 @@ class Call(NamedTuple):
 def forward(
     call: Call, seeds, q, k, v, bias, q_segments, k_segments, out, log_sums, columns, turned
 ):
-    """Writes the output and, for each query, the logarithm of the sum of its exponentials.
+    """Writes the output of all queries and, for each query, the logarithm of the sum of its exponentials.
 
     Args:
-        seeds: [1, 2, heads], or None.
-        q, out: [1, queries, 2 d].
-        k, v: [1, keys, 2 d].
-        bias: [1, rounds, keys, 256], or None.
-        q_segments: [1, rounds, 256].
-        k_segments: [1, 1, keys].
-        log_sums: [1, 1, rounds, 256].
-        columns, turned: scratch memory for k_segments [keys, 128] and for v [2 d, keys].
+        call: the values that all programs share.
+        seeds: seeds of dropout, [1, 2, heads], or None.
+        q, out: queries and output, [1, queries, 2 d].
+        k, v: keys and values, [1, keys, 2 d].
+        bias: bias in the order of the columns, [1, rounds, keys, 256], or None.
+        q_segments: segments of the queries, [1, rounds, 256].
+        k_segments: segments of the keys, [1, 1, keys].
+        log_sums: logarithms of the sums, [1, 1, rounds, 256].
+        columns: scratch memory for `k_segments` as a column, repeated 128 times, [keys, 128].
+        turned: scratch memory for the transposed values, [2 d, keys].
     """
     seeds = _seeds(seeds)
     _turn(k_segments, columns)
@@ -79,8 +84,8 @@ def forward(
         top = jnp.maximum(_over_keys(jnp.maximum, jnp.max, scores), _LEAST)
         weights = jnp.exp(scores - top)
         total = _over_keys(jnp.add, jnp.sum, weights)
-        total = jnp.where(total == 0, 1, total)  # a query without keys: 0 / 1
-        # after the sum: dropout applies to the softmax's result, and does not change its divisor
+        total = jnp.where(total == 0, 1, total)  # for a query without keys, 0 / 1
+        # after the sum, since dropout applies to the softmax's result and does not change its denominator
         if seeds is not None:
             weights = jnp.where(_keep(call, i, seeds, k.shape[1]), weights, 0)
         mixed = _product(call, turned[...], weights.astype(v.dtype))
@@ -97,21 +102,22 @@ def backward(
     q_slope, k_slope, v_slope, bias_slope,
     columns, turned, k_sum, v_sum,
 ):  # fmt: skip
-    """Writes the gradients, and adds the row's part to the gradient of the bias.
+    """Writes the gradients of q, k and v, and adds this row's part to the gradient of the bias.
 
     Let w be a softmax weight, m the dropout mask (0 or the scale s), and g the gradient of the weight after
     dropout. Then the gradient of the score is
 
         w (m g - sum over keys of w m g),
 
-    and the sum equals out . slope. The code computes it as s w (g' - out . slope / s), where g' is g if
-    dropout keeps the weight, and 0 otherwise.
+    where the sum equals out . slope. The code computes this gradient as s w (g' - out . slope / s), where g' is g
+    if dropout keeps the weight, and 0 otherwise.
 
     Args:
         slope: gradient of `out`.
-        turned: scratch memory for k [2 d, keys].
-        k_sum, v_sum: scratch memory for sums, [keys, 2 d] float32.
-        others: as in `forward`; gradients have the shapes of their arrays.
+        q_slope, k_slope, v_slope, bias_slope: gradients of q, k, v and the bias, in the shapes of these arrays.
+        turned: scratch memory for the transposed keys, [2 d, keys].
+        k_sum, v_sum: scratch memory for the sums of the gradients of k and v, [keys, 2 d] float32.
+        others: as in `forward`.
     """
     seeds = _seeds(seeds)
     _turn(k_segments, columns)
@@ -119,7 +125,7 @@ def backward(
     for of_row in (k_sum, v_sum):
         of_row[...] = jnp.zeros_like(of_row)
     if bias is not None:
-        # the block of this gradient stays in vector memory while the rows of a pair of heads follow
+        # the block of this gradient stays in vector memory for all rows of a pair of heads
         @pl.when(pl.program_id(1) == 0)
         def _():
             bias_slope[...] = jnp.zeros_like(bias_slope)
@@ -130,7 +136,7 @@ def backward(
         at = pl.ds(pl.multiple_of(i * QUERIES, QUERIES), QUERIES)
         queries, slopes = _per_head(call, q[0, at]), _per_head(call, slope[0, at])
         scores = _scores(call, i, k[0], queries, bias, q_segments, columns)
-        # s w: the scale costs nothing as a summand of the log-sum, which is one row
+        # s w, with the scale as a summand of the log-sum: this costs almost nothing, since the log-sum is one row
         weights = jnp.exp(scores - (log_sums[0, 0, pl.ds(i, 1)] - math.log(scale)))
         # out . slope / s of each column, [1, 256]
         dots = _per_head(call, out[0, at].astype(jnp.float32) * slope[0, at].astype(jnp.float32))
@@ -153,20 +159,20 @@ def backward(
 
 
 def _each(q, some: Callable) -> None:
-    """Calls `some` for each block of 128 queries."""
+    """Calls `some` for each round, which is a block of 128 queries."""
     rounds = q.shape[1] // QUERIES
     unroll = rounds if rounds <= _UNROLLED else 1
     jax.lax.fori_loop(0, rounds, some, None, unroll=unroll)
 
 
 def _turn(k_segments, columns):
-    """Writes k_segments [1, 1, keys] into `columns` [keys, 128]; all columns are equal."""
+    """Writes k_segments [1, 1, keys] into each of the 128 columns of `columns` [keys, 128]."""
     keys, width = columns.shape
     columns[...] = jnp.broadcast_to(k_segments[0], (width, keys)).T
 
 
 def _scores(call, i, k, queries, bias, q_segments, columns):
-    """Returns the masked scores, [keys, 256] float32."""
+    """Returns the masked scores of round i, [keys, 256] float32."""
     scores = _product(call, k, queries, _BY_ROWS)
     if bias is not None:
         scores += bias[0, i]
@@ -180,7 +186,7 @@ def _scores(call, i, k, queries, bias, q_segments, columns):
 
 
 def _seeds(seeds):
-    """Returns the two seeds of this row and its heads, each [1, 128] uint32, or None."""
+    """Returns the two seeds for each column of a half, each [1, 128] uint32, or None without dropout."""
     if seeds is None:
         return None
     head = 2 * pl.program_id(0)
@@ -191,7 +197,7 @@ def _seeds(seeds):
 
 
 def _keep(call, i, seeds, keys):
-    """Returns the masks of `dropout.dropout`, [keys, 256] bool."""
+    """Returns which weights dropout keeps in round i, as in `dropout.dropout`, [keys, 256] bool."""
     column = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1)
     position = (i * QUERIES + column % HALF).astype(jnp.uint32)
     feature = jax.lax.broadcasted_iota(jnp.uint32, (keys, QUERIES), 0)
@@ -204,7 +210,11 @@ def _keep(call, i, seeds, keys):
 
 
 def _per_head(call, x):
-    """Separates heads, [128, 2 d] -> [256, 2 d]: row (half, head, query) has that head's features, else 0."""
+    """Separates the two heads of x, [128, 2 d] -> [256, 2 d].
+
+    The rows of the result are ordered by (half, head, query). A row has the features of its own head, and zeros
+    in place of those of the other head.
+    """
     wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
     first, second = jnp.where(own, wide, 0), jnp.where(own, 0, wide)
@@ -213,7 +223,10 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Takes each column's features of its own head, [2 d, 256] -> [128, 2 d]; the reverse of `_per_head`."""
+    """Joins the two heads again, [2 d, 256] -> [128, 2 d]: the reverse of `_per_head`.
+
+    Each column of x belongs to a query and a head, and only the features of this head are used.
+    """
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
     blocks = [x[i : i + HALF] for i in range(0, COLUMNS, HALF)]
@@ -221,15 +234,19 @@ def _of_own_head(call, x):
 
 
 def _over_keys(combine, reduce, x):
-    """Reduces x over keys, [keys, 256] -> [1, 256], by halves whose additions do not wait for each other."""
-    # the number of rows stays a multiple of 8, the rows of a vector register: 384 -> 192 -> 96 -> 48 -> 24
+    """Reduces x over its keys, [keys, 256] -> [1, 256].
+
+    `combine` first adds up (or takes the maximum of) the upper and the lower half of the rows, several times.
+    The operations on the rows of a half are independent, so none has to wait for another.
+    """
+    # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
         x = combine(*jnp.split(x, 2))
     return reduce(x, axis=0, keepdims=True)
 
 
 def _product(call, x, y, dimensions=_PLAIN):
-    if call.interpret:  # a CPU cannot multiply bfloat16 factors into a float32 product
+    if call.interpret:  # a CPU cannot multiply bfloat16 factors into a float32 result
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
     return jax.lax.dot_general(
         x, y, dimensions, precision_of(x.dtype), preferred_element_type=jnp.float32
