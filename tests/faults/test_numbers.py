@@ -226,7 +226,7 @@ def test_a_spike_is_reported_and_changes_nothing(
         assert flags(tmp_path) == [(s, "spike") for s in range(SPIKE_LEAST + 1, 13)]
         err = capsys.readouterr().err
         assert (
-            err.count(f"warning: step {SPIKE_LEAST + 1}: loss")
+            err.count(f"warning: step {SPIKE_LEAST + 1}: the loss is")
             == err.count("median of the last")
             == 1
         )
