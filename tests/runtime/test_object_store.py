@@ -260,7 +260,9 @@ def test_what_must_be_local_says_so(store, monkeypatch, capfd):
         (lambda: next(files.json_lines("gs://b/data")), "input"),
         (lambda: export(RUN, "gs://b/data"), "MODEL_DIR"),
     ):
-        with pytest.raises(InputError, match=f"^{name} gs://b/data: must be on this machine"):
+        with pytest.raises(
+            InputError, match=f"^{name} gs://b/data: must be a path on this machine"
+        ):
             use()
     monkeypatch.setenv("STEPDISTILL_DATA_DIR", "gs://b/data")
     with pytest.raises(InputError, match=r"^`data_dir` gs://b/data: must be"):

@@ -383,5 +383,5 @@ def test_a_workdir_without_a_step_is_refused(trained, tmp_path, delivery_data_di
     shutil.copytree(trained[0], tmp_path / "source")
     for step in (tmp_path / "source" / "checkpoints").iterdir():
         shutil.rmtree(step)
-    with pytest.raises(InputError, match="no checkpoint in it"):
+    with pytest.raises(InputError, match="has no checkpoint"):
         run_of(tmp_path, delivery_data_dir, init_from=str(tmp_path / "source"))
