@@ -274,7 +274,7 @@ def test_a_rule_that_does_not_apply_is_refused(
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({"init_rules": [("a", None)]}, "needs `init_from`"),
+        ({"init_rules": [("a", None)]}, "also set `init_from`"),
         ({"init_from": "x", "init_rules": "decoder/.*"}, "`init_rules` must be"),
         ({"init_from": "x", "init_rules": []}, "`init_rules` must be"),
         ({"init_from": "x", "init_rules": [("a", None, 3)]}, "`init_rules` must be"),
