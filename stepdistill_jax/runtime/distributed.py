@@ -185,7 +185,7 @@ def find_job() -> Job | None:
         return None
     for name, value in ((NUM_PROCESSES, num_processes), (PROCESS_ID, process_id)):
         if value is None:
-            raise InputError(f"{ADDRESS} is set, but {name} is not; set both for a job")
+            raise InputError(f"{ADDRESS} is set, but {name} is not; set it, too")
     assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
         raise InputError(

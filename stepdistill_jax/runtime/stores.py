@@ -51,7 +51,7 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
         raise InputError(f"{url}: the bucket is missing; expected gs://BUCKET/FOLDER")
     _prepare_stores()
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{url}: gs:// needs a package: pip install gcsfs")
+        raise InputError(f"{url}: gs:// needs the package gcsfs: pip install gcsfs")
     from stepdistill_jax.runtime.store_path import StorePath
 
     return cast(pathlib.Path, StorePath(url))

@@ -49,7 +49,7 @@ def check_trainable(task: Any) -> None:
     if not isinstance(inputs, seqio.SentencePieceVocabulary | seqio.ByteVocabulary):
         raise _refused(
             task,
-            "expected a seqio.SentencePieceVocabulary or seqio.ByteVocabulary, got"
+            "its vocabulary must be a seqio.SentencePieceVocabulary or seqio.ByteVocabulary, but it is a"
             f" {type(inputs).__name__}; `stepdistill prepare` trains a SentencePiece vocabulary",
         )
     _check_preprocessors(task)
@@ -62,7 +62,7 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
     if feature.rank != 1 or not feature.dtype.is_integer:
         raise _refused(
             task,
-            f"the feature {name!r}: expected token ids, int32 of rank 1, got {feature.dtype.name} of"
+            f"the feature {name!r} must be token ids, int32 of rank 1, but it is {feature.dtype.name} of"
             f" rank {feature.rank}; tokenise it (seqio.preprocessors.tokenize)",
         )
     if isinstance(feature.vocabulary, seqio.PassThroughVocabulary):
@@ -95,8 +95,8 @@ def _check_preprocessors(task: Any) -> None:
     if task.requires_caching:
         raise _refused(
             task,
-            "it can only be read from a cache of seqio_cache_tasks, but training stores its own"
-            " tokens; remove required=True from its CacheDatasetPlaceholder",
+            "this task can only be read from a cache of seqio_cache_tasks, but training stores its own"
+            " tokens; remove required=True from the task's CacheDatasetPlaceholder",
         )
 
 

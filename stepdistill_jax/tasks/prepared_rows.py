@@ -81,7 +81,7 @@ class PreparedRows:
         if not mask.any():
             raise InputError(
                 f"dataset {dataset.name!r}: with `data_fraction={fraction:g}`, split {self.split!r} has no"
-                " rows; raise it"
+                " rows; use a larger fraction"
             )
         return list(zip(splits, np.split(mask, [counts[0]]), strict=False))
 

@@ -133,7 +133,7 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
     if s.needs_list and "rationales" not in dataset.element_spec:
         raise InputError(
             f"task {task!r}: `rationales={s.rationales}` with rationale_source={s.rationale_source}"
-            " reads the list 'rationales', which its rows lack; `stepdistill prepare jsonl` keeps it"
+            " needs the list 'rationales', but its rows have none; `stepdistill prepare jsonl` keeps it"
         )
 
     # metrics are Python functions, so TensorFlow calls back into Python here

@@ -270,7 +270,9 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"{where}: {feature!r} must be ids [length], got {ids.dtype} {ids.shape}")
     if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_ID:
-        raise InputError(f"{where}: {feature!r} has ids from {ids.min()} to {ids.max()}")
+        raise InputError(
+            f"{where}: {feature!r} has ids from {ids.min()} to {ids.max()}, which are out of range"
+        )
     return ids.astype(np.int32)
 
 

@@ -105,7 +105,7 @@ class OptimizerFunction:
             raise self._failed("", error) from error
         if not isinstance(tx, optax.GradientTransformation):
             kind = f"{type(tx).__module__}.{type(tx).__qualname__}"
-            raise self._refused(f"must return an optax.GradientTransformation, not a {kind}")
+            raise self._refused(f"it must return an optax.GradientTransformation, not a {kind}")
 
         def init(params: Any) -> Any:
             try:

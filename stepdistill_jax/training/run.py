@@ -136,7 +136,7 @@ def assemble(
         names = validator.try_out()
         if config.best_metric is not None and config.best_metric not in names:
             raise InputError(
-                f"`best_metric`: a validation of {config.task} gives no {config.best_metric!r}; it gives"
+                f"`best_metric`: validation of {config.task} has no metric {config.best_metric!r}; it has"
                 f" {', '.join(names)}{nearest(config.best_metric, names)}"
             )
     elif config.best_metric is not None:

@@ -323,7 +323,9 @@ class Supervisor:
             )
         if self._in_a_row >= config.max_consecutive_nonfinite:
             if self._gone_back:
-                raise FloatingPointError(f"{what}, {self._in_a_row} in a row for the second time")
+                raise FloatingPointError(
+                    f"{what}; it is the second time that {self._in_a_row} steps in a row are not finite"
+                )
             raise _TooManyBadSteps(step)
 
     # --- validating and saving
@@ -443,9 +445,9 @@ def _roll_back(run: Run, step: int) -> None:
     first = jax.process_index() == 0
     with contextlib.closing(Checkpoints(run.workdir)) as checkpoints:
         if good not in saved_steps(run.workdir):
-            none = f"of step {good} to roll back to" if good > 0 else "was due before"
+            none = f"of step {good} exists to roll back to" if good > 0 else "was due before"
             raise FloatingPointError(
-                f"{bad}: loss or gradient is not finite, and no checkpoint {none}"
+                f"{bad}: the loss or the gradient is not finite, and no checkpoint {none}"
             )
         if first:
             log(

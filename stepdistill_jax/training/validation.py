@@ -142,7 +142,7 @@ class Validator:
         for name in (best_metric or "label_accuracy", f"loss/{self.data.objectives[0].name}"):
             if (value := found.get(f"eval/{self.data.split}/{name}")) is None:
                 raise InputError(
-                    f"`best_metric`: this validation gave no {name!r}; the metric must return it each time"
+                    f"`best_metric`: this validation has no {name!r}, but the metric must return it each time"
                 )
             bare = name
             for part in self.data.parts:

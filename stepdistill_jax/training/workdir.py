@@ -162,7 +162,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
         problem = "row_lengths is not a pair of lengths"
     if problem:
         raise InputError(
-            f"{path}: not the {RUN} of a run ({problem}); put back a copy, or choose another folder"
+            f"{path}: is not the {RUN} of a run ({problem}); put back a copy, or choose another folder"
         )
     return found
 

@@ -138,7 +138,9 @@ def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(InputError, match=r"^gs://: expected gs://BUCKET"):
         as_path("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^gs://a/b: .* needs a package: pip install gcsfs$"):
+    with pytest.raises(
+        InputError, match=r"^gs://a/b: .* needs the package gcsfs: pip install gcsfs$"
+    ):
         as_path("gs://a/b")
 
 
