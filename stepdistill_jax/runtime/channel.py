@@ -22,10 +22,10 @@ class Closed(RuntimeError):
 
 
 class Channel:
-    """Connects the processes: the n-th channel opened under a name is the same one in every process.
+    """Connects the processes of a job. The n-th channel with a name is the same channel in every process.
 
-    All processes must open the channels of a name in the same order, and must call `combined` the
-    same number of times, from one thread at a time.
+    All processes must open the channels with a name in the same order. They must call `combined` of a channel
+    equally often, and from one thread at a time.
     """
 
     def __init__(self, name: str):

@@ -44,7 +44,7 @@ class PreparedRows:
 
     @staticmethod
     def can_read(supervision: Supervision | None) -> bool:
-        """Returns whether a supervision keeps rows unchanged or leaves them out, and selects nothing."""
+        """Returns whether a supervision uses labels and rationales unchanged, so that SeqIO is not needed."""
         return supervision is None or supervision == Supervision()
 
     def __len__(self) -> int:

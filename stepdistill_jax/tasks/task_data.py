@@ -18,7 +18,7 @@ from stepdistill_jax.tasks.token_store import TokenStore
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The examples of one dataset, or of one task of a mixture.
+    """The examples of one dataset, of one plain task, or of several plain tasks whose rows are paired.
 
     Attributes:
         name: name of the dataset or task.

@@ -1,4 +1,4 @@
-"""Writes the files of a token store, holding one group of examples in memory at a time."""
+"""Writes the files of a token store, with only one group of examples in memory at a time."""
 
 import contextlib
 import itertools

@@ -203,7 +203,7 @@ def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterabl
 
 
 def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
-    """Returns a digest of the rest of the manifest and of at most 4 MiB of each file."""
+    """Returns a digest of the manifest without this digest, and of at most 4 MiB of each file."""
     rest = {key: value for key, value in manifest.items() if key != SAMPLED}
     return digest([rest, digest_each(sampled_sha256, folder, manifest["sizes"])])
 

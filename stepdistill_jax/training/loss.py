@@ -43,7 +43,7 @@ class ObjectiveSums(struct.PyTreeNode):
         return cls(zeros, zeros, zeros)
 
     def merge(self, other: "ObjectiveSums") -> "ObjectiveSums":
-        """Returns `self` + `other`."""
+        """Returns the sums of `self` and `other`, entry by entry."""
         return jax.tree.map(jnp.add, self, other)
 
     def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":

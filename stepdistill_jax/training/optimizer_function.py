@@ -55,7 +55,7 @@ class OptimizerFunction:
 
     @property
     def rate(self) -> LearningRate | None:
-        """The argument `learning_rate` if it is a `LearningRate`, otherwise None: the rate is unknown."""
+        """The argument `learning_rate`, or None if it is no `LearningRate`, so that the rate is unknown."""
         rate = self.arguments.get("learning_rate")
         return rate if isinstance(rate, LearningRate) else None
 

@@ -76,7 +76,7 @@ class _Kept:
 
 
 class Checkpoints:
-    """Saves and restores the train state; a run has one instance."""
+    """Saves and restores the train state. A run has one instance."""
 
     def __init__(self, workdir: os.PathLike | str):
         """Opens or creates the folder, and removes what a killed save has left.
