@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WAIT_SECS = 5.0  # between two checks for a closed channel or a signal
-LIMIT_SECS = 3600.0  # a peer may be reading hundreds of gigabytes; a lost peer is noticed sooner
+WAIT_SECS = 5.0  # time between two checks for a closed channel or a signal
+LIMIT_SECS = 3600.0  # long, since a process may be reading hundreds of gigabytes; a lost one is noticed sooner
 
 _opened: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
@@ -22,27 +22,27 @@ class Closed(RuntimeError):
 
 
 class Channel:
-    """Connects the processes: the n-th channel opened under a name is the same one in every process.
+    """Connects the processes of a job. The n-th channel with a name is the same channel in every process.
 
-    All processes must open the channels of a name in the same order, and must call `combined` the
-    same number of times, from one thread at a time.
+    All processes must open the channels with a name in the same order. They must call `combined` of a channel
+    equally often, and from one thread at a time.
     """
 
     def __init__(self, name: str):
-        """Opens the channel without sending anything; `name` consists of letters."""
+        """Opens the channel without sending anything. `name` consists of letters."""
         self._name = f"stepdistill/{name}/{next(_opened[name])}"
         self._round, self._closed = 0, False
 
     def combined(self, value: Any, combine: Callable[[list[Any]], T]) -> T:
-        """Returns the result of `combine`, called with the values of all processes, on every process.
+        """Returns the same result on every process: that of `combine` for the list of all processes' values.
 
-        Process 0 computes it. In round r, process i writes the key `NAME/r/i`, and process 0 answers
-        with `NAME/r/all`.
+        Process 0 calls `combine`. In round r, process i writes the key `NAME/r/i`, and process 0 answers with
+        the key `NAME/r/all`.
 
         Args:
             value: this process's value, of a type that JSON can represent.
-            combine: function that turns the list of values, ordered by process, into a JSON value. It
-                must not raise.
+            combine: function that takes the list of values, in the order of the processes, and returns a
+                JSON value. It must not raise.
 
         Raises:
             Closed: another thread has called `close`.
@@ -59,15 +59,17 @@ class Channel:
             return json.loads(self._read(f"{folder}/all"))
         others = [self._read(f"{folder}/{i}") for i in range(1, jax.process_count())]
         _store().key_value_delete(f"{folder}/")  # only process 0 reads the values
-        # a process that sent its value of this round has read the answer of the round before
+        # all processes have read the answer of the previous round, since they sent their values of this round
         if self._round > 1:
             _store().key_value_delete(f"{self._name}/{self._round - 2}/")
         text = json.dumps(combine([value, *map(json.loads, others)]))
         _store().key_value_set(f"{folder}/all", text)
-        return json.loads(text)  # as in the others: tuples become lists, and keys become strings
+        return json.loads(
+            text
+        )  # as on the other processes: tuples become lists, and keys become strings
 
     def close(self) -> None:
-        """Makes a thread that waits in `combined` raise `Closed` within seconds."""
+        """Closes the channel. A thread that waits in `combined` raises `Closed` within seconds."""
         self._closed = True
 
     def _read(self, key: str) -> str:

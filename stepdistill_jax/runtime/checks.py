@@ -1,4 +1,4 @@
-"""Checks arguments. Messages name a parameter in backticks, which a command replaces by its flag."""
+"""Checks arguments. Messages put a parameter's name in backticks, and a command replaces it by its flag."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,10 +13,10 @@ INT32, FLOAT32 = 2**31 - 1, 3.4e38  # largest values of the dtypes of steps and 
 
 
 def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
-    """Checks that a value is a whole number from `least` to `most`; returns it as an int, for JSON.
+    """Checks that a value is a whole number from `least` to `most`, and returns it as an int.
 
     Raises:
-        InputError: it is out of range, not whole, a bool, or not a number.
+        InputError: the value is out of range, not whole, a bool, or not a number.
     """
     limits = f"of at least {least}"
     if isinstance(value, Integral) and not isinstance(value, bool):
@@ -35,10 +35,10 @@ def number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Checks that a value is a number within the given bounds; returns it as an int or float, for JSON.
+    """Checks that a value is a number within the given bounds, and returns it as a plain int or float.
 
     Raises:
-        InputError: it is out of bounds, outside float32's range, NaN, a bool, or not a number.
+        InputError: the value is out of bounds, outside float32's range, NaN, a bool, or not a number.
     """
     bounds = (
         ("of at least", least, ge),
@@ -56,9 +56,14 @@ def number(
 
 
 def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **limits: Any) -> None:
-    """Replaces fields of a frozen dataclass by the results of `whole` or `number`.
+    """Checks fields of a frozen dataclass with `whole` or `number`, and replaces them by the results.
 
-    In messages, `of` precedes the name of the field.
+    Args:
+        owner: the dataclass.
+        check: the function `whole` or `number`.
+        names: names of the fields.
+        of: text that precedes a field's name in messages, such as "optimizer.".
+        limits: further arguments of `check`.
     """
     for name in names:
         object.__setattr__(owner, name, check(of + name, getattr(owner, name), **limits))
@@ -77,14 +82,14 @@ def snake_case(name: str, value: Any) -> None:
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raises InputError if `value` is not one of the known names; suggests the nearest."""
+    """Raises InputError if `value` is not one of the known names. The message suggests the nearest name."""
     known = list(known)
     if value not in known:
         raise refused(name, f"one of {', '.join(known)}", value, nearest(str(value), known))
 
 
 def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
-    """Returns the error for a value: "`num_beams` must be a whole number of at least 1, not 0"."""
+    """Returns the error for a value, such as "`num_beams` must be a whole number of at least 1, not 0"."""
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return InputError(f"`{name}` must be {wanted}, not {shown}{hint}")

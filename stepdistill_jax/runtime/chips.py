@@ -1,4 +1,4 @@
-"""Rates, memory and links of accelerators, from their manufacturers' data sheets."""
+"""Speed, memory and links of accelerators, from their manufacturers' data sheets."""
 
 import dataclasses
 
@@ -8,19 +8,19 @@ class Chip:
     """One device, as JAX counts devices.
 
     Attributes:
-        bfloat16: rate of dense bfloat16 products, FLOP/s.
-        memory: main memory, bytes; for an H100, the number that its driver reports.
-        bandwidth: bandwidth of that memory, bytes/s.
+        bfloat16: rate of dense bfloat16 matmuls, FLOP/s.
+        memory: main memory, bytes; for an H100, the size that its driver reports.
+        bandwidth: bandwidth of the main memory, bytes/s.
         link: rate at which one collective sends to other devices of the slice or host, bytes/s. For a
-            TPU, the rate along one axis of its torus: half of the data sheet's sum over all links.
-        integer, other: rates of element operations on integers and on all other types, 1/s. These are
-            estimates, lanes times clock: an H100 has 64 and 128 lanes in each of 132 multiprocessors;
-            a TPU's vector unit has four times 8 x 128.
-        clock: clock rate in which the TPU compiler counts cycles, Hz.
-        float32: rate of float32 products at default precision (TF32 on a GPU, one bfloat16 pass on a
-            TPU), FLOP/s; None means `bfloat16`.
-        exact: rate of float32 products at the highest precision, FLOP/s; None means a sixth of
-            `bfloat16`, for the six passes of a TPU.
+            TPU, this is the rate along one axis of its torus, half of the data sheet's sum over all links.
+        integer, other: rates of element-wise operations on integers and on all other types, 1/s. These
+            are estimates, lanes x clock. An H100 has 64 lanes for integers and 128 for other types in each
+            of its 132 multiprocessors; a TPU's vector unit has 4 x 8 x 128 lanes.
+        clock: clock rate of the cycles that the TPU compiler counts, Hz.
+        float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a
+            TPU), FLOP/s; None means the value of `bfloat16`.
+        exact: rate of float32 matmuls at the highest precision, FLOP/s; None means a sixth of
+            `bfloat16`, since a TPU needs six passes.
     """
 
     bfloat16: float
@@ -34,16 +34,16 @@ class Chip:
     exact: float | None = None
 
     def products(self, dtype: str, precision: str = "default") -> float:
-        """Returns the rate of matrix products, FLOP/s.
+        """Returns the rate of matmuls, FLOP/s.
 
         Args:
-            dtype: dtype of both factors, as HLO writes it; anything but `f32` counts as bfloat16.
-            precision: `default`, `high` or `highest`; matters for float32 only.
+            dtype: dtype of both factors, as HLO writes it. Any dtype except `f32` counts as bfloat16.
+            precision: `default`, `high` or `highest`. It matters only for float32.
         """
         if dtype != "f32":
             return self.bfloat16
         default, exact = self.float32 or self.bfloat16, self.exact or self.bfloat16 / 6
-        # a TPU's `high` is three passes; on a GPU it is TF32, too
+        # `high` is three passes on a TPU; on a GPU it is TF32, like `default`
         high = default if self.float32 else self.bfloat16 / 3
         return {"highest": exact, "high": high}.get(precision, default)
 
@@ -56,7 +56,7 @@ _H100 = Chip(
     989e12, 84_942_979_072, 3.352e12, 450e9, 14.8e12, 29.6e12, 1.755e9, float32=494e12, exact=67e12
 )
 
-# by a prefix of JAX's device name; the first match counts, so longer prefixes come first
+# the keys are prefixes of JAX's device name; the first match counts, so longer prefixes come first
 CHIPS: dict[str, Chip] = {
     "NVIDIA A100-SXM4-40GB": _A100_40GB,
     "NVIDIA A100-PCIE-40GB": _A100_40GB,
@@ -71,5 +71,5 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns the chip of a device's `device_kind`; None if it is unknown."""
+    """Returns the chip with a device's `device_kind`, or None if the kind is unknown."""
     return next((chip for name, chip in CHIPS.items() if device_kind.startswith(name)), None)

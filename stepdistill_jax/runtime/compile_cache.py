@@ -11,28 +11,30 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, is_remote
 
 FOLDER = ".jax_cache"
-MAX_BYTES = 4 * 2**30  # limit of the default folder; a folder that the user names is never pruned
+MAX_BYTES = (
+    4 * 2**30
+)  # largest size of the default folder; a folder that the user names is never pruned
 
 
 def folder_for(workdir: os.PathLike | str) -> str:
-    """Returns the cache folder for a workdir: a folder next to it, on disk and in an object store."""
+    """Returns the cache folder for a workdir: a folder next to the workdir, on disk or in an object store."""
     path = as_path(workdir)
     if not is_remote(path):
         return os.fspath(path.absolute().parent / FOLDER)
-    # `/`, `gs` and the bucket's name are three parts; nothing can be written next to a bucket
+    # `/`, `gs` and the bucket's name are three parts; next to a bucket, nothing can be written
     in_bucket_root = len(path.parts) <= 3
     return os.fspath((path if in_bucket_root else path.parent) / FOLDER)
 
 
 def enable(folder: os.PathLike | str) -> None:
-    """Makes JAX store compiled programs in `folder` and reuse them; never stops a run.
+    """Makes JAX store compiled programs in `folder` and reuse them. If that fails, the run goes on without.
 
-    Call it before anything is compiled. $JAX_COMPILATION_CACHE_DIR takes precedence over `folder`, and
-    JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Programs of any size are kept, so a second start
-    of a job compiles nothing. Only process 0 writes, so all processes must see the same folder.
+    Call it before anything is compiled. The variable JAX_COMPILATION_CACHE_DIR takes precedence over
+    `folder`, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. All programs are kept, even small ones, so
+    a second start of a job compiles nothing. Only process 0 writes, so all processes must see the same folder.
 
-    JAX's own limit, `jax_compilation_cache_max_size`, is not used: with it, each lookup takes a lock and
-    writes a file, so lookups fail in a folder that is read-only or shared by many hosts.
+    JAX's own limit on the size, `jax_compilation_cache_max_size`, is not used: with it, each lookup takes a lock
+    and writes a file, so lookups fail in a folder that is read-only or shared by many hosts.
     """
     settings: Any = jax.config  # its attributes are created at run time
     if not settings.jax_enable_compilation_cache:
@@ -45,7 +47,7 @@ def enable(folder: os.PathLike | str) -> None:
     if "://" not in folder and not _may_write(pathlib.Path(folder)):
         if first:
             log(
-                f"warning: the compile cache {folder} cannot be written; programs in it are still used"
+                f"warning: the compile cache {folder} cannot be written, but its programs are still used"
             )
         # otherwise JAX warns once per program
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))

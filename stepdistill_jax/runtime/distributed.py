@@ -25,7 +25,9 @@ JOIN_SECS = 300  # hosts of a pod start minutes apart
 CONNECT_SECS = 120  # for JAX to connect, once all processes have started
 HEARTBEAT_SECS = 30  # a peer silent for so long ends the job; JAX's 100 s would waste paid time
 SHUTDOWN_SECS = 15
-GRACE_SECS = 5  # a process that exits waits so long, so that the others exit with their own status
+GRACE_SECS = (
+    5  # a process that exits waits for this long, so that the others exit with their own status
+)
 
 _SLURM = (
     "SLURM_JOB_ID",
@@ -43,8 +45,8 @@ class Job:
     Attributes:
         address: `HOST:PORT` of the coordinator in process 0.
         num_processes: number of processes of the job.
-        process_id: number of this process, from 0.
-        local_device_ids: devices of this host that this process uses; None means all.
+        process_id: index of this process, from 0.
+        local_device_ids: ids of this host's devices that this process uses; None means all.
     """
 
     address: str
@@ -57,15 +59,15 @@ _joined: Job | None = None
 
 
 def join() -> None:
-    """Joins the other processes of the job; does nothing if this process is the only one.
+    """Joins the other processes of the job. It does nothing if this process is the only one.
 
-    Call it before anything starts a JAX backend; a second call does nothing. A process belongs to a job
-    if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, under `srun` with several
-    tasks, or on a slice of several Cloud TPU hosts.
+    Call it before anything starts a JAX backend. A second call does nothing. A process belongs to a job if
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, if `srun` started it as one of
+    several tasks, or if it runs on a slice of several Cloud TPU hosts.
 
     Raises:
-        InputError: a variable has a bad value, or the number of devices is not EXPECT_DEVICES.
-        ProcessesMissing: processes did not start in time; names them.
+        InputError: an environment variable has a bad value, or the number of devices is not EXPECT_DEVICES.
+        ProcessesMissing: some processes did not start in time. The message lists them.
     """
     global _joined
     job = find_job() if _joined is None else None
@@ -128,10 +130,10 @@ def is_process_0() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends this process within seconds, with exit status `code`, if it has joined a job; else returns.
+    """Ends this process within seconds, with exit status `code`, if it has joined a job; otherwise returns.
 
-    Processes that end together all end with their own status. A process that ends alone does not wait
-    for the others; JAX would make it wait for minutes.
+    Processes that end at the same time all end with their own status. A process that ends alone does not wait
+    for the others, while JAX would make it wait for minutes.
     """
     if _joined is None:
         return
@@ -147,10 +149,10 @@ def leave(code: int) -> None:
 
 
 def end_soon(code: int) -> None:
-    """Ends this process with exit status `code` after `GRACE_SECS`, unless it has ended before.
+    """Ends this process with exit status `code` after `GRACE_SECS` seconds, unless it has ended before.
 
-    Threads of Orbax delay a process's exit by minutes after a save that could not begin. So does a
-    compilation that a signal has interrupted.
+    Without this, the exit could take minutes: Orbax's threads delay it after a save that could not begin, and so
+    does a compilation that a signal has interrupted.
     """
     timer = threading.Timer(GRACE_SECS, os._exit, (code,))
     timer.daemon = True
@@ -158,10 +160,10 @@ def end_soon(code: int) -> None:
 
 
 def find_job() -> Job | None:
-    """Returns the job that the environment describes; None for a single process.
+    """Returns the job that the environment describes, or None if this is a single process.
 
     Raises:
-        InputError: variables contradict each other, or are not numbers.
+        InputError: environment variables contradict each other, or are not numbers.
     """
     address = os.environ.get(ADDRESS)
     num_processes, process_id = _whole(NUM_PROCESSES, 1), _whole(PROCESS_ID, 0)
@@ -183,7 +185,7 @@ def find_job() -> Job | None:
         return None
     for name, value in ((NUM_PROCESSES, num_processes), (PROCESS_ID, process_id)):
         if value is None:
-            raise InputError(f"{ADDRESS} is set, but {name} is not: a job needs both")
+            raise InputError(f"{ADDRESS} is set, but {name} is not; set it, too")
     assert num_processes is not None and process_id is not None
     if process_id >= num_processes:
         raise InputError(
@@ -203,9 +205,10 @@ def _under_srun() -> bool:
 
 
 def _devices_of_task() -> list[int] | None:
-    """Returns the GPUs of a Slurm task: None (all visible ones) if it has its host or a GPU to itself.
+    """Returns the ids of the GPUs that this Slurm task uses, or None for all visible GPUs.
 
-    Otherwise several tasks see the same GPUs, and each takes the GPU whose number is its local rank.
+    It is None if the task has a host or a GPU for itself. Otherwise several tasks see the same GPUs, and each
+    uses the GPU whose id is the task's local rank.
     """
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

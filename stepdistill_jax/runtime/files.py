@@ -1,4 +1,4 @@
-"""Reads and writes files safely: outputs appear complete or not at all, bad inputs raise one-line errors."""
+"""Reads and writes files safely: an output appears complete or not at all, a bad input raises an InputError."""
 
 import collections
 import contextlib
@@ -28,7 +28,7 @@ _NO_TEXT = {  # first bytes of files that are not text, and what to do with such
 
 
 def fsync(path: os.PathLike | str) -> None:
-    """Makes the data of a file, or the names in a folder, survive a power loss."""
+    """Forces a file's data, or the names in a folder, to disk, so that they survive a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,7 +38,7 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """Adds the path to errors raised by a write to an open file; a full or broken disk's do not name it."""
+    """A context that adds the path to errors of a full or broken disk, which do not name the open file."""
     try:
         yield
     except OSError as error:
@@ -48,19 +48,19 @@ def naming(path: os.PathLike | str) -> Iterator[None]:
 
 
 def partial_of(path: os.PathLike | str) -> pathlib.Path:
-    """Returns the path of a file while it is being written: PATH.partial."""
+    """Returns PATH.partial, the path of a file while it is being written."""
     path = local_path(path, "output")
     return path.with_name(path.name + ".partial")
 
 
 def opener(path: str, flags: int) -> int:
-    """Opens a file for writing without following a link or blocking on a pipe; the `opener` of `open`.
+    """Opens a file for writing, without following a link or waiting for a pipe. It is an `opener` for `open`.
 
     Raises:
         InputError: the path is a link, a hard link, a pipe or a device.
     """
     refused = InputError(
-        f"{path}: is a link, hard link, pipe or device, and will not be overwritten; remove it"
+        f"{path}: is a link, hard link, pipe or device, which is never overwritten; remove it"
     )
     # without O_TRUNC: the content may be somebody's data, so truncate only after the checks below
     wanted = (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -83,7 +83,7 @@ def opener(path: str, flags: int) -> int:
 
 
 def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames `file`, open at `partial`, to `path`; after a power loss, `path` is complete or unchanged."""
+    """Renames the open `file` from `partial` to `path`. After a power loss, `path` is complete or unchanged."""
     file.flush()
     os.fsync(file.fileno())
     os.replace(partial, path)
@@ -92,9 +92,9 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """Opens `path`.partial, and renames it to `path` on success; on an error, `path` is unchanged.
+    """A context with the open file `path`.partial. On success it becomes `path`; on an error, `path` is unchanged.
 
-    In an object store, a single put, which is atomic there, writes the complete file.
+    In an object store, the complete file is written at the end by one put, which is atomic there.
     """
     path = as_path(path)
     if is_remote(path):
@@ -122,7 +122,7 @@ def read_json(path: os.PathLike | str) -> Any:
     """Returns the parsed JSON of a file.
 
     Raises:
-        InputError: the file is missing, not UTF-8, or not JSON; names path and line.
+        InputError: the file is missing, not UTF-8, or not JSON. The message names the path and the line.
     """
     if not is_remote(path):
         check_file(path, "a JSON file")
@@ -169,19 +169,19 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def not_text(raw: bytes) -> str:
-    """Returns a hint for a message, such as `; it is a zip archive, so unpack it first`, or an empty text."""
+    """Returns a hint for a message, such as "; it is a zip archive, so unpack it first", or ""."""
     return next((f"; {what}" for magic, what in _NO_TEXT.items() if raw.startswith(magic)), "")
 
 
 def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
-    """Refuses all but regular files: opening a pipe waits for its writer, and a device has no end.
+    """Refuses everything except regular files, since opening a pipe waits for its writer and a device has no end.
 
     Args:
         path: path on this machine.
         wanted: kind of the expected file, for the message.
 
     Raises:
-        InputError: there is no such file, it is a folder, pipe or device, or it may not be read.
+        InputError: the file does not exist, is a folder, pipe or device, or may not be read.
     """
     try:
         mode = os.stat(path).st_mode
@@ -200,10 +200,10 @@ def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
 
 
 def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Yields (line number from 1, object or error) for each line that is not blank.
+    """Yields (line number from 1, object or error) for each line of a JSON-lines file that is not blank.
 
     Raises:
-        InputError: there is no such file, or it is a folder, pipe or device; names the path.
+        InputError: the file does not exist, or it is a folder, pipe or device. The message names the path.
     """
     path = local_path(path, "input")
     check_file(path, "a JSON-lines file")
@@ -227,7 +227,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (number from 1, line), with None for a line that is too long, which is skipped in pieces."""
+    """Yields (line number from 1, line) for each line of a file. The line is None if it is too long."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -260,8 +260,8 @@ def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = Fa
         folder: whether the output is a folder instead of a file.
 
     Raises:
-        InputError: the path is a folder and should be a file, or vice versa, or its folder is not
-            writable.
+        InputError: the path is a folder but should be a file, or vice versa, or its folder cannot be
+            written.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()

@@ -23,7 +23,7 @@ def sha256_of(data: bytes | str) -> str:
 
 
 def digest(value: Any) -> str:
-    """Returns the hex digest of a JSON-like value; the order of keys does not matter."""
+    """Returns the hex digest of a JSON-like value. The order of its keys does not matter."""
     return sha256_of(json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 
@@ -36,7 +36,7 @@ def sha256(path: os.PathLike | str) -> str:
 def digest_each(
     of_file: Callable[[pathlib.Path], T], folder: pathlib.Path, names: Iterable[str]
 ) -> dict[str, T]:
-    """Returns `of_file` of each named file in a folder, by name; reads several files at once."""
+    """Returns {name: result of `of_file`} for the named files in a folder. It reads several files at once."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: of_file(folder / name), names)
@@ -44,7 +44,7 @@ def digest_each(
 
 
 def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
-    """Returns `rows`, the number of rows, and `sha256`, the hex digest of their concatenation."""
+    """Returns {"rows": number of rows, "sha256": hex digest of all rows joined together}."""
     count, state = 0, hashlib.sha256()
     for row in rows:
         state.update(row)
@@ -55,8 +55,8 @@ def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
 def sampled_digest(folder: pathlib.Path) -> str:
     """Returns a hex digest of the names, sizes and sampled pieces of all files below a folder.
 
-    It reads at most 4 MiB per file, enough to tell two trainings of a model apart. It ignores README.md
-    and hidden files (downloads keep dates in these).
+    It reads at most 4 MiB of each file, which is enough to tell two trainings of a model apart. It ignores
+    README.md and hidden files, since downloads keep dates in these.
     """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
@@ -68,7 +68,7 @@ def sampled_digest(folder: pathlib.Path) -> str:
 
 
 def sampled_sha256(path: pathlib.Path) -> str:
-    """Returns the hex digest of 4 MiB spread evenly over a file, or of all of a smaller file."""
+    """Returns the hex digest of 4 MiB of a file, in pieces spread evenly over it, or of a smaller file as a whole."""
     size, pieces = path.stat().st_size, hashlib.sha256()
     # 4 KiB at each start; the stride ceil(size / 1024) gives at most 1024 starts
     with open(path, "rb") as f:
@@ -79,7 +79,10 @@ def sampled_sha256(path: pathlib.Path) -> str:
 
 
 def hash64(text: str) -> int:
-    """Returns a 64-bit hash, the same in every process; among a million texts, P(collision) = 3e-8."""
+    """Returns a 64-bit hash of a text, the same in every process.
+
+    Among a million texts, the probability that two have the same hash is 3e-8.
+    """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 

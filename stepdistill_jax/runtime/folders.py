@@ -10,18 +10,18 @@ from collections.abc import Iterator
 
 from stepdistill_jax.runtime.locks import locked
 
-REPLACED = "replaced"  # temporary name of the older target, next to the new folder
+REPLACED = "replaced"  # temporary name of an older target, next to the new folder
 
 
 @contextlib.contextmanager
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
-    """Yields an empty folder, which the caller fills and renames to `target`; cleans up at the end.
+    """Yields an empty folder, which the caller fills and renames to `target`. Then cleans up.
 
-    A writer may move an older `target` to `REPLACED`, next to the new folder. If there is no
-    `target` at the end, the older one is moved back.
+    To replace an older `target`, the caller first moves it next to the new folder, under the name `REPLACED`. If
+    there is no `target` at the end, the older one is moved back.
 
     Args:
-        target: path whose parent exists.
+        target: path of the final folder. Its parent must exist.
         tag: name of a group of writers that may remove each other's leftovers (`remove_leftovers`).
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
@@ -37,9 +37,9 @@ def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]
 def sole_writer(
     target: pathlib.Path, tag: str = "", *, name: object = None, wait: bool = False
 ) -> Iterator[None]:
-    """Lets one process at a time write `target`, and first removes leftovers of killed writers.
+    """A context in which only this process writes `target`. It first removes leftovers of killed writers.
 
-    On a disk without locks, several processes may write at once, and nothing is removed.
+    On a disk without locks, several processes may write at once, and no leftovers are removed.
 
     Args:
         target: a folder, which need not exist.
@@ -48,7 +48,7 @@ def sole_writer(
         wait: whether to wait for another writer instead of raising InputError.
 
     Raises:
-        InputError: another process is writing it, or it cannot be written.
+        InputError: another process is writing `target`, or its folder cannot be written.
     """
     lock = target.with_name(f".{target.name}.lock")
     with locked(lock, name or target, wait=wait) as held:
@@ -58,7 +58,7 @@ def sole_writer(
 
 
 def remove_leftovers(target: pathlib.Path, tag: str = "") -> None:
-    """Removes leftovers of killed writers of `target`; the caller makes sure that no writer is alive."""
+    """Removes what killed writers of `target` left. The caller makes sure that no writer is alive."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
         with contextlib.suppress(
             OSError

@@ -1,4 +1,4 @@
-"""Locks open files. The kernel releases a lock when its process ends, however it ends."""
+"""Opens files with a lock. When a process ends, for whatever reason, the kernel releases its locks."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ class InUse(InputError):
 
 
 def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
-    """Opens `path` for appending, and locks it until it is closed; creates its folder.
+    """Opens `path` for appending, creating its folder, and locks the file until it is closed.
 
     Args:
         path: path of the file.
         name: name of the output in messages; None means `path`.
 
     Raises:
-        InUse: another process has locked it.
-        InputError: it is a link or not a regular file, or it cannot be written.
+        InUse: another process has locked the file.
+        InputError: the file is a link or not a regular file, or it cannot be written.
     """
     return _open(path, name, wait=False)[0]
 
@@ -32,14 +32,14 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
 def locked(
     path: pathlib.Path, name: object = None, *, note: bytes = b"", wait: bool = False
 ) -> Iterator[bool]:
-    """Holds a lock and yields True; yields False if the file system has no locks (some network disks).
+    """A context that holds a lock. Yields True, or False if the file system has no locks (some network disks).
 
     Args:
-        path: path of a file that is only a lock. It is removed at the end, or kept with `wait`, since
-            other processes may be waiting for it.
+        path: path of a file that is only a lock. The file is removed at the end. With `wait` it is kept,
+            since other processes may be waiting for it.
         name: as in `open_locked`.
-        note: content of the file, which a process that is refused the lock can read.
-        wait: whether to wait for another holder of the lock instead of raising InUse.
+        note: content of the file, which a process that does not get the lock can read.
+        wait: whether to wait if another process holds the lock, instead of raising InUse.
 
     Raises:
         InUse, InputError: as for `open_locked`.
@@ -55,7 +55,7 @@ def locked(
                     )  # unbuffered: a full disk raises here, not at close
             yield held
         finally:
-            # a file that holds more than the note is not just a lock: it is somebody's data
+            # a file with more than the note is not only a lock: it is somebody's data
             if not wait and os.fstat(file.fileno()).st_size <= len(note):
                 path.unlink(missing_ok=True)
 
@@ -69,8 +69,8 @@ def _open(path: pathlib.Path, name: object, wait: bool) -> tuple[IO[bytes], bool
             file = open(path, "ab", opener=opener)  # noqa: SIM115
         try:
             held = _lock(file, name or path, wait)
-            # Between the open and the lock, a run that ended may have renamed or removed the file:
-            # we would hold a lock that nobody else sees. Then `path` is another inode: try again.
+            # Between the open and the lock, a run that ended may have renamed or removed the file. Then
+            # `path` is another inode, and nobody else would see this lock: try again.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                     return file, held

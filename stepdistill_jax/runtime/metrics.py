@@ -20,15 +20,17 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, upload
 
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
-FLUSH_SECS = 30.0  # between two flushes of TensorBoard's events
-UPLOAD_SECS = 60.0  # at least; stores cannot append, so each upload sends the complete file again
+FLUSH_SECS = 30.0  # time between two flushes of TensorBoard's events
+UPLOAD_SECS = (
+    60.0  # least time between two uploads: stores cannot append, so each sends the complete file
+)
 
 
 class MetricsWriter:
-    """Appends each step's metrics; a resumed run first removes the lines after its start step.
+    """Appends each step's metrics to the files. A resumed run first removes the lines after its start step.
 
-    For a workdir in an object store, the files grow in a temporary folder. They are uploaded every
-    `UPLOAD_SECS` seconds at most, before each checkpoint, and at the end.
+    For a workdir in an object store, the files grow in a temporary folder. They are uploaded at most every
+    `UPLOAD_SECS` seconds, and also before each checkpoint and at the end.
     """
 
     def __init__(
@@ -45,8 +47,8 @@ class MetricsWriter:
             workdir: the run's folder.
             start_step: the last step that counts. Lines of later steps were written by a process that
                 was killed before it saved these steps.
-            validated: False if the validation of `start_step` still has to run. Its line, if there is
-                one, was written by a process that was killed before its checkpoint included it.
+            validated: False if the validation of `start_step` still has to run. A line of this validation
+                may exist: a process wrote it, but was killed before it updated the checkpoint.
             active: False on all processes but process 0.
         """
         self._active = active
@@ -68,10 +70,10 @@ class MetricsWriter:
         self._board = _Board(folder, start_step)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes a line `{"step": step, ...}`, which on a local disk survives a kill of the process.
+        """Writes a line `{"step": step, ...}`. On a local disk, the line survives a kill of the process.
 
         Raises:
-            OSError: the disk is full or broken; names the file.
+            OSError: the disk is full or broken. The error names the file.
         """
         if not self._active:
             return
@@ -83,7 +85,7 @@ class MetricsWriter:
             self.sync()
 
     def flag(self, step: int, entry: dict[str, Any]) -> None:
-        """Writes a line of `flagged_batches.jsonl`; raises as `write` does."""
+        """Writes a line of `flagged_batches.jsonl`. Raises the same errors as `write`."""
         if not self._active:
             return
         path = self._folder / FLAGGED
@@ -156,7 +158,7 @@ class _Board:
 
 
 def _import_tensorboardx() -> None:
-    """Imports tensorboardX, and keeps its `__init__` from importing torch, which takes seconds."""
+    """Imports tensorboardX, and prevents it from importing torch, which would take seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
@@ -176,13 +178,13 @@ def _line(step: int, entry: dict[str, Any]) -> str:
 
 
 def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> None:
-    """Removes lines of later steps and an incomplete last line; keeps other lines that cannot be read."""
+    """Removes the lines of later steps and an incomplete last line. Keeps other lines that cannot be read."""
     if not path.exists():
         return
     kept = []
     for raw, entry in _lines(path):
         if entry is not None and entry["step"] == start_step:
-            # the step's training line (with `loss`) stays; a validation still to be done is removed
+            # the step's training line (with `loss`) stays; the line of a validation that will run again does not
             counts = validated or "loss" in entry
         else:
             counts = entry is None or entry["step"] < start_step
@@ -193,7 +195,7 @@ def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> No
 
 
 def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
-    """Returns the newest training line of a run; an empty dict if there is no `metrics.jsonl`."""
+    """Returns the newest training line of a run, or an empty dict if there is none."""
     if not (as_path(workdir) / METRICS).exists():
         return {}
     return next((x for x in reversed(read_metrics(workdir)) if "loss" in x), {})
@@ -202,14 +204,14 @@ def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl`, oldest first, without an incomplete last line.
 
-    Any other line that cannot be read is left out, with a warning that names it.
+    Other lines that cannot be read are left out, and a warning names the first of them.
 
     Raises:
         InputError: the folder has no such file, or the file is a pipe or device.
     """
     path = as_path(workdir) / METRICS
     if not path.exists():
-        raise InputError(f"{path}: no such file; {workdir} is not a training run")
+        raise InputError(f"{path}: no such file; {workdir} is not the workdir of a training run")
     return [entry for _, entry in _lines(path) if entry is not None]
 
 
@@ -217,9 +219,9 @@ def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
     """Returns a run's metrics as columns, with one entry per logged step, ready for `pandas.DataFrame`.
 
     Returns:
-        `step` (int64, ascending), and float64 columns of the same length by name: `loss`,
-        `loss/label`, `eval/validation/label_accuracy`, ... An entry is NaN if the step lacks the
-        metric.
+        {name: column}. The column `step` is int64 and ascending. The other columns are float64 and have the
+        same length: `loss`, `loss/label`, `eval/validation/label_accuracy`, ... An entry is NaN if the step
+        lacks the metric.
 
     Raises:
         InputError: as for `read_metrics`.
@@ -241,15 +243,15 @@ def _number(value: Any) -> float:
 
 
 def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first; an empty list without the file."""
+    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first. Without the file, the list is empty."""
     path = as_path(workdir) / FLAGGED
     return [e for _, e in _lines(path) if e is not None] if path.exists() else []
 
 
 def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Returns each line with its object (None if it cannot be read), without an incomplete last line.
+    """Returns (line, parsed object) for each line that is not blank. The object is None if parsing fails.
 
-    A kill may truncate the last line, so that one is left out silently. Other bad lines get a warning.
+    A kill may truncate the last line, so a bad last line is left out silently. Other bad lines cause a warning.
     """
     if not is_remote(path):
         check_file(path, "a JSON-lines file")
@@ -271,5 +273,5 @@ def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     if problems:
         more = len(problems) - 1
         also = f" (and {more} more line{'s' if more > 1 else ''})" if more else ""
-        log(f"warning: {problems[0]}{also}; kept in the file, left out of all results")
+        log(f"warning: {problems[0]}{also}; it stays in the file, but is left out of all results")
     return whole

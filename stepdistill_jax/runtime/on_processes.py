@@ -1,8 +1,8 @@
-"""Runs work on one process or on all, and shares results and errors; a single process sends nothing.
+"""Runs work on one process or on all processes of a job, and shares the results and errors.
 
-All processes must make these calls in the same order: in the main thread, or in another thread with its
-own channel. An error of one process is raised in all, so they end together instead of waiting for a
-process that has exited.
+All processes must make these calls in the same order, in the main thread or in a thread with its own channel.
+An error of one process is raised in all, so that all end together instead of waiting for a process that has
+exited. If there is only one process, nothing is sent.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ MAIN = Channel("main")  # channel of the main thread
 
 
 class PeerFailed(RuntimeError):
-    """Another process failed; the message has its number and its error."""
+    """Another process failed. The message contains the index of that process and its error."""
 
 
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
-    """Runs `action` on every process; each returns its own result.
+    """Runs `action` on every process, and returns to each process its own result.
+
+    If several processes fail, all processes raise the error of the one with the lowest index. The message has
+    this index.
 
     Raises:
-        InputError: a process raised an InputError; all processes raise it.
-        PeerFailed: another process raised any other error; that process itself raises the original.
-
-    If several processes fail, the error of the lowest-numbered one counts. The message names it.
+        InputError: a process raised an InputError, so all processes raise it.
+        PeerFailed: another process raised an error of another type. That process itself raises its own error.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -38,7 +39,7 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
 
 
 def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
-    """Runs `action` on every process; returns all results (JSON), ordered by process, on every process.
+    """Runs `action` on every process, and returns to each a list of all results (JSON), in process order.
 
     Raises:
         InputError, PeerFailed: as for `on_all_processes`.
@@ -50,7 +51,7 @@ def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]
 
 
 def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
-    """Runs `action` on process 0 only; returns its result (JSON) on all processes.
+    """Runs `action` on process 0 only, and returns its result (JSON) on all processes.
 
     Raises:
         InputError, PeerFailed: as for `on_all_processes`.
@@ -78,7 +79,7 @@ def require_same(value: Any, what: str) -> None:
     others = [i for i, other in enumerate(values) if other != values[0]]
     if others:
         raise InputError(
-            f"process {others[0]} has a different {what} than process 0; give all processes the same files"
+            f"process {others[0]} has a different {what} than process 0; give all processes the same ones"
         )
 
 
@@ -86,7 +87,9 @@ def require_same(value: Any, what: str) -> None:
 def until_stopped(
     total: int, description: str, kept: Callable[[], int] = lambda: 0
 ) -> Iterator[Callable[[int], None]]:
-    """Yields a function to call with each batch's number of rows: it shows progress and obeys signals.
+    """A context for work in batches that shows progress and stops all processes after the same batch.
+
+    It yields a function, which the caller must call after each batch with the number of rows in the batch.
 
     Args:
         total: number of rows.
@@ -94,8 +97,7 @@ def until_stopped(
         kept: function that returns the number of rows saved so far.
 
     Raises:
-        SystemExit: with status 75, on all processes after the same batch, once one of them has
-            received a SIGTERM.
+        SystemExit: one of several processes has received a SIGTERM. All of them exit with status 75.
     """
     import jax
 
@@ -118,7 +120,10 @@ def until_stopped(
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Returns (result, None), or (None, error) if other processes must be notified of the error."""
+    """Runs `action` and returns (result, None), or (None, error) if it fails.
+
+    A single process raises the error, since there is no other process to tell.
+    """
     import jax
 
     if jax.process_count() == 1:
@@ -150,5 +155,5 @@ def _raise_first(errors: Sequence[Any], own: Exception | None) -> None:
 
 
 def _gather(value: Any, channel: Channel = MAIN) -> list[Any]:
-    """Returns the JSON values of all processes, ordered by process."""
+    """Returns a list of the JSON values of all processes, in process order."""
     return channel.combined(value, lambda values: values)

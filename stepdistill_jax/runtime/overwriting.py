@@ -1,7 +1,7 @@
-"""The overwriting rule of all commands: a command replaces only files that it wrote itself.
+"""The overwriting rule of all commands: a command replaces only files that the same command wrote.
 
-Before its work, a command lists the files that it will write (`check_outputs`, `check_folder`). None of
-them may be one of its inputs, and an existing file must have been written by the same command.
+Before its work, a command passes the files that it will write to `check_outputs` or `check_folder`. None of
+them may be one of its inputs, and a file that exists must have been written by the same command.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ class Made:
 
     Attributes:
         by: name of the command.
-        head: first bytes of each file.
-        keys: keys of the file's JSON object, or of the object in its first line.
+        head: first bytes of each file of the command.
+        keys: keys that the file's JSON object, or the object in its first line, must have.
     """
 
     by: str
@@ -37,7 +37,7 @@ class Made:
     keys: Sequence[str] = ()
 
     def begins(self, path: _Path) -> bool:
-        """Returns whether a file is empty, or begins like a file of the command; it may be incomplete."""
+        """Returns whether a file is empty, or begins like a file of the command, complete or not."""
         return self._matches(path, whole=False)
 
     def wrote(self, path: _Path) -> bool:
@@ -52,7 +52,7 @@ class Made:
             return True
         except OSError as error:
             raise InputError(
-                f"{path}: exists and cannot be read ({error.strerror}), so it is not overwritten;"
+                f"{path}: exists but cannot be read ({error.strerror}), so it is not overwritten;"
                 " choose another name"
             ) from None
         # a partial file may be shorter than the head: then it must be the head's beginning
@@ -76,14 +76,14 @@ def check_outputs(
     Each output is first written as `.partial`, so both paths are checked.
 
     Args:
-        outputs: files on this machine, each with the signature of its command.
+        outputs: files on this machine, each with a `Made` that recognises files of the same command.
         inputs: files and folders that are read; None is ignored.
         name: parameter of the first output for messages, e.g. "`output`".
-        known: files that belong to the command whatever their content.
+        known: files that may be overwritten whatever their content is.
 
     Raises:
-        InputError: an output is also an input (under any name), exists and was not written by the same
-            command, is a link or a device, or cannot be written.
+        InputError: an output is also an input (possibly under another name), exists but was not written by
+            the same command, is a link or a device, or cannot be written.
     """
     inputs = list(inputs)
     for path, made in outputs.items():
@@ -105,7 +105,8 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input is one of `written`, or lies in one, after links are resolved; names both.
+        InputError: an input is one of `written` or lies in one of them, after links are resolved. The
+            message names both paths.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):
@@ -115,7 +116,7 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
             if source.is_relative_to(os.path.realpath(path)) or _is_same(path, given):
                 what = "holds" if os.path.isdir(path) else "is"
                 raise InputError(
-                    f"{path}: it {what} the input {given}, and would be overwritten; rename one of them"
+                    f"{path}: it {what} the input {given}, which would be overwritten; rename one of them"
                 )
 
 
@@ -128,10 +129,10 @@ def _is_same(path: _Path, other: _Path) -> bool:
 
 
 def check_plain(path: _Path) -> None:
-    """Refuses a path that is a link, folder, pipe or device, which a file would replace.
+    """Refuses an output path that is a link, folder, pipe or device, since the output would replace it.
 
     Raises:
-        InputError: it is one of these; says which.
+        InputError: the path is one of these. The message says which.
     """
     if not os.path.lexists(path):
         return
@@ -148,12 +149,13 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
 
     Args:
         folder: folder of the outputs.
-        index: name of the file that the command writes first; without it, the command has written none.
-        made: signature of that file.
+        index: name of the file that the command writes first. If it is missing, the command has written none
+            of the files.
+        made: recognises this first file.
         names: names of the other files.
 
     Raises:
-        InputError: as for `check_outputs`; names the file.
+        InputError: as for `check_outputs`. The message names the file.
     """
     check_outputs({folder / index: made})
     for path in (folder / name for name in names):

@@ -1,4 +1,4 @@
-"""Shows progress on standard error: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Shows progress on standard error: on a terminal a bar with rate and time left, otherwise plain lines."""
 
 import contextlib
 import sys
@@ -16,12 +16,12 @@ class Bar(Protocol):
     """The object that `progress` yields."""
 
     def update(self, advance: int = 1, **values: float) -> None:
-        """Advances by `advance` units and shows `values` (`loss=1.23`)."""
+        """Advances by `advance` units, and shows `values`, such as `loss=1.23`."""
         ...
 
 
 def translate_names(by: Callable[[str], str]) -> None:
-    """Sets how messages name parameters: `by` replaces Python's names by the running command's flags."""
+    """Sets how messages name parameters. `by` replaces Python's names by the running command's flags."""
     global _written
     _written = by
 
@@ -37,7 +37,7 @@ def log(message: str) -> None:
 
 
 def format_values(values: dict[str, float]) -> str:
-    """Returns text such as `loss 1.234  lr 5e-05`."""
+    """Returns values as text, such as "loss 1.234  lr 5e-05"."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
@@ -79,7 +79,7 @@ class _Lines:
 
 
 def _rate(count: int, seconds: float) -> str:
-    """Returns `12.3/s`, or `4.5 s each` if a unit takes over a second; an empty text at count 0."""
+    """Returns a rate such as "12.3/s", or "4.5 s each" if a unit takes over a second, or "" if `count` is 0."""
     if not count:
         return ""
     each = max(seconds, 1e-9) / count

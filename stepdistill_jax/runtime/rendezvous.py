@@ -1,8 +1,8 @@
-"""Waits for all processes of a job before JAX joins them, and names those that are missing; JAX does not.
+"""Waits for all processes of a job before JAX joins them, and names those that are missing, as JAX does not.
 
-Process 0 listens on the coordinator's address. Every other process connects and sends the job's token and
-its number. Process 0 answers all of them at once: start, or which processes are missing. Then JAX's
-service takes over the port. A connection without the token is closed and changes nothing.
+Process 0 listens on the coordinator's address. Every other process connects, and sends the job's token and its
+own index. At the end, process 0 answers all of them: either to start, or which processes are missing. Then
+JAX's service takes over the port. A connection without the token is closed and changes nothing.
 """
 
 import contextlib
@@ -21,12 +21,14 @@ GREETING = "stepdistill-rendezvous"
 _GREETING = re.compile(rf"{GREETING} ([0-9a-f]{{64}}) (\d{{1,6}}) (\d{{1,6}})", re.ASCII)
 GO, MISSING, REFUSED, STRANGER = "go", "missing", "refused", "stranger"
 RETRY_SECS = 0.5
-GREETING_SECS = 1.0  # limit for a new connection to send its greeting, which ours do at once
+GREETING_SECS = (
+    1.0  # longest wait for the greeting of a new connection; our processes send it at once
+)
 ANSWER_SECS = 10.0  # more than process 0 needs to answer after its own time-out
 
 
 class ProcessesMissing(TimeoutError):
-    """Processes of the job did not start in time; the message is one line with their numbers."""
+    """Some processes of the job did not start in time. The message is one line with their indices."""
 
 
 def rendezvous(
@@ -39,21 +41,23 @@ def rendezvous(
     bind: tuple[str, int] | None = None,
     secret: str | None = None,
 ) -> None:
-    """Returns in every process of the job as soon as all of them have called it.
+    """Waits until all processes of the job have called this function.
 
     Args:
-        host, port: address of process 0, spelled the same in all processes.
+        host, port: address of process 0. All processes must spell it the same.
         num_processes: number of processes of the job.
-        process_id: number of the calling process, from 0.
+        process_id: index of the calling process, from 0.
         timeout_secs: seconds to wait for the other processes.
-        bind: address that process 0 listens on; None means `own_address(host, port)`.
-        secret: text known only to the job's processes. None means `host` and `port`, which keep out
-            other programs and jobs, but nobody who knows them.
+        bind: address that process 0 listens on; None means the result of `own_address`.
+        secret: text known only to the job's processes, from which the token is made. None means that the token
+            is made from `host` and `port`. That keeps out other programs and jobs, but not a person who
+            knows the address.
 
     Raises:
-        ProcessesMissing: on every process that has started; names the missing ones.
-        InputError: two processes have the same number or disagree about `num_processes`, or the port
-            cannot be opened.
+        ProcessesMissing: some processes have not started in time. All others raise this error, which lists
+            the missing ones.
+        InputError: two processes have the same index or different `num_processes`, or the port cannot be
+            opened.
     """
     deadline = time.monotonic() + timeout_secs
     token = sha256_of(secret or f"{host}:{port}")
@@ -66,13 +70,14 @@ def rendezvous(
 
 
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
-    """Returns this machine's own address, which other processes reach as `host`.
+    """Returns the address (IP address, port) on which this machine listens. Other processes reach it as `host`.
 
-    The host is empty (all addresses) if a name other than `localhost` resolves to the loopback device:
-    Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve it to its real address.
+    The IP address is empty, which means all addresses, if a name other than `localhost` resolves to the loopback
+    device. For example, Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve it to the
+    machine's real address.
 
     Raises:
-        InputError: the name is still unknown here after `timeout_secs`.
+        InputError: this machine cannot resolve `host`, even after `timeout_secs` seconds.
     """
     deadline = time.monotonic() + timeout_secs
     while True:
@@ -116,7 +121,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
 def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
-    """Waits, on process 0, for the other processes, and sends them the outcome."""
+    """Waits for the other processes and sends them the outcome. Process 0 calls this."""
     present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)
@@ -168,7 +173,7 @@ def _greet(
     deadline: float,
     timeout_secs: float,
 ) -> None:
-    """Greets process 0, from any other process, and waits for the outcome."""
+    """Greets process 0 and waits for the outcome. All other processes call this."""
     reason = ""
     while time.monotonic() < deadline:
         reply = ""
@@ -198,9 +203,9 @@ def _greet(
 
 
 def _receive(connection: socket.socket, packets: int = 64) -> str:
-    """Returns the line that was sent; empty if the connection has ended.
+    """Returns the line that the other side has sent, or "" if the connection has ended.
 
-    At most `packets` packets are read, so a client that sends byte by byte cannot block the caller.
+    At most `packets` packets are read, so that a client that sends single bytes cannot block the caller.
     """
     received = b""
     with contextlib.suppress(OSError):
@@ -219,9 +224,7 @@ def _send(connections: dict[int, socket.socket], line: str) -> None:
 
 def _refusal(count: int, number: int, num_processes: int, present: dict) -> str | None:
     if count != num_processes:
-        return (
-            f"process {number} was started as one of {count}, process 0 as one of {num_processes}"
-        )
+        return f"process {number} was started as one of {count}, but process 0 as one of {num_processes}"
     if not 0 < number < num_processes or number in present:
         return f"two processes of the job have number {number}; give each its own number"
     return None

@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C in every command: the first stops the work, the second ends the process."""
+"""Handles SIGTERM and Ctrl-C in every command: a first signal stops the work, a second ends the process."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from stepdistill_jax.runtime.progress import log
 
 UNWIND_SECS = 2.0  # time for Python to unwind in commands that have nothing to save
 STOPPED: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
-# JAX's protocol needs consecutive numbers, the same in every process, for the life of the process
+# JAX's protocol needs consecutive numbers, which are the same in every process and are never used twice
 _asked = itertools.count(1)
 
 
@@ -25,10 +25,10 @@ def leave(signal_name: str, what: str) -> NoReturn:
 
 
 def agreed() -> bool:
-    """Returns, on all processes, whether to stop here because one of them got a SIGTERM.
+    """Returns whether all processes stop here, because one of them has received a SIGTERM.
 
-    `jax.distributed` catches the signal. All processes must call this at the same points, and not
-    again once it has returned True.
+    `jax.distributed` catches the signal. All processes must call this at the same points of their work, and must
+    not call it again after it has returned True.
     """
     from jax.experimental import multihost_utils
 
@@ -36,20 +36,21 @@ def agreed() -> bool:
 
 
 class StopSignals:
-    """Context in which a first signal calls `act`, and a second one exits with status 128 + its number.
+    """A context that handles stop signals.
 
-    Python runs a handler only between its own instructions, not during a long compile. So a thread
-    reads the signals, too: it ends the process at a second signal, and `limit_secs` after the first.
+    A first signal calls `act`. A second one ends the process with status 128 + the signal's number. Python runs
+    a handler only between its own instructions, and not during a long compile. So a thread reads the signals,
+    too: it ends the process at a second signal, and `limit_secs` seconds after the first.
 
-    With `several` processes, `jax.distributed` catches SIGTERM and notifies all of them at the same
-    point. So SIGTERM is left to it, and SIGINT is forwarded as SIGTERM.
+    In a job of several processes, `jax.distributed` catches SIGTERM and makes all of them stop at the same point.
+    So this context leaves SIGTERM to it, and turns SIGINT into SIGTERM.
 
     Attributes:
-        act: function that is called with the first signal's name, in the main thread; None only sets
-            `received`.
-        limit_secs: seconds from the first signal until the process is ended, with that signal's exit
-            status; 0 means no limit.
-        received: name of the first signal; empty before it.
+        act: function that is called in the main thread with the name of the first signal. If it is None, the
+            signal only sets `received`.
+        limit_secs: seconds from the first signal until the process is ended with the exit status of that
+            signal; 0 means no limit.
+        received: name of the first signal, or "" if there was none.
     """
 
     def __init__(
@@ -60,7 +61,14 @@ class StopSignals:
         limit_secs: float = 0.0,
         several: bool = False,
     ):
-        """Sets the signals to catch: `codes` maps each to its exit status after `limit_secs`."""
+        """Prepares the context. Nothing is caught until it is entered.
+
+        Args:
+            act: see `StopSignals`.
+            codes: {signal to catch: exit status if the process is ended after `limit_secs`}.
+            limit_secs: see `StopSignals`.
+            several: whether the job has several processes.
+        """
         self.act, self.limit_secs = act, limit_secs
         self.received = ""
         self._codes, self._several, self._all_stop = codes, several, False
@@ -94,7 +102,7 @@ class StopSignals:
             self.act(self.received)
 
     def _watch(self) -> None:
-        """Reads the signals' numbers as they arrive; 0 stands for a stop signal of another process."""
+        """Reads the numbers of signals as they arrive. 0 stands for a stop signal of another process."""
         first, ends = 0, None
         with os.fdopen(self._reads, "rb", buffering=0) as numbers:
             while True:
@@ -117,11 +125,11 @@ class StopSignals:
                     os._exit(128 + number)
 
     def seconds(self) -> float:
-        """Returns the seconds since the first signal; 0 before it."""
+        """Returns the seconds since the first signal, or 0 if there was none."""
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def agreed(self) -> bool:
-        """Returns whether to stop here; all processes call it at the same points, and agree."""
+        """Returns whether to stop here. All processes must call it at the same points, and get the same answer."""
         if not self._several:
             return bool(self.received)
         if not self._all_stop and agreed():
@@ -131,6 +139,6 @@ class StopSignals:
         return self._all_stop
 
     def act_if_agreed(self) -> None:
-        """Calls `act` if all processes stop here; several processes can act only where they agree."""
+        """Calls `act` if `agreed` returns True, since several processes may stop only at the same point."""
         if self.agreed() and self.act is not None:
             self.act(self.received)

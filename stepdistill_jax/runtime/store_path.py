@@ -1,6 +1,6 @@
 """A path in an object store that never mistakes "no answer" for "no such file".
 
-When Google cannot be reached, gcsfs reports that a folder does not exist: an existing run would look new.
+If Google cannot be reached, gcsfs reports that a folder does not exist. An existing run would then look new.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from stepdistill_jax.runtime.stores import store_errors
 
 
 class _Stat(stat_utils.StatResult):
-    """epath's result, with the size under pathlib's name, too."""
+    """The result of epath's `stat`, with the size also under pathlib's name."""
 
     @property
     def st_size(self) -> int:
@@ -20,7 +20,7 @@ class _Stat(stat_utils.StatResult):
 
 
 class StorePath(gpath.PosixGPath):
-    """An `epath.Path` for `gs://` URLs that raises errors of the store's client as `StoreError`."""
+    """An `epath.Path` for `gs://` URLs. It raises errors of the store's client as `StoreError`."""
 
     def stat(self) -> _Stat:
         with store_errors(self):

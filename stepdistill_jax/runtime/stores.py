@@ -21,7 +21,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
 def _url(path: os.PathLike | str) -> str | None:
-    """Returns a URL as `SCHEME://REST`; None for a path that is no URL."""
+    """Returns a path as a URL, `SCHEME://REST`, or None if it is no URL."""
     text = os.fspath(path)
     if (match := _URL.match(text)) is None:
         return None
@@ -34,9 +34,9 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """Returns a user's path as pathlib's `Path`; in a store, as a `StorePath` with the same methods.
+    """Returns a user's path as a `pathlib.Path` or, in a store, as a `StorePath` with the same methods.
 
-    A store has no appends, no renames, no locks, and no empty folders.
+    In a store, files cannot be appended to, renamed or locked, and folders cannot be empty.
 
     Raises:
         InputError: the path is another kind of URL, or the package that reads the store is missing.
@@ -44,19 +44,21 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
     if (url := _url(path)) is None:
         return pathlib.Path(path)
     if not url.startswith(_GS):
-        raise InputError(f"{url}: cannot be read or written; use a local path or gs://BUCKET/...")
+        raise InputError(
+            f"{url}: this kind of URL is not supported; use a local path or gs://BUCKET/..."
+        )
     if url == _GS:
-        raise InputError(f"{url}: expected gs://BUCKET/FOLDER, got no bucket")
+        raise InputError(f"{url}: the bucket is missing; expected gs://BUCKET/FOLDER")
     _prepare_stores()
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{url}: gs:// needs a package: pip install gcsfs")
+        raise InputError(f"{url}: gs:// needs the package gcsfs: pip install gcsfs")
     from stepdistill_jax.runtime.store_path import StorePath
 
     return cast(pathlib.Path, StorePath(url))
 
 
 class StoreError(Exception):
-    """A store did not answer, even after its client retried; the message is one line with the URL.
+    """A store did not answer, even after its client retried. The message is one line with the URL.
 
     It is not an OSError: code that treats an unreadable file as damaged must not catch this error.
 
@@ -74,11 +76,11 @@ class StoreError(Exception):
 
 @contextlib.contextmanager
 def store_errors(path: os.PathLike | str) -> Iterator[None]:
-    """Turns a store client's errors, of many types and mostly without the URL, into `StoreError`.
+    """A context that turns the errors of a store's client, mostly without a URL, into `StoreError`.
 
     Raises:
-        StoreError: for all errors except "no such file" and similar ones; errors of a local path are
-            raised unchanged.
+        StoreError: the client raised an error other than "no such file" and similar ones. Errors of a local
+            path are raised unchanged.
     """
     try:
         yield
@@ -102,7 +104,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
     """
     if (url := _url(path)) is not None:
         raise InputError(
-            f"{name} {url}: must be on this machine; copy it here, since only a workdir may be in a store"
+            f"{name} {url}: must be a path on this machine, since only a workdir may be in a store; copy it here"
         )
     return pathlib.Path(path)
 
@@ -123,7 +125,7 @@ def _prepare_stores() -> None:
 
 @functools.cache
 def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
-    """Returns `path`, or a local copy of it, for a library that reads only local files.
+    """Returns `path` itself if it is local, otherwise a local copy, for libraries that read only local files.
 
     The copy is removed when this process ends.
 

@@ -22,18 +22,18 @@ _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
-    """Returns the path of the JSON file that records how many bytes of `partial_of(output)` are valid."""
+    """Returns the path of the sidecar, a JSON file that records how many bytes of `partial_of(output)` are valid."""
     return partial_of(output).with_name(partial_of(output).name + ".json")
 
 
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
-    """Returns the files that a `ResumableFile` writes, and the existing files that are known to be ours.
+    """Returns the arguments `outputs` and `known` of `check_outputs` for a `ResumableFile`.
 
-    Both are arguments of `check_outputs`. If either the rows or the sidecar is recognised, both are
-    ours: the other one may be damaged.
+    `outputs` are all files that it writes. `known` are the partial file and its sidecar, if one of them is
+    recognised as ours: then the other one is ours as well, but may be damaged.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
-    # an empty file proves nothing about the other one
+    # an empty file does not prove that the other file is ours
     ours = (_is_filled(partial) and ROWS.begins(partial)) or (
         _is_filled(sidecar) and SIDECAR.wrote(sidecar)
     )
@@ -58,7 +58,7 @@ class StreamedFile:
     Attributes:
         path: path of the complete file.
         partial: path of the file while it grows.
-        state: `rows` is the number of rows written so far.
+        state: {"rows": number of rows written so far}.
     """
 
     _file: Any = None  # open only in the process that writes
@@ -81,12 +81,12 @@ class StreamedFile:
         return self._file
 
     def add(self, row: dict[str, Any]) -> None:
-        """Writes one row; it is safe on disk once `finish` has returned."""
+        """Writes one row, which is safe on disk once `finish` has returned."""
         self.write(f"{_to_json(row)}\n".encode())
         self.state["rows"] += 1
 
     def write(self, data: bytes, *, sync: bool = False) -> None:
-        """Appends bytes; with `sync`, they survive a power loss once this returns."""
+        """Appends bytes. With `sync`, they survive a power loss once this method has returned."""
         with naming(self.partial):
             self._file.write(data)
             if sync:
@@ -111,7 +111,7 @@ class StreamedFile:
         """Removes the other files that belong to the unfinished file."""
 
     def close(self) -> None:
-        """Closes an unfinished file: one with rows is kept, an empty one is removed."""
+        """Closes an unfinished file. It is kept if it has rows, and removed if it is empty."""
         if self._file is None:
             return
         # closing flushes the buffer again; `write` has already raised the error of a full disk
@@ -123,12 +123,14 @@ class StreamedFile:
 class ResumableFile(StreamedFile):
     """Writes JSON lines window by window, and continues where an earlier run stopped.
 
-    A sidecar next to PATH.partial records the number of its valid bytes, their checksum, and the
-    inputs that they were made from (`key`). A run with a different key starts from scratch. With
-    several processes, all make the same calls; process 0 has the file, and its errors are raised in all.
+    A window is a list of rows that are saved together. A sidecar next to PATH.partial records how many of its
+    bytes are valid, their checksum, and the digests of the inputs from which they were made (`key`). A run with
+    a different key starts from scratch. All processes of a job must make the same calls. Only process 0 has the
+    file open, and its errors are raised in all.
 
     Attributes:
-        state: on every process, the `rows` and `bytes` written and the counts given to `append`.
+        state: on every process, {"rows", "bytes"} (counts of what was written) and the counts that were given to
+            `append`.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):
@@ -136,7 +138,7 @@ class ResumableFile(StreamedFile):
 
         Args:
             path: path of the output.
-            key: digest of each input by the input's name; messages use the names.
+            key: {name of an input: its digest}. Messages use the names.
 
         Raises:
             InputError: as for `StreamedFile`.
@@ -159,13 +161,13 @@ class ResumableFile(StreamedFile):
         return state
 
     def _valid_state(self) -> dict[str, Any] | None:
-        """Returns the state that an earlier run saved; None if its sidecar or its bytes are damaged."""
+        """Returns the state that an earlier run saved, or None if the sidecar or the bytes are damaged."""
         size = os.path.getsize(self.partial)
         try:
             state = read_json(self.sidecar)
             if state.pop("digest") != digest(state):
                 raise ValueError("digest does not match")
-        # in turn: no file or not JSON; not an object; no digest; not Unicode; nested too deeply
+        # causes, in this order: no file or not JSON; not an object; no digest; not Unicode; nested too deeply
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
             state = None
         if state and state["bytes"] <= size:
@@ -173,34 +175,34 @@ class ResumableFile(StreamedFile):
                 if crc32(f, state["bytes"]) == state["crc32"]:
                     return state
         if size and os.path.lexists(self.sidecar):
-            log(f"warning: {self.partial}: damaged; starting from scratch")
+            log(f"warning: {self.partial}: is damaged, so this run starts from scratch")
         return None
 
     def _quarantine(self, state: dict[str, Any]) -> None:
-        """Renames the rows of other inputs instead of removing them.
+        """Renames the files with rows of other inputs, instead of removing them.
 
-        Computing them again may take hours, and one mistyped flag changes the key.
+        To compute the rows again may take hours, and one mistyped flag changes the key.
         """
         for path in (self.partial, self.sidecar):
             os.replace(path, _quarantine_path(path))
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)
         log(
-            f"warning: {self.partial}: {state['rows']} rows of a different {was}; renamed to"
-            f" {self.partial.name}.old, starting from scratch"
+            f"warning: {self.partial}: its {state['rows']} rows come from a different {was}; it is renamed to"
+            f" {self.partial.name}.old, and this run starts from scratch"
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows that an earlier run wrote; only process 0 has the file, all others get none."""
+        """Yields the rows that an earlier run wrote, on process 0. Other processes have no file, and get no rows."""
         if self._file is not None:
             with open(self.partial, encoding="utf-8", newline="\n") as f:
                 yield from map(json.loads, f)
 
     def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
-        """Writes one window, which survives a power loss once this returns.
+        """Writes one window, which survives a power loss once this method has returned.
 
         Args:
             rows: JSON objects.
-            counts: numbers that are saved in `state` for the next run.
+            counts: integers that are saved in `state` for the next run.
         """
         self.state = on_process_0(lambda: self._append(rows, counts))
 

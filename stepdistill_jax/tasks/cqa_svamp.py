@@ -1,4 +1,4 @@
-"""Registers `cqa_svamp`, a mixture of two prepared datasets and an example for your own mixtures.
+"""Registers `cqa_svamp`, a mixture of two prepared datasets. Use it as an example for your own mixtures.
 
 In a config: TASK = "cqa_svamp", TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
 """

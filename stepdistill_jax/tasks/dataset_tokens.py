@@ -44,7 +44,10 @@ def load_dataset(
     supervision: Supervision | None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a dataset's split; `where` is the data folder and the task module."""
+    """Returns the tokens of a dataset's split. `where` is the pair (data folder, task module).
+
+    `given` is the vocabulary to use instead of the dataset's own, or None. `load_task` explains the rest.
+    """
     if isinstance(found, PreparedDataset):
         return _load_prepared(found, split, objectives, given, where[0], supervision, share)
     return _load_spec(found, split, objectives, given, *where, supervision)
@@ -153,14 +156,14 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
         for field in objective.fields:
             if field not in known:
                 raise InputError(
-                    f"`objectives`: objective {objective.name} names the field {{{field}}}, and dataset"
+                    f"`objectives`: objective {objective.name} names the field {{{field}}}, but dataset"
                     f" {dataset.name!r} has {', '.join(known)}{nearest(field, known)}; `stepdistill"
                     f" prepare jsonl --fields {field}` keeps a field of your own rows"
                 )
 
 
 def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises InputError if the vocabulary cannot write the words before a label, by which it is parsed."""
+    """Raises InputError if the vocabulary cannot write the words by which a label is found in an answer."""
     for words in objective.words if objective.writes_more else ():
         if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
             raise InputError(
@@ -201,7 +204,7 @@ def _joint_store(
 def _parts_of(
     dataset: PreparedDataset, split: str, supervision: Supervision | None
 ) -> tuple[str, ...]:
-    """Returns the prepared splits that form a split; train includes unlabelled rows if they are used."""
+    """Returns the prepared splits that form a split. Train includes unlabelled rows if teacher labels are used."""
     takes_teachers = supervision is not None and supervision.label_source != "gold"
     if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
         return (split, UNLABELLED)

@@ -48,10 +48,11 @@ def load_task(
     task_objectives: TaskObjectives = None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a task's split, which are tokenised at the first use and memory-mapped later.
+    """Returns the tokens of a task's split. The first call tokenises it; later calls memory-map the tokens.
 
-    A prepared dataset is a task of the same name. A plain SeqIO task has one objective, `label`, on
-    its own inputs and targets. Tags or `task_objectives` give the objectives of the tasks of a mixture.
+    A prepared dataset is a task with the dataset's name. A plain SeqIO task has one objective, `label`, on
+    its own inputs and targets. In a mixture, a task of a dataset has the objective with which it was registered,
+    and `task_objectives` gives the objectives of plain tasks.
 
     Args:
         task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture.
@@ -63,13 +64,13 @@ def load_task(
         supervision: selects label and rationales; None keeps each row unchanged, even without a label.
         task_objectives: {name of a mixture's plain task: its objective}; `single` trains all tasks of
             a mixture as one objective.
-        share: for a dataset prepared with `paper_exact`, the share of its rows and the run's seed, with
-            which the published code draws train and validation; other datasets are read completely.
+        share: pair (share of the rows, the run's seed), with which a dataset prepared with `paper_exact`
+            draws train and validation as the published code does. Other datasets are read completely.
 
     Raises:
-        InputError: the task or split is unknown or cannot be read; a mixture's task has no known
-            objective; the vocabulary of a plain task differs from `vocabulary`; or the rows lack
-            fields that `supervision` selects.
+        InputError: the task or split is unknown or cannot be read, a task of a mixture has no known
+            objective, the vocabulary of a plain task differs from `vocabulary`, or the rows lack
+            fields that `supervision` needs.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
@@ -107,7 +108,7 @@ class _MixtureLoader:
     supervision: Supervision | None
 
     def __call__(self, given: str | None, task_objectives: TaskObjectives) -> TaskData:
-        """Returns the data of the mixture; `given` is the vocabulary of INIT_FROM, or None."""
+        """Returns the data of the mixture. `given` is the vocabulary of `init_from`, or None."""
         name = self.mixture.name
         single = task_objectives == SINGLE
         names = [PLAIN[0].name] if single else [o.name for o in self.objectives]
@@ -133,8 +134,8 @@ class _MixtureLoader:
         for number, objective in enumerate(objectives, 1):
             if number not in fed and self.split == "train":
                 raise InputError(
-                    f"mixture {name!r}: no task gives the objective {objective.name} of"
-                    f" `objectives` (its tasks give {', '.join(sorted({names[i - 1] for i in fed}))})"
+                    f"mixture {name!r}: no task has the objective {objective.name}, which `objectives`"
+                    f" lists (the tasks have {', '.join(sorted({names[i - 1] for i in fed}))})"
                 )
         sample = self.supervision is not None and self.supervision.rationales == "sample"
         return TaskData(name, self.split, objectives, tuple(parts), vocabulary, sample)
@@ -142,7 +143,12 @@ class _MixtureLoader:
     def _vocabulary(
         self, groups: Sequence[Group], own: Sequence[Any], given: str | None
     ) -> Vocabulary:
-        """Returns the vocabulary of the plain tasks, of INIT_FROM, or one trained on the datasets, in this order."""
+        """Returns the vocabulary of all tasks of the mixture.
+
+        It is the one that the plain tasks share or, if there are none, the one of `init_from` or, without
+        `init_from`, the one that is trained on all prepared datasets. If no dataset is prepared, it is the one
+        that all tasks of `add_task` share.
+        """
         if own:
             return common_vocabulary(self.mixture.name, own, given, self.folder)
         if given is not None:
@@ -168,7 +174,11 @@ class _MixtureLoader:
     def _parts_of(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> list[Part]:
-        """Returns the parts of a group; [] if none of its tasks has the split. Each must have `train`."""
+        """Returns the parts of a group, or [] if none of its tasks has the split.
+
+        Raises:
+            InputError: the split is `train`, and one of the group's tasks lacks it.
+        """
         having = [self.split in task.splits for task in group.tasks]
         if self.split == "train" and not all(having):
             lacking = group.tasks[having.index(False)]
@@ -211,14 +221,17 @@ class _MixtureLoader:
     def _part_of_dataset(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> Part:
-        """Returns a dataset's part; it has all objectives if the mixture has all tasks of the dataset."""
+        """Returns the part of a dataset.
+
+        It has all objectives if the mixture has all tasks of the dataset, otherwise those of its tasks.
+        """
         tagged = {name for name, tag in registry.TAGS.items() if tag.dataset == group.dataset}
         chosen = list(range(len(objectives)))
         if {task.name for task in group.tasks} != tagged:
             chosen = [i for i, o in enumerate(objectives) if o.name in group.objectives]
         if not chosen:
             raise InputError(
-                f"mixture {self.mixture.name!r}: {group.name} gives"
+                f"mixture {self.mixture.name!r}: {group.name} has only the objectives"
                 f" {' and '.join(group.objectives)}, but `objectives` has"
                 f" {', '.join(o.name for o in objectives)}"
             )
@@ -244,6 +257,6 @@ class _MixtureLoader:
 
 
 def _as_it_is(number: int, objective: Objective) -> Objective:
-    """Returns the objective for a plain task's own rows, which keeps only the name and the weight."""
+    """Returns an objective for a plain task's own rows, with the name and the weight of `objective`."""
     field = "label" if number == 0 else objective.name
     return Objective(objective.name, "{input}", f"{{{field}}}", objective.weight)

@@ -31,8 +31,8 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     `register_prepared` remains a `PreparedDataset`, whose rows are read without SeqIO.
 
     Raises:
-        InputError: the task is unknown (the message lists the known tasks, the nearest name, and how to
-            specify a module), or it is a plain task whose source cannot be read (`check_source`).
+        InputError: the task is unknown (the message lists the known tasks and explains how to specify a
+            module), or it is a plain task whose source cannot be read (`check_source`).
     """
     if task_module is not None:
         import_task_module(task_module, data_dir)
@@ -66,8 +66,8 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
     """Imports a user's module, from the current folder if it is not installed.
 
     Args:
-        name: dotted name.
-        data_dir: folder for its `register_prepared()`; None for the default.
+        name: dotted name of the module.
+        data_dir: folder that `register_prepared()` uses in the module; None means the default folder.
 
     Raises:
         InputError: the module does not exist, or its import fails.
@@ -97,7 +97,7 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
 
 
 def _not_importable(name: str, error: BaseException) -> InputError:
-    """Returns the error for a failed import, which includes a module that calls `sys.exit`."""
+    """Returns the error for a failed import. A module that calls `sys.exit` counts as a failed import, too."""
     return InputError(
         f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{raised_at(error)}"
     )
@@ -106,7 +106,7 @@ def _not_importable(name: str, error: BaseException) -> InputError:
 def search_current_folder() -> None:
     """Adds the current folder to the import path, since a console script does not search it.
 
-    The folder comes last, so that it shadows no installed module.
+    The folder is added at the end, so that its files do not shadow installed modules.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -20,8 +20,8 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 class TaskMetrics:
     """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
 
-    Only process 0 reads the rows, once, with SeqIO. A `postprocess_fn` gets each row as its `example`, with
-    all fields of the task. SeqIO's metric objects postprocess targets and answers, as in
+    Only process 0 reads the rows. It reads them once, with SeqIO. A `postprocess_fn` gets each row as its
+    `example`, with all fields of the task. SeqIO's metric objects postprocess targets and answers, as in
     `seqio.Evaluator`.
 
     Attributes:
@@ -41,8 +41,8 @@ class TaskMetrics:
         kinds = {metric.model_output_type for _, metric in self._metrics}
         if ModelOutputType.SCORE_WITH_INTERMEDIATES in kinds:
             raise InputError(
-                f"task {self._task.name!r}: a metric reads intermediate values of the model, but only"
-                " answers and scores are kept; use a metric of (targets, scores)"
+                f"task {self._task.name!r}: a metric needs intermediate values of the model, but it can only"
+                " get answers and scores; use a metric of (targets, scores)"
             )
         self.reads_target_scores = ModelOutputType.SCORE in kinds
         name = part.columns[part.label_column or 0].name
@@ -52,7 +52,7 @@ class TaskMetrics:
 
     @classmethod
     def of(cls, part: Part, split: str) -> "TaskMetrics | None":
-        """Returns the part's metrics, or None if it has no metrics or no task that gives labels."""
+        """Returns the metrics of a part, or None if the part has no metrics, no SeqIO task or no labels."""
         if part.task is None or part.label_column is None:
             return None
         found = cls(part, split)
@@ -60,13 +60,13 @@ class TaskMetrics:
 
     @functools.cached_property
     def targets(self) -> list[list[int]]:
-        """Untruncated ids of the targets, for `target_scores`."""
+        """Ids of all targets, not truncated. They are the targets of `target_scores`."""
         return self._part.label_targets()
 
     def try_out(self) -> list[str]:
-        """Returns the names of all values that the metrics give, from a trial with the targets as answers.
+        """Computes the metrics once with the targets as answers, and returns the names of all values.
 
-        The trial's scores are -1 for each token of the target or answer.
+        In this trial, a score is -1 times the number of tokens.
         """
         scores = -np.array(list(map(len, self.targets)), np.float32)
         return list(self.compute(self.targets, scores, scores))
@@ -77,17 +77,17 @@ class TaskMetrics:
         scores: Sequence[float] | np.ndarray,
         target_scores: Sequence[float] | np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Returns the values of all metrics by name; process 0 computes them for all processes.
+        """Returns the values of all metrics by name. Process 0 computes them for all processes.
 
         Args:
-            answers: decoded ids for each of the part's `labelled_inputs`.
+            answers: the decoded ids for each of the part's `labelled_inputs`.
             scores: natural logs of the answers' probabilities, [rows]; a metric of
                 `(targets, predictions, aux_values)` gets them as `aux_values["scores"]`.
             target_scores: scores of `targets`, [rows]; required if `reads_target_scores`.
 
         Raises:
-            InputError: a metric fails or does not return numbers by name, or the rows differ from the
-                tokenised rows. Raised in every process.
+            InputError: a metric fails or does not return numbers by name, or the source now has other rows
+                than those that were tokenised. Raised in every process.
         """
         return on_process_0(lambda: self._compute(answers, scores, target_scores))
 
@@ -149,12 +149,12 @@ class TaskMetrics:
 
     @functools.cached_property
     def _rows(self) -> list[dict[str, Any]]:
-        """Rows as SeqIO gives them, in the order of the part's rows."""
+        """The rows that SeqIO reads, in the order of the part's rows."""
         import tensorflow_datasets as tfds
 
         task, split = self._task, self._split
-        # Matches rows by their ids, since pairing may have changed their order. Equal rows are taken one after
-        # the other.
+        # Matches rows by their token ids, since pairing may have changed their order. Equal rows are taken one
+        # after the other.
         by_ids: dict[Any, collections.deque[dict[str, Any]]] = {}
         with named_errors(task.name, task.source, split):
             for row in tfds.as_numpy(unshuffled(task, split)):
@@ -180,7 +180,7 @@ class TaskMetrics:
 
 def _named_metrics(task: Any) -> list[tuple[str, Any]]:
     """Returns (name of the function or class, metric object) for each metric of a task."""
-    # SeqIO's `metric_objs` are the task's own objects, followed by one for each of its functions
+    # SeqIO's `metric_objs` are the task's own objects, followed by one object for each metric function
     functions, objects = metric_functions(task), task.metric_objs
     named = [*objects[: len(objects) - len(functions)], *functions]
     return list(zip(map(_name, named), objects, strict=True))

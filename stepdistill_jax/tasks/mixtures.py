@@ -21,9 +21,11 @@ class Group:
         name: name of the dataset, of the plain task with the labels, or of the first task.
         tasks: the `seqio.Task`s.
         objectives: the objective of each task.
-        rate: share of the drawn examples; the rates of all groups need not add up to 1.
-        dataset: dataset of `add_task` or `register_prepared` that has these tasks, or None.
-        alone: why a plain task shares no examples with the other tasks of its mixture; "" if it does.
+        rate: share of the drawn examples, relative to the rates of the other groups.
+        dataset: name of the dataset (of `add_task` or `register_prepared`) to which these tasks belong;
+            None for plain tasks.
+        alone: the reason why a task forms a group alone, so that its rows are not paired with those of
+            other tasks; "" if there is none.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Group:
     alone: str = ""
 
     def each(self, alone: str) -> list["Group"]:
-        """Returns one group for each task."""
+        """Returns one group for each task, with `alone` as the reason."""
         pairs = zip(self.tasks, self.objectives, strict=True)
         return [Group(t.name, (t,), (o,), self.rate, self.dataset, alone) for t, o in pairs]
 
@@ -44,8 +46,8 @@ def groups_of(
 ) -> list[Group]:
     """Returns the groups of a `seqio.Mixture`, sorted by the names of their first tasks.
 
-    The tasks of a dataset with equal rates are one group. So are the plain tasks that are direct members of
-    the same mixture and have equal rates and different objectives.
+    All tasks of a dataset form one group if they have equal rates and different objectives. The same holds for
+    all plain tasks that are direct members of one mixture. Otherwise, each of these tasks is its own group.
 
     Args:
         mixture: the mixture to load.
@@ -83,9 +85,9 @@ def groups_of(
 def label_tasks(
     mixture: Any, objectives: Sequence[str], task_objectives: TaskObjectives
 ) -> list[str]:
-    """Returns the datasets and plain tasks of a `seqio.Mixture` that give the first objective.
+    """Returns the names of the datasets and plain tasks of a `seqio.Mixture` that have the first objective.
 
-    A plain task without a known objective is included, and is evaluated separately.
+    A plain task without a known objective is included.
 
     Args:
         mixture: the mixture to evaluate, which need not be the one that a model was trained on.
@@ -112,8 +114,8 @@ def label_tasks(
                 names[tag.dataset] = None
     if not names:
         raise InputError(
-            f"mixture {mixture.name!r}: none of its tasks gives {objectives[0]}, the objective that"
-            f" the model answers (they give {', '.join(sorted(there))})"
+            f"mixture {mixture.name!r}: none of its tasks has the objective {objectives[0]}, which the"
+            f" model is asked to predict (its tasks: {', '.join(sorted(there))})"
         )
     return list(names)
 
@@ -144,8 +146,8 @@ def _objectives_of(
     for task, objective in given.items():
         if task in names and task in TAGS and TAGS[task].objective != objective:
             raise InputError(
-                f"`task_objectives`: {task} already gives {TAGS[task].objective} of"
-                f" {TAGS[task].dataset}; leave it out"
+                f"`task_objectives`: {task} already has the objective {TAGS[task].objective} of dataset"
+                f" {TAGS[task].dataset}; leave this task out"
             )
         if task not in names:
             raise InputError(
@@ -171,7 +173,7 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (None, plain tasks) for each mixture, then (dataset, its tasks) for each dataset."""
+    """Yields (None, its plain tasks) for each inner mixture, then (name, its tasks) for each dataset."""
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):
@@ -191,7 +193,7 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields the tasks of each inner mixture, and last the mixture's direct members, one list for each."""
+    """Yields a list of direct member tasks for each inner mixture, and last for the mixture itself."""
     import seqio
 
     direct = []

@@ -11,7 +11,7 @@ from stepdistill_jax.tasks.token_store import TokenStore
 
 
 def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
-    """Returns why the rows of these tasks cannot be paired, or None if they can."""
+    """Returns the reason why the rows of these tasks cannot be paired, or None if they can."""
     for store, name in zip(stores, names, strict=True):
         if store.row_ids is None:
             return f"the rows of {name} have no feature 'id'"
@@ -27,13 +27,13 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
 
 
 def paired(stores: Sequence[TokenStore]) -> TokenStore:
-    """Returns one store in which each example has the rows with its id from all stores.
+    """Returns one store in which an example consists of the rows of all stores that have the same id.
 
-    Requires that `why_not` returns None. Examples have the order of the first store, followed by the
-    examples that only later stores have. Token ids are not copied. Label texts are the first store's.
+    `why_not` must have returned None. The examples have the order of the first store; examples that are
+    missing there come last. The label texts are those of the first store. Token ids are not copied.
 
-    Example: row ids `a b` and `b c` give the examples a, b, c: a has no row of the second task, c
-    none of the first.
+    For example, the row ids `a b` of one store and `b c` of another give the examples a, b and c. Example a
+    has no row of the second task, and c has no row of the first.
     """
     # ids are 8-byte hashes of the texts, so sorting and searching need no strings
     row_ids = [np.asarray(store.row_ids) for store in stores]

@@ -10,10 +10,10 @@ EXTRA_FEATURES = ("id", "weight")  # features that are also read, if a row has t
 
 
 def check_trainable(task: Any) -> None:
-    """Raises InputError if an encoder-decoder cannot be trained on the rows of a `seqio.Task`.
+    """Checks that an encoder-decoder can be trained on the rows of a `seqio.Task`.
 
     Raises:
-        InputError: one line with the task, the problem and the remedy.
+        InputError: it cannot. The message is one line with the task, the problem and the remedy.
     """
     import seqio
 
@@ -21,14 +21,14 @@ def check_trainable(task: Any) -> None:
     if set(features) & set(FEATURES) == {"targets"}:
         raise _refused(
             task,
-            "it has only targets, but an encoder-decoder needs the features inputs and targets; add"
-            " a preprocessor that splits its text in two",
+            "this task has only the feature targets, but an encoder-decoder needs inputs and targets; add"
+            " a preprocessor that splits the text in two",
         )
     if not set(FEATURES) <= set(features):
         raise _refused(
             task,
-            "an encoder-decoder needs the features inputs and targets, but it has"
-            f" {', '.join(features)}; rename them in its preprocessors (seqio.preprocessors.rekey)",
+            "an encoder-decoder needs the features inputs and targets, but this task has"
+            f" {', '.join(features)}; rename them in a preprocessor (seqio.preprocessors.rekey)",
         )
     for name, feature in features.items():
         if name not in (*FEATURES, *EXTRA_FEATURES) and feature.required:
@@ -49,20 +49,20 @@ def check_trainable(task: Any) -> None:
     if not isinstance(inputs, seqio.SentencePieceVocabulary | seqio.ByteVocabulary):
         raise _refused(
             task,
-            "expected a seqio.SentencePieceVocabulary or seqio.ByteVocabulary, got"
+            "its vocabulary must be a seqio.SentencePieceVocabulary or seqio.ByteVocabulary, but it is a"
             f" {type(inputs).__name__}; `stepdistill prepare` trains a SentencePiece vocabulary",
         )
     _check_preprocessors(task)
 
 
 def _check_ids(task: Any, name: str, feature: Any) -> None:
-    """Raises InputError if a feature does not hold ids of a vocabulary."""
+    """Raises InputError if a feature does not consist of token ids of a vocabulary that can decode them."""
     import seqio
 
     if feature.rank != 1 or not feature.dtype.is_integer:
         raise _refused(
             task,
-            f"the feature {name!r}: expected token ids, int32 of rank 1, got {feature.dtype.name} of"
+            f"the feature {name!r} must be token ids, int32 of rank 1, but it is {feature.dtype.name} of"
             f" rank {feature.rank}; tokenise it (seqio.preprocessors.tokenize)",
         )
     if isinstance(feature.vocabulary, seqio.PassThroughVocabulary):
@@ -74,7 +74,10 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
 
 
 def _check_preprocessors(task: Any) -> None:
-    """Raises InputError if rows depend on lengths, since they are tokenised once for all lengths."""
+    """Raises InputError if a task's rows depend on a run's lengths, or if the task must be cached first.
+
+    Rows are tokenised once for runs of all lengths.
+    """
     try:
         named = [(p, inspect.signature(p).parameters) for p in task.preprocessors]
     except (TypeError, ValueError) as error:  # SeqIO itself cannot call a function
@@ -92,8 +95,8 @@ def _check_preprocessors(task: Any) -> None:
     if task.requires_caching:
         raise _refused(
             task,
-            "it can only be read from a cache of seqio_cache_tasks, but training stores its own"
-            " tokens; remove required=True from its CacheDatasetPlaceholder",
+            "this task can only be read from a cache of seqio_cache_tasks, but training stores its own"
+            " tokens; remove required=True from the task's CacheDatasetPlaceholder",
         )
 
 

@@ -49,7 +49,7 @@ def plain_store(
 def common_vocabulary(
     name: str, tasks: Sequence[Any], given: str | None, folder: pathlib.Path
 ) -> Vocabulary:
-    """Returns the vocabulary that plain tasks share with `given`, the vocabulary of INIT_FROM.
+    """Returns the vocabulary of the plain tasks, which must equal `given`, the vocabulary of `init_from`.
 
     Raises:
         InputError: two vocabularies have different pieces.
@@ -60,7 +60,7 @@ def common_vocabulary(
         opened = load_vocabulary(other)
         if not same_pieces(first, opened):
             raise InputError(
-                f"task {name!r}: tokenised with {files[0]}, but"
+                f"task {name!r}: it is tokenised with {files[0]}, but"
                 f" {'the model (`init_from`) has' if other == given else 'another of its tasks has'}"
                 f" {other}; a model has one vocabulary, so pass it to all tasks (for prepared datasets,"
                 " register_prepared(vocabulary=...))"
@@ -92,7 +92,9 @@ def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
             with atomic_write(local, "wb") as f, tf.io.gfile.GFile(path, "rb") as remote:
                 f.write(remote.read())
         except (tf.errors.OpError, OSError) as error:
-            raise InputError(f"task {task.name!r}: vocabulary {path}: {error}") from None
+            raise InputError(
+                f"task {task.name!r}: its vocabulary {path} cannot be copied: {error}"
+            ) from None
     return os.fspath(local)
 
 
@@ -101,7 +103,7 @@ def check_supervision(task: str, supervision: Supervision | None) -> None:
     if supervision is not None and supervision.label_source != "gold":
         raise InputError(
             f"task {task!r}: `label_source={supervision.label_source}` needs the fields label and"
-            " llm_label, but a plain SeqIO task or mixture has its own targets; use add_task"
+            " llm_label, but a plain SeqIO task or mixture has only its targets; use add_task"
         )
 
 
@@ -115,7 +117,7 @@ def check_one_rationale(task: str, supervision: Supervision | None) -> None:
 
 
 def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
-    """Raises if a `paper_exact` dataset has a supervision that the paper's published code lacks."""
+    """Raises InputError if a `paper_exact` dataset is used with a supervision that the published code lacks."""
     if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
         raise InputError(
             f"dataset {dataset.name!r}: the paper's published code uses gold labels or the teacher's, and"
@@ -141,13 +143,13 @@ def with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
 
 
 def files_of_task(task: Any, split: str) -> list[list[Any]]:
-    """Returns `files_of` of a task's source; errors get the task's name."""
+    """Returns the result of `files_of` for a task's source. Error messages name the task."""
     with named_errors(task.name, task.source, split):
         return files_of(task.source, split)
 
 
 def same_pieces(a: Vocabulary, b: Vocabulary) -> bool:
-    """Returns whether two vocabularies have the same pieces; their files may still differ."""
+    """Returns whether two vocabularies have the same pieces. Their files may differ all the same."""
     return a.fingerprint == b.fingerprint or (
         a.size == b.size and all(a.decode([i]) == b.decode([i]) for i in range(a.size))
     )

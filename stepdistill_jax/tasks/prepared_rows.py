@@ -23,16 +23,16 @@ AT_ONCE = 1024  # number of examples that are tokenised together, on all cores
 class PreparedRows:
     """Iterates over the tokens of a split, read from its SPLIT.jsonl.
 
-    Gives the tokens of `registry.joint_task` in a tenth of the time, but only if labels and rationales are
-    used unchanged (`can_read`); a supervision that selects among them needs SeqIO. A dataset prepared
-    with `paper_exact` is always read here.
+    The tokens are the same as those of `registry.joint_task`, in a tenth of the time. This works only if labels
+    and rationales are used unchanged (`can_read`). A supervision that selects among them needs SeqIO. A dataset
+    prepared with `paper_exact` is always read here.
 
     Attributes:
         dataset, split: a prepared dataset and the name of its split.
-        objectives: objectives, each of which gives a row.
+        objectives: objectives. An example has a row for each of them.
         vocabulary: vocabulary of inputs and targets.
         supervision: supervision of the rows; None keeps every row unchanged.
-        share: share of the data and the seed that draws it, for a dataset prepared with `paper_exact`.
+        share: share of the rows to use, and the seed that draws it, for a dataset prepared with `paper_exact`.
     """
 
     dataset: PreparedDataset
@@ -44,7 +44,7 @@ class PreparedRows:
 
     @staticmethod
     def can_read(supervision: Supervision | None) -> bool:
-        """Returns whether a supervision only keeps rows unchanged or leaves them out."""
+        """Returns whether a supervision uses labels and rationales unchanged, so that SeqIO is not needed."""
         return supervision is None or supervision == Supervision()
 
     def __len__(self) -> int:
@@ -64,12 +64,15 @@ class PreparedRows:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, np.ndarray]]:
-        """Prepared splits from which a share is drawn, each with a mask [rows] bool; [] means the complete split."""
+        """The prepared splits from which a share is drawn, each with a mask of the drawn rows, [rows] bool.
+
+        An empty list means that the complete split is used.
+        """
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
         if self.share == WHOLE:
             return []
-        # The published code draws validation and a share from all rows of both prepared splits. A row of the
-        # share's `split` may come from either of them.
+        # The published code draws validation and a share from all rows of both prepared splits, so a row of
+        # `split` may come from either of these.
         splits = dataset.drawn
         counts = [dataset.splits[split] for split in splits]
         prepared = np.concatenate(drawn_splits(sum(counts), validation=draws))
@@ -77,8 +80,8 @@ class PreparedRows:
         mask = np.isin(prepared, shares[splits.index(self.split)])
         if not mask.any():
             raise InputError(
-                f"dataset {dataset.name!r}: a share of {fraction:g} leaves no row in {self.split!r};"
-                " raise `data_fraction`"
+                f"dataset {dataset.name!r}: with `data_fraction={fraction:g}`, split {self.split!r} has no"
+                " rows; use a larger fraction"
             )
         return list(zip(splits, np.split(mask, [counts[0]]), strict=False))
 

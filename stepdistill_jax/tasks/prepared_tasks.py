@@ -54,17 +54,17 @@ _REGISTERED: dict[str, Registration] = {}  # by name of the dataset
 def register_prepared(
     data_dir: os.PathLike | str | None = None, *, vocabulary: os.PathLike | str | None = None
 ) -> tuple[str, ...]:
-    """Registers the SeqIO tasks NAME_label, NAME_rationale and the mixture NAME of prepared datasets.
+    """Registers, for each prepared dataset, the SeqIO tasks NAME_label and NAME_rationale and the mixture NAME.
 
-    Afterwards `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture
-    of two datasets. A task has the splits in which some row has its target. Skips datasets prepared
-    with `paper_exact`, whose ids SeqIO cannot make, and datasets without a train split, which have no
-    vocabulary unless `vocabulary` is given. Replaces the tasks of a dataset that has changed.
+    Afterwards, `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture of
+    two datasets. A task has the splits in which at least one row has its target. Datasets prepared with
+    `paper_exact` are skipped, since SeqIO cannot make their token ids. So are datasets without a train split,
+    which have no vocabulary, unless `vocabulary` is given. If a dataset has changed, its tasks are replaced.
 
     Args:
         data_dir: folder of prepared datasets. None means the folder of the command that imports the
             calling module or, without a command, the default folder.
-        vocabulary: vocabulary of all tasks, path of a `spiece.model` or `bytes`; None means each
+        vocabulary: vocabulary of all tasks: path of a `spiece.model`, or `bytes`. None means each
             dataset's own. SeqIO reads a mixture only if all its tasks have the same vocabulary.
 
     Returns:
@@ -82,7 +82,9 @@ def register_prepared(
     for name in prepared_names(folder):
         dataset = open_prepared(name, folder)
         if dataset.paper_exact:
-            log(f"{name}: not registered with SeqIO, which cannot make its ids (`paper_exact`)")
+            log(
+                f"{name}: not registered with SeqIO, which cannot make its token ids (`paper_exact`)"
+            )
             continue
         if vocabulary is None and "train" not in dataset.splits:
             log(f"{name}: not registered with SeqIO: it has no train split, and so no vocabulary")
@@ -95,7 +97,7 @@ def register_prepared(
 
 
 def registered_dataset(name: str) -> PreparedDataset | None:
-    """Returns the dataset whose registered mixture has this name, or None for any other mixture."""
+    """Returns the dataset whose registered mixture has this name, or None if it is no such mixture."""
     found = _REGISTERED.get(name)
     if found is None:
         return None
@@ -108,7 +110,7 @@ def registered_dataset(name: str) -> PreparedDataset | None:
 
 @contextlib.contextmanager
 def importing_for(data_dir: pathlib.Path | None) -> Iterator[None]:
-    """Sets the data folder for `register_prepared()` while a user's module is imported."""
+    """A context that sets the data folder of `register_prepared()` while a user's module is imported."""
     token = _IMPORTING_FOR.set(data_dir)
     try:
         yield
@@ -122,7 +124,7 @@ def spec_of(
     splits: Mapping[str, str],
     objectives: tuple[Objective, ...] = (),
 ) -> TaskSpec:
-    """Returns a prepared dataset as a `TaskSpec`; `splits` maps names of splits to TFDS's names."""
+    """Returns a prepared dataset as a `TaskSpec`. `splits` maps the names of its splits to TFDS's names."""
     source = _source_class()(
         f"{dataset.name}:{VERSION}",
         tfds_data_dir=os.fspath(dataset.directory.parent),
@@ -135,8 +137,8 @@ def spec_of(
 def _source_class() -> Any:
     """Returns the class of a prepared dataset's source, which never asks TFDS to shuffle files.
 
-    TFDS refuses to shuffle the files of a dataset with ordered rows, and SeqIO asks for it whenever rows
-    are to be shuffled. SeqIO's buffer still shuffles the rows.
+    Whenever rows are to be shuffled, SeqIO asks TFDS to shuffle the files as well, but TFDS refuses that for a
+    dataset with ordered rows. SeqIO's buffer still shuffles the rows.
     """
     tensorflow()
     import seqio
@@ -187,7 +189,7 @@ def _register(dataset: PreparedDataset, vocabulary: str) -> None:
 
 
 def _remove(registration: Registration) -> None:
-    """Removes a dataset's tasks from SeqIO's registries, but not other tasks with the same names."""
+    """Removes a dataset's tasks from SeqIO's registries, unless other tasks have taken their names."""
     import seqio
 
     del _REGISTERED[registration.dataset.name]
@@ -199,9 +201,9 @@ def _remove(registration: Registration) -> None:
 
 
 def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> bool:
-    """Returns whether some row of the split has the field of the target.
+    """Returns whether some row of the split has the field from which the target is made.
 
-    A task without rows would end a mixture as soon as SeqIO draws from it.
+    A task without rows would end a mixture as soon as SeqIO draws from the task.
     """
     (field,) = objective.needed
     # only lines that contain the field's name are parsed

@@ -23,10 +23,17 @@ def render(
 ) -> Any:
     """SeqIO preprocessor: renders an example's fields as `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
-    It renders like `Objective.render`, in TensorFlow. It adds the gold label as `LABEL_TEXT` if the first
-    objective has a label but is not `is_plain`. It checks the element's types first, so that a missing
-    field is reported before any row is read. `variants` gives the number of the rationale that a prefix
-    reads (see `tasks.supervision.choose`).
+    It renders like `Objective.render`, but in TensorFlow. It first checks the types of the dataset's elements,
+    so that a missing field is reported before any row is read. If the first objective has a label but is not
+    `is_plain`, it also adds the gold label, as `LABEL_TEXT`.
+
+    Args:
+        dataset: a `tf.data.Dataset` of examples.
+        task: name of the task, for messages.
+        source: description of the source, for messages.
+        objectives: {prefix of the features: objective}.
+        variants: {prefix: index of the rationale to use}, see `tasks.supervision.choose`. 0 means the field
+            `rationale`. None means 0 for all prefixes.
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))
@@ -78,15 +85,18 @@ def render(
 
 
 def framing_steps(framing: Framing) -> list[Any]:
-    """Returns the SeqIO preprocessors that complete the framing of inputs, before eos is appended.
+    """Returns the SeqIO preprocessors that add the special ids of a vocabulary to inputs, except a final eos.
 
-    SeqIO appends eos (`add_eos` of a feature) and does not support bos.
+    SeqIO appends eos itself (`add_eos` of a feature), but it does not support bos.
     """
     return [] if framing == T5_FRAMING else [functools.partial(_frame, framing=framing)]
 
 
 def _frame(dataset: Any, *, framing: Framing) -> Any:
-    """Adds bos to inputs, or eos to empty ones, like `Framing.input_ids`; does not append a final eos."""
+    """Adds the special ids of `Framing.input_ids` to inputs, except a final eos.
+
+    This is bos, if the framing has it. Without bos and eos, it is an eos for empty inputs.
+    """
     tf = tensorflow()
 
     @tf.autograph.experimental.do_not_convert
@@ -106,9 +116,9 @@ def _frame(dataset: Any, *, framing: Framing) -> Any:
 
 
 def empty_absent_targets(dataset: Any) -> Any:
-    """SeqIO preprocessor: removes the end of sequence from absent targets.
+    """SeqIO preprocessor: removes the end of sequence from absent targets, so that they are empty.
 
-    The row stays, so that row i of every objective is the same example.
+    The row is kept, so that row i of every objective belongs to the same example.
     """
     tf = tensorflow()
 
@@ -138,11 +148,12 @@ def with_absent_rows(task: Any) -> Any:
 
 @functools.cache
 def paired_mixture() -> Any:
-    """Returns the class of the mixtures NAME: a `seqio.Mixture` that pairs the rows of its tasks.
+    """Returns the class of the mixture of a dataset: a `seqio.Mixture` that pairs the rows of its tasks.
 
-    It yields all rows of an example one after the other, and loses none. SeqIO's sampling would mix rationales
-    and labels of different examples, and stop at the end of the shortest task. With `shuffle`, pairs stay
-    together only if a seed is given. Inside another mixture, its tasks are sampled like all others.
+    It yields all rows of an example one after the other, and loses none. SeqIO's sampling would mix the
+    rationales and labels of different examples, and stop at the end of the shortest task. With `shuffle`, the
+    rows of an example stay together only if a seed is given. Inside another mixture, SeqIO samples from these
+    tasks as from all others.
     """
     tensorflow()
     import seqio
@@ -155,7 +166,10 @@ def paired_mixture() -> Any:
 
 
 def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-    """Samples a `paired_mixture`: yields row i of each task, then row i + 1, without absent rows."""
+    """The `sample_fn` of a `paired_mixture`: yields row i of each task, then row i + 1 of each, and so on.
+
+    Absent rows are left out.
+    """
     del rates, seed
     tf = tensorflow()
     # one dataset for each row, since rows of two tasks differ in length and cannot be one tensor

@@ -42,15 +42,15 @@ CHECKED_ROWS = 4  # rows that `add_task` reads as a trial
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """The arguments of `add_task`, so that a run can use different objectives or another vocabulary.
+    """The arguments of `add_task`. They are kept so that a run can use other objectives or another vocabulary.
 
     Attributes:
-        name: name of the mixture; its tasks are NAME_OBJECTIVE.
+        name: name of the mixture. Its tasks have the names NAME_OBJECTIVE.
         source: a `seqio.DataSource`.
         preprocessors: SeqIO preprocessors that convert rows to the fields input, label, ...
         objectives: objectives of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
-        metric: name in `data.text_metrics.METRICS`, by which labels are compared.
+        metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
         function: the user's own metric of labels, with SeqIO's arguments, or None.
     """
 
@@ -68,7 +68,7 @@ class Tag:
     """The dataset and objective of a registered SeqIO task.
 
     Attributes:
-        dataset: name given to `add_task` or `register_prepared`, and of the mixture.
+        dataset: name of the dataset, which is also the name of its mixture.
         objective: name of the objective.
     """
 
@@ -97,26 +97,27 @@ def add_task(
 
     Args:
         name: name of the mixture.
-        source: a function from a split's name to rows: dicts with `input`, `label` and optionally
-            `rationale`, `llm_label`, `weight`, and further texts that `objectives` name. Or the rows
-            themselves: a list for the split `train`, or {"train": [...], "validation": [...]}. Or a
-            `seqio.DataSource` of such rows.
-        splits: names of the splits; only for a function.
+        source: a function that takes the name of a split and returns its rows. Rows are dicts with `input`,
+            `label` and optionally `rationale`, `llm_label`, `weight`, and further texts that `objectives`
+            name. Or the rows themselves: a list for the split `train`, or a dict of lists,
+            {"train": [...], "validation": [...]}. Or a `seqio.DataSource` of such rows.
+        splits: names of the splits. Required for a function, and not allowed otherwise.
         objectives: an arm's name, or objectives; each becomes a task. Its targets do not contain the
             `decoder_prefix`, which training adds.
-        vocabulary: path of a `spiece.model`, or `bytes`; a run with `init_from` uses its model's.
-        metric: `text_match` or `value_match`, by which labels are compared; or a function
-            `f(targets, predictions)` from gold and predicted labels to numbers by name. Validation
-            and `evaluate` call it in addition to `text_match`. As in SeqIO, it may take
-            `(targets, scores)` instead.
+        vocabulary: path of a `spiece.model`, or `bytes`. A run with `init_from` uses its model's vocabulary
+            instead.
+        metric: how labels are compared: `text_match`, `value_match`, or a function
+            `f(targets, predictions)` that takes the gold and the predicted labels and returns a dict of
+            numbers. Validation and `evaluate` call the function in addition to `text_match`. As in SeqIO,
+            it may take `(targets, scores)` instead.
         preprocessors: SeqIO preprocessors, applied first, e.g. to rename the source's fields.
 
     Returns:
         The `seqio.Mixture`.
 
     Raises:
-        InputError: the name is taken, or the first rows cannot be read (names the task, the feature and
-            the source); nothing stays registered.
+        InputError: the name is taken, or the first rows cannot be read (the message names the task, the
+            feature and the source). Then nothing stays registered.
     """
     tensorflow()
     import seqio
@@ -147,8 +148,8 @@ def add_task(
         )
     elif not isinstance(source, seqio.DataSource):
         raise InputError(
-            f"add_task({name!r}): source must be a function of the split's name, a list of dicts, a dict"
-            f" of lists by split or a seqio.DataSource, got {type(source).__name__}"
+            f"add_task({name!r}): source must be a function that takes the split's name, a list of dicts,"
+            f" a dict of a list for each split, or a seqio.DataSource, got {type(source).__name__}"
         )
     check_source(name, source)
     load_vocabulary(vocabulary)
@@ -181,7 +182,7 @@ def add_task(
 
 
 def add_mixture(name: str, tasks: Sequence[str]) -> Any:
-    """Registers the mixture NAME of a dataset's tasks, which each have one objective."""
+    """Registers the mixture of a dataset's tasks under the name of the dataset."""
     import seqio
 
     return seqio.MixtureRegistry.add(
@@ -190,7 +191,7 @@ def add_mixture(name: str, tasks: Sequence[str]) -> Any:
 
 
 def _try_out(provider: Any, spec: TaskSpec) -> None:
-    """Reads the first rows of the first split, so that errors show at once."""
+    """Reads the first rows of the first split of a task or mixture, so that errors show at once."""
     split = next(iter(spec.source.splits))
     with named_errors(provider.name, spec.source, split):
         dataset = provider.get_dataset(
@@ -217,7 +218,7 @@ def metric_functions(task: Any) -> Sequence[Callable]:
 
 
 def registered_names() -> list[str]:
-    """Returns the names of all SeqIO tasks and mixtures in this process; does not import SeqIO."""
+    """Returns the names of all SeqIO tasks and mixtures in this process, without importing SeqIO."""
     if "seqio" not in sys.modules:
         return []
     import seqio
@@ -228,8 +229,8 @@ def registered_names() -> list[str]:
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
-    The first objective's metrics parse the labels in answers and compare them. Rows are cached
-    (`seqio_cache_tasks`) after tokenising and before truncation.
+    Only the first objective's task gets metrics, which parse the labels in answers and compare them. Rows are
+    cached (`seqio_cache_tasks`) after they are tokenised and before they are truncated.
     """
     import seqio
 
@@ -267,7 +268,9 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
     def label_of(text: str, example: Any = None, is_target: bool = False) -> str:
         if is_target and example is not None and LABEL_TEXT in example:
-            return example[LABEL_TEXT].decode()  # the gold label; the target may have the teacher's
+            return example[
+                LABEL_TEXT
+            ].decode()  # the gold label; the target may have the teacher's label
         return (objective.parse(text) or {"label": ""})["label"]
 
     def label_accuracy(targets, predictions):
@@ -278,13 +281,13 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a token store: one row of each example.
+    """A column of a token store. It has one row, an input and a target, for each example.
 
     Attributes:
-        objective: number of its objective, from 1.
-        variant: number, from 0, of the rationale that it holds among an example's rationales.
-        name: name in the store; its features are `NAME_inputs` and `NAME_targets`.
-        reads_rationale: whether one of its templates contains a rationale.
+        objective: index of its objective, from 1.
+        variant: index, from 0, of the rationale in this column among an example's rationales.
+        name: name in the store. The column's features are `NAME_inputs` and `NAME_targets`.
+        reads_rationale: whether a template of the objective contains a rationale.
     """
 
     objective: int
@@ -294,9 +297,10 @@ class Column:
 
 
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
-    """Returns the columns of a store: one for each objective, or `rationales` if it reads a rationale.
+    """Returns the columns of a store.
 
-    Example: for `step_by_step` and 2 rationales, columns `label`, `rationale` and `rationale.1`.
+    An objective that reads a rationale has `rationales` columns, any other objective has one. For example,
+    `step_by_step` with 2 rationales has the columns `label`, `rationale` and `rationale.1`.
     """
     columns = []
     for number, o in enumerate(objectives, 1):
@@ -314,10 +318,10 @@ def joint_task(
     supervision: Supervision | None = None,
     most: int = 1,
 ) -> Any:
-    """Returns an unregistered `seqio.Task` whose rows hold the features of all objectives.
+    """Returns an unregistered `seqio.Task` in which each row has the features of all objectives.
 
-    It reads the source only once, so that an example's rows stay together. Its features belong to
-    `columns_of(objectives, most)`. Without a supervision, every example is kept unchanged.
+    It reads the source only once, so that an example's rows stay together. Its features are those of the
+    columns `columns_of(objectives, most)`. Without a supervision, every example is kept unchanged.
     """
     import seqio
 

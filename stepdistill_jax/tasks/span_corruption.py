@@ -29,25 +29,26 @@ def add_span_corruption(
     mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
     masks: int = 1,
 ) -> Any:
-    """Registers the SeqIO task NAME: texts of JSON lines, split into segments, with spans to predict.
+    """Registers the SeqIO task NAME: its rows are segments of texts, and the model predicts masked spans.
 
-    A segment's mask depends on its place in the file. The token store keeps the first reading, so the mask
-    is the same in every epoch. `masks` gives a segment several masks, each of which makes an example (like
-    RoBERTa's static masking, arXiv 1907.11692, section 4.1).
+    The texts are read from JSON lines. A segment's mask depends on its place in the file. The token store
+    keeps the first reading, so the mask is the same in every epoch. `masks` gives a segment several masks,
+    each of which makes an example (like RoBERTa's static masking, arXiv 1907.11692, section 4.1).
 
     Args:
         name: name of the task.
         files: {split: file of rows `{"text": ...}`, or glob pattern of such files}.
         vocabulary: path of a `spiece.model`, or `bytes`. 100 sentinels follow its last id, so the
             model has 100 more ids; the first sentinel has the highest id.
-        inputs_length: the config's `input_length`: maximum ids of corrupted inputs, with the end of
-            sequence. Longer texts are split into segments that fill it.
+        inputs_length: maximum length of corrupted inputs in ids, with the end of sequence. Longer texts
+            are split into segments that fill it. The config's `input_length` must be the same.
         noise_density: share of the ids to predict, above 0 and below 1.
         mean_noise_span_length: mean length of a span in ids, 1 or more.
         masks: number of masks for each segment.
 
     Returns:
-        The `seqio.Task`. Its longest targets have `random_spans_helper(...)[1]` ids: `target_length`.
+        The `seqio.Task`. Its longest targets have `random_spans_helper(...)[1]` ids, which should be the
+        config's `target_length`.
 
     Raises:
         InputError: no such file, the name is taken, a number is out of range, or a segment has more
@@ -124,9 +125,9 @@ def text_of_json_lines(dataset: Any) -> Any:
 
 
 def split_tokens(dataset: Any, *, length: int) -> Any:
-    """SeqIO preprocessor: splits `targets` into pieces of `length` ids; the last of a text may be shorter.
+    """SeqIO preprocessor: splits `targets` into pieces of `length` ids. A text's last piece may be shorter.
 
-    Drops pieces of a single id: no context would remain for the id to predict.
+    Pieces of a single id are dropped: if it were masked, no context would remain.
     """
     tf = tensorflow()
 
@@ -146,7 +147,7 @@ def repeat(dataset: Any, *, times: int) -> Any:
 def corrupt_spans(
     dataset: Any, output_features: Any, *, noise_density: float, mean_noise_span_length: float
 ) -> Any:
-    """SeqIO preprocessor: splits ids of a text into `inputs` without the spans and `targets`, the spans.
+    """SeqIO preprocessor: makes `inputs`, with a sentinel for each masked span, and `targets`, the spans.
 
     SeqIO derives each row's two seeds from the task's seed and the row's place.
     """
@@ -172,7 +173,7 @@ def corrupt_spans(
 def random_spans_noise_mask(
     length: Any, noise_density: float, seeds: Any, *, mean_noise_span_length: float
 ) -> Any:
-    """Returns a random noise mask, uniform over all masks with its numbers of noise ids and spans.
+    """Returns a random mask of the ids to predict, called noise. All masks with these counts are equally likely.
 
     n = max(1, round(length * noise_density)) ids are noise, in max(1, round(n /
     mean_noise_span_length)) spans. Kept spans and noise spans alternate: the first span is kept, the
@@ -181,11 +182,11 @@ def random_spans_noise_mask(
     Args:
         length: int32 scalar, number of ids.
         noise_density: share of noise.
-        seeds: [2, 2] int32.
+        seeds: two random seeds, [2, 2] int32.
         mean_noise_span_length: mean length of a noise span in ids.
 
     Returns:
-        [length] bool.
+        Whether each id is noise, [length] bool.
     """
     import seqio
 
@@ -222,17 +223,18 @@ def random_spans_noise_mask(
 
 
 def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
-    """Replaces each run of noise by one sentinel; from the left `vocab_size - 1`, `vocab_size - 2`, ...
+    """Replaces each run of noise ids by one sentinel.
 
-    Example: ids [5, 6, 7, 8], noise [0, 1, 1, 0] and vocab_size 100 give [5, 99, 8].
+    From left to right, the sentinels are `vocab_size - 1`, `vocab_size - 2`, ... Example: ids [5, 6, 7, 8],
+    noise [0, 1, 1, 0] and vocab_size 100 give [5, 99, 8].
 
     Args:
         ids: [length] int32.
-        noise: [length] bool.
+        noise: whether each id is noise, [length] bool.
         vocab_size: size of the vocabulary with its sentinels.
 
     Returns:
-        [at most length] int32.
+        The remaining ids with the sentinels, [at most length] int32.
     """
     tf = tensorflow()
     before = tf.pad(noise[:-1], [[1, 0]])
@@ -244,7 +246,7 @@ def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
 def random_spans_helper(
     inputs_length: int, noise_density: float, mean_noise_span_length: float
 ) -> tuple[int, int]:
-    """Returns the length of a segment whose corrupted inputs fill `inputs_length`, and its targets' length.
+    """Returns the length of a segment whose corrupted inputs fill `inputs_length`, and the targets' length.
 
     Inputs and targets include the end of sequence. A segment of n ids with `noise` noise ids in
     `spans` spans has n - noise + spans + 1 inputs and noise + spans + 1 targets.

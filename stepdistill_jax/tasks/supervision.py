@@ -29,16 +29,17 @@ class Supervision:
     """Selects the label and rationales of examples that may have two labels and several rationales.
 
     Attributes:
-        label_source: `gold`; `llm`, the teacher's label (standard distillation); `gold_else_llm`; or
-            `agree`, the gold label if the teacher's equals it by the task's metric. Examples without
-            the selected label are left out with all their rows.
-        disagree_weight: with `agree`, the factor of the weight of an example whose teacher's label
-            differs or is missing; 0 leaves the example out.
-        rationales: `first` uses the example's `rationale`; `all` makes a row of each of its
-            `rationales`; `sample` draws one of them in each epoch, by the seed. With `agree`, `all`
+        label_source: which label is used: `gold`; `llm`, the teacher's label (standard distillation);
+            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label
+            if the task's metric says that the teacher's label equals it. Examples without the selected label
+            are left out with all their rows.
+        disagree_weight: with `agree`, the weight of an example is multiplied by this factor if the
+            teacher's label differs or is missing. 0 leaves the example out.
+        rationales: `first` uses the example's `rationale`. `all` makes a row of each of its
+            `rationales`. `sample` draws one of them in each epoch, with the seed. With `agree`, `all`
             and `sample` leave out rationales that argue for another label.
-        rationale_source: uses only rationales with this `source` (`human`, `llm`, a teacher's name);
-            None uses all. A row's `rationale` without a list has the source `llm`.
+        rationale_source: uses only rationales with this `source` (`human`, `llm`, a teacher's name).
+            None uses all. If a row has a `rationale` but no list, the source of its rationale is `llm`.
 
     Raises:
         InputError: a value is not one of these.
@@ -59,11 +60,14 @@ class Supervision:
 
     @property
     def needs_list(self) -> bool:
-        """Whether it reads a row's list `rationales`, and not only its `rationale`."""
+        """Whether a row's list `rationales` is needed, and not only its field `rationale`."""
         return self.rationales != "first" or self.rationale_source is not None
 
     def for_objectives(self, objectives: Sequence[Objective]) -> "Supervision":
-        """Returns the supervision for these objectives; a target with the teacher's label needs no gold label."""
+        """Returns the supervision to use with these objectives.
+
+        If the first objective's target is the teacher's label, `label_source` "gold" becomes "llm".
+        """
         if objectives[0].label_field == "llm_label" and self.label_source == "gold":
             return dataclasses.replace(self, label_source="llm")
         return self
@@ -92,8 +96,8 @@ def check_rationales(
     """Logs the number of examples with a rationale of the selected source.
 
     Raises:
-        InputError: no example has such a rationale, so only labels would be trained on; lists the
-            sources.
+        InputError: no example has such a rationale, so only labels would be trained on. The message lists
+            the sources.
     """
     if supervision.rationale_source is None:
         return
@@ -116,20 +120,20 @@ def check_rationales(
 
 
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
-    """SeqIO preprocessor: writes the selected label into `label`, and sets rationales and weight.
+    """SeqIO preprocessor: writes the selected label, rationales and weight, and drops unselected examples.
 
-    Rationale 0 is in the field `rationale`, and the others are in `rationale.1` to `rationale.MOST-1`;
-    absent ones are "".
+    The label is in the field `label`. The first rationale is in `rationale`, and further ones are in
+    `rationale.1` to `rationale.MOST-1`. Absent rationales are "".
 
     Raises:
-        InputError: the supervision reads the list `rationales`, and the rows have no such list.
+        InputError: the supervision needs the list `rationales`, but the rows have no such list.
     """
     tf = tensorflow()
     s, matches = supervision, metric_fn(metric)
     if s.needs_list and "rationales" not in dataset.element_spec:
         raise InputError(
             f"task {task!r}: `rationales={s.rationales}` with rationale_source={s.rationale_source}"
-            " reads the list 'rationales', which its rows lack; `stepdistill prepare jsonl` keeps it"
+            " needs the list 'rationales', but its rows have none; `stepdistill prepare jsonl` keeps it"
         )
 
     # metrics are Python functions, so TensorFlow calls back into Python here

@@ -18,19 +18,21 @@ from stepdistill_jax.tasks.token_store import TokenStore
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The examples of one dataset, or of one task of a mixture.
+    """The examples of one dataset, of one plain task, or of several plain tasks whose rows are paired.
 
     Attributes:
         name: name of the dataset or task.
         store: the tokenised examples.
-        columns: columns of `store.rows`; they number objectives as in `TaskData.objectives`.
-        rate: share of the drawn examples; the rates of all parts need not add up to 1.
-        metric: name in `data.text_metrics.METRICS`, by which labels are compared.
+        columns: a description of each entry of `store.rows`. The index of an objective is its place in
+            `TaskData.objectives`, from 1.
+        rate: share of the drawn examples, relative to the rates of the other parts.
+        metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
         labels: the distinct labels if there are few; otherwise empty.
-        task: the `seqio.Task` of the first column, or None; its metrics are used if it is the label's.
+        task: the `seqio.Task` of the first column, or None. Its metrics are used if it gives the labels.
         input_pair: whether rows have a second input text (`Example.input_pair`).
-        own_inputs: whether inputs are a plain task's, not made by the objectives' templates.
-        drawn: how rows of several tasks became examples, or why they did not; "" for one task.
+        own_inputs: whether the inputs are those of a plain task, which no template has made.
+        drawn: how the rows of several tasks of a mixture were paired, or why they were not; "" if there is
+            only one task.
     """
 
     name: str
@@ -51,11 +53,14 @@ class Part:
 
     @property
     def label_column(self) -> int | None:
-        """Index of the first objective's column, with which answers are compared; None if there is none."""
+        """Index of the first objective's column, or None if the part has no such column.
+
+        Answers are compared with the labels of this column.
+        """
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
-        """Returns the ids of each example's input for the first objective, and the examples' gold labels."""
+        """Returns, for each example with a row of the first objective, its input ids and its gold label."""
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
@@ -78,7 +83,7 @@ class TaskData:
 
     Attributes:
         name, split: names of the task and of the split.
-        objectives: objectives of the rows, in the order of their numbers (1, 2, ...).
+        objectives: objectives of the rows. Columns refer to them by their index from 1.
         parts: one part, or several for a mixture.
         vocabulary: vocabulary of inputs and targets.
         sample_rationales: whether a batch uses only one of an example's rationales.
@@ -125,12 +130,12 @@ class TaskData:
 
     @property
     def shares_encoding(self) -> bool:
-        """Whether the targets of an example read one encoding of its input."""
+        """Whether all targets of an example have the same input, so that they can read one encoding of it."""
         return share_encoding(self.objectives) and not any(p.own_inputs for p in self.parts)
 
     @property
     def metric(self) -> str:
-        """The metric of all parts; `text_match` if they differ."""
+        """The metric that all parts have; `text_match` if the parts have different ones."""
         found = {part.metric for part in self.parts}
         return found.pop() if len(found) == 1 else "text_match"
 
@@ -200,14 +205,14 @@ class TaskData:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids that a model needs: the vocabulary's, and extra ids that rows use."""
+        """Number of ids that a model needs, for the vocabulary and for extra ids that rows use."""
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raises InputError if a model has no embedding for some id of the rows.
+        """Checks that a model has an embedding for each id of the rows.
 
         Raises:
-            InputError: the largest id is not below the model's `vocab_size`.
+            InputError: the largest id is not below `vocab_size`, the model's number of ids.
         """
         if self.vocab_size > vocab_size:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Writes the files of a token store, holding one group of examples in memory at a time."""
+"""Writes the files of a token store, with only one group of examples in memory at a time."""
 
 import contextlib
 import itertools
@@ -20,14 +20,18 @@ AT_ONCE = 1024  # number of examples in memory
 
 
 def file_name(objective: int, feature: str, what: str) -> str:
-    """Returns the name of a feature's file of `ids` or `offsets`; `objective` counts from 0."""
+    """Returns the name of the file with a feature's `ids` or `offsets`. `objective` is an index from 0."""
     return f"{objective + 1}-{feature}.{what}"
 
 
 def write_files(
     folder: pathlib.Path, num_objectives: int, examples: Iterable["TokenExample"]
 ) -> tuple[int, dict[str, int]]:
-    """Streams examples to disk; returns their number and the largest id in each file of ids."""
+    """Streams examples to disk.
+
+    Returns:
+        The number of examples, and the largest id in each file of ids, {name of the file: id}.
+    """
     examples, count = iter(examples), 0
     with contextlib.ExitStack() as stack:
 

@@ -1,4 +1,4 @@
-"""Stores token ids on disk, once for each dataset, split and vocabulary. Does not import TensorFlow.
+"""Stores token ids on disk, once for each dataset, split and vocabulary, without TensorFlow.
 
 A store is a folder. Each feature of each objective has two files: `ids`, all rows one after the
 other, and `offsets`, [examples + 1] int64, so that row i is ids[offsets[i] : offsets[i + 1]].
@@ -26,7 +26,7 @@ from stepdistill_jax.runtime.folders import REPLACED, staged_folder
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.tasks.token_files import FEATURES, ROW_IDS, file_name, write_files
 
-FORMAT_VERSION = 2  # to be raised when the contents of a store change, including `about`
+FORMAT_VERSION = 2  # raise it when the contents of a store change, including `about`
 MANIFEST = "manifest.json"
 SAMPLED = "sampled"  # manifest key of the digest that is compared when a store is opened
 
@@ -39,9 +39,11 @@ class TokenRows:
     empty row (an absent target) and `7 1`.
 
     Attributes:
-        ids: [tokens] int32, memory-mapped; rows are not truncated and have their end of sequence.
-        starts, ends: [examples] int64.
-        known_max_id: largest id, if it is known.
+        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows are not truncated and include their
+            end of sequence.
+        starts: place in `ids` of each row's first id, [examples] int64.
+        ends: place in `ids` after each row's last id, [examples] int64.
+        known_max_id: largest id, or None if it is not known.
     """
 
     ids: np.ndarray
@@ -53,7 +55,10 @@ class TokenRows:
     def of_offsets(
         cls, ids: np.ndarray, offsets: np.ndarray, known_max_id: int | None = None
     ) -> "TokenRows":
-        """Returns consecutive rows, which `offsets` [examples + 1] int64 separate."""
+        """Returns rows that follow each other in `ids`: row i is `ids[offsets[i] : offsets[i + 1]]`.
+
+        `offsets` is [examples + 1] int64.
+        """
         return cls(ids, offsets[:-1], offsets[1:], known_max_id)
 
     @functools.cached_property
@@ -67,7 +72,10 @@ class TokenRows:
         return int(self.ids.max(initial=0)) if self.known_max_id is None else self.known_max_id
 
     def take(self, rows: np.ndarray) -> "TokenRows":
-        """Returns the given rows in the given order, without copying ids; -1 gives an empty row."""
+        """Returns the rows with the given indices, in the given order. Index -1 gives an empty row.
+
+        The ids are not copied.
+        """
         starts, ends = (np.where(rows < 0, 0, places[rows]) for places in (self.starts, self.ends))
         return TokenRows(self.ids, starts, ends, self.known_max_id)
 
@@ -85,10 +93,10 @@ class TokenExample:
     Attributes:
         rows: (input ids, target ids) for each objective; an empty target means the row is absent.
         weight: factor of the loss of its tokens.
-        label_text: the label, with which predictions are compared; without a label, the first
-            objective's target.
-        row_id: the field `id`, by which rows of several tasks are paired; None if the task has no
-            such field.
+        label_text: text with which predictions are compared: the label, or the first objective's target
+            if there is no label.
+        row_id: value of the field `id`, or None if the task has no such field. Rows of several tasks are
+            paired if their values are equal.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -105,15 +113,15 @@ class TokenStore:
         directory: folder of the files.
         fingerprint: digest of the contents; equal contents have equal fingerprints.
         objectives: names of the objectives, in order.
-        rows: for each objective `{"inputs": TokenRows, "targets": TokenRows}`; row i of each
-            belongs to example i. An objective's own weights are in "weights", [examples] float32,
-            and in "token_weights", one for each of its target ids.
+        rows: for each objective `{"inputs": TokenRows, "targets": TokenRows}`. Row i of each belongs to
+            example i. There may also be "weights", the objective's weight for each example, [examples]
+            float32, and "token_weights", a weight for each of its target ids, [tokens] float32.
         weights: [examples] float32.
         about: JSON-like description of the store's source.
-        labels: bytes of `labels.jsonl`, memory-mapped like the ids, so that an open store stays
-            readable when it is replaced.
-        row_ids: [examples] uint64 hash of each example's id; None if the task has no ids.
-        others: folders of the stores that were paired with this one.
+        labels: bytes of `labels.jsonl`. Like the ids, they are memory-mapped, so that an open store stays
+            readable when another process replaces the files.
+        row_ids: hash of each example's id, [examples] uint64, or None if the task has no ids.
+        others: folders of the other stores from which this one was paired.
     """
 
     directory: pathlib.Path
@@ -162,7 +170,7 @@ def write_store(
     Args:
         directory: the store's folder.
         objectives: a name for each of an example's rows.
-        examples: streamed to disk; if the iterable raises, nothing is left on disk.
+        examples: the examples, which are streamed to disk. If the iterable raises, nothing is left on disk.
         about: JSON-like description of the source, written into the manifest.
     """
     directory = pathlib.Path(directory)
@@ -195,21 +203,24 @@ def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterabl
 
 
 def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
-    """Returns a digest of the rest of the manifest and of at most 4 MiB of each file."""
+    """Returns a digest of the manifest without this digest, and of at most 4 MiB of each file."""
     rest = {key: value for key, value in manifest.items() if key != SAMPLED}
     return digest([rest, digest_each(sampled_sha256, folder, manifest["sizes"])])
 
 
 def own_tag() -> str:
-    """Returns the tag of this host's writers (`folders.alone`); some disks lock only within a host."""
+    """Returns the tag of this host's writers (`folders.sole_writer`).
+
+    Each host has its own tag, since some disks lock files only within a host.
+    """
     return f"{socket.gethostname()}-"
 
 
 def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
     """Renames a written folder to its final name and returns its store.
 
-    Opens the store before the rename, since another process may move it away afterwards. Readers of an
-    older store keep their open files.
+    It opens the store before the rename, since another process may move the folder away afterwards. Readers of
+    an older store keep their open files.
     """
     store = open_store(new, every_byte=True)
     if store is None:
@@ -237,11 +248,11 @@ def is_same(a: TokenStore, b: TokenStore) -> bool:
 
 
 def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
-    """Opens the store in a folder; returns None if it is damaged, missing, or of another format.
+    """Opens the store in a folder. Returns None if the store is damaged, missing, or of another format.
 
-    Checks the manifest, the sizes of the files and at most 4 MiB of each file, so the cost of opening does
-    not grow with the store. Logs a warning about damage. Also returns None if another process replaces
-    the store at the same time; a caller that then writes one finds the replacement.
+    It checks the manifest, the sizes of the files and at most 4 MiB of each file, so the cost of opening does
+    not grow with the store. It logs a warning about damage. It also returns None if another process replaces
+    the store at the same time. If the caller then writes a store, it finds the replacement.
 
     Args:
         directory: the store's folder.
@@ -319,7 +330,7 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _damage(directory: pathlib.Path, manifest: Mapping[str, Any], every_byte: bool) -> str | None:
-    """Returns a description of the damage to a store's files, or None if they are undamaged."""
+    """Returns a text that describes the damage to a store's files, or None if they are undamaged."""
     if not isinstance(manifest["about"], dict):
         return "its manifest has no description of its source"
     for name, size in manifest["sizes"].items():

@@ -47,13 +47,13 @@ def with_token_weights(
     where = "`token_weights`"
     if not isinstance(dataset, PreparedDataset):
         raise InputError(
-            f"{where}: {data.name} is a SeqIO task; prepare the rows as a dataset"
-            " (`stepdistill prepare jsonl --fields`)"
+            f"{where}: {data.name} is a SeqIO task, but only a prepared dataset can have token weights;"
+            " prepare the rows as a dataset (`stepdistill prepare jsonl --fields`)"
         )
     if not PreparedRows.can_read(supervision.for_objectives(data.objectives)):
         raise InputError(
-            f"{where}: needs `label_source=gold` and `rationales=first`, since a row has weights for"
-            " one target"
+            f"{where}: set `label_source=gold` and `rationales=first`, since a row has weights for only"
+            " one label and one rationale"
         )
     names = [o.name for o in data.objectives]
     for name, field in fields.items():
@@ -69,7 +69,7 @@ def with_token_weights(
     targets_of = {name: store.rows[names.index(name)]["targets"] for name in fields}
     weighed = {name: np.ones(len(rows.ids), np.float32) for name, rows in targets_of.items()}
     begins = begins_word(data.vocabulary)
-    # only examples with a label are tokenised, so number i of them is example i of the store
+    # only examples with a label are tokenised, so the i-th of them is example i of the store
     examples = (e for e in dataset.examples(data.split) if e.label)
     for number, example in zip(range(store.num_examples), examples, strict=True):
         for name, field in fields.items():
@@ -97,25 +97,30 @@ def with_token_weights(
 
 
 def begins_word(vocabulary: Vocabulary) -> np.ndarray:
-    """Classifies ids: 1 begins a word (SentencePiece's `▁`), 0 continues it, -1 is a blank (bytes); [vocab] int8."""
+    """Returns a code for each id, [vocab] int8.
+
+    1 means that the id begins a word (SentencePiece's `▁`), 0 that it continues a word, and -1 that it is a
+    blank of a byte vocabulary.
+    """
     pieces = vocabulary.pieces()
     blank = string.whitespace  # ASCII only, since other blanks are several bytes
     return np.array([1 if p[:1] == "▁" else -1 if p in blank else 0 for p in pieces], np.int8)
 
 
 def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """Returns the weights of a target's ids from one number for each word: [tokens] float32.
+    """Returns the weight of each id of a target, [tokens] float32.
 
-    A blank that is a separate token belongs to the word after it.
+    `text` has a number for each word of the target. A blank that is a separate token belongs to the word
+    after it.
 
     Raises:
-        ValueError: a number is negative or malformed, or the numbers of weights and words differ.
+        ValueError: a number is negative or malformed, or there are more or fewer numbers than words.
     """
     numbers = [_number(word) for word in text.split()]
     words = len(target.split())
     if len(numbers) != words:
         raise ValueError(
-            f"{len(numbers)} numbers, but the target has {words} words: {target!r:.80}"
+            f"it has {len(numbers)} numbers, but the target has {words} words: {target!r:.80}"
         )
     ends = len(ids) - (ids[-1] == EOS_ID)
     # ids above the vocabulary's, if there are any, count as its last piece

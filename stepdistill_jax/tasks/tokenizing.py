@@ -50,27 +50,28 @@ def stored_tokens(
     data_dir: pathlib.Path,
     compare: bool,
 ) -> TokenStore:
-    """Returns the tokens of one split from disk; first tokenises and stores them if they are missing.
+    """Returns the tokens of one split from disk. If they are missing, it first tokenises and stores them.
 
-    One process at a time tokenises a split. The others wait, and then open its store.
+    Only one process at a time tokenises a split. Other processes wait for it, and then open its store.
 
     Args:
-        make_task: returns the `seqio.Task` or the `PreparedRows`; called only if the rows are read.
+        make_task: function that returns the `seqio.Task` or the `PreparedRows`. It is called only if the
+            rows must be read.
         name: name of the task, for the folder and messages.
         split: split of the task.
         objectives: names of the store's objectives.
         prefixes: prefix of each objective's features (`PREFIXinputs`, `PREFIXtargets`).
-        key: JSON-like value that contains everything known in advance that determines the tokens,
-            including the files of a source that reads files.
-        data_dir: folder of prepared datasets; the store goes to `data_dir/token_store/`.
-        compare: whether to check that the source still gives the rows that were tokenised, and
-            tokenise again if not; for sources whose content the key does not cover. Each start
+        key: JSON-like value that identifies the tokens. It contains everything that is known before the rows
+            are read and that determines the tokens, such as the files of a source that reads files.
+        data_dir: folder of prepared datasets. The store is a folder in `data_dir/token_store/`.
+        compare: whether to check that the source still gives the rows that were tokenised, and otherwise to
+            tokenise them again. Needed if the key does not cover the source's content. Each start then
             tokenises the first 32 rows again and, if the source does not read files, reads all rows
             (`sources.rows_digest` gives the cost).
 
     Raises:
-        InputError: the task cannot be read, its rows differ between two readings, or a row has no
-            inputs or no weight above 0.
+        InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or
+            its weight is not above 0.
     """
     key = digest([FORMAT_VERSION, key, split, list(objectives)])
     folder = re.sub(r"[^\w.-]", "_", f"{name}-{split}") + f"-{key[:16]}"
@@ -143,7 +144,7 @@ class Reading:
         return self.first_rows() == self.first_rows() and self.digest == self.digest_again()
 
     def check_repeats(self) -> None:
-        """Raises InputError if rows are random, since a restarted run would train on different rows.
+        """Checks that two readings give the same rows. If rows were random, a resumed run would train on others.
 
         Raises:
             InputError: two readings differ in the source's rows or in the first tokens.
@@ -158,7 +159,7 @@ class Reading:
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
-        """Returns whether the store has the source's current rows; logs a difference.
+        """Returns whether the store has the source's current rows, and logs a difference.
 
         Raises:
             InputError: as for `check_repeats`.
@@ -173,13 +174,13 @@ class Reading:
         if source == self.digest and first == kept:
             return True
         self.check_repeats()
-        where = f"after row {COMPARED_ROWS}"
+        where = f"they differ after row {COMPARED_ROWS}"
         if first != kept:
             pairs = enumerate(zip(first, kept, strict=False), 1)
             shorter = min(len(first), len(kept))
-            where = f"first at row {next((i for i, (a, b) in pairs if a != b), shorter + 1)}"
+            where = f"they first differ at row {next((i for i, (a, b) in pairs if a != b), shorter + 1)}"
         if source and self.digest and source["rows"] != self.digest["rows"]:
-            where += f"; {self.digest['rows']} rows, {source['rows']} before"
+            where += f"; it now has {self.digest['rows']} rows, before it had {source['rows']}"
         self._warn(
             "its source no longer gives the rows that were tokenised (%s); it is tokenised again,"
             " and a run on the old rows will refuse to resume",
@@ -231,11 +232,11 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a dataset as NumPy arrays; leaves out requested features that it lacks.
+    """Yields the rows of a dataset as NumPy arrays, with those of the features `names` that the dataset has.
 
-    Several rows leave TensorFlow together, padded, and are cut to their lengths afterwards, since passing
-    single rows would take two thirds of the time. Only scalars and [length] features can be padded without
-    knowing them.
+    Several rows leave TensorFlow together, padded, and are cut to their lengths afterwards. Passing single rows
+    would take two thirds of the total time. If a feature is neither a scalar nor [length], rows are passed singly
+    and keep all features.
     """
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]
@@ -263,13 +264,15 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
     """Returns a feature's ids: [length] int32.
 
     Raises:
-        InputError: the feature has another shape or dtype, or a number that cannot be an id.
+        InputError: the feature has another shape or dtype, or a value that is out of range for an id.
     """
     ids = np.asarray(row[feature])
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"{where}: {feature!r} must be ids [length], got {ids.dtype} {ids.shape}")
     if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_ID:
-        raise InputError(f"{where}: {feature!r} has ids from {ids.min()} to {ids.max()}")
+        raise InputError(
+            f"{where}: {feature!r} has ids from {ids.min()} to {ids.max()}, which are out of range"
+        )
     return ids.astype(np.int32)
 
 
@@ -285,7 +288,7 @@ def _row_id(value: Any) -> str | None:
 
 
 def _seed(task: Any) -> int | None:
-    """Returns the seed of a task's draws, or None if SeqIO cannot pass a seed to the source."""
+    """Returns the random seed for reading a task, or None if SeqIO cannot pass a seed to the task's source."""
     function = getattr(task.source, "_dataset_fn", None)
     if function is None or "seed" in inspect.signature(function).parameters:
         return 0

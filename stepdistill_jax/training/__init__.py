@@ -1,4 +1,7 @@
-"""Training: `train(TrainConfig(...), workdir=...)` and `inspect(...)`; `ExtraLoss` and `PairedLoss` add a term."""
+"""Training: `train` trains a model as a `TrainConfig` describes, and `inspect` shows what it would read.
+
+Subclasses of `ExtraLoss` and `PairedLoss` add a term to the loss.
+"""
 
 _EXPORTS = {
     "TrainConfig": "config",

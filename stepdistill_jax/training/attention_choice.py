@@ -1,4 +1,4 @@
-"""Chooses a run's attention: tests the chip's kernel before the first compile of a step."""
+"""Chooses how a run computes attention: tests the device's kernel before the first step is compiled."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class _Call(NamedTuple):
-    """One kind of attention in a step."""
+    """The lengths (in tokens) and options of one attention call in a training step."""
 
     queries: int
     keys: int
@@ -35,15 +35,18 @@ class _Call(NamedTuple):
 def settle_attention(
     model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
 ) -> ModelConfig:
-    """Replaces "auto" by the attention that works on the mesh, logs it, and returns the model.
+    """Returns the model's configuration with `attention` set to "xla" or "pallas", and logs the choice.
+
+    The value "auto" becomes "pallas" if the kernel works on the mesh's devices, otherwise "xla".
 
     Args:
-        model: its `attention` is one of `config.ATTENTIONS`.
-        mesh: of the run.
-        lengths: (input, target) tokens of the rows.
+        model: the run's model; its `attention` is one of `config.ATTENTIONS`.
+        mesh: the run's mesh.
+        lengths: pairs (input length, target length) of the rows, in tokens.
 
     Raises:
-        InputError: "pallas" was chosen, and the platform or the shapes have no kernel.
+        InputError: `attention` is "pallas", but no kernel supports the platform, the shapes or the
+            model's features.
     """
     settled, problem = untried_attention(model, mesh, lengths)
     device = mesh.devices.flat[0]
@@ -66,10 +69,14 @@ def settle_attention(
 def untried_attention(
     model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
 ) -> tuple[ModelConfig, str | None]:
-    """Returns the result of `settle_attention` if the kernel works, and why there is no kernel, or None.
+    """Chooses the attention like `settle_attention`, but assumes that the kernel works and logs nothing.
 
-    Takes the same arguments and raises the same errors as `settle_attention`. Runs nothing, so the mesh's
-    devices need not exist on this machine.
+    It takes the same arguments and raises the same errors. It runs nothing on the mesh's devices, so they
+    need not exist on this machine.
+
+    Returns:
+        The model's configuration with the choice, and the reason why no kernel can be used. The reason is
+        None if there is none.
     """
     device = mesh.devices.flat[0]
     if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
@@ -92,7 +99,7 @@ def untried_attention(
 
 
 def _beyond_kernels(model: ModelConfig) -> str | None:
-    """Returns which features of a model's attention no kernel supports, or None if all are supported."""
+    """Returns a text that names the attention features that no kernel supports, or None if there are none."""
     sides = (model.encoder, model.decoder)
     beyond = {
         "soft caps of scores": any(side.score_softcap is not None for side in sides),
@@ -110,7 +117,10 @@ def _say(line: str) -> None:
 
 
 def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
-    """Returns the attentions of encoder, decoder, and decoder to encoder, for each pair of lengths."""
+    """Returns the calls for encoder self-attention, decoder self-attention and cross-attention.
+
+    Each pair of lengths has these three calls.
+    """
     return [
         call
         for inputs, targets in dict.fromkeys(lengths)
@@ -123,7 +133,11 @@ def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
 
 
 def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]) -> str | None:
-    """Compares the kernel with plain operations on this process's first device; returns a problem, or None."""
+    """Compares the kernel with plain operations on this process's first device.
+
+    Returns:
+        A text with the error or the difference, or None if the results agree.
+    """
     heads = model.decoder.num_heads // tensor
     try:
         distances = {call: _distance(model, heads, call) for call in _calls(lengths)}
@@ -133,11 +147,11 @@ def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]
     if distances[worst] < TOLERANCES[model.dtype]:
         return None
     where = f"{worst.queries} x {worst.keys} tokens"
-    return f"the kernel differs by {distances[worst]:.2g} of the norm at {where}"
+    return f"the kernel has a relative error of {distances[worst]:.2g} for {where}"
 
 
 def _distance(model: ModelConfig, heads: int, call: _Call) -> float:
-    """Returns the largest |kernel - plain| / |plain| among a packed batch's output and gradients."""
+    """Returns the largest |kernel - plain| / |plain| of the output and the gradients for random packed rows."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int, dtype: str = model.dtype) -> jax.Array:
@@ -179,7 +193,7 @@ def _value_and_gradients(slope, q, k, v, bias=None, **options):
     def call(q, k, v, bias):
         rng = jax.random.key(0)
         mixed = attention(q, k, v, relative_bias=bias, dropout_rng=rng, **options)
-        # the two differ at padding: the kernel returns 0, plain operations a meaningless mean
+        # at padding, the kernel returns 0 and plain operations return a meaningless mean
         return jnp.where(options["query_segments"][..., None, None] > 0, mixed, 0)
 
     value, backward = jax.vjp(call, q, k, v, bias)

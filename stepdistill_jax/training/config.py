@@ -1,4 +1,4 @@
-"""The settings of a training run; `commands/` fills them from gin, and Python users set them directly."""
+"""The settings of a training run. Commands read them from gin, and Python users set them directly."""
 
 import dataclasses
 import math
@@ -34,21 +34,25 @@ INT64 = 2**63 - 1  # largest seed
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Update rule and schedule; the defaults are the paper's (Hsieh et al. 2023, appendix A.1).
+    """Update rule and learning-rate schedule. The defaults follow Hsieh et al. 2023, appendix A.1.
 
     Attributes:
         name: the update rule, `adamw` or `adafactor`.
         schedule: a `LearningRate`, or its name (`linear`, `cosine`, `rsqrt`, `constant`).
-        warmup_steps (steps): steps until the peak of a schedule that is given by its name.
-        b1, b2: AdamW's decay of the averages of the gradient and of its square.
+        warmup_steps (steps): number of steps until the learning rate reaches its peak. Used only if
+            `schedule` is a name.
+        b1, b2: AdamW's decay rates: `b1` for the mean of the gradients, `b2` for the mean of their
+            squares.
         eps: AdamW's epsilon, added to the root of the second moment.
-        eps_before_correction: adds AdamW's `eps` to the root of the second moment before its bias is
-            corrected, as the `AdamW` of transformers did. With `b2` 0.999, its effect is sqrt(1000)
-            times as large in the first step, and the same in the end.
-        weight_decay: weight decay of either rule; the paper uses 0, unlike optax's default.
-        clip_norm: global gradient norm above which gradients are scaled down.
-        mu_dtype: type of AdamW's first moment, `float32` or `bfloat16` (optax's name). The second
-            moment, an average of squares over 1 / (1 - b2) steps, would stop changing in bfloat16.
+        eps_before_correction: whether AdamW adds `eps` to the root of the second moment before the
+            bias correction, as the `AdamW` of transformers did. With `b2` 0.999, `eps` then has
+            sqrt(1000) times as much effect in the first step; the difference vanishes over the run.
+        weight_decay: weight decay of AdamW or Adafactor. The paper uses 0, unlike optax's default.
+        clip_norm: largest global norm of the gradients. Gradients with a larger norm are scaled down
+            to it.
+        mu_dtype: type of AdamW's first moment, `float32` or `bfloat16` (optax has the same name). The
+            second moment is always float32: it changes by a share of 1 - b2 in each step, which
+            bfloat16 would round away.
     """
 
     name: str = "adamw"
@@ -70,7 +74,7 @@ class OptimizerConfig:
         elif self.warmup_steps:
             shape = self.schedule.shape
             raise InputError(
-                f"`{of}warmup_steps`: set {shape}.warmup_steps instead, for @{shape}()"
+                f"`{of}warmup_steps`: @{shape}() does not use it; set {shape}.warmup_steps instead"
             )
         one_of(f"{of}mu_dtype", self.mu_dtype, DTYPES)
         least = 1 if self.schedule == "rsqrt" else 0  # with 0, P sqrt(W / step) would be 0
@@ -83,14 +87,14 @@ class OptimizerConfig:
             keep(self, number, "clip_norm", of=of, above=0)
         if self.eps_before_correction and self.name != "adamw":
             raise InputError(
-                f"`{of}eps_before_correction`: {self.name} corrects no bias; set it to False"
+                f"`{of}eps_before_correction`: {self.name} has no bias correction; set it to False"
             )
         if self.mu_dtype != "float32" and self.name != "adamw":
             raise InputError(f"`{of}mu_dtype`: {self.name} has no first moment; set it to float32")
 
     @property
     def rate(self) -> LearningRate:
-        """Learning rate as a `LearningRate`, also if it is given by its name."""
+        """The schedule as a `LearningRate`, even if `schedule` is a name."""
         if isinstance(self.schedule, LearningRate):
             return self.schedule
         return LearningRate(self.schedule, self.warmup_steps)
@@ -98,85 +102,94 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training run.
+    """Settings of a training run.
 
-    Each field but the last fourteen is the gin macro of the same name in capitals.
+    In gin, each field up to `profile_steps` is a macro with the same name in capitals. The other fields are
+    bound as `train.FIELD`.
 
     Attributes:
-        task: a prepared dataset, or a registered SeqIO task or mixture.
+        task: name of a prepared dataset, or of a registered SeqIO task or mixture.
         task_module: Python module that registers the task, imported before the task is looked up.
-        model_size: `tiny` ... `xxl`, and for T5Gemma further sizes such as `9b-2b`; not used if
-            `init_from` provides a configuration.
-        init_from: model directory, another run's workdir (its best step), or a model's name on the
-            Hugging Face hub, `OWNER/NAME`, to start from; None starts from random weights.
-        init_rules: pairs (regular expression, name in `init_from` or None), tried in this order on the
-            complete name of a parameter. The first match decides which parameter of `init_from` is
-            loaded; None leaves the parameter as the seed draws it. Without rules, each parameter
-            is loaded under its own name.
-        objectives: an arm's name, such as `step_by_step`, or your own objectives.
-        task_objectives: the objective that each plain task of a mixture trains, for instance
-            {"own_label": "label", "own_rationale": "rationale"}; `single` trains all tasks of the
-            mixture as one objective. Tasks of `add_task` and prepared datasets specify theirs.
-        extra_loss: a further term of the loss; None adds nothing to the compiled step.
-        batch_size (examples): examples of a step, each with all its rows.
-        pack: packs several rows into one; False pads each objective to its own length.
-        input_length (tokens): longer inputs are truncated and counted.
-        target_length (tokens): longer targets are truncated and counted.
-        row_input_length, row_target_length (tokens): lengths of a packed row; `auto` chooses the
-            cheapest.
+        model_size: size of the model, `tiny` to `xxl`; T5Gemma has further sizes, such as `9b-2b`. Not
+            used with `init_from`.
+        init_from: where the initial weights come from: a model directory, another run's workdir (its
+            best step), or a model of the Hugging Face hub, `OWNER/NAME`. None means random weights.
+        init_rules: pairs (regular expression, name in `init_from` or None). For each parameter, the
+            first expression that matches its complete name decides: the parameter is loaded from the
+            given name, or drawn from the seed if that is None. A parameter that no rule matches is
+            loaded under its own name.
+        objectives: name of a predefined set (an arm), such as `step_by_step`, or your own objectives.
+        task_objectives: maps each plain SeqIO task of a mixture to the objective that it trains, for
+            instance {"own_label": "label", "own_rationale": "rationale"}. The value `single` trains all
+            tasks of the mixture as one objective. Tasks of `add_task` and prepared datasets have their
+            own objectives and need no entry.
+        extra_loss: a further term of the loss, or None.
+        batch_size (examples): number of examples per step. The step uses all rows of each example.
+        pack: whether several rows share one packed row. False pads the rows of each objective instead.
+        input_length (tokens): maximum length of an input. Longer inputs are truncated, and their number
+            is logged.
+        target_length (tokens): maximum length of a target. Longer targets are truncated, and their
+            number is logged.
+        row_input_length, row_target_length (tokens): input and target length of a packed row. `auto`
+            chooses the lengths with which a step costs the fewest FLOPs.
         train_steps (steps): number of updates of the run.
-        eval_every (steps): steps from one validation to the next; the last step is validated, too.
-        checkpoint_every (steps): steps from one checkpoint to the next; each new best step and the last
-            step are saved, too.
-        learning_rate: peak of the optimizer's schedule.
-        num_microbatches: number of slices of a step, whose gradients are added up.
+        eval_every (steps): number of steps between two validations. The last step is always validated.
+        checkpoint_every (steps): number of steps between two checkpoints. Each new best step and the last
+            step are saved as well.
+        learning_rate: peak learning rate of the optimizer's schedule.
+        num_microbatches: number of slices into which a step's batch is cut to save memory. The gradients
+            of all slices are added up.
         dtype: type of activations, `float32` or `bfloat16`; parameters and optimizer are always
             float32.
-        dropout_broadcast: all positions of a row share one dropout mask, as in T5X. This needs fewer
-            random numbers and adds noise to the gradient.
+        dropout_broadcast: whether all positions of a row share one dropout mask, as in T5X. This needs
+            fewer random numbers and adds noise to the gradient.
         attention: how attention is computed: `xla` (plain operations), `pallas` (one kernel), or
             `auto`, which uses the kernel on TPUs and GPUs if it compiles there and gives the results
             of `xla`.
-        layout: name or sizes of the mesh: `data`, `fsdp`, `fsdp_tensor`, `tensor`, `hybrid`.
+        layout: the mesh of devices: a name (`data`, `fsdp`, `fsdp_tensor`, `tensor`, `hybrid`), or a
+            `Layout` with the sizes of its axes.
         seed: seed of initial weights, dropout and data order.
-        data_fraction: share of the train split to use; smaller shares are subsets of larger shares. In
+        data_fraction: share of the train split to use. A smaller share is a subset of a larger one. For
             a dataset prepared with `paper_exact`, the seed draws the share, and validation is drawn
             from the share.
-        best_metric: metric of a validation, named without `eval/validation/`, by which the best step is
-            chosen: the largest value, or the smallest if the name starts with `loss`. None means
-            the mean label accuracy. Ties are decided by the label's loss, then by the earlier step.
-        profile_steps (steps): first and last step of a profile in `WORKDIR/profile`; None writes
-            none.
-        optimizer: update rule and schedule, or a function of yours that returns an optax
-            transformation.
-        supervision: the label and the rationales that are trained on.
+        best_metric: validation metric that decides which step is best, named without
+            `eval/validation/`. The largest value wins, or the smallest if the name starts with `loss`.
+            None means the label accuracy, averaged over the parts of a mixture. Of two equal steps, the
+            one with the lower label loss wins, then the earlier one.
+        profile_steps (steps): first and last step to profile. The profile is written to
+            `WORKDIR/profile`. None means no profile.
+        optimizer: update rule and schedule, or your own function that returns an optax transformation.
+        supervision: which labels and rationales the model is trained on.
         model_family: `t5_v1_0`, `t5_v1_1`, `mt5`, `byt5`, `umt5`, `ul2` or `t5gemma`; not used with
             `init_from`.
         dropout_rate: dropout rate of the complete model.
-        max_decode_len (tokens): maximum length of a decoded label with its end of sequence, in
-            validation and wherever the trained model predicts. None means the longest label of train,
-            rounded up; it always applies if the answer is more than a label.
+        max_decode_len (tokens): maximum length of a decoded label, including its end of sequence, in
+            validation and in later predictions. None means the length of the longest train label,
+            rounded up to a multiple of 8. If answers contain more than a label, the longest train
+            target of that objective is used, and this setting is ignored.
         remat_policy: what the backward pass recomputes to save memory: `elementwise`, `minimal` or
             `full`.
-        scan_layers: layers are a loop. False is for runs of many hours: a step on a GPU takes about
-            four fifths of the time and 1.5 times the memory, and compiles for minutes.
-        loss_mean: an objective's loss is the mean over its target tokens in the global batch
-            (`token`, as in the paper), or the mean over its targets of each target's mean (`example`).
-        token_weights: for names of objectives, the field of the train rows with a weight for each word
-            of the target, e.g. {"rationale": "rationale_weights"}; None gives all words equal weights.
-        lora: trains only adapters of these ranks; None trains every weight.
-        watchdog_medians: a step that takes this many times the median of recent steps is stuck, and the
-            process ends; 0 turns this off.
-        watchdog_min_secs (seconds): time before which no step is stuck; 12 times as long for the first
-            step, a validation and a save.
-        on_nonfinite: `skip` makes no update in a step whose loss or gradient is not finite, counts it
-            and reports its examples; `stop` ends the run there.
-        max_consecutive_nonfinite (steps): after this many such steps in a row, the run continues from
-            the last good checkpoint's parameters; the second time it stops.
-        spike_factor: a loss above this many times the median of the last 100 steps is reported with
-            its examples; 0 turns this off.
-        grace_secs (seconds): after a stop signal, the process ends within this time, saved or not; 0
-            means no limit.
+        scan_layers: whether all layers are compiled as one loop. False suits runs of many hours: on a
+            GPU, a step takes about four fifths of the time and 1.5 times the memory, and compiling takes
+            minutes.
+        loss_mean: how an objective's loss is averaged over the global batch. `token` takes the mean over
+            all target tokens, as in the paper. `example` takes the mean over the tokens of each target,
+            then the mean over the targets.
+        token_weights: maps an objective to the field of the train rows that has a weight for each word
+            of its target, e.g. {"rationale": "rationale_weights"}. None gives all words equal weights.
+        lora: ranks of LoRA adapters, which are then the only trained weights. None trains all weights.
+        watchdog_medians: a step is stuck if it takes more than this many times the median of recent
+            steps. The process then ends. 0 turns this off.
+        watchdog_min_secs (seconds): shortest time after which a step can be stuck. For the first step,
+            for a validation and for a save, the limit is 12 times this time.
+        on_nonfinite: what happens if a step's loss or gradient is not finite. `skip` leaves out the
+            update, counts the step and records its examples; `stop` ends the run.
+        max_consecutive_nonfinite (steps): number of steps in a row that are not finite, after which the
+            run returns to the last good checkpoint's parameters. The second time, the run ends.
+        spike_factor: a step is recorded with its examples if its loss is above this many times the
+            median loss of the last 100 steps. 0 turns this off.
+        grace_secs (seconds): longest time from a stop signal to the end of the process, even if nothing
+            could be saved. 0 means no limit.
     """
 
     task: str
@@ -258,7 +271,7 @@ class TrainConfig:
             object.__setattr__(self, "init_rules", _init_rules(self.init_rules))
             if self.init_from is None:
                 raise InputError(
-                    "`init_rules`: needs `init_from`, from which it chooses parameters"
+                    "`init_rules`: also set `init_from`, whose parameters the rules select"
                 )
         if self.profile_steps is not None:
             object.__setattr__(self, "profile_steps", _first_and_last(self.profile_steps))
@@ -272,7 +285,7 @@ class TrainConfig:
         one_of("on_nonfinite", self.on_nonfinite, NONFINITE)
         keep(self, whole, "max_consecutive_nonfinite", least=1)
         keep(self, number, "watchdog_medians", "spike_factor", least=0)
-        # a timer accepts no longer times
+        # timers accept no longer times
         keep(self, number, "grace_secs", least=0, most=1e8)
         keep(self, number, "watchdog_min_secs", above=0, most=1e8)
 
@@ -309,7 +322,7 @@ class TrainConfig:
             raise InputError(f"`extra_loss`: an objective already has the name {extra.name!r}")
         if self.pairs and len(names) < 2:
             raise InputError(
-                f"`extra_loss`: {type(extra).__name__} pairs the targets of two objectives, and"
+                f"`extra_loss`: {type(extra).__name__} pairs the targets of two objectives, but"
                 f" `objectives` has only {names[0]}"
             )
 
@@ -319,7 +332,7 @@ class TrainConfig:
         return isinstance(self.extra_loss, PairedLoss)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain values for `run.json`; a resume compares them."""
+        """Returns the settings as plain values for `run.json`. A resumed run compares them."""
         extra = self.extra_loss and self.extra_loss.to_json()
         fields = dataclasses.asdict(self) | {"extra_loss": extra}
         if isinstance(self.optimizer, OptimizerFunction):

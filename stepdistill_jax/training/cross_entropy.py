@@ -1,9 +1,9 @@
-"""Cross-entropy over a large vocabulary that never holds all logits: it computes a chunk of tokens at a time.
+"""Cross-entropy over a large vocabulary, computed for one chunk of tokens at a time.
 
-Logits of 2,048 tokens x 32,128 ids take 263 MB in float32, and a plain loss keeps several copies for the
-backward pass. Here the forward pass computes the gradient of each chunk while its logits exist, as in
-Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). So logits are computed only
-once, and only one chunk of them exists at a time.
+The logits of 2,048 tokens x 32,128 ids take 263 MB in float32, and a plain loss keeps several copies for
+the backward pass. Here the forward pass computes the gradient of each chunk while its logits exist, as in
+Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). So all logits are computed
+only once, and only one chunk of them exists at a time.
 """
 
 import functools
@@ -16,8 +16,8 @@ from stepdistill_jax.models.attention import softcapped
 from stepdistill_jax.models.products import precision_of
 from stepdistill_jax.models.sharding import BATCH_AXES, traced_platform
 
-# Tokens of a chunk on one device. With fewer, the matrix products are small. With more, logits do not fit
-# into a CPU's cache, or into a TPU's vector memory (where libtpu keeps the logits of 512 tokens).
+# Tokens of a chunk on one device. With fewer, the matmuls are small. With more, the logits do not fit into
+# a CPU's cache, or into a TPU's vector memory (where libtpu keeps the logits of 512 tokens).
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 512, 2048
 
 
@@ -30,21 +30,24 @@ def cross_entropy(
     softcap: float | None = None,
     tied: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the sum over tokens of scale x (-log softmax(states kernel)[target]), and its terms.
+    """Returns the scaled sum of all tokens' negative log probabilities, and two values for each token.
+
+    With logits = states @ kernel, the sum over tokens is of scale x (-log softmax(logits)[target]).
 
     Args:
-        states: the decoder's states, [batch, length, embed]; products are computed in their dtype.
+        states: the decoder's states, [batch, length, embed]. Matmuls are computed in their dtype.
         kernel: [embed, vocab], or [vocab, embed] if tied.
         targets: [batch, length] int32.
-        scale: each token's factor in the sum, [batch, length] float32; has no gradient.
+        scale: each token's factor in the sum, [batch, length] float32. It gets no gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
-        tied: whether the kernel is an embedding. It is used as it is, since a transposed copy of it, and of
-            its gradient, would cost memory and time.
+        tied: whether `kernel` is the embedding itself, [vocab, embed]. Neither the embedding nor its
+            gradient is transposed, since a copy would cost memory and time.
 
     Returns:
-        The sum, a float32 scalar, the only output with a gradient; each token's negative log
-        probability in nats [batch, length] float32; and whether no id is likelier than the target
-        [batch, length] float32 (ties count as correct; argmax would take the first).
+        The sum, a float32 scalar; only this output has a gradient.
+        Each token's negative log probability in nats, [batch, length] float32.
+        For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
+        So a target that ties with another id counts as correct, while argmax would take the first.
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, tied, False, False)
     return _total(scale, nll), nll, correct
@@ -84,9 +87,9 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_own_rows(
     states, kernel, targets, scale, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Runs `_chunked` on each device's rows; gathers the kernel once and adds up its gradient once.
+    """Runs `_chunked` on each device's rows, so that the kernel is gathered and its gradient added up only once.
 
-    GSPMD alone would do both for each chunk of the loop.
+    GSPMD alone would gather the kernel and add up its gradient for each chunk of the loop.
     """
     # leaves out axes of size 1, over which XLA cannot reduce (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -126,7 +129,14 @@ def _on_own_rows(
 def _chunked(
     states, weights, targets, scale, *, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Returns nll and correct [batch, length], and the sum's gradients by states and kernel, or None for each."""
+    """Returns four arrays for the rows of one device.
+
+    Returns:
+        Each token's negative log probability, [batch, length] float32.
+        Whether no id is likelier than the target, 1 or 0, [batch, length] float32.
+        The gradient of the scaled sum with respect to the states, or None without `states_grad`.
+        The gradient of the scaled sum with respect to the kernel, or None without `kernel_grad`.
+    """
     rows, length, _ = states.shape
     tokens = rows * length
     most = GPU_CHUNK_TOKENS if traced_platform() == "gpu" else CHUNK_TOKENS
@@ -150,7 +160,7 @@ def _chunked(
 
     def add_chunk(kernel_sum, chunk):
         x, target, share = chunk
-        # [size, vocab] float32 of bfloat16 factors: a product in bfloat16 could make two logits equal
+        # [size, vocab] float32 from bfloat16 factors, since rounding to bfloat16 could make two logits equal
         logits = softcapped(product(x, weights, (1, embed), jnp.float32), softcap)
         highest = logits.max(-1, keepdims=True)
         exp = jnp.exp(logits - highest)
@@ -161,7 +171,7 @@ def _chunked(
         nll, correct = jnp.log(total) + highest - of_target, of_target >= highest
         x_grad = None
         if states_grad or kernel_grad:
-            # by the logits: scale x (softmax - one-hot target)
+            # gradient with respect to the logits: scale x (softmax - one-hot target)
             slope = exp * (share[:, None] / total) - jnp.where(is_target, share[:, None], 0.0)
             if softcap is not None:  # d softcap tanh(x / softcap) / dx = 1 - tanh^2
                 slope *= 1 - jnp.square(logits / softcap)
@@ -169,7 +179,7 @@ def _chunked(
         if states_grad:
             x_grad = product(slope, weights, (1, vocab))
         if kernel_grad:
-            # float32: bfloat16 sums over chunks and devices would lose digits
+            # float32, since bfloat16 sums over chunks and devices would lose digits
             factors = (slope, x) if tied else (x, slope)
             kernel_sum += product(*factors, (0, 0), jnp.float32)
         return kernel_sum, (nll[:, 0], correct[:, 0].astype(jnp.float32), x_grad)

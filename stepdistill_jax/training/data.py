@@ -1,4 +1,4 @@
-"""Loads the splits of a run's task and makes their batches; `inspect` and `plan` do the same."""
+"""Loads the splits of a run's task and makes their batches, for training, `inspect` and `plan`."""
 
 import dataclasses
 import os
@@ -28,7 +28,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def vocabulary_of(config: TrainConfig) -> str | None:
-    """Returns the vocabulary of INIT_FROM or of the model's family; None means the task's own."""
+    """Returns the vocabulary of `init_from`, or the model family's; None means the task's own."""
     if config.init_from is not None:
         return read_model_files(local_model(config.init_from)).vocabulary.source
     return BYTES if config.model_family == "byt5" else None
@@ -44,12 +44,12 @@ def load_split(
 ) -> TaskData:
     """Returns the tokens of a split as a run of `config` reads them.
 
-    `train` has the config's supervision and token weights. `validation` uses gold labels. Other splits
-    keep each row unchanged.
+    The train split is read with the config's supervision and token weights. The validation split is read
+    with the supervision that `Supervision.held_out` returns. Other splits keep each row unchanged.
 
     Args:
-        config: of the run.
-        split: name of a split of its task.
+        config: the run's config.
+        split: name of a split of the config's task.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets; None means the default folder.
         objectives: objectives of the train split; None means the config's.
@@ -85,7 +85,7 @@ def tried_row_lengths(
     """Returns the candidate lengths of packed rows for a run of `config`, with the FLOPs of a step.
 
     Args:
-        config: of the run; a row length that it sets is the only candidate.
+        config: the run's config. A row length that it sets is the only candidate for that length.
         batches: batches of the train split (`batches_of`).
         model: configuration of the trained model.
     """
@@ -99,7 +99,7 @@ def tried_row_lengths(
 
 
 def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) -> Batches:
-    """Returns batches with the packed rows that a new run of `config` has; padded batches are unchanged."""
+    """Returns the batches with the row lengths that a new run of `config` uses; padded batches are unchanged."""
     if not config.pack:
         return batches
     best = row_lengths.cheapest(tried_row_lengths(config, batches, model))
@@ -107,7 +107,7 @@ def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) 
 
 
 def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
-    """Returns batches with packed rows of these lengths, or of longer ones if an example needs them."""
+    """Returns the batches with these lengths of packed rows. A length is raised if an example is longer."""
     pairs = zip(lengths, batches.longest(), strict=True)
     fitting = [length if longest <= length else round_up(longest, 8) for length, longest in pairs]
     return dataclasses.replace(batches, row_lengths=tuple(fitting))
@@ -116,10 +116,11 @@ def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
 def batches_of(
     config: TrainConfig, data: TaskData, *, row_multiple: int = 1, shuffle: bool = True
 ) -> Batches:
-    """Returns the batches of a split as a run of `config` draws them; of `train` only its `data_fraction`.
+    """Returns the batches of a split as a run of `config` draws them.
 
-    Their rows have the maximum lengths of inputs and targets; `with_row_lengths` changes that. Batches of
-    `train` keep an example's targets together if the extra loss pairs them.
+    Only the train split is reduced to `data_fraction`, and only its batches keep an example's targets together
+    if the extra loss pairs them. Packed rows have the lengths `input_length` and `target_length` until
+    `with_row_lengths` changes them.
     """
     return Batches(
         data,
@@ -137,7 +138,7 @@ def batches_of(
 
 
 def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[HostBatch]:
-    """Returns this process's rows of the batches of steps `start` to `stop - 1`, made in advance.
+    """Yields this process's rows of the batches of steps `start` to `stop - 1`, and makes them in advance.
 
     Every process must iterate over the same steps, in the same order.
     """

@@ -21,15 +21,16 @@ from stepdistill_jax.runtime.checks import snake_case
 class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
 
-    A subclass is a frozen dataclass whose fields are its settings. Both methods are traced inside the
-    compiled step (JAX arrays, no Python branches on their values), once for each group of rows in each
-    slice of the batch. They see no other rows, so they must return sums over rows; then the step does not
-    depend on devices and microbatches. Rows are packed: tokens of several examples are adjacent, and
-    segment ids distinguish them.
+    A subclass is a frozen dataclass whose fields are its settings. The methods `count` and `total` are
+    traced inside the compiled step (JAX arrays, no Python branches on their values), once for each group
+    of rows in each slice of the batch. A call sees no other rows, so it must return a sum over its rows.
+    Then the step does not depend on the number of devices and microbatches. Rows may be packed: one row
+    contains the tokens of several examples, and segment ids distinguish them.
 
     Attributes:
-        name: name of the metric `loss/<name>`, which is total / count; lower_snake_case.
-        weight: at least 0, or a `Schedule`; then `loss_weight/<name>` is a metric, too.
+        name: name in lower_snake_case. The metric `loss/<name>` is total / count.
+        weight: factor of the term, a number of at least 0 or a `Schedule`. With a schedule, the metric
+            `loss_weight/<name>` shows its current value.
 
     Raises:
         InputError: the name or the weight is invalid.
@@ -45,29 +46,30 @@ class ExtraLoss(abc.ABC):
 
     @abc.abstractmethod
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns the number of terms that `total` adds up, a scalar computed from the ids only.
+        """Returns the number of terms that `total` adds up, a scalar.
 
-        The step calls it before the model runs, since each slice's share of the gradient depends on it.
+        It may depend only on the arrays in `group`. The step calls it before the model runs, since each
+        slice's share of the gradient depends on it.
         """
 
     @abc.abstractmethod
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of the terms of these rows, a scalar in nats; finite even without any term.
+        """Returns the sum of the terms of these rows, a scalar in nats. It must be finite even without terms.
 
         Args:
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
-            output: `output.logits(states)` are the float32 logits. Computed for all rows at once, they
-                are the largest array of the step. `output.kernel` is [embed, vocab] float32.
+            output: `output.logits(states)` returns float32 logits. If they are computed for all rows at
+                once, they are the largest array of the step. `output.kernel` is [embed, vocab] float32.
             group: arrays [rows, length] (see `batches.batch`): `decoder_target_tokens`,
-                `decoder_segment_ids`, `decoder_objective_ids` (0 padding, i for the i-th
-                objective), `decoder_loss_weights`, for a mixture `decoder_task_ids`, for a
-                `PairedLoss` `decoder_example_ids`, ..., and the encoder's arrays.
+                `decoder_segment_ids`, `decoder_objective_ids` (index of the objective, from 1; 0 is
+                padding), `decoder_loss_weights`, for a mixture `decoder_task_ids`, for a `PairedLoss`
+                `decoder_example_ids`, ..., and the encoder's arrays.
         """
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the class and its settings for `run.json`; a resume compares them."""
+        """Returns the class and its settings for `run.json`. A resumed run compares them."""
         kind = type(self)
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(self)}
 
@@ -75,13 +77,13 @@ class ExtraLoss(abc.ABC):
 class PairedLoss(ExtraLoss):
     """An `ExtraLoss` over pairs: the targets of the first two objectives of one example.
 
-    In a run with a paired loss, a row holds all targets of its examples, packed or padded, and `group`
-    has `decoder_example_ids`: the number of each target token's example in its row, from 1. So devices,
-    hosts and microbatches never split a pair. A row of `length` target tokens has places for `length // 2`
-    pairs (the axis `examples` below), and their numbers are at most that. An example with several
-    rationales is one pair; an example without one of the two targets is no pair.
+    In a run with a paired loss, all targets of an example are in the same row, packed or padded. So devices,
+    hosts and microbatches never split a pair. `group` then has `decoder_example_ids`: for each target token,
+    the 1-based index of its example within the row; 0 is padding. A row of `length` target tokens has at most
+    `length // 2` pairs, and their indices are no larger. This is the size of the axis `examples` below. An
+    example with several rationales is one pair. An example that lacks one of the two targets is no pair.
 
-    A subclass defines `total`; `count` is the number of pairs.
+    A subclass defines `total`. Here, `count` is the number of pairs.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
@@ -90,7 +92,7 @@ class PairedLoss(ExtraLoss):
 
     @staticmethod
     def is_pair(group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns whether each example has targets of both objectives: [rows, examples] bool."""
+        """Returns, for each example, whether it has targets of both objectives, [rows, examples] bool."""
         ones = jnp.ones_like(group[EXAMPLE_IDS])
         first, second = (PairedLoss.pooled(ones, group, i) > 0 for i in (1, 2))
         return first & second
@@ -108,14 +110,14 @@ class PairedLoss(ExtraLoss):
             values: a value of each target token, [rows, length, ...].
             group: the argument of `total`.
             objective: 1 for the first of OBJECTIVES (the label), 2 for the second (the rationale).
-            by: another reduction of `jax.ops`, such as `segment_max`.
+            by: reduction, `segment_sum` or another function of `jax.ops`, such as `segment_max`.
 
         Returns:
-            [rows, examples, ...]; for an example without such tokens 0, or what `by` gives for no
-            values.
+            The result for each example, [rows, examples, ...]. An example without such tokens gets 0, or
+            the value that `by` returns for an empty segment.
         """
-        # Example ids 1 1 1 2 2 2 0 0 with objectives 1 2 2 1 2 2 0 0: for objective 2 the numbers are
-        # 0 1 1 0 2 2 0 0. Number 0 collects all other tokens and is dropped.
+        # Example ids 1 1 1 2 2 2 0 0 with objectives 1 2 2 1 2 2 0 0: for objective 2, `numbers` is
+        # 0 1 1 0 2 2 0 0. Segment 0 collects all other tokens and is dropped.
         numbers = jnp.where(group["decoder_objective_ids"] == objective, group[EXAMPLE_IDS], 0)
         places = numbers.shape[1] // 2 + 1
 

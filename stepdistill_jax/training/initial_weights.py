@@ -1,4 +1,4 @@
-"""Loads the weights that a run starts from: from INIT_FROM, as INIT_RULES select them."""
+"""Loads the weights that a run starts from: those of `init_from` that `init_rules` select."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ Rules = Sequence[tuple[str, str | None]]
 
 @dataclasses.dataclass(frozen=True)
 class InitialWeights:
-    """The parameters that `init_from` gives a run.
+    """A run's initial parameters, which come from `init_from`.
 
     Attributes:
         path: path of a model directory or of another run's workdir.
-        step: checkpoint of that workdir; None for a model directory.
+        step: step to load from that workdir; None for a model directory.
         rules: `TrainConfig.init_rules`; None loads every parameter under its own name.
-        model: the run's configuration.
-        abstract: the run's state.
+        model: the run's model configuration.
+        abstract: shapes and shardings of the run's state.
     """
 
     path: pathlib.Path
@@ -40,7 +40,7 @@ class InitialWeights:
 
     @functools.cached_property
     def sources(self) -> dict[str, str | None]:
-        """Name in `path` of each parameter; None if the parameter starts from scratch.
+        """For each of the run's parameters, its name in `path`, or None if it starts from scratch.
 
         Raises:
             InputError: as for `sources_of`.
@@ -55,7 +55,11 @@ class InitialWeights:
         return stored_shapes(self.path, dataclasses.replace(self.model, lora=None))
 
     def described(self) -> dict[str, Any]:
-        """Returns `step` and, with rules, the names `from_scratch`, `renamed` and `unused`."""
+        """Returns the entry for `run.json`: `step` and, with rules, three groups of parameter names.
+
+        `from_scratch` lists parameters that are not loaded, `renamed` maps parameters to their different
+        names in `path`, and `unused` lists names in `path` that no parameter uses.
+        """
         found: dict[str, Any] = {"step": self.step}
         if self.rules is not None:
             used = set(self.sources.values())
@@ -65,7 +69,7 @@ class InitialWeights:
         return found
 
     def report(self) -> list[str]:
-        """Returns lines for the log that describe where parameters come from.
+        """Returns log lines that say where the parameters come from.
 
         Raises:
             InputError: as for `sources_of`.
@@ -105,7 +109,10 @@ class InitialWeights:
         return base
 
     def _loaded(self, mesh: Mesh) -> Any:
-        """Returns the parameters that `path` has, under the run's names; two may share a buffer."""
+        """Returns the parameters that are loaded from `path`, under the run's names.
+
+        Two parameters may share a buffer.
+        """
         shardings = shardings_of(base_of(self.abstract.params))
         plain = dataclasses.replace(self.model, lora=None)
         sources = None
@@ -129,9 +136,9 @@ def sources_of(
 ) -> dict[str, str | None]:
     r"""Returns the stored name of each parameter of a run, chosen by rules as in T5X.
 
-    The first rule whose expression matches the complete name decides. Its replacement, in which `\1`
-    stands for a group, is the stored name; None leaves the parameter out. If no rule matches, the stored
-    name is the same.
+    The first rule whose expression matches the parameter's complete name decides. Its replacement, in which
+    `\1` stands for a group, is the stored name. A replacement of None means that the parameter is not
+    loaded. If no rule matches, the stored name is the parameter's own name.
 
     >>> rules = [(r"decoder/layers/self_(.*)", r"encoder/layers/\1"), ("logits_dense/.*", None)]
     >>> names = ["decoder/layers/self_attention/out/kernel", "logits_dense/kernel", "token_embedder"]
@@ -150,7 +157,7 @@ def sources_of(
         where: path of the stored parameters, for messages.
 
     Raises:
-        InputError: a stored parameter is missing or has another shape, or a rule decides nothing.
+        InputError: a stored parameter is missing or has another shape, or a rule decides for no parameter.
     """
     sources, used = {}, set()
     for name in wanted:
@@ -163,20 +170,20 @@ def sources_of(
     for number, (pattern, _) in enumerate(rules):
         if number not in used:
             raise InputError(
-                f"`init_rules`: {pattern!r} applies to no parameter of the model; an example of a"
-                f" name is {next(iter(wanted))}{nearest(pattern, wanted)}"
+                f"`init_rules`: {pattern!r} applies to no parameter of the model; the model's names"
+                f" look like {next(iter(wanted))}{nearest(pattern, wanted)}"
             )
     problems = []
     for name, source in sources.items():
         if source is None or stored.get(source) == wanted[name]:
             continue
         if source in stored:
-            shapes = f"{list(stored[source])}, and the model's {name} is {list(wanted[name])}"
-            problem = f"{source} in {where} is {shapes}"
+            shapes = f"{list(stored[source])}, but the model's {name} has {list(wanted[name])}"
+            problem = f"{source} in {where} has the shape {shapes}"
         else:
             of = "" if source == name else f" for {name}"
             problem = f"{where} has no parameter {source}{of}{nearest(source, stored)}"
-        problems.append(f"{problem}; the rule ({name!r}, None) starts it from scratch")
+        problems.append(f"{problem}; add the rule ({name!r}, None) to start it from scratch")
     if problems:
         more = f" (and {len(problems) - 1} more do not fit)" if len(problems) > 1 else ""
         raise InputError(f"`init_rules`: {problems[0]}{more}")
@@ -190,7 +197,7 @@ def _expanded(match: re.Match, replacement: str | None) -> str | None:
         return match.expand(replacement)
     except (re.error, IndexError) as error:
         raise InputError(
-            f"`init_rules`: {replacement!r} is not a replacement for {match.re.pattern!r} ({error})"
+            f"`init_rules`: {replacement!r} cannot replace {match.re.pattern!r} ({error})"
         ) from None
 
 

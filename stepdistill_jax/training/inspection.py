@@ -1,4 +1,4 @@
-"""Shows what a model will read of a task: rows, lengths, fill, truncation, and lengths that fit better."""
+"""Shows what training will read of a task: its rows, their lengths and truncation, and how full batches are."""
 
 import dataclasses
 import itertools
@@ -46,36 +46,38 @@ def inspect(
     task_module: str | None = None,
     verify: bool = False,
 ) -> dict[str, Any]:
-    """Measures a split as training with `config` would read it; trains nothing.
+    """Measures a split as training with `config` would read it, without training.
 
     Args:
         config: a run's config, or the name of a task (with the default lengths).
         split: name of the split.
-        rows: number of packed rows of step 0 to show (unpacked: rows of each objective).
+        rows: number of rows of step 0 to show. If rows are not packed, this many of each objective.
         data_dir: folder of prepared datasets; None means the default folder.
         task_module: replaces the config's `task_module`.
-        verify: compares every byte of the split's token stores with their manifest.
+        verify: whether to compare every byte of the split's token stores with their manifests.
 
     Returns:
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`,
         `vocabulary_size`, and
 
-        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows", "absent",
-            "inputs", "targets"}}, the last two with "min", "mean", "median", "p99", "max" (tokens
-            before truncation, targets with their decoder prefix) and "histogram" (list of {"from",
-            "to", "rows"});
+        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows" (with a target),
+            "absent" (examples without a target), "inputs", "targets"}}. The last two describe the
+            lengths in tokens before truncation, for targets with their decoder prefix: "min", "mean",
+            "median", "p99", "max" and "histogram" (list of {"from", "to", "rows"});
         `shares`: only for a mixture, the result of `TaskData.shares`;
-        `cut`: {name: {"inputs", "targets"}}, numbers of rows that are truncated;
-        `fill`: {"inputs", "targets", "all"}, share of cells that hold a token;
-        `rows_per_step`, `row_counts`: numbers of packed rows;
-        `shown`: list of rows, each a list of {"objective", "input", "target", "input_tokens",
-            "target_tokens", "weight" (of its last target token)}. A target that reads the same
-            encoding as the previous target has the input "" with 0 tokens;
-        `row_lengths`: [input, target] tokens of a packed row;
-        `candidates`: row lengths with their fill, rows, and matmul FLOPs of a step, padding included
-            (`flops_per_step`); `chosen` is the one with the fewest FLOPs;
-        `verified`: with `verify`, the folder of each store (`store`) and the `files` and `bytes` that
-            were compared.
+        `cut`: {name: {"inputs", "targets"}}, the counts of truncated inputs and targets;
+        `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token;
+        `rows_per_step`: mean row count of a step;
+        `row_counts`: the row counts that a step can have if rows are packed;
+        `shown`: list of rows. Each is a list of its targets: {"objective", "input", "target",
+            "input_tokens", "target_tokens", "weight" (of the last target token)}. A target that reads
+            the same encoding as the previous target has the input "" with 0 tokens;
+        `row_lengths`: [input length, target length] of a packed row;
+        `candidates`: possible row lengths, each with its fill, its rows per step, and the matmul FLOPs
+            of a step, padding included (`flops_per_step`);
+        `chosen`: the shortest candidate whose FLOPs are within 1% of the fewest;
+        `verified`: only with `verify`, for each store its folder (`store`) and the number of `files` and
+            `bytes` that were compared.
 
     Raises:
         InputError: the task or split is unknown, `rows` is negative, or a store is damaged.
@@ -126,7 +128,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns the batches of the train split for one device; they decide the lengths of rows."""
+    """Returns the batches of the train split for one device, which decide the row lengths."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source
@@ -136,7 +138,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """Returns the model that would be trained, on which the cost of row lengths depends."""
+    """Returns the configuration of the model that would be trained; the cost of row lengths depends on it."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))
@@ -144,7 +146,10 @@ def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
-    """Returns the tokens of each row with a target, before truncation: [rows]; `objective` counts from 0."""
+    """Returns the length in tokens, before truncation, of each row that has a target: [rows].
+
+    `objective` is an index from 0.
+    """
     prefix = len(data.decoder_prefixes[objective]) if feature == "targets" else 0
     return np.concatenate(
         [np.zeros(0, np.int64)]
@@ -196,7 +201,7 @@ def _length_figures(lengths: np.ndarray) -> dict[str, Any]:
 
 
 def _measure(batches: Batches) -> dict[str, Any]:
-    """Measures the fill and the number of packed rows over the first steps."""
+    """Returns `fill` and `rows_per_step` (see `inspect`), measured over the first steps."""
     tokens, cells, rows = np.zeros(2), np.zeros(2), 0
     for step in range(MEASURED_STEPS):
         for group in batches(step):
@@ -248,14 +253,14 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
 
 
 def _text(data: TaskData, ids: list[int]) -> str:
-    """Returns the text of an input; if it has two texts, they are joined by the piece of eos."""
+    """Returns an input as text. If the input has two texts, the piece of the end of sequence joins them."""
     texts = (list(own) for is_end, own in itertools.groupby(ids, EOS_ID.__eq__) if not is_end)
     decoded = list(map(data.vocabulary.decode, texts))
     return data.vocabulary.pieces()[EOS_ID].join(decoded) if len(decoded) > 1 else "".join(decoded)
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
-    """Returns row lengths with the fill, rows and FLOPs that packing into them would give."""
+    """Returns row lengths with the fill, the rows per step and the FLOPs of packing with these lengths."""
     return {
         "row_input_length": tried.input_length,
         "row_target_length": tried.target_length,

@@ -17,20 +17,23 @@ T5_WARMUP_STEPS = 10_000
 class LearningRate:
     """A learning rate as a function of the step, which counts updates from 0.
 
-    With peak P, warm-up W, end value E and last step N; after N the rate stays at E:
+    P is the peak, W the number of warm-up steps, E the end value and N the last step:
 
         constant    rises from 0 to P in W steps, then stays at P
         linear      rises from 0 to P in W steps, then falls in a straight line to E at N
         cosine      rises from 0 to P in W steps, then falls along half a cosine to E at N
-        rsqrt       P for W steps, then P sqrt(W / step): T5's (Raffel et al. 2020, section 3.1.2)
+        rsqrt       stays at P for W steps, then is P sqrt(W / step), as in T5 (Raffel et al. 2020,
+                    section 3.1.2)
+
+    After step N, `linear` and `cosine` stay at E.
 
     Attributes:
-        shape: one of these four.
-        warmup_steps (steps): W, the length of the rise to the peak; for `rsqrt` the steps at the peak,
-            at least 1.
-        end_value: E, the rate of the last step; at least 0.
-        learning_rate: P, the peak; None means the run's.
-        train_steps (steps): N, the last step of the fall; None means the run's.
+        shape: one of these four names.
+        warmup_steps (steps): W, the length of the rise to the peak. For `rsqrt`, the number of steps at
+            the peak, at least 1.
+        end_value: E, the rate of the last step, at least 0.
+        learning_rate: P, the peak; None means the run's `learning_rate`.
+        train_steps (steps): N, the last step of the fall; None means the run's `train_steps`.
 
     Raises:
         InputError: the shape is unknown, or a value is out of range.
@@ -55,15 +58,15 @@ class LearningRate:
             raise InputError(f"`LearningRate`: {self.shape} takes no end_value and no train_steps")
 
     def __repr__(self) -> str:
-        """Returns the call that makes it in a config: `cosine(warmup_steps=50)`."""
+        """Returns the call that creates this learning rate in a config, such as `cosine(warmup_steps=50)`."""
         given = (f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default)
         arguments = [f"{f.name}={getattr(self, f.name)!r}" for f in given if f.name != "shape"]
         return f"{self.shape}({', '.join(arguments)})"
 
     def schedule(self, learning_rate: float, train_steps: int) -> optax.Schedule:
-        """Returns learning_rate_fn(step) for a run with this peak and this number of steps.
+        """Returns the rate as a function of the step, for a run with this peak and number of steps.
 
-        `linear` has the values of `transformers`, which the paper's code uses.
+        `linear` has the same values as the linear schedule of `transformers`, which the paper's code uses.
         """
         warmup_steps = self.warmup_steps
         peak = learning_rate if self.learning_rate is None else self.learning_rate
@@ -104,7 +107,7 @@ def cosine(
 
 
 def rsqrt(warmup_steps: int = T5_WARMUP_STEPS, learning_rate: float | None = None) -> LearningRate:
-    """Returns T5's pre-training rate: constant, then falling with the inverse square root of the step."""
+    """Returns T5's pre-training rate, first constant, then proportional to 1 / sqrt(step)."""
     return LearningRate("rsqrt", warmup_steps, learning_rate=learning_rate)
 
 

@@ -36,28 +36,30 @@ def train(
     config_text: str | None = None,
     began: float | None = None,
 ) -> dict[str, Any]:
-    """Trains `config` in `workdir`, or continues where an earlier start of the same run stopped.
+    """Trains a model in `workdir`, or continues where an earlier start of the same run stopped.
 
     Args:
-        config: the run.
+        config: settings of the run.
         workdir: folder of checkpoints, metrics and model files; created if absent.
-        data_dir: folder in which `prepare` put the dataset.
+        data_dir: folder in which `prepare` put the dataset; None means the default folder.
         config_text: gin text to write as `config.gin`.
-        began: start of the command on the clock of `time.monotonic()`, for the log of the time to the
-            first step; None means now.
+        began: time at which the command started, on the clock of `time.monotonic()`. The logged time to
+            the first step counts from it. None means now.
 
     Returns:
-        The last step's metrics: `step`, `loss`, `loss/<objective>`, ..., `examples_per_second` (mean
-        over this start, 0 if no step was left), `best_step`, the best step's `eval/validation/...`,
-        and, with a validation split, `majority_baseline`: the label accuracy of always answering the
+        The last step's metrics: `step`, `loss`, `loss/<objective>`, ...
+        `examples_per_second`: the mean since this start, or 0 if all steps were already done.
+        `best_step`, and the best step's `eval/validation/...`.
+        `majority_baseline`, if there is a validation split: the label accuracy of always answering the
         most frequent label.
 
     Raises:
-        InputError: a setting, dataset or workdir does not fit; raised before anything is compiled.
-        SystemExit: status 75, after a signal stopped the run and it was saved.
-        FloatingPointError: the loss is not finite and steps must not be skipped, or too many were
-            skipped; names the step.
-        MemoryError: a step does not fit into a device's memory; names the settings that decide.
+        InputError: a setting, the dataset or the workdir cannot be used. Raised before a step is compiled.
+        SystemExit: status 75, after a signal has stopped the run and its last step is saved.
+        FloatingPointError: a step's loss or gradient is not finite, and either `on_nonfinite` is "stop",
+            or too many steps in a row were skipped. The message names the step.
+        MemoryError: a step does not fit into a device's memory. The message names the settings that
+            reduce it.
     """
     startup = StartUp(began)
     startup.done("imports")
@@ -103,7 +105,7 @@ def _train(run: Run, stop: StopSignals, startup: StartUp) -> dict[str, Any]:
                 startup.first_step(device_metrics)
                 supervisor.record(step, batch, device_metrics, waited)
             profile.ended(step, supervisor.flush)
-            # before the next step, which is given the memory of this state
+            # saved before the next step, which reuses the memory of this state
             supervisor.save(step, state)
         supervisor.flush()
     rate = (config.train_steps - start) * config.batch_size / (time.monotonic() - began)
@@ -128,9 +130,7 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     if isinstance(optimizer := run.config.optimizer, OptimizerFunction):
         log(f"optimizer: {optimizer}")
         if not optimizer.takes(run.config.learning_rate):
-            log(
-                "warning: `learning_rate` has no effect on it, since none of its arguments is the learning rate"
-            )
+            log("warning: `learning_rate` has no effect, since it is no argument of the optimizer")
     if described["trained_parameters"] != described["parameters"]:
         log(
             f"LoRA: {described['trained_parameters']:,} parameters are trained"
@@ -158,7 +158,7 @@ def empty_rows(run: Run) -> str | None:
     shards, slices = batch_shards(run.mesh), run.config.num_microbatches
     return (
         f"{1 - full / rows:.0%} of a batch's rows are empty: {run.config.batch_size} examples fill"
-        f" {full} rows, and the number of rows is a multiple of {shards * slices} ({shards} batch"
+        f" {full} rows, but the row count must be a multiple of {shards * slices} ({shards} batch"
         f" shards x {slices} microbatches). Use a larger BATCH_SIZE, fewer microbatches, or a LAYOUT"
         " with fewer batch shards and more `tensor` (fsdp_tensor, tensor)"
     )

@@ -1,4 +1,4 @@
-"""The two-objective loss, as sums that can be added over slices, devices and steps."""
+"""The loss of all objectives, as sums that can be added up over slices, devices and steps."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,16 @@ Columns = TypeVar("Columns", jax.Array, np.ndarray)
 
 
 class ObjectiveSums(struct.PyTreeNode):
-    """Totals of each objective, as arrays [objectives] float32; divide once, at the end.
+    """Totals of each objective, as arrays [columns] float32. They are divided only once, at the end.
 
-    With several tasks there is a column for each task and objective, starting with all objectives of the
-    first task; `over_tasks` adds them up.
+    With one task, each objective has a column. With several tasks, each objective of each task has a column:
+    first all objectives of the first task, then those of the second, and so on. `over_tasks` adds up the
+    columns of all tasks. An extra loss has one more column, the last.
 
     Attributes:
-        loss: sum of weight x cross-entropy, nats.
-        correct: sum of weight where the likeliest token is the target.
-        count: sum of weight over target tokens.
+        loss: sum over target tokens of weight x cross-entropy, in nats.
+        correct: sum of the weights of the target tokens that are the model's likeliest token.
+        count: sum of the weights of all target tokens.
     """
 
     loss: jax.Array
@@ -42,16 +43,16 @@ class ObjectiveSums(struct.PyTreeNode):
         return cls(zeros, zeros, zeros)
 
     def merge(self, other: "ObjectiveSums") -> "ObjectiveSums":
-        """Returns the sums of both."""
+        """Returns the sums of `self` and `other`, entry by entry."""
         return jax.tree.map(jnp.add, self, other)
 
     def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":
-        """Adds a loss and a count to the last column, which belongs to an extra loss and to no token."""
+        """Adds a loss and a count to the last column, which must be the column of an extra loss."""
         loss, count = self.loss.at[-1].add(loss), self.count.at[-1].add(count)
         return self.replace(loss=loss, count=count)
 
     def over_tasks(self, num_objectives: int, num_tasks: int) -> "ObjectiveSums":
-        """Adds up the tasks' columns for each objective; keeps the columns after them."""
+        """Adds up each objective's columns of all tasks. Columns after those of the tasks stay unchanged."""
         return jax.tree.map(lambda x: over_tasks(x, num_objectives, num_tasks), self)
 
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ def means_of_tasks(
 
 
 def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
-    """Returns weight / count of each objective, 0 for an objective without tokens: [objectives] float32."""
+    """Returns each objective's weight / count, or 0 for an objective without tokens, [objectives] float32."""
     # Inside `where` both sides are computed, so the divisor must not be 0. A count is a sum of loss weights
     # and may be below 1.
     return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
@@ -99,7 +100,7 @@ def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Arr
 def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
     """Puts each token's loss weight into its objective's column: [batch, length, columns] float32.
 
-    With several tasks, each task and objective has a column.
+    The columns are those of `ObjectiveSums`.
     """
     # 2 objectives: objective 1 of task 3 is column 1 + 2 * (3 - 1) = 5, counted from 1; padding stays 0
     ids = group["decoder_objective_ids"]
@@ -116,11 +117,11 @@ def objective_sums(
     scale: jax.Array,
     num_objectives: int | None = None,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Returns the share of a group of rows in the loss, and the group's totals.
+    """Returns what a group of rows adds to the loss, and the group's totals.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, each a mean
-    of cross-entropies over target tokens. The caller computes the scale from the counts of the global
-    batch. A mean of means would weight a token by the slice that contains it.
+    of cross-entropies over target tokens. The caller computes `scale` from the counts of the global batch.
+    If each slice computed its own mean, a token's weight would depend on the slice that contains it.
 
     With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4)
     and, with weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
@@ -128,13 +129,14 @@ def objective_sums(
     Args:
         states: the decoder's states, [batch, length, embed].
         output: the output layer, which turns states into logits.
-        group: `decoder_target_tokens`, `decoder_objective_ids` (0 padding, i for the i-th
-            objective) and `decoder_loss_weights`, all [batch, length].
-        scale: [columns] float32, from `loss_scale`; a column is an objective, or an objective of a task.
+        group: `decoder_target_tokens`, `decoder_objective_ids` (index of the objective, from 1; 0 is
+            padding) and `decoder_loss_weights`, all [batch, length].
+        scale: factor of each column, [columns] float32, from `loss_scale`.
         num_objectives: number of objectives of each task; None means the number of columns.
 
     Returns:
-        The sum over columns of scale x loss, a scalar with a gradient, and the sums, which have none.
+        The sum of scale x loss over all columns, a scalar with a gradient.
+        The totals of the group, an `ObjectiveSums` without a gradient.
     """
     weights = token_weights(group, len(scale), num_objectives or len(scale))
     targets = group["decoder_target_tokens"]

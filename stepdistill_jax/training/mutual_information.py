@@ -15,8 +15,8 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    The model predicts a probability of each id v at each token of a target. Their maxima over the label's
-    tokens are z_v, and over the rationale's tokens r_v. The loss of a pair is
+    At each token of a target, the model predicts a probability of each id v. Over the label's tokens, the
+    largest of these probabilities is z_v; over the rationale's tokens, it is r_v. The loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
@@ -35,8 +35,8 @@ class MutualInformation(PairedLoss):
     The float32 logits of a slice are computed at once; they are the largest array of the step.
 
     Attributes:
-        weight: at least 0, or a `Schedule`; the paper's code uses 0.1 (`beta`), with 0.5 for label and
-            rationale.
+        weight: factor of the term, a number of at least 0 or a `Schedule`. The paper's code uses 0.1
+            (`beta`), together with weights of 0.5 for label and rationale.
     """
 
     name = "mutual_information"

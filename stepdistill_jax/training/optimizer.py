@@ -14,13 +14,13 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """Returns learning_rate_fn(step), with steps from 0; None if the rate of a user's function is unknown."""
+    """Returns the learning rate as a function of the step, from 0; None if a user's optimizer hides its rate."""
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 
 
 def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
-    """Returns the weights for the update after `step`, [weights] float32."""
+    """Returns the values of the loss weights after `step` updates, [weights] float32."""
     # constants stay constants of the compiled program
     if not any(isinstance(weight, Schedule) for weight in weights):
         return jnp.asarray(weights, jnp.float32)
@@ -51,10 +51,11 @@ def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Returns the optimizer of a config: a clip followed by AdamW or Adafactor, or a user's transformation.
+    """Returns a config's optimizer: clipping followed by AdamW or Adafactor, or a user's transformation.
 
-    AdamW is the paper's. Adafactor has T5X's settings: decay 0.8, updates scaled by the parameter. Equal
-    settings return the same object, so runs in one process share compiled programs.
+    The paper uses AdamW. Adafactor has T5X's settings: a decay rate of 0.8, and updates that are multiplied by
+    the scale of the parameter. Equal settings return the same object, so runs in one process share compiled
+    programs.
 
     Raises:
         InputError: the user's function raises, or does not return a transformation.
@@ -88,7 +89,7 @@ def _optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Returns `optax.clip_by_global_norm` as one product with a scalar.
+    """Returns the same transformation as `optax.clip_by_global_norm`, but multiplies by one scalar.
 
     optax divides each gradient by the norm. XLA's CPU backend does not repeat divisions in the loops that
     read the result, so it writes the clipped gradient to memory and reads it three times.

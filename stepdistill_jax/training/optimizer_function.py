@@ -1,4 +1,4 @@
-"""A user's update rule: a function that returns an optax transformation, and its arguments."""
+"""A user's update rule: a function that returns an optax transformation, with the function's arguments."""
 
 import dataclasses
 import inspect
@@ -19,14 +19,15 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFunction:
-    """A function that returns an optax transformation, and its arguments.
+    """A function that returns an optax transformation, with the function's arguments.
 
     The transformation is the complete update rule: no clip, weight decay or learning rate is added. A
     `LearningRate` argument is passed as an optax schedule, a function of the run's step.
 
     Attributes:
         function: the function, called when a run is assembled.
-        arguments: its arguments by name: plain values and `LearningRate`s, which `run.json` can hold.
+        arguments: the function's arguments by name. Each is a `LearningRate` or a plain value that
+            `run.json` can store.
 
     Raises:
         InputError: an argument is unknown, missing, or not a plain value.
@@ -54,7 +55,7 @@ class OptimizerFunction:
 
     @property
     def rate(self) -> LearningRate | None:
-        """Argument `learning_rate` if it is a schedule; None if the rate is unknown."""
+        """The argument `learning_rate`, or None if it is no `LearningRate`, so that the rate is unknown."""
         rate = self.arguments.get("learning_rate")
         return rate if isinstance(rate, LearningRate) else None
 
@@ -68,11 +69,14 @@ class OptimizerFunction:
         )
 
     def __str__(self) -> str:
-        """Returns the call: `my_module.my_function(b1=0.9)`."""
+        """Returns the function call as text, such as `my_module.my_function(b1=0.9)`."""
         return f"{self.name}({', '.join(f'{n}={x!r}' for n, x in self.arguments.items())})"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the function's name and all arguments with defaults, for `run.json`; a resume compares them."""
+        """Returns the function's name and all arguments, including defaults, for `run.json`.
+
+        A resumed run compares them.
+        """
         described = {
             name: dataclasses.asdict(value) if isinstance(value, LearningRate) else value
             for name, value in {**self._all_arguments(), **self.arguments}.items()
@@ -83,11 +87,11 @@ class OptimizerFunction:
     def transformation(
         self, learning_rate: float, train_steps: int
     ) -> optax.GradientTransformation:
-        """Calls the function for a run with this peak and this many steps.
+        """Calls the function for a run with this peak and number of steps, and returns its transformation.
 
         Raises:
-            InputError: the function raises, or does not return a transformation. The transformation's `init`
-                raises it if a training step could not call `update`.
+            InputError: the function raises, or does not return a transformation. The `init` of the returned
+                transformation raises an InputError if a training step could not call `update`.
         """
         arguments = {
             name: value.schedule(learning_rate, train_steps)
@@ -101,7 +105,7 @@ class OptimizerFunction:
             raise self._failed("", error) from error
         if not isinstance(tx, optax.GradientTransformation):
             kind = f"{type(tx).__module__}.{type(tx).__qualname__}"
-            raise self._refused(f"must return an optax.GradientTransformation, not a {kind}")
+            raise self._refused(f"it must return an optax.GradientTransformation, not a {kind}")
 
         def init(params: Any) -> Any:
             try:
@@ -114,7 +118,7 @@ class OptimizerFunction:
         return optax.GradientTransformation(init, tx.update)
 
     def _check_update(self, tx: optax.GradientTransformation, state: Any, params: Any) -> None:
-        """Raises InputError if a step could not call `update`; checks shapes only, before a step is compiled."""
+        """Raises InputError if a training step could not call `update`. Computes only shapes, no values."""
 
         def step(params: Any, state: Any) -> Any:
             return (params, state), tx.update(params, state, params)

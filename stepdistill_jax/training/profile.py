@@ -14,14 +14,14 @@ FOLDER = "profile"
 
 
 class StepProfile:
-    """Traces a range of steps into `WORKDIR/profile` while it is entered, on process 0 only.
+    """A context that traces a range of steps into `WORKDIR/profile`, on process 0 only.
 
-    It writes `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`. A run that ends during the
-    trace writes the steps so far.
+    It writes `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`. If the run ends during the
+    trace, the steps so far are written.
     """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
-        """Takes the first and the last step of the trace; None traces nothing."""
+        """Prepares a trace from the first to the last of `steps`; None means no trace."""
         self._folder = workdir / FOLDER
         self._steps = steps if jax.process_index() == 0 else None
         self._written: pathlib.Path | None = None  # folder of the trace, while tracing
@@ -33,13 +33,13 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Starts the trace at its first step; returns a context that marks the step in the trace."""
+        """Starts the trace if `step` is in its range, and returns a context that marks the step in it."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def ended(self, step: int, flush: Callable[[], None]) -> None:
-        """Ends the trace after its last step; first calls `flush`, which waits for the devices."""
+        """Ends the trace if `step` is its last step. Before that, calls `flush`, which waits for the devices."""
         if self._written is not None and self._steps is not None and step == self._steps[1]:
             flush()
             self._stop()
@@ -59,4 +59,7 @@ class StepProfile:
         if written != self._folder:
             upload(written, self._folder)
             shutil.rmtree(written, ignore_errors=True)
-        log(f"profile of steps {self._steps}: `tensorboard --logdir {self._folder}`, or Perfetto")
+        log(
+            f"steps {self._steps} are profiled: run `tensorboard --logdir {self._folder}`, or open the"
+            " trace in Perfetto"
+        )

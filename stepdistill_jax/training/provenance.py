@@ -1,4 +1,4 @@
-"""Writes and compares `run.json`: a run's settings, versions and devices, which a resume must mostly keep."""
+"""Writes `run.json` (a run's settings, versions and devices), and checks that a resume keeps the settings."""
 
 import dataclasses
 import datetime
@@ -30,9 +30,9 @@ from stepdistill_jax.training.run import MODEL_SETTINGS, Run, max_decode_len
 from stepdistill_jax.training.workdir import GIN, RUN, check_config, read_run
 from stepdistill_jax.versions import version_block
 
-# Settings that may differ between a run and its resume. None changes the loss that is minimised.
-# `train_steps` may also grow, if no learning rate depends on it. `init_from` may have moved; the
-# fingerprint contains its content.
+# Settings that may differ between a run and its resume. None of them changes the loss that is minimised.
+# `train_steps` may also grow, if no learning rate depends on it. The path `init_from` may change, since the
+# fingerprint identifies its content.
 FREE_FIELDS = (
     "layout",
     "attention",
@@ -63,7 +63,7 @@ LIFE_FIELDS = (
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Returns the content of `run.json`, which identifies the run and lets a resume be checked."""
+    """Returns the content of `run.json`, which identifies the run. A resumed run is compared with it."""
     fingerprint = {"train": run.data.fingerprint}
     cut = {"train": run.batches.cut_counts()}
     if run.validator is not None:
@@ -102,10 +102,10 @@ def _count(tree: Any) -> int:
 
 
 def _weights_digest(initial: InitialWeights) -> str | None:
-    """Returns a digest of INIT_FROM, or None if its directory or step no longer exists.
+    """Returns a digest of `init_from`, or None if its directory or step no longer exists.
 
-    It covers a workdir's step and its files, or a model's config.json and its file sizes. It does not read
-    the weights, which may take many gigabytes.
+    For a workdir, the digest covers the step and its manifest's digests. For a model directory, it covers
+    config.json and the sizes of all files. The weights are not read, since they may take many gigabytes.
     """
     directory = initial.path
     if initial.step is not None and is_workdir(directory):
@@ -135,7 +135,10 @@ def _commit() -> str | None:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config of `run.json` with defaults for settings that its version lacked, also nested ones."""
+    """Adds defaults to a config of `run.json`, for settings that did not exist when it was written.
+
+    Nested settings get their defaults, too.
+    """
     found = json.loads(json.dumps(TrainConfig(task="").to_json()))
     for name, value in config.items():
         default = found.get(name)
@@ -169,7 +172,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns why a run cannot get more steps, from its configs as JSON; empty if no rate depends on them."""
+    """Returns why `train_steps` must not grow; the list is empty if no learning rate depends on it.
+
+    `before` and `now` are the configs of the earlier start and of this one, as in `run.json`.
+    """
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")
     rates = [{"shape": named}] if isinstance(named, str) else [named]
@@ -186,12 +192,12 @@ def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) -> None:
-    """Writes `run.json`, `config.gin` and the model files, after checking them against earlier starts.
+    """Compares the run with its earlier starts, and writes `run.json`, `config.gin` and the model files.
 
     Raises:
-        InputError: the workdir holds another run (names the differences), or cannot be written; or the
-            processes of this run do not see the same config, data or workdir. Raised on every
-            process.
+        InputError: the workdir belongs to a run with other settings (the message lists them), the workdir
+            cannot be written, or the processes do not see the same config, data or workdir. Raised on
+            every process.
     """
     _agree(described)
     path = run.workdir / RUN
@@ -241,13 +247,13 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
 
 
 def _agree(described: dict[str, Any]) -> None:
-    """Raises InputError if a process of this run has a different config, data or INIT_FROM."""
+    """Raises InputError if the processes of this run have different configs, data or `init_from`."""
     if jax.process_count() == 1:
         return
     given = described["config"]["init_from"]
     given = given and local_model(given)
-    # run.json only has file sizes. With sharded weights each process reads its part, so two different models
-    # of the same size would be combined into a third.
+    # The fingerprint covers only file sizes. With sharded weights each process reads its part, so two
+    # different models of the same size would be combined into a third.
     weights = ""
     if given and pathlib.Path(given).is_dir() and not is_workdir(given):
         weights = sampled_digest(pathlib.Path(given))
@@ -257,7 +263,7 @@ def _agree(described: dict[str, Any]) -> None:
 
 
 def _wait_for(path: pathlib.Path, written: str) -> None:
-    """Raises InputError if this process does not see the file that process 0 has just written."""
+    """Waits until this process sees the file that process 0 has just written; after 30 s, raises InputError."""
     deadline = time.monotonic() + SEEN_SECS
     while not (path.exists() and digest(read_json(path)) == written):
         if time.monotonic() > deadline:

@@ -75,7 +75,7 @@ class Run:
     initial: InitialWeights | None = None
 
     def initial_state(self) -> TrainState:
-        """Returns the state at step 0: the weights of `init_from` or random ones; adapters are always new."""
+        """Returns the state at step 0, with the weights of `init_from` or random ones. Adapters are always new."""
         seed = self.config.seed
         if self.initial is None:
             return init_state(self.model, self.tx, self.abstract, seed=seed)
@@ -86,10 +86,10 @@ class Run:
 def assemble(
     config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathLike | str | None
 ) -> Run:
-    """Opens data, model and mesh for a config.
+    """Loads the data of a config, and creates the mesh, the model's configuration and the other parts.
 
     Raises:
-        InputError: settings, data, model and devices do not fit together; raised before a step is
+        InputError: settings, data, model and devices cannot be used together. Raised before a step is
             compiled.
     """
     workdir, data_dir = as_path(workdir), data_folder(data_dir)
@@ -136,13 +136,13 @@ def assemble(
         names = validator.try_out()
         if config.best_metric is not None and config.best_metric not in names:
             raise InputError(
-                f"`best_metric`: a validation of {config.task} gives no {config.best_metric!r}; it gives"
+                f"`best_metric`: validation of {config.task} has no metric {config.best_metric!r}; it has"
                 f" {', '.join(names)}{nearest(config.best_metric, names)}"
             )
     elif config.best_metric is not None:
         raise InputError(
-            f"`best_metric`: {config.task} has no {VALIDATION} split, so no numbers rank the steps;"
-            " leave it out"
+            f"`best_metric`: {config.task} has no {VALIDATION} split, so no metric can rank the steps;"
+            " leave the setting out"
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
@@ -152,9 +152,9 @@ def assemble(
 def _row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig, workdir: pathlib.Path
 ) -> tuple[int, int]:
-    """Returns the tokens of a packed row; a resumed run keeps its numbers, whatever its layout is."""
+    """Returns the input and target length of packed rows. A resumed run keeps its lengths on any layout."""
     if config.pack and (workdir / RUN).is_file():
-        # older versions did not choose lengths; their rows have the maximum lengths of the texts
+        # older versions did not choose lengths; their rows have the maximum lengths of inputs and targets
         kept = read_run(workdir).get("row_lengths")
         return (config.input_length, config.target_length) if kept is None else tuple(kept)
     return in_cheapest_rows(config, batches, model).row_lengths
@@ -175,7 +175,7 @@ def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | N
 
 
 def model_settings(config: TrainConfig) -> dict[str, Any]:
-    """Returns the model settings that come from the config, also with INIT_FROM."""
+    """Returns the model settings that always come from the config, even with `init_from`."""
     return {name: getattr(config, name) for name in MODEL_SETTINGS}
 
 
@@ -183,8 +183,8 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
     """Returns the model of a run that starts from random weights.
 
     Args:
-        config: of the run.
-        data: data whose vocabulary the model gets; None means the family's published vocabulary.
+        config: the run's config.
+        data: data whose vocabulary the model uses; None means the family's published vocabulary.
     """
     one_of("model_family", config.model_family, FAMILIES)
     if data is None:
@@ -195,7 +195,10 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
 
 
 def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, ModelConfig]:
-    """Returns the vocabulary and the configuration of INIT_FROM; a resumed run reads its own copies."""
+    """Returns the vocabulary and the configuration of `init_from`.
+
+    A resumed run reads the copies in its workdir.
+    """
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
     files = read_model_files(workdir if resumed else _init_path(config.init_from))
@@ -204,7 +207,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, Model
 
 
 def _init_path(init_from: str) -> pathlib.Path:
-    """Returns the path of INIT_FROM: a workdir, which may be in a store, or a local or downloaded model directory."""
+    """Returns the path of `init_from`: a workdir (local or in a store), or a local or downloaded model."""
     init_from = local_model(init_from)
     return as_path(init_from) if is_workdir(init_from) else local_path(init_from, "`init_from`")
 
@@ -212,7 +215,10 @@ def _init_path(init_from: str) -> pathlib.Path:
 def _initial_weights(
     config: TrainConfig, workdir: pathlib.Path, model: ModelConfig, abstract: TrainState
 ) -> InitialWeights:
-    """Returns the weights of INIT_FROM under its rules; a new run also checks the rules and logs them."""
+    """Returns the weights that `init_rules` select from `init_from`.
+
+    A new run also checks the rules and logs what they select.
+    """
     assert config.init_from is not None
     path = as_path(config.init_from)
     # process 0 decides for all, since the others may not see the same files
@@ -230,17 +236,17 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step of `path` from which it starts, if `path` has steps."""
+    """Returns whether the run has begun, and the step of `path` that it starts from (None without steps)."""
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")
     return False, resolve_step(path, "best") if is_workdir(path) else None
 
 
 def max_decode_len(data: TaskData, config: TrainConfig) -> int:
-    """Returns the maximum tokens of a decoded label: the config's, or the longest train label's.
+    """Returns the maximum length of a decoded answer in tokens: the config's `max_decode_len`, if it is set.
 
-    The longest label's is rounded up to a multiple of 8. It is always used if an answer is more than a
-    label.
+    If it is not set, or if an answer contains more than a label, this is the length of the first objective's
+    longest target in the data, at most `target_length`, rounded up to a multiple of 8.
     """
     if config.max_decode_len is not None and not data.objectives[0].writes_more:
         return config.max_decode_len

@@ -1,4 +1,4 @@
-"""Measures the time from the start of a command to its first step, by part."""
+"""Measures the time from the start of a command to its first step, and how long each part of it takes."""
 
 import time
 from typing import Any
@@ -24,7 +24,7 @@ class StartUp:
         self._over = False
 
     def done(self, part: str) -> None:
-        """Ends a lap, which gets the name `part`."""
+        """Ends the current lap and gives it the name `part`."""
         now = time.monotonic()
         self._laps[part] = now - self._last
         self._last = now

@@ -1,4 +1,4 @@
-"""The state that a step updates. It is created sharded, so no process ever holds all of it."""
+"""The state that a training step updates. It is created sharded, so no process needs memory for all of it."""
 
 import functools
 from collections.abc import Callable
@@ -22,11 +22,11 @@ class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint saves.
 
     Attributes:
-        step: number of updates, scalar int32; also the position in the data.
+        step: number of updates so far, scalar int32. It is also the position in the data.
         params: float32 parameters of `models.encoder_decoder`.
-        opt_state: state of the optax transformation for the trained parameters (`models.lora.split`),
-            which are only the adapters if there are any.
-        rng: typed key; dropout of step k uses fold_in(rng, k).
+        opt_state: state of the optax transformation for the trained parameters (`models.lora.split`).
+            If there are adapters, only they are trained.
+        rng: typed random key; the dropout of step k uses fold_in(rng, k).
     """
 
     step: jax.Array
@@ -48,7 +48,10 @@ def _first_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) 
 
 
 def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
-    """Returns the sharding of a moment: its parameter's, without the axis that a factored moment lacks."""
+    """Returns the sharding of an optimizer moment, from the sharding of its parameter.
+
+    A factored moment lacks one axis of the parameter, and so does its sharding.
+    """
     if moment.shape == param.shape:
         return sharding
     # Adafactor keeps the means over rows and over columns: [512, 1024] cut as (fsdp, tensor) has moments [512],
@@ -61,11 +64,11 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
 
 
 def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Returns the shardings of an optimizer state; a leaf whose path ends like a parameter's is its moment.
+    """Returns the shardings of an optimizer state.
 
-    This works for any transformation. `optax.tree_map_params` would call `init` on a placeholder, but a
-    user's function may need arrays there, and trees with masked nodes differ in structure from the
-    parameters.
+    A leaf whose path ends with the path of a parameter is a moment of this parameter. This works for any
+    transformation. `optax.tree_map_params` would call `init` on a placeholder, but a user's function may
+    need arrays there, and trees with masked nodes differ in structure from the parameters.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
@@ -110,9 +113,9 @@ def hashable(abstract: Any) -> tuple[tuple, Any]:
 
 
 def _key_data(seed: int) -> np.ndarray:
-    """Returns the data of the seed's key.
+    """Returns the data of the seed's random key.
 
-    As an argument of a program, it lets runs that differ only in seed share one compilation.
+    It is passed to the compiled program as an argument, so runs that differ only in seed share the program.
     """
     with jax.ensure_compile_time_eval():
         return np.asarray(jax.random.key_data(jax.random.key(seed)))
@@ -144,9 +147,9 @@ def drawn(
 
     Args:
         part: function that takes the part out of a parameter tree.
-        config: of the model.
+        config: the model's configuration.
         abstract: shapes and shardings of the model's state.
-        seed: of the run.
+        seed: the run's seed.
     """
 
     def init() -> Any:
@@ -156,7 +159,7 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Adds the adapters that `init_state` would draw to plain weights that are on the devices."""
+    """Returns plain weights, which are on the devices, with the adapters that `init_state` would draw."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 

@@ -40,9 +40,10 @@ def batch_sums(
     num_objectives: int | None = None,
     **apply,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Returns the loss and the totals over all groups of a batch; an extra loss has the last column.
+    """Returns the loss of a batch, and its totals over all groups.
 
-    See `objective_sums` for `scale`, `num_objectives` and the columns.
+    `objective_sums` explains `scale` and `num_objectives`. If there is an extra loss, the last column of the
+    totals belongs to it.
     """
     loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
@@ -60,7 +61,7 @@ def batch_sums(
 def batch_counts(
     batch: Batch, columns: int, extra_loss: ExtraLoss | None, num_objectives: int
 ) -> jax.Array:
-    """Returns the divisors of the totals of `batch_sums`, computed from the ids only: [columns] float32."""
+    """Returns the `count` of `batch_sums`, [columns] float32, without running the model."""
     counts = [token_weights(group, columns, num_objectives).sum((0, 1)) for group in batch]
     total = jnp.sum(jnp.stack(counts), axis=0)
     if extra_loss is not None:
@@ -69,9 +70,10 @@ def batch_counts(
 
 
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
-    """Cuts [rows, length] -> [slices, rows / slices, length]; slice i takes rows i, i + slices, ...
+    """Cuts arrays [rows, length] into [slices, rows / slices, length].
 
-    Contiguous slices would move rows between devices.
+    Slice i consists of the rows i, i + slices, i + 2 slices, ... Slices of adjacent rows would have to be
+    moved between devices.
     """
 
     # Rows 0 to 7 on two devices, 0-3 and 4-7, in two slices: 0 2 | 4 6 and 1 3 | 5 7. Each device keeps its
@@ -99,26 +101,28 @@ def train_step(
     The counts of the complete batch are known before it is cut into slices, so each slice adds its share
     of the exact gradient: the result does not depend on slices, devices or packing. With adapters,
     gradient, clip and update concern only the adapters. If the loss or the gradient is not finite,
-    parameters and optimizer keep their values, and the step still counts.
+    parameters and optimizer keep their values, but the step number still grows by 1.
 
     Args:
-        state: donated by the jitted form.
+        state: the state before the step. The compiled function reuses its memory (donation).
         batch: groups of rows, see `batches.batch`.
-        model: the module whose parameters `state` holds.
-        tx: the transformation whose state `state` holds.
+        model: the module to which the parameters in `state` belong.
+        tx: the transformation to which the optimizer state in `state` belongs.
         objective_weights: a weight for each objective; a `Schedule` is computed from the state's step.
-        num_microbatches: number of slices; it divides the rows of each group.
+        num_microbatches: number of slices. The row count of each group must be a multiple of it.
         extra_loss: a further term of the loss, with its own weight.
         num_tasks: number of parts of the data; an objective's loss is the mean over the tokens of all
             parts.
 
     Returns:
-        The new state, and `sums` (a column for each task and objective), `loss` (nats per token),
-        `grad_norm` (before the clip) and, if a weight is a schedule, this step's `weights`. An extra
-        loss has the last column of `sums` and the last of `weights`.
+        The new state.
+        The metrics: `sums` (an `ObjectiveSums` with a column for each objective of each task), `loss` (in
+        nats per token), `grad_norm` (before the clip) and, if a weight is a schedule, `weights` (their
+        values in this step). If there is an extra loss, the last column of `sums` and the last of
+        `weights` belong to it.
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
-    # 2 tasks with 2 objectives and an extra loss: 5 columns, the objectives of task 1, of task 2, the extra loss
+    # 2 tasks with 2 objectives and an extra loss: 5 columns, 2 for task 1, 2 for task 2, 1 for the extra loss
     of = (len(objective_weights), num_tasks)
     columns = len(all_weights) + (num_tasks - 1) * of[0]
     weights = weights_at(all_weights, state.step)
@@ -163,7 +167,7 @@ def train_step(
 
 
 def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any) -> Any:
-    """Returns `updated`, or `before` if loss or gradient is not finite.
+    """Returns `updated`, or `before` if the loss or the gradient is not finite.
 
     `optax.apply_if_finite` would add counters to every checkpoint, read each gradient once more, and
     apply the update after its last allowed error. The norm is needed for the clip anyway, and XLA selects
@@ -177,7 +181,7 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
 def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
     """Sets the counts of schedules to the step, so that skipped updates do not delay the learning rate.
 
-    A state that holds only a count belongs to a schedule: `optax.ScaleByScheduleState`, and the
+    A state whose only field is `count` belongs to a schedule, for example `optax.ScaleByScheduleState` and the
     states of `optax.inject_hyperparams` and of scheduled weight decay.
     """
 
@@ -193,14 +197,14 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
 def eval_step(
     params, batch: Batch, *, model: EncoderDecoder, num_objectives: int, num_tasks: int = 1
 ) -> ObjectiveSums:
-    """Returns the totals of a batch without dropout."""
+    """Returns the totals of a batch, computed without dropout."""
     # the scale only affects the loss, which is not used here
     scale = jnp.zeros(num_objectives * num_tasks)
     return batch_sums(model, params, batch, scale, num_objectives=num_objectives)[1]
 
 
 def in_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """Returns `function` in the context of the mesh and the logical axis rules, which tracing reads."""
+    """Wraps `function` to run in the context of the mesh and the logical axis rules, which tracing reads."""
 
     @functools.wraps(function)
     def inside(*args):
@@ -211,7 +215,9 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 
 
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """Returns `train_step`, compiled once for each batch shape, with explicit shardings; donates the state.
+    """Returns `train_step` with explicit shardings, compiled once for each batch shape.
+
+    The compiled function reuses the memory of the state that it is given (donation).
 
     Equal arguments return the same function, so runs that differ only in seed or data compile once.
     """

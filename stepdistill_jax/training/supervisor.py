@@ -6,8 +6,8 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     STARTING    until the first step ends       12 min_secs       ends the process: nothing to save
     STEPPING    until the next step ends        medians x median  lets the step end and be saved
     SAVING      between two steps               12 min_secs       lets one more step end and be saved
-    VALIDATING  for a part of SAVING            12 min_secs       interrupts it: the step is saved
-                (of STARTING, if a stop                           without; a resume validates it
+    VALIDATING  for a part of SAVING            12 min_secs       interrupts it: the step is saved,
+                (of STARTING, if a stop                           and the next start validates it
                 postponed the validation)
 
     STARTING, STEPPING -> SAVING    a step has ended
@@ -23,8 +23,9 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     SAVING -> stopped (75)          the step that was running at a signal is saved
     SAVING -> done (0)              the last step is saved
 
-The number in parentheses is the exit status. Every process has a supervisor, and all make the same
-decision.
+`min_secs` and `medians` are the settings `watchdog_min_secs` and `watchdog_medians`. `median` is the median
+time of recent steps; a step may always last `min_secs`. A number in parentheses is the exit status. Every
+process has a supervisor, and all supervisors make the same decisions.
 """
 
 import collections
@@ -72,7 +73,7 @@ State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
 
 
 class _TooManyBadSteps(Exception):
-    """Raised by `flush` after step `step` to roll the run back, once the loop has released its state."""
+    """Raised by `flush` after step `step`. The run is rolled back when the loop has released its state."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -89,7 +90,7 @@ def leave_at_start(signal_name: str) -> None:
 
 
 def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Returns the result of `life()`, which is called again after the run has rolled back.
+    """Calls `life()` and returns its result. After each rollback of the run, calls it again.
 
     Raises:
         FloatingPointError: raised by `life`; advice is added to its message.
@@ -112,10 +113,10 @@ def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class Supervisor:
-    """Supervises a run from its newest checkpoint; `last` holds the metrics of the newest step."""
+    """Supervises a run from its newest checkpoint on. `last` contains the metrics of the newest step."""
 
     def __init__(self, run: Run, stop: StopSignals):
-        """Takes an entered `stop`, whose reaction to a signal each state changes."""
+        """Starts in the state STARTING. `stop` must be entered; each state sets how it reacts to a signal."""
         config = run.config
         self._run, self._stop = run, stop
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
@@ -137,9 +138,10 @@ class Supervisor:
         self._skipped, self._in_a_row, self._gone_back = 0, 0, False
 
     def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
-        """Opens the workdir and returns the newest checkpoint's step and state; `closing` closes the workdir.
+        """Opens the workdir, and returns the step and the state of the newest checkpoint.
 
-        Without a checkpoint, it returns 0 and a new state that devices may still be computing.
+        Without a checkpoint, it returns 0 and a new state that devices may still be computing. `closing`
+        closes everything that is opened here.
         """
         run, config = self._run, self._run.config
         self._checkpoints = checkpoints = Checkpoints(run.workdir)
@@ -205,21 +207,23 @@ class Supervisor:
     # --- recording
 
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
-        """Stores a step and writes the previous one, so that reading metrics never delays the devices.
+        """Keeps a step's metrics and writes those of the previous step, so that the devices never wait.
 
-        `device_metrics` may still be computing. `waited` is the time spent waiting for the batch, in
-        seconds. Raises the errors of `flush`.
+        The devices may still be computing `device_metrics`. `waited` is the time spent waiting for the
+        batch, in seconds. Raises the errors of `flush`.
         """
-        # a step that has already ended: `flush` runs later, so it would measure too late an end
+        # the end of a step that has already ended is measured here, since `flush` runs later
         ended = self._throughput.now() if device_metrics["loss"].is_ready() else None
         self.flush(before=ended)
         self._pending = step, batch, device_metrics, waited, ended
 
     def flush(self, before: float | None = None) -> None:
-        """Writes the stored step; `before` is the time at which the next step ended, if it has ended.
+        """Writes the metrics that `record` has kept.
+
+        `before` is the time at which the next step ended, or None if it has not ended.
 
         Raises:
-            FloatingPointError: the written step is not finite, and the run must end.
+            FloatingPointError: the loss or gradient of the written step is not finite, and the run must end.
         """
         if self._pending is None:
             return
@@ -291,8 +295,8 @@ class Supervisor:
             self._flag(step, "spike", metrics)
             if not self._spiking:
                 log(
-                    f"warning: step {step}: loss {loss:.4g}, and the median of the last"
-                    f" {len(self._losses)} steps is {usual:.4g}; its examples are in {FLAGGED}"
+                    f"warning: step {step}: the loss is {loss:.4g}, but the median of the last"
+                    f" {len(self._losses)} steps is {usual:.4g}; the step's examples are in {FLAGGED}"
                 )
         self._spiking = spike
         self._losses.append(loss)
@@ -304,7 +308,10 @@ class Supervisor:
         self._writer.flag(step, entry | {"examples": _examples_of(self._run, step)})
 
     def _enforce(self, step: int, metrics: dict[str, float]) -> None:
-        """Handles a step that is not finite: warns, rolls the run back after too many, or fails."""
+        """Handles a step whose loss or gradient is not finite.
+
+        Warns, fails, or, after too many such steps in a row, rolls the run back.
+        """
         config = self._run.config
         what = f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
         if config.on_nonfinite == "stop":
@@ -316,13 +323,15 @@ class Supervisor:
             )
         if self._in_a_row >= config.max_consecutive_nonfinite:
             if self._gone_back:
-                raise FloatingPointError(f"{what}, {self._in_a_row} in a row for the second time")
+                raise FloatingPointError(
+                    f"{what}; it is the second time that {self._in_a_row} steps in a row are not finite"
+                )
             raise _TooManyBadSteps(step)
 
     # --- validating and saving
 
     def save(self, step: int, state: TrainState) -> None:
-        """Validates and saves after a step if either is due, and exits after a stop signal.
+        """Validates and saves after a step, if this is due, and exits after a stop signal.
 
         Raises:
             SystemExit: status 75, after the step is saved.
@@ -400,13 +409,13 @@ class Supervisor:
 
 
 def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
-    """Returns the loss and the losses of objectives, without the losses of single tasks."""
+    """Returns the loss and the losses of the objectives, but not the losses of single tasks."""
     of_objective = {n: v for n, v in metrics.items() if n.startswith("loss/") and n.count("/") == 1}
     return {"loss": metrics["loss"]} | of_objective
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns a step's examples: row in the tokenised split, start of the input, and label."""
+    """Returns, for each example of a step, its index in the tokenised split, its input's start and its label."""
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
@@ -421,12 +430,12 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 def _roll_back(run: Run, step: int) -> None:
     """Rolls a run back: saves step `step` with the parameters and optimizer of the last good checkpoint.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1), since repeated in
-    the same order they would fail again.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). If they were repeated
+    in the same order, they would fail again.
 
-    The last good checkpoint is the newest multiple of `checkpoint_every` whose next step was finite.
-    Steps saved for another reason, such as a stop signal, do not count, so a run gives the same result
-    with and without stops.
+    The last good checkpoint is the newest one at a multiple of `checkpoint_every` after which the next step was
+    finite. Steps that were saved for another reason, such as a stop signal, do not count. So a run gives the
+    same result with and without stops.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to
@@ -436,9 +445,9 @@ def _roll_back(run: Run, step: int) -> None:
     first = jax.process_index() == 0
     with contextlib.closing(Checkpoints(run.workdir)) as checkpoints:
         if good not in saved_steps(run.workdir):
-            none = f"of step {good} to roll back to" if good > 0 else "was due before"
+            none = f"of step {good} exists to roll back to" if good > 0 else "was due before"
             raise FloatingPointError(
-                f"{bad}: loss or gradient is not finite, and no checkpoint {none}"
+                f"{bad}: the loss or the gradient is not finite, and no checkpoint {none}"
             )
         if first:
             log(
@@ -457,14 +466,14 @@ def _roll_back(run: Run, step: int) -> None:
 
 
 class Watchdog:
-    """Ends the process if a state lasts too long while it is entered: writes all stacks, exits with status 134.
+    """A context that ends the process if a state lasts too long.
 
-    Time in which the process does not run (a suspended laptop, Ctrl-Z) does not count, since the
-    thread adds up its own short sleeps.
+    It then writes the stacks of all threads and exits with status 134. Time in which the process does not run
+    (a suspended laptop, Ctrl-Z) does not count, since the thread adds up its own short sleeps.
     """
 
     def __init__(self, medians: float, min_secs: float):
-        """Takes `medians` and `min_secs` of the module's table; `medians` 0 turns it off."""
+        """Sets the limits (`medians` and `min_secs` of the module's table). With `medians` 0, there are none."""
         self.last_step: int | None = None  # for the message
         self._medians, self._min_secs = medians, min_secs
         self._interval = min(1.0, min_secs / 10)

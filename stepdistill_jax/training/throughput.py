@@ -11,7 +11,7 @@ from stepdistill_jax.runtime.chips import chip_of
 
 
 class Throughput:
-    """Turns the times of steps into rates; `pause` excludes validation and saving."""
+    """Turns the times of steps into rates. `pause` excludes the time of validations and saves."""
 
     def __init__(self, config: ModelConfig, *, batch_size: int):
         """Starts the clock."""
@@ -21,7 +21,7 @@ class Throughput:
         self._peak = None if chip is None else chip.bfloat16 * jax.device_count()
 
     def pause(self) -> None:
-        """Excludes the time since the last step."""
+        """Excludes the time since the end of the last step from the next step's time."""
         self._last = time.monotonic()
 
     def now(self) -> float:
@@ -29,11 +29,14 @@ class Throughput:
         return time.monotonic()
 
     def halfway(self, ended: float) -> float:
-        """Returns the midpoint between the last known end and `ended`, for two steps that share this time."""
+        """Returns the midpoint between the last known end of a step and `ended`.
+
+        It is the estimated end of the first of two steps that together took this time.
+        """
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
-        """Returns `timing/...` and the fill of a step that ended at `ended`, a time from `now`.
+        """Returns `timing/...` and `non_padding_fraction/...` of a step that ended at `ended`, a time from `now`.
 
         A step's time counts from the end of the previous step, or from the last `pause`.
         """

@@ -36,9 +36,10 @@ MEANS = ("label_accuracy", "unfinished", "collapsed")  # averaged over the parts
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """Everything that validations need, created once; `compute` takes the parameters of a step.
+    """Everything that validations need, created once for a run.
 
-    It merges adapters first, so it measures the model that would be exported.
+    `compute` takes the parameters of a step. It merges adapters into them first, so it measures the model that
+    would be exported.
     """
 
     config: ModelConfig
@@ -62,9 +63,10 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Creates the functions to compile, and opens the metrics of the parts' tasks.
+        """Creates the functions that validations call, and the metrics of the parts' own tasks.
 
-        `batches` covers the split once, in order. `batch_size` is the decoder's, in rows.
+        `batches` must cover the split once, in order. `batch_size` is the number of rows that the decoder
+        decodes together.
         """
         plain = dataclasses.replace(config, lora=None)
         found = {part.name: TaskMetrics.of(part, data.split) for part in data.parts}
@@ -90,10 +92,11 @@ class Validator:
         )
 
     def try_out(self) -> list[str]:
-        """Returns the names of the metrics of `compute`, without `eval/<split>/` and without warnings' names.
+        """Returns the names of the metrics of `compute`, without `eval/<split>/`.
 
-        Computes the tasks' metrics once, with the targets as answers, so that a broken metric fails before
-        the first step.
+        `unfinished`, `collapsed` and `unparsed` are left out, since no step should be chosen by them. The
+        tasks' own metrics are computed once, with the targets as answers, so that a broken metric fails
+        before the first step.
 
         Raises:
             InputError: a metric fails, or has the name of a metric that every validation gives.
@@ -108,7 +111,7 @@ class Validator:
         return [*dict.fromkeys(["label_accuracy", "loss", *ours]), *of_parts]
 
     def _numbers_of(self, part: Part) -> list[str]:
-        """Returns the names of the metrics that every validation gives for a part."""
+        """Returns the names of the metrics that every validation computes for a part."""
         names = ["label_accuracy"] if part.label_column is not None else []
         for column, rows in zip(part.columns, part.store.rows, strict=True):
             if rows["targets"].lengths.any():
@@ -117,19 +120,20 @@ class Validator:
         return list(dict.fromkeys(names))
 
     def majority_baseline(self) -> float:
-        """Returns the label accuracy of always answering the most frequent label, averaged over the parts."""
+        """Returns the accuracy of always answering a part's most frequent label, averaged over the parts."""
         labelled = [part for part in self.data.parts if part.label_column is not None]
         of_parts = [majority_baseline(p.labelled_inputs()[1], p.metric) for p in labelled]
         return float(np.mean(of_parts))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
-        """Returns the numbers that rank a step, the most important first; larger is better for each.
+        """Returns the two numbers that rank a step. Larger is better for both; the second breaks ties.
+
+        The first is the value of `best_metric`, and the second is the label's loss times -1.
 
         Args:
-            found: of `compute`.
-            best_metric: name without `eval/<split>/`; smaller is better if it starts with `loss`
-                (after the name of a part, if it has one). None is `label_accuracy`. The label's
-                loss breaks ties.
+            found: the result of `compute`.
+            best_metric: name of a metric without `eval/<split>/`; None means `label_accuracy`. Its value is
+                multiplied by -1 if the name starts with `loss` (after the name of a part, if it has one).
 
         Raises:
             InputError: this validation has no such metric.
@@ -138,7 +142,7 @@ class Validator:
         for name in (best_metric or "label_accuracy", f"loss/{self.data.objectives[0].name}"):
             if (value := found.get(f"eval/{self.data.split}/{name}")) is None:
                 raise InputError(
-                    f"`best_metric`: this validation gave no {name!r}; the metric must return it each time"
+                    f"`best_metric`: this validation has no {name!r}, but the metric must return it each time"
                 )
             bare = name
             for part in self.data.parts:
@@ -159,19 +163,20 @@ class Validator:
         With several parts, a part's metrics are named `eval/<split>/<part>/...`, and `label_accuracy` is
         the mean over the parts. Every process runs the same batches.
 
-        `label_accuracy` is the share of decoded labels that match (by text, or by value for equations).
-        `collapsed` is 1 if there are several rows and all got the same answer (also logged), otherwise 0.
-        If targets are more than a label, `unparsed` is the share of answers without a label, which count as
-        wrong. `accuracy/<objective>` is the share of target tokens that are the likeliest under teacher
+        `label_accuracy` is the share of decoded labels that equal the gold label (as text, or as a number for
+        equations). `collapsed` is 1 if there are several rows and all got the same answer, otherwise 0; this
+        is also logged. `unfinished` is the share of answers without an end of sequence. If targets contain
+        more than a label, `unparsed` is the share of answers without a label, which count as wrong.
+        `accuracy/<objective>` is the share of target tokens that the model finds likeliest under teacher
         forcing, weighted as in the loss. Losses are nats per token. `loss` uses the final weights of
         schedules, so that steps can be compared, and leaves out an extra loss. The metrics of a part's own
-        task keep their names, after `<part>/` if there are several parts.
+        task keep their names. With several parts, `<part>/` precedes them.
 
         Args:
             params: parameters of a step.
             on_batch: called after each batch of losses and of answers; may raise.
-            keep: called with each answer: `id` (the number of its row, from 1), `label`, `score`
-                (natural log of its probability), `target`, and, with several parts, `task`.
+            keep: called with each answer: `id` (1-based index of its row), `label`, `score` (natural log
+                of its probability), `target`, and, with several parts, `task`.
 
         Raises:
             InputError: a task's metric fails.
@@ -197,7 +202,10 @@ class Validator:
         return {f"eval/{self.data.split}/{name}": value for name, value in metrics.items()}
 
     def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
-        """Returns loss and accuracy of each objective with tokens, from totals of loss, correct and count."""
+        """Returns the loss and the accuracy of each objective that has tokens.
+
+        `totals` are the totals of loss, correct and count, each with one value for each objective.
+        """
         found = {}
         for objective, loss, correct, count in zip(self.data.objectives, *totals, strict=True):
             if count > 0:
@@ -208,7 +216,7 @@ class Validator:
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
     ) -> dict[str, float]:
-        """Decodes the labels and returns their metrics: each part's and, with several parts, the means."""
+        """Decodes the labels, and returns the metrics of each part and, with several parts, their means."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [
@@ -285,11 +293,15 @@ class Validator:
 
 
 def _checked(part: Part, names: Iterable[str]) -> list[str]:
-    """Returns the names of a task's metrics as a list; raises InputError for names that a validation uses."""
+    """Returns the names of a task's metrics as a list.
+
+    Raises:
+        InputError: a metric has the name of a metric that every validation computes.
+    """
     for name in (found := list(names)):
         if name in OWN or name.startswith(("loss/", "accuracy/")):
             raise InputError(
-                f"task {part.name!r}: its metric {name!r} has the name of a metric that every"
-                " validation gives; rename it"
+                f"task {part.name!r}: its metric {name!r} has the same name as a metric that every"
+                " validation computes; rename it"
             )
     return found

@@ -41,10 +41,12 @@ _LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list, "row_lengths
 
 @contextlib.contextmanager
 def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a workdir, on process 0; object stores and network disks may have no locks.
+    """A context in which process 0 holds the lock of a workdir.
+
+    In an object store, and on a network disk without locks, nothing is locked.
 
     Raises:
-        InputError: another run holds the lock, or it cannot be written; raised on every process.
+        InputError: another run holds the lock, or the lock file cannot be written. Raised on every process.
     """
     with contextlib.ExitStack() as held:
         on_process_0(lambda: None if is_remote(workdir) else _hold(workdir, held))
@@ -77,8 +79,8 @@ def check_workdir(workdir: pathlib.Path) -> None:
     """Checks that a run may use a folder, before anything is read or written.
 
     Raises:
-        InputError: the folder cannot be written, has a damaged `run.json`, or holds a run's files
-            without a `run.json`.
+        InputError: the folder cannot be written, its `run.json` is damaged, or it has files of a run
+            but no `run.json`.
     """
     if is_remote(workdir):
         _check_store(workdir)
@@ -90,20 +92,22 @@ def check_workdir(workdir: pathlib.Path) -> None:
     for name in _NAMES:
         if (workdir / name).exists():
             raise InputError(
-                f"`workdir` {workdir}: has {name} and no {RUN}, so it is not a run to resume;"
+                f"`workdir` {workdir}: has {name} but no {RUN}, so there is no run to resume in it;"
                 " choose another folder, or move that file away"
             )
 
 
 def check_config(path: pathlib.Path, new: str) -> None:
-    """Checks that `train` wrote a workdir's config, which has only bindings, so that it may be replaced.
+    """Checks that the config in a workdir was written by `train`, so that it may be replaced.
+
+    `train` writes only bindings: a file with comments or includes was written by a person.
 
     Args:
         path: path of the config in a workdir.
         new: the text that will be written there.
 
     Raises:
-        InputError: a person wrote the file; names it.
+        InputError: `train` did not write the file. The message names the file.
     """
     if not path.exists() or path.read_bytes() == new.encode():
         return
@@ -116,13 +120,13 @@ def check_config(path: pathlib.Path, new: str) -> None:
         ours = not any(t.type == tokenize.COMMENT or t.string == "include" for t in tokens)
     if not ours or (not is_remote(path) and path.is_symlink()):
         raise InputError(
-            f"{path}: was not written by `train` (it has comments or includes, or is a link), and"
-            " `train` writes a config of that name; move it out of the workdir, and pass its new path"
+            f"{path}: was not written by `train` (it has comments or includes, or is a link), but"
+            " `train` writes a config with that name; move yours out of the workdir, and pass its new path"
         )
 
 
 def _check_store(workdir: pathlib.Path) -> None:
-    """Writes and removes a small object, since a store's access rights show only in use."""
+    """Writes and removes a small object, since only an attempt shows whether a store may be written."""
     probe = workdir / f".{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"")
@@ -139,7 +143,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns the `run.json` of a workdir.
 
     Raises:
-        InputError: it is missing, damaged, or from another program; names the field.
+        InputError: the file is missing, damaged, or from another program. The message names the field.
     """
     path = workdir / RUN
     found = read_json(path)
@@ -158,13 +162,13 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
         problem = "row_lengths is not a pair of lengths"
     if problem:
         raise InputError(
-            f"{path}: not the {RUN} of a run ({problem}); put back a copy, or choose another folder"
+            f"{path}: is not the {RUN} of a run ({problem}); put back a copy, or choose another folder"
         )
     return found
 
 
 def _misfit(found: Any, kinds: dict[str, Any], prefix: str = "") -> str | None:
-    """Returns which field is missing or has the wrong type, or None if all fields are right."""
+    """Returns a text that names the field that is missing or has the wrong type, or None if all are right."""
     if not isinstance(found, dict):
         return f"expected an object, got {_kind(found)}"
     for name, kind in kinds.items():

@@ -182,7 +182,7 @@ def test_a_config_in_the_workdir_that_a_person_wrote_is_left_alone(
     before = config.read_bytes()
     assert _train(config, tmp_path, delivery_data_dir) == 2
     err = capsys.readouterr().err
-    assert f"--workdir {tmp_path}: has config.gin and no run.json, so it is not a run" in err
+    assert f"--workdir {tmp_path}: has config.gin but no run.json, so there is no run" in err
     assert err.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["config.gin"] and config.read_bytes() == before
 
@@ -207,5 +207,5 @@ def test_the_config_that_a_run_wrote_is_for_going_on_and_an_edited_one_is_kept(
 def test_a_workdir_with_another_tools_files_is_refused(delivery_data_dir, tmp_path, capsys, name):
     (tmp_path / name).write_text('{"epoch": 1}\n{"epoch": 2}\n')
     assert _train("demo_label_only", tmp_path, delivery_data_dir) == 2
-    assert f"has {name} and no run.json" in capsys.readouterr().err
+    assert f"has {name} but no run.json" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == '{"epoch": 1}\n{"epoch": 2}\n'

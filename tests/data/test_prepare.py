@@ -332,7 +332,7 @@ def test_a_source_in_the_folder_of_the_dataset_is_never_replaced(tmp_path, descr
         (folder / "dataset.json").write_text(described)
     before = _texts(folder)
     with pytest.raises(
-        InputError, match=r"mine: it holds the input .*mine, and would be overwritten"
+        InputError, match=r"mine: it holds the input .*mine, which would be overwritten"
     ):
         prepare("jsonl", source=folder, new_name="mine", data_dir=tmp_path)
     source = _write(tmp_path / "rows.jsonl", _rows(20))

@@ -440,7 +440,7 @@ def test_an_arm_is_known_by_its_objectives_whatever_they_weigh():
         (["run"], {"baseline": "label_olny"}, "did you mean"),
         (["run"], {"split": "validation"}, "no other run has answers on validation"),
         (["run"], {"examples": -1}, "`examples`"),
-        (["gs://bucket/run"], {}, "must be on this machine"),
+        (["gs://bucket/run"], {}, "must be a path on this machine"),
     ],
 )
 def test_what_cannot_be_reported_is_said(

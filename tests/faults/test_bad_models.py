@@ -569,7 +569,7 @@ def test_a_manifest_that_is_broken_and_folders_with_odd_names_are_refused(workdi
     for name in ("007", "-1", "1e3", "3.0", "\N{ARABIC-INDIC DIGIT THREE}", "3 ", "best", "..3"):
         shutil.rmtree(workdir / "checkpoints")
         (workdir / "checkpoints" / name).mkdir(parents=True)
-        refused(workdir, "no checkpoint in it")
+        refused(workdir, "has no checkpoint")
 
 
 # what is changed at random is read, or refused by an InputError

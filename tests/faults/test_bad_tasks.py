@@ -187,11 +187,11 @@ def unfit_tasks():
     return {
         "targets alone": (
             {"output_features": {"targets": byte}},
-            ("it has only targets", "splits its text in two"),
+            ("this task has only the feature targets", "splits the text in two"),
         ),
         "other features": (
             {"output_features": {"question": byte, "answer": byte}},
-            ("it has answer, question", "rekey"),
+            ("this task has answer, question", "rekey"),
         ),
         "a required third": (
             features({"images": floats}),

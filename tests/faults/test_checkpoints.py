@@ -462,7 +462,7 @@ def test_a_full_disk_is_told_at_the_next_save_and_costs_no_good_step(small_disk,
     checkpoints.wait()
     filler.write_bytes(b"x" * 1_500_000)
     checkpoints.save(2, noise(2), rest(2), metrics(2))
-    told = r"checkpoints/2: not saved \(.*No space left on device.*\); step 1 is saved"
+    told = r"checkpoints/2: was not saved \(.*No space left on device.*\); step 1 is saved"
     with pytest.raises(CheckpointError, match=told):
         checkpoints.save(3, noise(3), rest(3), metrics(3))
     checkpoints.close()  # what was told is not told again

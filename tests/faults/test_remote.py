@@ -301,7 +301,7 @@ def test_what_fails_for_good_ends_the_run_in_one_line_and_a_later_start_goes_on(
         )
     assert ends == [1, 1, 1, 0], [done.stderr for done in lives]
     assert one_line, (first, second, third)
-    assert f"{workdir}/checkpoints/6: not saved" in first[0] and "step 3 is saved" in first[0]
+    assert f"{workdir}/checkpoints/6: was not saved" in first[0] and "step 3 is saved" in first[0]
     assert kept, [done.stderr for done in lives]
 
 

@@ -138,7 +138,9 @@ def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(InputError, match=r"^gs://: expected gs://BUCKET"):
         as_path("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^gs://a/b: .* needs a package: pip install gcsfs$"):
+    with pytest.raises(
+        InputError, match=r"^gs://a/b: .* needs the package gcsfs: pip install gcsfs$"
+    ):
         as_path("gs://a/b")
 
 
@@ -260,7 +262,9 @@ def test_what_must_be_local_says_so(store, monkeypatch, capfd):
         (lambda: next(files.json_lines("gs://b/data")), "input"),
         (lambda: export(RUN, "gs://b/data"), "MODEL_DIR"),
     ):
-        with pytest.raises(InputError, match=f"^{name} gs://b/data: must be on this machine"):
+        with pytest.raises(
+            InputError, match=f"^{name} gs://b/data: must be a path on this machine"
+        ):
             use()
     monkeypatch.setenv("STEPDISTILL_DATA_DIR", "gs://b/data")
     with pytest.raises(InputError, match=r"^`data_dir` gs://b/data: must be"):

@@ -87,7 +87,7 @@ def test_an_input_is_known_under_all_its_names(tmp_path, link):
     (tmp_path / "way").symlink_to("folder")
     for written in (given, tmp_path / "same", tmp_path / "way" / ".." / "in.jsonl"):
         with pytest.raises(
-            InputError, match=r"it is the input .*in\.jsonl, and would be overwritten"
+            InputError, match=r"it is the input .*in\.jsonl, which would be overwritten"
         ):
             check_apart([written], [None, given])
     check_apart([tmp_path / "other", tmp_path / "in.jsonl2"], [given])
@@ -113,7 +113,7 @@ def test_a_partial_that_leads_elsewhere_is_not_written_through(tmp_path, place):
         "hard link": lambda: os.link(target, partial),
         "pipe": lambda: os.mkfifo(partial),
     }[place]()
-    said = r"f\.json\.partial: is a link, hard link, pipe or device, and will not be overwritten; remove it"
+    said = r"f\.json\.partial: is a link, hard link, pipe or device, which is never overwritten; remove it"
     with pytest.raises(InputError, match=said), atomic_write(tmp_path / "f.json") as f:
         f.write("{}")
     with pytest.raises(InputError, match=said):
@@ -135,7 +135,7 @@ def test_an_output_that_cannot_be_read_is_left_alone(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
 
     monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(InputError, match=r"out\.jsonl: exists and cannot be read \(Permission"):
+    with pytest.raises(InputError, match=r"out\.jsonl: exists but cannot be read \(Permission"):
         check_outputs({path: LINES})
 
 

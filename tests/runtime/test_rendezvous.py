@@ -66,7 +66,7 @@ def test_a_missing_first_process_is_named_with_its_address(port):
     ("numbers", "counts", "said"),
     [
         ([0, 1, 1], {}, "two processes of the job have number 1"),
-        ([0, 1], {1: 4}, "process 1 was started as one of 4, process 0 as one of 3"),
+        ([0, 1], {1: 4}, "process 1 was started as one of 4, but process 0 as one of 3"),
     ],
     ids=["same number", "other count"],
 )

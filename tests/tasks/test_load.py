@@ -305,7 +305,9 @@ def test_a_source_that_changed_behind_a_function_is_noticed(seqio, tmp_path, cap
     with caplog.at_level(logging.WARNING):
         second = load_task("changing", split="train", data_dir=tmp_path)
     assert "'changing'" in caplog.text
-    assert "no longer gives the rows that were tokenised (first at row 2)" in caplog.text
+    assert (
+        "no longer gives the rows that were tokenised (they first differ at row 2)" in caplog.text
+    )
     assert second.fingerprint != first.fingerprint
     assert second.stores[0].label_texts == ["a", "c"]
 
@@ -349,9 +351,13 @@ def take_one_away(labels):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        pytest.param(append, r"\(after row 32; 90 rows, 60 before\)", marks=pytest.mark.slow),
-        pytest.param(change_one, r"\(after row 32\)", marks=pytest.mark.slow),
-        (take_one_away, r"\(after row 32; 59 rows, 60 before\)"),
+        pytest.param(
+            append,
+            r"\(they differ after row 32; it now has 90 rows, before it had 60\)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(change_one, r"\(they differ after row 32\)", marks=pytest.mark.slow),
+        (take_one_away, r"\(they differ after row 32; it now has 59 rows, before it had 60\)"),
     ],
 )
 def test_a_change_anywhere_in_a_source_is_said_and_tokenised_anew(

@@ -168,7 +168,7 @@ def test_a_mixture_trains_as_one_objective_only_if_the_user_says_so(modules, tmp
         (
             "",
             {"task_objectives": {"NAME_label": "label", "NAME_rationale": "label"}},
-            r"no task gives the objective rationale of `objectives` \(its tasks give label\)",
+            r"no task has the objective rationale, which `objectives` lists \(the tasks have label\)",
         ),
         (
             "",
@@ -261,7 +261,9 @@ def test_a_task_without_targets_in_validation_is_left_out_there(tagged, tmp_path
 def test_objectives_for_a_task_that_has_its_own_are_refused(tagged, tmp_path, task):
     with pytest.raises(InputError, match=rf"`task_objectives`: {task} is not a mixture"):
         load_task(task, split="train", data_dir=tmp_path, task_objectives="single")
-    with pytest.raises(InputError, match="tagged_label already gives label of tagged; leave it"):
+    with pytest.raises(
+        InputError, match="tagged_label already has the objective label of dataset tagged; leave"
+    ):
         given = {"tagged_label": "rationale"}
         load_task(tagged, split="train", data_dir=tmp_path, task_objectives=given)
 
@@ -282,5 +284,5 @@ def test_the_tasks_that_answers_are_compared_on(tagged, modules, tmp_path):
     assert label_tasks(get(tagged), ["answer"], None) == ["tagged"]  # all of its tasks are there
     own = [f"{name}_label", f"{name}_rationale"]
     assert label_tasks(get(name), objectives, None) == own
-    with pytest.raises(InputError, match="none of its tasks gives label"):
+    with pytest.raises(InputError, match="none of its tasks has the objective label"):
         label_tasks(get("tagged_reasons"), objectives, None)

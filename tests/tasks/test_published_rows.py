@@ -179,7 +179,9 @@ def test_the_whole_is_tokenised_once_whatever_the_seed(folder, tmp_path):
 
 
 def test_a_share_without_rows_is_refused(folder):
-    with pytest.raises(InputError, match=r"a share of 0\.01 leaves no row in 'train'; raise"):
+    with pytest.raises(
+        InputError, match=r"`data_fraction=0\.01`, split 'train' has no rows; raise"
+    ):
         load_task("svamp_paper", split="train", data_dir=folder, share=(0.01, 0))
 
 

@@ -157,7 +157,9 @@ def test_lists_of_dicts_are_the_rows_that_a_function_would_give(seqio, roads, tm
         add_task("bad_list", source=bad)
     with pytest.raises(InputError, match=r"unknown split 'dev'"):
         add_task("bad_list", source={"dev": ROWS})
-    with pytest.raises(InputError, match=r"a list of dicts, a dict of lists by split .*got str"):
+    with pytest.raises(
+        InputError, match=r"a list of dicts, a dict of a list for each split, .*got str"
+    ):
         add_task("bad_list", source="rows.jsonl")
 
 
@@ -263,7 +265,7 @@ def test_bad_arguments_are_named(roads, tmp_path):
         add_task("other", source=rows, splits=["train"], metric="text_mach")
     with pytest.raises(InputError, match="no such vocabulary"):
         add_task("other", source=rows, splits=["train"], vocabulary=tmp_path / "no.model")
-    with pytest.raises(InputError, match="function of the split's name"):
+    with pytest.raises(InputError, match="a function that takes the split's name"):
         add_task("other", source=7)
     with pytest.raises(InputError, match="splits is only for a function"):
         add_task("other", source=[1, 2], splits=["train"])

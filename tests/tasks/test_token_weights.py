@@ -154,8 +154,8 @@ def test_the_fingerprint_knows_the_weights(folder, data):
     [
         ({"rational": "importance"}, GOLD, "there is no objective 'rational'; did you mean 'rationale'"),
         ({"rationale": "importanc"}, GOLD, "has no field 'importanc' .*did you mean 'importance'"),
-        (FIELDS, Supervision(rationales="all"), "needs `label_source=gold` and `rationales=first`"),
-        ({"rationale": "remark"}, GOLD, r"row '\d+': remark: 1 numbers, but the target has \d words"),
+        (FIELDS, Supervision(rationales="all"), "set `label_source=gold` and `rationales=first`"),
+        ({"rationale": "remark"}, GOLD, r"row '\d+': remark: it has 1 numbers, but the target has \d words"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(folder, data, fields, supervision, wanted):

@@ -476,7 +476,7 @@ def test_an_input_that_would_be_written_to_is_refused(annotating, role, name):
         source.symlink_to(name)
     settings = {} if role == "input" else {role: path if role == "exemplars" else [path]}
     source = source if role == "input" else annotating.write(questions(2))
-    with pytest.raises(InputError, match=f"{name}: it is the input .*, and would be overwritten"):
+    with pytest.raises(InputError, match=f"{name}: it is the input .*, which would be overwritten"):
         annotate(source, annotating.output, task="generic", model="m", **settings)
     assert path.read_bytes() == before
     assert {p.name for p in annotating.folder.iterdir()} == {"in.jsonl", name}

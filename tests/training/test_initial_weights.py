@@ -207,8 +207,8 @@ def test_a_new_vocabulary_starts_from_scratch_under_the_old_body(
     settings = {"init_from": str(model_dir), "init_rules": [("logits_dense/kernel", None)]}
     size, emb_dim = config.vocab_size, config.emb_dim
     shapes = (
-        f"token_embedder in {model_dir} is [{size}, {emb_dim}], and the model's token_embedder is"
-        f" [{size + 16}, {emb_dim}]; the rule ('token_embedder', None) starts it from scratch"
+        f"token_embedder in {model_dir} has the shape [{size}, {emb_dim}], but the model's token_embedder has"
+        f" [{size + 16}, {emb_dim}]; add the rule ('token_embedder', None) to start it from scratch"
     )
     with pytest.raises(InputError, match=re.escape(shapes)):
         run_of(tmp_path, delivery_data_dir, **settings)
@@ -230,7 +230,7 @@ def test_what_a_directory_lacks_is_named_with_the_rule_that_leaves_it_out(
     rules = [("decoder/decoder_norm/scale", None)]
     wanted = (
         f"{model_dir} has no parameter {name}; did you mean 'encoder/relpos_bias/rel_embedding'?;"
-        f" the rule ({name!r}, None) starts it from scratch"
+        f" add the rule ({name!r}, None) to start it from scratch"
     )
     with pytest.raises(InputError, match=re.escape(wanted)):
         run_of(tmp_path, delivery_data_dir, init_from=str(model_dir), init_rules=rules)
@@ -259,7 +259,7 @@ def test_what_a_directory_lacks_is_named_with_the_rule_that_leaves_it_out(
             [("token_embedder", "token_embeder")],
             "has no parameter token_embeder for token_embedder;",
         ),
-        ([("(.*)_embedder", r"\2")], r"'\\\\2' is not a replacement for '\(\.\*\)_embedder'"),
+        ([("(.*)_embedder", r"\2")], r"'\\\\2' cannot replace '\(\.\*\)_embedder'"),
     ],
     ids=["no name", "decided before", "not the whole name", "no source", "no group"],
 )
@@ -274,7 +274,7 @@ def test_a_rule_that_does_not_apply_is_refused(
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
-        ({"init_rules": [("a", None)]}, "needs `init_from`"),
+        ({"init_rules": [("a", None)]}, "also set `init_from`"),
         ({"init_from": "x", "init_rules": "decoder/.*"}, "`init_rules` must be"),
         ({"init_from": "x", "init_rules": []}, "`init_rules` must be"),
         ({"init_from": "x", "init_rules": [("a", None, 3)]}, "`init_rules` must be"),
@@ -383,5 +383,5 @@ def test_a_workdir_without_a_step_is_refused(trained, tmp_path, delivery_data_di
     shutil.copytree(trained[0], tmp_path / "source")
     for step in (tmp_path / "source" / "checkpoints").iterdir():
         shutil.rmtree(step)
-    with pytest.raises(InputError, match="no checkpoint in it"):
+    with pytest.raises(InputError, match="has no checkpoint"):
         run_of(tmp_path, delivery_data_dir, init_from=str(tmp_path / "source"))

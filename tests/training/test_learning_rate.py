@@ -84,7 +84,7 @@ def test_the_optimizer_takes_its_steps_at_the_rate():
         (lambda: LearningRate("cosin"), "did you mean 'cosine'"),
         (lambda: OptimizerConfig(schedule="liner"), "optimizer.schedule` must be one of linear, cosine, rsqrt, constant, not 'liner'; did you mean 'linear'"),
         (lambda: OptimizerConfig(schedule="rsqrt"), "optimizer.warmup_steps` must be a whole number of at least 1, not 0"),
-        (lambda: OptimizerConfig(schedule=cosine(), warmup_steps=3), "`optimizer.warmup_steps`: set cosine.warmup_steps"),
+        (lambda: OptimizerConfig(schedule=cosine(), warmup_steps=3), "`optimizer.warmup_steps`: @cosine() does not use it; set cosine.warmup_steps"),
         (lambda: rsqrt(0), "`rsqrt.warmup_steps` must be a whole number of at least 1, not 0"),
         (lambda: cosine(end_value=-1), "`cosine.end_value` must be a number of at least 0, not -1"),
         (lambda: constant(learning_rate=0), "`constant.learning_rate` must be a number above 0, not 0"),

@@ -173,7 +173,7 @@ def test_a_damaged_run_json_is_one_line_and_left_as_it_is(
     }[command]
     assert main([*map(str, argv), "--data-dir", str(delivery_data_dir)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"stepdistill: error: {path}: not the run.json of a run (")
+    assert line.startswith(f"stepdistill: error: {path}: is not the run.json of a run (")
     assert path.read_text() == json.dumps(content)
     assert [p.name for p in workdir.iterdir()] == ["run.json"]
 

@@ -258,7 +258,9 @@ def test_best_metric_chooses_the_step(turns, tmp_path, name, step):
 def test_a_best_metric_that_no_validation_gives_is_refused_before_the_first_step(turns, tmp_path):
     turns.start()
     config = TrainConfig(task="turns", best_metric="tern", **SETTINGS)
-    with pytest.raises(InputError, match=r"`best_metric`: .* gives no 'tern'; it gives") as error:
+    with pytest.raises(
+        InputError, match=r"`best_metric`: .* has no metric 'tern'; it has"
+    ) as error:
         train(config, workdir=tmp_path / "run", data_dir=tmp_path)
     for name in ("label_accuracy", "loss/label", "loss_of_turn", "did you mean 'turn'"):
         assert name in str(error.value)
@@ -307,7 +309,7 @@ def test_a_mixture_has_the_metrics_of_each_task(seqio, add, tmp_path):
     mixture = [(add("lefts", [left]), 1.0), (add("rights", [right]), 3.0)]
     seqio.MixtureRegistry.add("both_sides", mixture)
     config = {"task": "both_sides", "task_objectives": "single", **SETTINGS, "train_steps": 1}
-    with pytest.raises(InputError, match="gives no 'left'; it gives") as error:
+    with pytest.raises(InputError, match="has no metric 'left'; it has") as error:
         assemble(TrainConfig(**config, best_metric="left"), tmp_path / "run", tmp_path)
     names = str(error.value).partition("it gives ")[2].partition(";")[0].split(", ")
     assert {"lefts/left", "rights/right", "lefts/loss/label", "rights/label_accuracy"} < set(names)

@@ -11,7 +11,9 @@ from stepdistill_jax.errors import InputError
 
 
 def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
-    """Refuses a checkpoint whose names, shapes or dtypes differ; Orbax would cast dtypes silently.
+    """Refuses a checkpoint whose arrays have other names, shapes or dtypes than the tree to restore.
+
+    Without this check, Orbax would silently cast an array to another dtype.
 
     Args:
         item_folder: `STEP/params` or `STEP/state`.
@@ -19,15 +21,15 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
         fits: source of the tree, for the message: "the model's config.json".
 
     Raises:
-        InputError: leaves differ (the message names the first and counts the rest), or Orbax cannot
-            read the checkpoint.
+        InputError: arrays differ (the message names the first and counts the others), or Orbax cannot read
+            the checkpoint.
     """
     try:
         saved = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(item_folder)).tree)
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{item_folder}: not a checkpoint that Orbax can read ({reason})"
+            f"{item_folder}: is not a checkpoint that Orbax can read ({reason})"
         ) from error
     wanted = _leaves(ocp.tree.serialize_tree(abstract, keep_empty_nodes=True))
     problems = [
@@ -41,7 +43,7 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
 
 
 def _leaves(tree: Any) -> dict[str, str]:
-    """Returns the dtype and shape of each array, such as `float32[8, 4]`, by its path."""
+    """Returns {path in the tree: dtype and shape} for each array, such as {"mlp/wo/kernel": "float32[8, 4]"}."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # saved as integers

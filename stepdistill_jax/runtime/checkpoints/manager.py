@@ -1,4 +1,7 @@
-"""Saves a workdir's steps with Orbax, seals each with a manifest, and keeps the newest two and the best."""
+"""Saves the steps of a workdir with Orbax, seals each step with a manifest, and keeps the newest two and the best.
+
+A step is sealed when its manifest is written. A step without a manifest is incomplete.
+"""
 
 import concurrent.futures
 import contextlib
@@ -39,14 +42,15 @@ KEPT_LATEST = 2
 
 
 def rank(metrics: dict[str, Any]) -> Any:
-    """Returns a step's sort key; higher is better: the numbers in `rank`, then the earlier step.
+    """Returns the sort key of a step, from its metrics. A better step has a larger key.
 
-    Steps that were saved without a validation rank below all validated ones, and among them the later
-    step is better: the best step of a run without validation is its last. Metrics without `rank` come
-    from an older version, which ranked by label accuracy, then by lower label loss.
+    Validated steps are compared by the two numbers in `rank`, larger is better; of equal steps, the earlier is
+    better. Steps without a validation rank below all validated ones. Among them, the later step is better, so the
+    best step of a run without validation is its last. Metrics without `rank` come from an older version, which
+    ranked by label accuracy, then by lower label loss.
 
-    The key of a validated step 300 with rank [0.9, -0.2] is (True, 0.9, -0.2, -300); of a step 400
-    without validation (False, 0.0, 0.0, 400).
+    For example, a validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400 without
+    validation has the key (False, 0.0, 0.0, 400).
     """
     step = float(metrics["step"])
     if not metrics.get("validated"):
@@ -56,7 +60,7 @@ def rank(metrics: dict[str, Any]) -> Any:
 
 
 class _Kept:
-    """Implements Orbax's preservation policy: keeps the newest steps and the best one."""
+    """A preservation policy for Orbax that keeps the newest steps and the best one."""
 
     def __init__(self, metrics: dict[int, dict[str, Any]]):
         self._metrics = metrics
@@ -72,16 +76,16 @@ class _Kept:
 
 
 class Checkpoints:
-    """Saves and restores the train state; a run has one instance."""
+    """Saves and restores the train state. A run has one instance."""
 
     def __init__(self, workdir: os.PathLike | str):
-        """Opens or creates the folder, and removes leftovers of a save that was killed.
+        """Opens or creates the folder, and removes what a killed save has left.
 
-        Damaged and incomplete steps are quarantined before Orbax sees them
-        (`manifest.quarantine_damaged`), so all bytes of `latest_step` have been verified.
+        Damaged and incomplete steps are renamed before Orbax sees them (`manifest.quarantine_damaged`). So all
+        bytes of `latest_step` are verified.
 
         Raises:
-            CheckpointError: there are steps, and none of them is good.
+            CheckpointError: there are steps, but none of them is good.
         """
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_raised)
@@ -102,7 +106,7 @@ class Checkpoints:
                     AtomicityMode.COMMIT_FILE if remote else AtomicityMode.AUTO
                 ),
                 cleanup_tmp_directories=True,
-                # removal starts with one rename, so a kill leaves no step that looks damaged
+                # a removal starts with a rename, so a kill leaves no step that looks damaged
                 todelete_subdir=None if remote else DELETED,
             ),
         )
@@ -113,22 +117,22 @@ class Checkpoints:
         self._saving, self._channel = 0, Channel("seal")
 
     def latest_step(self) -> int | None:
-        """Returns the newest finished step; None if there is none."""
+        """Returns the newest finished step, or None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, rest: Any, metrics: dict[str, Any]) -> None:
-        """Writes and seals a step in the background, once the previous save has ended.
+        """Waits for the previous save, then writes and seals a step in the background.
 
         Args:
             step: number of updates.
             params: parameter tree.
             rest: the state without its parameters.
-            metrics: `step` and `validated`. If that is true, also `label_accuracy`, `label_loss`,
-                `rank` (two numbers, larger is better) and any other results of the validation.
+            metrics: `step` and `validated`. If `validated` is true, also `label_accuracy`, `label_loss`, `rank`
+                (two numbers, larger is better) and any other results of the validation.
 
         Raises:
-            CheckpointError: this step or the previous one could not be written; names it and the
-                newest good step, which is kept.
+            CheckpointError: this step or the previous one could not be written. The message names that step
+                and the newest good step, which is kept.
         """
         self.wait()
         self._saving, self._metrics[step] = step, metrics
@@ -143,7 +147,7 @@ class Checkpoints:
         self._sealing = self._background.submit(self._seal, step, metrics)
 
     def set_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Replaces the metrics of a saved step, after a later validation of it."""
+        """Replaces the metrics of a saved step, after the step has been validated later."""
         self.wait()
         self._metrics[step] = metrics
         on_process_0(lambda: reseal(self._folder / str(step), metrics))
@@ -155,8 +159,8 @@ class Checkpoints:
         """Returns (params, rest) of a step, with the shardings of the abstract trees.
 
         Raises:
-            InputError: the step holds a different tree, shape or dtype; names the leaf.
-            CheckpointError: the step is damaged, or this process cannot read it; names the file.
+            InputError: the step has other arrays, shapes or dtypes. The message names the first one.
+            CheckpointError: the step is damaged, or this process cannot read it. The message names the file.
         """
         if step != self._verified:
             self._require_undamaged(step)
@@ -185,14 +189,14 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder / str(step)}: damaged ({problem})")
 
     def wait(self) -> None:
-        """Waits until the save in the background is sealed; raises its error."""
+        """Waits until the step that is being saved is sealed. Raises the error of the save."""
         if (sealing := self._sealing) is not None:
             self._sealing = None
             with self._reported():
                 sealing.result()
 
     def close(self) -> None:
-        """Waits for the save in the background and releases the folder; raises the save's error."""
+        """Waits for the save in the background and releases the folder. Raises the error of the save."""
         try:
             self.wait()
         finally:
@@ -200,7 +204,7 @@ class Checkpoints:
             self._manager.close()
 
     def _seal(self, step: int, metrics: dict[str, Any]) -> None:
-        """Waits, in the background, until all processes have written a step, and seals it."""
+        """Waits until all processes have written a step, and seals it. Runs in the background thread."""
         on_all_processes(self._finish, self._channel)
         seal(self._folder / str(step), metrics, self._channel)
         on_process_0(lambda: purge(self._folder), self._channel)
@@ -224,15 +228,15 @@ class Checkpoints:
                 last = max(saved_steps(self._folder.parent), default=None)
                 kept = "no step is saved yet" if last is None else f"step {last} is saved"
             except StoreError:  # the store cannot be reached at all
-                kept = "earlier steps cannot be seen either"
+                kept = "earlier steps cannot be read either"
             raise CheckpointError(
-                f"{self._folder / str(self._saving)}: not saved ({reason}); {kept}; start again when"
+                f"{self._folder / str(self._saving)}: was not saved ({reason}); {kept}; start again when"
                 " the folder can be written"
             ) from error
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Returns False for a logged traceback of an error that Orbax also raises and `_reported` reports."""
+    """Returns False for log records with an error that Orbax also raises, since `_reported` reports it."""
     if not record.exc_info:
         return True
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
@@ -240,26 +244,26 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns an error as one line; of a long one (TensorStore's), the end, with the system's message."""
+    """Returns an error as one line. Of a long line, only the end is kept, where TensorStore puts the cause."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"
 
 
 def checkpoints_folder(workdir: os.PathLike | str) -> pathlib.Path:
-    """Returns the folder of a workdir's steps; a local path is made absolute."""
+    """Returns the folder of a workdir's steps, as an absolute path if it is local."""
     path = as_path(workdir) / FOLDER
     return path if is_remote(path) else path.absolute()
 
 
 def is_workdir(path: os.PathLike | str) -> bool:
-    """Returns whether `path` is a training run's folder rather than an exported model."""
+    """Returns whether `path` is the workdir of a training run rather than an exported model."""
     return checkpoints_folder(path).is_dir()
 
 
 def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
-    """Returns the metrics of each sealed step whose files exist, oldest first.
+    """Returns {step: metrics} for the sealed steps whose files exist with the right sizes, oldest first.
 
-    It opens no manager, so it does not disturb a live run.
+    It only reads, so it does not disturb a live run.
     """
     steps = saved(checkpoints_folder(workdir))
     return {s.number: s.metrics for s in steps if s.problem is None and s.metrics is not None}
@@ -271,17 +275,17 @@ def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | Non
     Args:
         workdir: a run's folder, which is not changed.
         step: `best`, `last` or a number.
-        read: item (`params`) whose files are also read and compared with the manifest. If None, only
-            names and sizes are compared.
+        read: the item, such as `params`, whose files are also read and compared with the manifest. If None,
+            only names and sizes are compared.
 
     Raises:
-        InputError: there is no such step (lists the existing ones), or it is damaged (names the file
-            and a good step).
+        InputError: there is no such step (the message lists the existing ones), or the step is damaged (the
+            message names the file and a good step).
     """
     # a step without a manifest is being saved, or its save was interrupted
     steps = {s.number: s for s in saved(checkpoints_folder(workdir)) if s.problem != UNSEALED}
     if not steps:
-        raise InputError(f"{workdir}: no checkpoint in it; run `stepdistill train` first")
+        raise InputError(f"{workdir}: has no checkpoint; run `stepdistill train` first")
     if step == "last":
         found = max(steps)
     elif step == "best":
@@ -308,7 +312,7 @@ def _problem(step: SavedStep, read: str | None) -> str | None:
 
 
 def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
-    """Returns a digest of a step's number and its saved parameter files; None if the step is gone."""
+    """Returns a digest of a step's number and its saved parameter files, or None if the step is gone."""
     found = files_digest(checkpoints_folder(workdir) / str(step), PARAMS)
     return None if found is None else digest([step, found])
 
@@ -317,7 +321,7 @@ def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
     """Returns only the parameters of a step, with the shardings of `abstract` (shapes and shardings).
 
     Raises:
-        InputError: the checkpoint holds a different tree, shape or dtype than the model.
+        InputError: the checkpoint has other arrays, shapes or dtypes than the model.
     """
     path = checkpoints_folder(workdir) / str(step) / PARAMS
     require_fit(path, abstract, "the model's config.json")

@@ -1,7 +1,7 @@
-"""The manifest of a saved step: sizes and digests of its files, and its metrics.
+"""The manifest of a saved step contains the sizes and digests of the step's files, and its metrics.
 
-It is written last: a step without one is incomplete. A step whose files or folder number differ from its
-manifest is damaged.
+The manifest is written last, so a step without one is incomplete. If a step's files, or the number that is the
+name of its folder, differ from the manifest, the step is damaged.
 """
 
 import json
@@ -33,7 +33,7 @@ _QUARANTINED = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
 
 
 class CheckpointError(Exception):
-    """A step cannot be saved, or no step can be trusted; the message is complete in one line."""
+    """A step cannot be saved, or no step can be trusted. The message is one complete line."""
 
 
 class SavedStep(NamedTuple):
@@ -44,7 +44,7 @@ class SavedStep(NamedTuple):
         folder: path of the step.
         metrics: None if the manifest cannot be read.
         size: bytes of all its files.
-        problem: the first defect (`UNSEALED`, or FILE: WHAT), or None.
+        problem: a text about the first defect, or None: `UNSEALED`, or "FILE: " and what is wrong with it.
     """
 
     number: int
@@ -57,8 +57,8 @@ class SavedStep(NamedTuple):
 def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
     """Writes the manifest of a step that Orbax has finished, with a crc32 of each file.
 
-    All processes call it: each reads a share of the files once, and process 0 writes the manifest. No
-    process returns before the step is sealed.
+    All processes must call it. Each reads a share of the files once, and process 0 writes the manifest. No
+    process returns before the manifest is written.
 
     Args:
         step_folder: folder of the step.
@@ -87,10 +87,11 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
     Args:
         step_folder: folder of a step.
-        below: item (`params`) whose files are compared; empty means all files.
+        below: item, such as `params`, whose files are compared; "" means all files.
 
     Returns:
-        None if every byte is as saved, else the first difference as FILE: WHAT.
+        None if every byte is as it was saved. Otherwise a text about the first difference: "FILE: " and what
+        is wrong with the file.
     """
     try:
         wanted = _wanted(step_folder, below)
@@ -100,7 +101,10 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
 
 def defect_by_all(step_folder: pathlib.Path) -> str | None:
-    """Returns `defect` of all files on all processes; all call it, and each reads a share of the files."""
+    """Returns, on all processes, what `defect` returns for all files of a step.
+
+    All processes must call it, and each reads a share of the files.
+    """
 
     def look() -> tuple[dict[str, list[Any]], str | None]:
         try:
@@ -117,7 +121,11 @@ def defect_by_all(step_folder: pathlib.Path) -> str | None:
 
 
 def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
-    """Returns the manifest's size and digest of each file of an item; ValueError if a size differs."""
+    """Returns {name: [size, digest]} from the manifest, for the files of an item.
+
+    Raises:
+        ValueError: the manifest is not valid, or a file is missing or has another size.
+    """
     files = _read(step_folder)["files"]
     wanted = {n: w for n, w in files.items() if n.startswith(f"{below}/" if below else "")}
     if problem := _other_size(wanted, _files(step_folder)):
@@ -128,10 +136,10 @@ def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
 def _difference(
     step_folder: pathlib.Path, wanted: dict[str, list[Any]], found: dict[str, str]
 ) -> str | None:
-    """Describes the first file whose bytes differ from the saved ones; returns None if there is none.
+    """Returns a text about the first file whose bytes differ from the saved ones, or None if there is none.
 
-    Files whose digest in `found` is missing or differs are read again here: one host's bad read must
-    not condemn a good step.
+    Files whose digest in `found` is missing or differs are read again here, since a good step must not be
+    rejected because one host has read it badly.
     """
     names = [n for n, (_, crc) in wanted.items() if crc is not None]
     try:
@@ -146,7 +154,7 @@ def _difference(
 
 
 def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
-    """Returns a digest of an item's saved files, from the manifest; None if that cannot be read."""
+    """Returns a digest of an item's entries in the manifest, or None if the manifest cannot be read."""
     try:
         files = _read(step_folder)["files"]
     except ValueError:
@@ -155,10 +163,10 @@ def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
 
 
 def saved(folder: pathlib.Path) -> list[SavedStep]:
-    """Returns the steps in a `checkpoints` folder, oldest first; compares names and sizes only."""
+    """Returns the steps in a `checkpoints` folder, oldest first. Only names and sizes of files are checked."""
     numbers = [int(p.name) for p in _folders(folder) if _STEP.fullmatch(p.name)]
     steps = [_look(folder / str(number)) for number in sorted(numbers)]
-    # a live run may have removed one in the meantime
+    # a live run may have removed a step in the meantime
     return [s for s in steps if s.problem is None or s.folder.exists()]
 
 
@@ -168,19 +176,20 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
-    """Renames the steps that must not be resumed from, and logs a line for each; removes none.
+    """Renames the steps from which a run must not resume, and logs a line for each. It removes none.
 
-    It reads all bytes of the newest step; if that is damaged, of the step before it, and so on. Of all
-    other steps, it compares only names and sizes. If the newest step has no manifest, a kill interrupted
-    its save. An older step without one is damaged: a save starts only after the previous one is sealed.
+    It reads all bytes of the newest step. If that step is damaged, it reads the one before it, and so on until a
+    step is good. Of all other steps, it checks only the names and sizes of files. If the newest step has no
+    manifest, a kill has interrupted its save. If an older step has no manifest, it is damaged, since a save starts
+    only after the previous step is sealed.
 
-    All processes call it: each reads a share of the bytes, and process 0 decides and renames.
+    All processes must call it. Each reads a share of the bytes, and process 0 decides and renames.
 
     Returns:
-        The newest good step; None in a folder where no save has ever finished.
+        The newest good step, or None in a folder where no save has ever finished.
 
     Raises:
-        CheckpointError: there are steps, and none of them is good; lists them.
+        CheckpointError: there are steps, but none of them is good. The message lists them.
         OSError: a step cannot be renamed.
     """
     # from the newest step down, the bytes of steps with right names and sizes, until one is good: with
@@ -195,7 +204,10 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
 
 
 def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
-    """Returns (step, problem) by names and sizes, oldest first, without steps that Orbax itself removes."""
+    """Returns (step, problem) for each step, oldest first, except unfinished ones that Orbax itself removes.
+
+    Only names and sizes of files are checked.
+    """
     steps = [
         s
         for s in saved(folder)
@@ -214,7 +226,7 @@ def _quarantine(folder: pathlib.Path, problems: Mapping[int, str | None], good: 
     damaged = [p.name for p in quarantined(folder) if DAMAGED in p.name]
     if good is None and damaged:
         raise CheckpointError(
-            f"{folder}: no good checkpoint to resume from, all are damaged: {', '.join(damaged)};"
+            f"{folder}: has no good checkpoint to resume from: all are damaged ({', '.join(damaged)});"
             " restore one from a backup under its number, or start in another `workdir`"
         )
 
@@ -248,7 +260,7 @@ def _other_size(wanted: dict[str, list[Any]], sizes: dict[str, int]) -> str | No
 
 
 def _text(body: dict[str, Any]) -> str:
-    """Returns a manifest's text: `body` as JSON, with a crc32 of `body` as one more key."""
+    """Returns the text of a manifest: `body` as JSON, with an additional key for the crc32 of `body`."""
     crc = f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
     return json.dumps({**body, "crc32": crc}, sort_keys=True, indent=1) + "\n"
 
@@ -259,10 +271,10 @@ def _write(step_folder: pathlib.Path, body: dict[str, Any]) -> None:
 
 
 def _read(step_folder: pathlib.Path) -> dict[str, Any]:
-    """Returns `metrics` and `files` of a manifest.
+    """Returns the manifest of a step, a dict with `metrics` and `files`.
 
     Raises:
-        ValueError: the manifest is missing, damaged, or of another step; says which.
+        ValueError: the manifest is missing, damaged, or of another step. The message says which.
     """
     path = step_folder / MANIFEST
     try:
@@ -284,7 +296,7 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
     if not same:
         raise ValueError(f"{MANIFEST}: its bytes have changed")
     if not _is_manifest(body):
-        raise ValueError(f"{MANIFEST}: not written by stepdistill")
+        raise ValueError(f"{MANIFEST}: was not written by stepdistill")
     if (number := str(body["metrics"]["step"])) != step_folder.name:
         raise ValueError(f"{MANIFEST}: belongs to step {number}; rename the folder to {number}")
     return body
@@ -321,7 +333,7 @@ def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _files(step_folder: pathlib.Path) -> dict[str, int]:
-    """Returns the size of each regular file below a step's folder by relative path, without the manifest."""
+    """Returns {relative path: size} for all regular files below a step's folder, except the manifest."""
     if is_remote(step_folder):
         import fsspec
 
@@ -348,7 +360,7 @@ def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
 
 
 def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
-    """Renames a step to a new name that Orbax does not read as a step: `300` to `300.damaged-1`."""
+    """Renames a step's folder, such as `300`, to a name that Orbax does not read as a step, `300.damaged-1`."""
     # one more than the highest number in use: after 300.damaged-1 and 300.damaged-2 comes 300.damaged-3
     prefix = f"{step_folder.name}.{kind}-"
     before = [p.name for p in quarantined(step_folder.parent) if p.name.startswith(prefix)]
@@ -362,7 +374,7 @@ def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a step within the store without downloading it; a kill in the middle leaves both folders."""
+    """Moves a step within the store without downloading it. If a kill interrupts this, both folders remain."""
     import fsspec
 
     with store_errors(step_folder):

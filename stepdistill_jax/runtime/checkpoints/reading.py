@@ -1,7 +1,7 @@
-"""Computes digests of a step's files; with several processes, each process reads a share of them.
+"""Computes digests of a step's files. Each process of a job reads a share of the files.
 
-Files are divided by size, no matter which process wrote them: every process must see all files anyway,
-to restore in another layout. Process 0 reads the files that their assigned process cannot read.
+The shares have about equal sizes in bytes, no matter which process wrote which file: every process must see all
+files anyway, to restore them in another layout. If a process cannot read a file of its share, process 0 reads it.
 """
 
 import heapq
@@ -15,20 +15,21 @@ from stepdistill_jax.runtime.stores import StoreError, store_errors
 
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """Returns the crc32 of each file by name; an OSError names the first unreadable file."""
+    """Returns {name: crc32} for the named files. An OSError names the first file that cannot be read."""
     return {name: crc for name, (crc, _) in digest_each(_checksum, step_folder, names).items()}
 
 
 def digests_by_all(
     step_folder: pathlib.Path, sizes: Mapping[str, int], channel: Channel
 ) -> dict[str, str]:
-    """Returns, on all processes, the crc32 of each file by name; each process reads a share of the files.
+    """Returns {name: crc32} on all processes. Each process reads a share of the files.
 
-    A file that its process could not read to the end is left out. With one process, all are left out.
+    A file that its process could not read to the end is left out. If there is only one process, all files are
+    left out.
 
     Args:
         step_folder: folder of a step.
-        sizes: bytes of each file; the same in all processes.
+        sizes: {name of a file: its bytes}, which must be the same in all processes.
         channel: channel of the calling thread.
     """
     import jax
@@ -44,13 +45,14 @@ def digests_by_all(
 
 
 def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Divides files into `count` lists of about equal size in bytes; the largest file is assigned first.
+    """Divides files into `count` lists of about equal total size, and returns the lists of names.
 
+    From the largest to the smallest, each file goes to the list with the fewest bytes so far:
     `balanced_shares({"a": 3, "b": 5, "c": 2, "d": 4}, 2)` is [["b", "c"], ["d", "a"]].
     """
     parts: list[list[str]] = [[] for _ in range(count)]
-    # A heap of (bytes so far, list number): each file goes to the list with the fewest bytes. Ties go
-    # to the lower number and names are sorted, so that every process computes the same lists.
+    # A heap of (bytes so far, index of the list). Ties go to the lower index, and names are sorted, so that
+    # every process computes the same lists.
     least = [(0, number) for number in range(count)]
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         taken, number = least[0]
@@ -66,7 +68,7 @@ def _checksum(path: pathlib.Path) -> tuple[str, int]:
 
 
 def _checksum_if_seen(path: pathlib.Path) -> tuple[str, int]:
-    """Returns `_checksum`, or a size of -1 if this host does not see the file (yet)."""
+    """Returns the result of `_checksum`, or a size of -1 if this host does not see the file (yet)."""
     try:
         return _checksum(path)
     except (OSError, StoreError):
