@@ -19,9 +19,9 @@ _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
     """Returns {label: {split: number of rows}}, the commonest label first.
 
-    Empty unless the labels are a closed set: five rows or more per label on average, and at most
-    1,000 labels, or 20 if most are numbers. Otherwise answers are free, and a label with a single
-    row is normal.
+    The result is empty unless the labels are a closed set: at least five rows per label on average, and
+    at most 1,000 labels, or 20 if most of them are numbers. Otherwise answers are free, so that it is
+    normal for a label to have a single row.
     """
     found: dict[str, dict[str, int]] = {}
     for split, counts in splits.items():
@@ -125,7 +125,7 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
 def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
     """Yields the warnings about equal rows, and about equal inputs with different labels.
 
-    Works on row numbers over all splits. Rows with hashes [7, 9, 7, 7] have `firsts` [0, 1] and
+    Row indices count from 0 over all splits. Rows with hashes [7, 9, 7, 7] have `firsts` [0, 1] and
     `inverse` [0, 1, 0, 0]; rows 2 and 3 are not the first of their value, so both repeat row 0.
     """
 

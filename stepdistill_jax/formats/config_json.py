@@ -43,7 +43,7 @@ def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) 
     tied = flag(path, raw, "tie_word_embeddings", True)
     if weights is not None:
         names = NAMES[family.config]
-        # equal embedding and head count as tied, unless config.json says that they are separate
+        # an embedding and a head that are equal count as tied, unless config.json says that they are separate
         tied = names.head not in weights.shapes() or (tied and not has_own_head(weights, names))
     try:
         return family.read(path, raw, tied)
@@ -210,8 +210,8 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
         windows, scalar = side.windows or (0,) * side.num_layers, side.score_scale**-2
         if len({*windows} - {0}) > 1 or abs(scalar - round(scalar)) > 1e-3:
             raise InputError(
-                "a T5Gemma's config.json holds one window, and the scale of scores as 1 / sqrt of a"
-                f" whole number; this model has windows {windows} and 1 / sqrt({scalar:g})"
+                "a T5Gemma's config.json can hold only one size of window, and the scale of scores"
+                f" only as 1 / sqrt of a whole number; this model has the windows {windows} and the scale 1 / sqrt({scalar:g})"
             )
         return {
             "model_type": "t5_gemma_module",

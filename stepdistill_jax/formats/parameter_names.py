@@ -1,4 +1,4 @@
-"""Hugging Face's tensor names for our parameters."""
+"""Maps the paths of our parameters to Hugging Face's tensor names."""
 
 import dataclasses
 from collections.abc import Callable
@@ -95,7 +95,7 @@ class Names:
             `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
         head: name of the output layer.
         embedding: name of the table that is also the output layer if the two are tied.
-        ignored: names of tensors that some files hold and no model reads.
+        ignored: names of tensors that some files contain, but no model reads.
     """
 
     table: Callable[[Any], dict[str, str]]
