@@ -45,7 +45,7 @@ class BadRows:
         ]
 
     def warnings(self, total: int) -> list[dict[str, Any]]:
-        """Returns one warning about skipped rows, as `data.labels.warnings` does, or [] if no row is bad."""
+        """Returns a list like that of `data.labels.warnings`: one warning about skipped rows, or none."""
         if not self.count:
             return []
         places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]

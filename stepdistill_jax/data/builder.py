@@ -28,7 +28,7 @@ TEXT_FEATURES = ("id", "input", "label", "rationale", "llm_label")
 
 @functools.cache
 def tensorflow() -> types.ModuleType:
-    """Returns TensorFlow, after hiding all accelerators from it, whose memory JAX needs.
+    """Returns TensorFlow, from which all accelerators are hidden: JAX needs their memory.
 
     Raises:
         InputError: TensorFlow cannot be imported, or already uses an accelerator.
@@ -100,7 +100,7 @@ def features(more: Sequence[str] = ()) -> Any:
 
 
 def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
-    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS does (tested against it).
+    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS does; a test compares them.
 
     TFDS's own encoder handles any features and takes 18 times as long. Texts that the row lacks are empty.
     """

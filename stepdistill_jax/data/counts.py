@@ -36,11 +36,11 @@ class SplitCounts:
         defects: number of defects of each kind.
         first_defects: `file:row` of the first defect of each kind.
         examples: (row id, defect) of the first three defects of each kind.
-        kept: number of rows that each filter would keep, by the filter's description.
+        kept: {description of a filter: number of rows that this filter would keep}.
         lengths: for input, label and rationale, {number of words: number of rows}.
         labelled: number of rows with a gold label. The teacher's accuracies are shares of these rows.
         human: number of rows with an explanation written by a person.
-        texts, characters: amount of text that a vocabulary would be trained on.
+        texts, characters: approximate number of texts, and of characters, to train a vocabulary on.
         label_rows: {gold label: [number of rows with it, 0-based index of the first such row]}. None if
             there are more than 1,000 labels, or more than 50 of which one has over 200 characters.
         hashes: for each row, a 64-bit hash of its input, of its question (input, choices and further

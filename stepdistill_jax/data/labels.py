@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 
 
 def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
-    """Returns {label: {split: number of rows}}, the commonest label first.
+    """Returns {label: {split: number of rows}}, with the commonest label first.
 
     The result is empty unless the labels are a closed set: at least five rows per label on average, and
     at most 1,000 labels, or 20 if most of them are numbers. Otherwise answers are free, so that it is
@@ -42,7 +42,7 @@ def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
 
     Kinds for closed sets of labels: `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
     Kinds for all datasets: `duplicate_rows`, and `different_labels`, which counts inputs. The message
-    is one line: the problem, its count, its first places, and what to do.
+    is one line, which tells the problem, its count, its first places, and what to do.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -210,7 +210,10 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns ` (such as A and B, C and D)`: two places each for some of `count` groups of rows."""
+    """Returns ` (such as A and B, C and D)` with two places for each group of rows that is shown.
+
+    There are `count` groups. If all are shown, `such as` is left out.
+    """
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""
     return f" ({such_as}{', '.join(pairs)})" if pairs else ""

@@ -60,7 +60,8 @@ def parse_anli(text: str) -> Parsed:
     "He was born later." and the answer "contradiction".
 
     Repairs and problems are the same as in `parse_esnli`. The published rule finds no
-    answer if the marker occurs more than once, and drops the last character of an answer, whatever it is.
+    answer if the marker occurs more than once. It drops the last character of an answer, whatever that
+    character is.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:

@@ -138,7 +138,7 @@ class Objective:
         )
 
     def parse(self, text: str) -> dict[str, str] | None:
-        """Returns the fields that a decoded answer contains, with `label`, or None if it has no label.
+        """Returns the fields of a decoded answer, among them `label`, or None if the answer has no label.
 
         With the target template `{rationale} so the answer is {label}`, the answer `"it rains so the
         answer is no"` gives `{"label": "no", "rationale": "it rains"}`. The last occurrence of the

@@ -39,8 +39,8 @@ class PreparedDataset:
         splits: number of rows of each split.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.
         fields: names of further texts that rows may have (`Example.more`).
-        paper_exact: whether rows are read as the paper's published code reads them. A blank rationale
-            or label then is a target like any other.
+        paper_exact: whether rows are read as the paper's published code reads them. If so, a
+            blank rationale or label is trained on, too.
         draws_validation: whether that code draws the validation split from the share of the training
             rows that a run uses.
         files: {path within `directory`: sha256} of each file that `prepare` wrote. Empty if an early
@@ -167,7 +167,7 @@ def default_data_dir() -> pathlib.Path:
 
 
 def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
-    """Returns `data_dir` as a path, or the default folder for None.
+    """Returns `data_dir` as a path, or the default folder if it is None.
 
     Raises:
         InputError: `data_dir` is a URL. Token stores are memory-mapped, so they need a local file system.

@@ -54,7 +54,7 @@ def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def anli(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE So the answer is LABEL.`; the last character is dropped, whatever it is."""
+    """Reads `RATIONALE So the answer is LABEL.`; the answer's last character is always dropped."""
     own = _own(text, ANLI_NEXT, neox)
     for marker in (CHOICE_MARKER, *([EQUATION_MARKER] if neox else [])):
         if own.count(marker) == 1:

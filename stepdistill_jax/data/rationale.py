@@ -164,9 +164,9 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 
 
 def in_parentheses(text: str) -> str:
-    r"""Returns a line's text from its first `(` to its last `)`, or "" if no line has such a text.
+    r"""Returns the text from the first `(` to the last `)` of a line, or "" if no line has both in order.
 
-    The first such line counts. The result equals the first match of the regular expression `\(.*\)`,
+    The first line that has both counts. The result equals the first match of the regular expression `\(.*\)`,
     which takes quadratic time if no parenthesis closes.
     """
     for line in text.split("\n"):

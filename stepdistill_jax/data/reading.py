@@ -24,7 +24,7 @@ class CheckedExample:
         example: the row, which is kept even if it has defects.
         defects: defects of the row or its teacher text, each with file and row.
         right: for each teacher metric (`teacher_accuracy`, ...), whether the teacher's answer is
-            right; empty without a teacher.
+            right; empty if there is no teacher.
         file: name of the row's file, without folders; "" for a list.
         line: 1-based line of the file, or position in the list; 0 if unknown.
     """
@@ -45,13 +45,13 @@ class Reading:
         version: number that is increased when the same source would give different rows or defects.
         metric: how a predicted label is compared: `text_match` or `value_match`.
         rows: function that starts reading, and yields (split, row). The rows of a split come in the
-            source's order; splits may alternate. Some readers yield a `BadRow` for a row that cannot
-            be used; if such a row belongs to no split, its split is "".
+            source's order; rows of different splits may alternate. Some readers yield a `BadRow` for
+            a row that cannot be used; if such a row belongs to no split, its split is "".
         sources: {name within the source: digest} of each file that is read.
         options: further settings that the rows depend on, such as the field map, as JSON values.
         notes: notes for the user, e.g. that a split is left out. The list is complete once all rows have
             been read.
-        fields: names of the texts that `Example.more` may hold.
+        fields: names of the texts that `Example.more` may contain.
     """
 
     reader: str
@@ -65,7 +65,7 @@ class Reading:
 
     @functools.cached_property
     def splits(self) -> dict[str, list[CheckedExample]]:
-        """All rows by split. They are kept in memory, so use it only for small sources.
+        """All rows by split. They are kept in memory, so the source must be small.
 
         Raises:
             BadRow: a row cannot be used; the first such row is raised.

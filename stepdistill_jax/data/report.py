@@ -1,4 +1,4 @@
-"""Writes an HTML page about a prepared dataset: its contents and defects. No network, no scripts."""
+"""Writes an HTML page about a dataset and its defects. The page needs no network and no scripts."""
 
 import base64
 import html

@@ -13,7 +13,7 @@ CACHED_TEXTS = 10_000  # labels, which recur
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Counts, for each split, the unknown pieces, and the rows whose texts encoding and decoding change.
+    """Counts, for each split, unknown pieces and rows whose texts change by encoding and decoding.
 
     Args:
         folder: folder with SPLIT.jsonl and the vocabulary.

@@ -287,7 +287,7 @@ def as_text(value: Any, name: str, where: str) -> str:
     """Returns `value` as text, without stripping it.
 
     Raises:
-        InputError: it is neither text nor an integer, or not valid Unicode.
+        InputError: `value` is neither text nor an integer, or is not valid Unicode.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)

@@ -17,7 +17,7 @@ def text_match(prediction: str, label: str) -> bool:
 
 
 def value_match(prediction: str, label: str) -> bool:
-    """Returns whether two equations have equal values (relative 1e-6), e.g. `( 8 + 2 )` and `10.0`.
+    """Returns whether two equations have equal values within a relative 1e-6, e.g. `( 8 + 2 )` and `10.0`.
 
     A label that is not an equation is compared as text.
     """
@@ -119,7 +119,7 @@ def is_valid(
         choices: the row's allowed answers, which are used in place of `labels`.
 
     Returns:
-        None if it is not known which answers are valid.
+        True or False, or None if it is not known which answers are valid.
     """
     matches = metric_fn(metric)
     if choices:

@@ -50,7 +50,7 @@ T5_FRAMING = Framing()
 
 
 def truncate(ids: Sequence[int], length: int) -> list[int]:
-    """Returns at most `length` ids. If the ids end with eos, so does the result, as in `batches`.
+    """Returns at most `length` ids. If the ids end with eos, so does the result; `batches` does the same.
 
     Example: `truncate([5, 6, 7, 1], 3)` is [5, 6, 1], and `truncate([5, 6, 7], 2)` is [5, 6].
     """
@@ -153,7 +153,7 @@ class SentencePieceVocabulary:
 
     @property
     def source(self) -> str:
-        """The path of the file, which `load_vocabulary` opens again."""
+        """The file's path, from which `load_vocabulary` opens the vocabulary again."""
         return os.fspath(self.path)
 
     @property
@@ -207,7 +207,7 @@ class ByteVocabulary:
     unk_id = UNK_ID
 
     def pieces(self) -> list[str]:
-        """Returns the name of each id in `transformers`. A byte's is the character with this code point."""
+        """Returns the name of each id in `transformers`, which is `chr(byte)` for a byte."""
         return ["<pad>", "</s>", "<unk>", *map(chr, range(256))]
 
     def encode(self, text: str) -> list[int]:

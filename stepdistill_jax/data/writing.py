@@ -133,7 +133,7 @@ def is_ours(folder: pathlib.Path) -> bool:
 
 
 def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) -> None:
-    """Raises if a prepared folder holds a file that `prepare` did not write.
+    """Raises if a prepared folder contains a file that `prepare` did not write.
 
     Args:
         folder: a folder for which `is_ours` is true, an empty folder, or a path where nothing exists.

@@ -1,4 +1,4 @@
-"""Converts between Hugging Face's `config.json` and our configurations: two functions per family."""
+"""Converts between Hugging Face's `config.json` and our configurations, with two functions per family."""
 
 import pathlib
 from collections.abc import Callable
@@ -33,7 +33,7 @@ _T5_SIZES = {
 def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) -> ModelConfig:
     """Returns the configuration that a `config.json` describes; `raw` is its content.
 
-    The weights, if given, decide whether the output layer is tied.
+    The weights, if given, decide whether the output layer is tied to the embedding.
 
     Raises:
         InputError: a field is missing or wrong, a field changes results in a way that is not
@@ -157,7 +157,7 @@ def _read_side(where: str, raw: dict[str, Any]) -> Side:
     """Reads one of the two modules in a T5Gemma's `config.json`, with the defaults of transformers.
 
     Args:
-        where: file and module, for messages.
+        where: file and module to name in messages.
         raw: fields of the module.
     """
     choice(where, raw, "attention_bias", False, [False])

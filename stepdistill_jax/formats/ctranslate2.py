@@ -1,9 +1,9 @@
 """Writes and reads directories for CTranslate2, a specialised engine for CPUs.
 
 Our parameters are copied directly into CTranslate2's specification of a model, without torch or
-`transformers`. CTranslate2's own
-converter scales logits down if the flag `tie_word_embeddings` is true, and transformers 5 sets it to
-true for every T5, so a T5 v1.1 that was converted that way has wrong probabilities.
+`transformers`. CTranslate2's own converter scales logits down if the flag `tie_word_embeddings` is
+true. transformers 5 sets this flag to true for every T5, so a T5 v1.1 that was converted that way has
+wrong probabilities.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class CTranslate2Files:
 
     Attributes:
         vocabulary, task_info: as in a model directory.
-        tokens: name of the token of each row of the embedding.
+        tokens: the token's name for each row of the embedding.
         sha256: digest of `model.bin` when it was written.
     """
 
@@ -69,7 +69,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
     """Imports CTranslate2, or one of its modules.
 
     Args:
-        wanted_by: option or directory that needs it, for the message.
+        wanted_by: option or directory that needs CTranslate2, to name in the message.
         module: name of the module.
 
     Raises:
@@ -109,7 +109,7 @@ def write_ctranslate2(
 ) -> int:
     """Writes the model, vocabulary and task, which is all that CTranslate2 and `predict` need.
 
-    Meanwhile, a copy of the parameters is in memory, too.
+    While it runs, it keeps a second copy of the parameters in memory.
 
     Args:
         directory: a new or empty folder.
@@ -225,7 +225,7 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD
     before Zen 4, Intel before Cascade Lake) adds the products of two adjacent weights in 16 bits,
     and a larger sum saturates silently. So the scale keeps the sum of two adjacent weights within
-    8 bits, too: 255 * (127 + 1) is less than 2 ** 15.
+    8 bits, too. The sum of the two products is then at most 255 * (127 + 1), less than 2 ** 15.
 
     Args:
         matrix: [rows, inputs], float32.
@@ -289,7 +289,7 @@ def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
 def _set_layer(
     layer: Any, block: str, take: Callable[..., np.ndarray], config: T5Config, gated: bool
 ) -> None:
-    """Fills one layer of the encoder or decoder. Its tensors' names begin with `block`."""
+    """Fills one layer of the encoder or decoder. The names of its tensors begin with `block`."""
     own = f"{block}0.SelfAttention."
     attention = layer.self_attention
     attention.queries_scale = 1.0  # T5 does not divide by sqrt(head_dim)

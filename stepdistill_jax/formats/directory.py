@@ -116,7 +116,7 @@ def require_directory(path: os.PathLike | str) -> pathlib.Path:
 
 
 def is_ctranslate2(directory: os.PathLike | str) -> bool:
-    """Returns whether a local folder is a CTranslate2 directory (`formats.ctranslate2`), even incomplete."""
+    """Returns whether a local folder is a directory of `formats.ctranslate2`, even an incomplete one."""
     folder = as_path(directory)
     names = (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS)
     if is_remote(folder) or not any((folder / name).is_file() for name in names):
@@ -158,7 +158,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
 
 
 def read_config(directory: os.PathLike | str) -> ModelConfig:
-    """Reads a model's configuration from `config.json`, or that of a T5X checkpoint from its shapes.
+    """Reads a model's configuration from `config.json`, or from the shapes in a T5X checkpoint.
 
     Weights in the directory decide whether the output layer is tied.
 

@@ -17,7 +17,7 @@ def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
     Flax keeps matrices as `kernel` [in, out], tables as `embedding` and norms as `weight`.
 
     Raises:
-        InputError: a tensor has an unknown name, or `read_tree` raises it.
+        InputError: a tensor has an unknown name, or the file cannot be read (see `read_tree`).
     """
     tree = read_tree(path)
     if set(tree) == {"params"} and isinstance(tree["params"], dict):

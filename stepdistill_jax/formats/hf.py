@@ -1,4 +1,4 @@
-"""Converts between Hugging Face's weights and our parameter tree, whose layers are stacked, by slices."""
+"""Converts, slice by slice, between Hugging Face's weights and our parameters with stacked layers."""
 
 import itertools
 import math
@@ -43,8 +43,9 @@ def load_params(
         config: configuration of the model, from `formats.directory.read_model_files`.
         shardings: sharding of each parameter (`sharding.param_shardings`). None puts everything on the
             default device.
-        sources: {parameter to read: stored parameter with its values}, both by our names. The two must
-            have the same shape (`stored_shapes`). None reads each parameter under its own name.
+        sources: {name of a parameter: name of the stored parameter to read it from}. Both names are ours,
+            and the two shapes must be equal (`stored_shapes`). None reads all parameters, each from the
+            stored parameter of the same name.
 
     Returns:
         The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`, restricted to `sources` if
@@ -187,7 +188,10 @@ def _check(
 
 
 def to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns contiguous float32 tensors by Hugging Face's names. A stack of layers is split by layer."""
+    """Returns contiguous float32 tensors by Hugging Face's names.
+
+    Stacked layers are split into one tensor per layer.
+    """
     return {name: _tensor(*part) for name, part in _parts(params, config)}
 
 

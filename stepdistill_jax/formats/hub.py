@@ -1,4 +1,4 @@
-"""Gets models of the Hugging Face hub by name, `OWNER/NAME`. They are downloaded once, into its cache."""
+"""Gets models of the Hugging Face hub by name, `OWNER/NAME`. A model is downloaded only once."""
 
 import functools
 import pathlib

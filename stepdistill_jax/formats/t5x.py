@@ -1,8 +1,9 @@
-"""Opens T5X checkpoints under Hugging Face's torch names; optimizer state is ignored.
+"""Opens the parameters of T5X checkpoints by Hugging Face's torch names, and ignores optimizer state.
 
 Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file
 `checkpoint`, in which a parameter is an array or the TensorStore spec of a zarr folder next to it; the
-newer format is Orbax's. Layers are `encoder/layers_0/...`, or stacked as axis 1 of `encoder/encoder/...`.
+newer format is Orbax's. The paths of layers are `encoder/layers_0/...`, or `encoder/encoder/...` if the
+layers are stacked along axis 1.
 """
 
 import functools
@@ -49,7 +50,10 @@ _NAMES = {
 
 
 def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
-    """Returns the folder of a T5X checkpoint: `directory`, its `state`, or its newest `checkpoint_STEP`."""
+    """Returns the folder of a T5X checkpoint, or None.
+
+    That is `directory`, the newest `checkpoint_STEP` in it, or a folder `state` in one of these.
+    """
     directory = pathlib.Path(directory)
     steps = {
         int(match[1]): path

@@ -38,7 +38,7 @@ def write_vocabulary(
     """Writes the SentencePiece model and `tokenizer_config.json`, which `read_vocabulary` reads.
 
     A T5's tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell a sentinel would get
-    other ids than here, and a small vocabulary would get ids beyond the embedding.
+    other ids than in training, and a small vocabulary would get ids beyond the embedding.
 
     Args:
         directory: an existing folder, which may be in a store.
@@ -67,7 +67,7 @@ def write_vocabulary(
 
 
 def _gemma_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Returns the fields of a `GemmaTokenizer`'s file: whether bos and eos are added, and special pieces."""
+    """Returns the fields of a `GemmaTokenizer`'s file: the framing, and the names of special pieces."""
     framing, pieces = dataclasses.asdict(vocabulary.framing), vocabulary.pieces()
     ids = {"bos": framing.pop("bos_id"), "eos": EOS_ID, "pad": PAD_ID, "unk": vocabulary.unk_id}
     named = {f"{name}_token": pieces[i] for name, i in ids.items()}

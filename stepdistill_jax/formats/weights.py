@@ -59,7 +59,7 @@ def has_weights(directory: os.PathLike | str) -> bool:
 
 
 def has_own_head(weights: Weights, names: Names) -> bool:
-    """Returns whether there is an output layer of its own, not just a copy of the embedding.
+    """Returns whether the weights have an output layer that is not just a copy of the embedding.
 
     Older tools wrote the tied table of v1.0 a second time, as `lm_head.weight`.
     """

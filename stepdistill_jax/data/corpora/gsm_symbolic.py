@@ -44,8 +44,9 @@ def read(
     seed: int | None = None,
     held_out_rows: Mapping[str, int] = HELD_OUT_ROWS,
 ) -> Reading:
-    """Makes train, validation and test (`rows`, 500 and 1,000 examples), and 500 examples of unseen templates.
+    """Makes `rows` examples for train, 500 for validation, 1,000 for test and 500 for unseen.
 
+    The templates of unseen are in no other split, and the other splits share their templates.
     The same `rows`, `seed` and package version give the same examples. Validation, test and unseen do
     not depend on `rows`. All questions differ, and questions of two splits differ in more than names:
     `split_of_numbers` assigns each template with its numbers to one split. The example with the id
@@ -174,7 +175,7 @@ def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExamp
     """Returns a row with a cleaned solution and its defects.
 
     Omits the sentence that the package's own dataset adds to each question ("Give the result as your
-    final answer. Do not include units."): it instructs a chat model, as `predict: ` does ours.
+    final answer. Do not include units."): it instructs a chat model, as `predict: ` instructs our model.
     """
     given, solution = draw["answer"], draw["metadata"]["answer_cot"]
     label = _short(given)

@@ -35,9 +35,9 @@ def read(
 ) -> Reading:
     """Reads a file, the train, validation and test files of a folder, or lists of dicts.
 
-    Files are JSON lines, or CSV or TSV by their suffix. `data.rows` describes the format of a row. Each
-    row needs a `label` or an `llm_label`. If a row has several rationales, training uses `rationale`, or
-    else the first.
+    A file is CSV or TSV if its suffix says so, else JSON lines. `data.rows` describes the format of a
+    row. Each row needs a `label` or an `llm_label`. If a row has several rationales, training uses
+    `rationale`, or else the first.
 
     A single file or list is split by a hash of the id: 8 tenths of the rows become train, and a tenth
     each validation and test. In a folder without a validation file, a tenth of train becomes validation.

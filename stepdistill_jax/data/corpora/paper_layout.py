@@ -61,7 +61,7 @@ def read(
 ) -> Reading:
     """Finds the files of all splits. Each row is paired with its teacher text while rows are read.
 
-    The first split that is there, usually train, must have teacher texts. For any other split without
+    The first split that has a file, usually train, must have teacher texts. For any other split without
     teacher texts, a note is added.
 
     Args:

@@ -51,8 +51,8 @@ class _Corpus:
     """A dataset of the published code.
 
     Attributes:
-        to_example: converts a row, without the teacher's part.
-        rule: parses the teacher's text.
+        to_example: function that converts a row, without the teacher's part.
+        rule: function that parses the teacher's text.
         prefix: prefix of the names of its files, and name of its folder in `gpt-neox`.
         drawn: whether validation is drawn from train. If False, validation has its own file.
     """
