@@ -6,7 +6,7 @@ from stepdistill_jax.data.rows import place
 
 TEXT_LENGTH = 200  # characters of a defect's text
 BAD_ROW = "bad_row"
-# kind -> its meaning; then what `prepare` does about it, if anything
+# {kind: its meaning, and what `prepare` does about it, if anything}
 KINDS = {
     BAD_ROW: "the row cannot be used, for the reason in its text; `on_error=skip` leaves it out",
     "blanks_around_label": "the label has blanks before or after it, which are stripped",

@@ -33,7 +33,7 @@ def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) 
         characters = sum(file.stat().st_size for file in files)
         texts = [text for file in files for text in vocabulary_texts(file, 4 * rows, characters)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # each process of a job may train it: each writes the same bytes to its own file
+        # several processes of a job may train it; each writes the same bytes, to a file of its own
         own = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
         training.train_vocabulary(texts, own)
         os.replace(own, path)

@@ -85,7 +85,7 @@ def _alike(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
         "labels_alike",
         sum(totals[label] for label in rarer),
         [first[label] for label in rarer],
-        f"labels that differ only in case or blanks: {shown}{_more(groups)}. A model treats them as"
+        f"some labels differ only in case or blanks: {shown}{_more(groups)}. A model treats them as"
         " different answers: choose one spelling",
     )
 
@@ -100,7 +100,7 @@ def _numbers_among(totals: Mapping[str, int], first: Mapping[str, str]) -> _Foun
         "numbers_among_labels",
         rows,
         [first[label] for label in numbers],
-        f"numbers among labels that are words: {shown}{_more(numbers)}. Correct them unless they are"
+        f"some labels are numbers, but most are words: {shown}{_more(numbers)}. Correct them unless they are"
         " intended",
     )
 
@@ -117,7 +117,7 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
         "labels_of_one_row",
         len(single),
         [first[label] for label in single],
-        f"{_many(len(single), 'label')} with a single row: {shown}{_more(single)}. Correct them if they"
+        f"the dataset has {_many(len(single), 'label')} with a single row: {shown}{_more(single)}. Correct them if they"
         " are mistakes: a model cannot learn a label from one row, but may answer with it",
     )
 
@@ -168,8 +168,8 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
         "different_labels",
         len(clashing),
         places,
-        f"{_many(len(clashing), 'input')} with different labels, {len(members):,} rows in total"
-        f"{_pairs(places, len(clashing))}. A model cannot tell them apart: correct or remove the wrong ones",
+        f"the dataset has {_many(len(clashing), 'input')} with different labels, {len(members):,} rows in total"
+        f"{_pairs(places, len(clashing))}. A model cannot tell these rows apart: correct or remove the wrong ones",
     )
 
 

@@ -208,7 +208,7 @@ def _parts(params: Any, config: ModelConfig) -> Iterator[tuple[str, tuple[Any, i
 
 def _tensor(array: Any, layer: int | None, transposed: bool) -> np.ndarray:
     part = np.asarray(array if layer is None else array[layer], np.float32)
-    # safetensors writes a transposed view's buffer as is: wrong values, no error
+    # safetensors would write the buffer of a transposed view as it is, so values would be wrong, without an error
     return np.ascontiguousarray(part.T if transposed else part)
 
 

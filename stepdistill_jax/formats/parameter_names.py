@@ -11,7 +11,7 @@ from stepdistill_jax.models.t5gemma import T5GemmaConfig
 HEAD, EMBEDDING = "lm_head.weight", "shared.weight"
 # some tools save the tied embedding under these names, too
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# the last one is a table in files of v1.0 that no T5 reads: cross-attention has no position bias
+# files of v1.0 contain the last one, a table that no T5 reads: cross-attention has no position bias
 IGNORED = (
     *EMBEDDING_COPIES,
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",

@@ -36,7 +36,7 @@ _PLACEHOLDER = "PLACEHOLDER://"
 _SMALL, _UNPACKED = (
     64 << 20,
     2000,
-)  # ratio; gzip, which T5X uses, expands one byte to at most about 1000
+)  # bytes; bytes per stored byte: gzip, which T5X uses, reaches about 1000
 _LAYER_AXIS = 1  # param_scan_axis of t5x's minimal models
 # our path -> Hugging Face name, for every kind of T5
 _NAMES = {
