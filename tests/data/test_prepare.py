@@ -448,7 +448,8 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
 def test_the_message_of_a_single_bad_row_says_where_it_is_listed(tmp_path):
     source = _write(tmp_path / "mine.jsonl", [*_rows(20), {"input": "q"}])
     with pytest.raises(
-        UnusableRows, match=r"mine\.jsonl:21: no field 'label'.*; the row is listed in (.*)\. Correct it"
+        UnusableRows,
+        match=r"mine\.jsonl:21: no field 'label'.*; the row is listed in (.*)\. Correct it",
     ) as caught:
         prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
     listed = tmp_path / "mine.defects.jsonl"

@@ -279,7 +279,10 @@ SAFETENSORS = {
         lambda h: h.update(x={"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}),
         "x has a shape that no array can have",
     ),
-    "100 axes": (lambda h: _entry(h, shape=[384, 8] + [1] * 100), "has a shape that no array can have"),
+    "100 axes": (
+        lambda h: _entry(h, shape=[384, 8] + [1] * 100),
+        "has a shape that no array can have",
+    ),
     "whole numbers": (lambda h: _entry(h, dtype="I32"), "shared.weight is stored as I32"),
     "no such type": (lambda h: _entry(h, dtype="O"), "not a complete"),
     "a text": (lambda h: h.update(x="y"), "not a complete"),
@@ -476,10 +479,16 @@ def _layers(tree, name):
 
 TREES = {
     **{
-        f"path {path!r}": (lambda t, p=path: _embedder(t).update(path=p), "may refer only to arrays in its own folder")
+        f"path {path!r}": (
+            lambda t, p=path: _embedder(t).update(path=p),
+            "may refer only to arrays in its own folder",
+        )
         for path in ("../../x", "/etc", "..", ".", "", "a/b", "a\0b", 5, None)
     },
-    "a long path": (lambda t: _embedder(t).update(path="x" * 5000), "may refer only to arrays in its own folder"),
+    "a long path": (
+        lambda t: _embedder(t).update(path="x" * 5000),
+        "may refer only to arrays in its own folder",
+    ),
     "placeholder": (
         lambda t: t["optimizer"]["target"].update(a="PLACEHOLDER://../../etc"),
         "may refer only to arrays in its own folder, got '../../etc'",
