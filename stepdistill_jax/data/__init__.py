@@ -1,4 +1,4 @@
-"""Reads original files, prepares datasets and opens prepared ones. Importing it loads no TensorFlow.
+"""Reads original files, prepares datasets and opens prepared ones. Importing it does not load TensorFlow.
 
 In this package, the function `prepare` hides the module of the same name. Import the module's other
 names with `from stepdistill_jax.data.prepare import ...`.

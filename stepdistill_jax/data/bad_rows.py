@@ -1,4 +1,4 @@
-"""Collects unusable rows: `prepare` finds them all before it stops, and lists them with the defects."""
+"""Collects rows that cannot be used. `prepare` lists all of them with the defects before it stops."""
 
 import os
 import pathlib
@@ -22,7 +22,7 @@ class BadRows:
 
     Attributes:
         count: number of bad rows.
-        first: the first 20 of them.
+        first: the first 20 bad rows.
     """
 
     def __init__(self):
@@ -45,11 +45,11 @@ class BadRows:
         ]
 
     def warnings(self, total: int) -> list[dict[str, Any]]:
-        """Returns a warning about skipped rows, in the form of `data.labels.warnings`; [] without any."""
+        """Returns a list like that of `data.labels.warnings`: one warning about skipped rows, or none."""
         if not self.count:
             return []
         places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]
-        message = f"{self.of(total)}; skipped, and listed in {DEFECTS}"
+        message = f"{self.of(total)}; bad rows are skipped, and listed in {DEFECTS}"
         return [{"kind": BAD_ROW, "count": self.count, "examples": places, "message": message}]
 
     def of(self, total: int) -> str:
@@ -70,7 +70,7 @@ class UnusableRows(InputError):
     def __init__(self, rows: BadRows, total: int, path: pathlib.Path, notices: Sequence[str] = ()):
         if rows.count == 1:
             text = (
-                f"{rows.first[0]}; listed in {path}. Correct it, or pass `on_error=skip` to skip"
+                f"{rows.first[0]}; the row is listed in {path}. Correct it, or pass `on_error=skip` to skip"
                 " bad rows"
             )
         else:
@@ -83,7 +83,7 @@ class UnusableRows(InputError):
 
 
 def failed_list(directory: pathlib.Path) -> pathlib.Path:
-    """Returns the path of a failed dataset's list of defects: `DATA_DIR/NAME.defects.jsonl`."""
+    """Returns the path of the list of defects that a failed run leaves: `DATA_DIR/NAME.defects.jsonl`."""
     return directory.with_name(f"{directory.name}.{DEFECTS}")
 
 
@@ -91,7 +91,7 @@ def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
     """Moves defects.jsonl from the folder `new` to `failed_list(directory)`; returns that path.
 
     Raises:
-        InputError: a file that `prepare` did not write has that path.
+        InputError: a file that `prepare` did not write already has that path.
     """
     path = failed_list(directory)
     check_outputs({path: LIST})

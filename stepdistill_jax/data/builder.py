@@ -28,7 +28,7 @@ TEXT_FEATURES = ("id", "input", "label", "rationale", "llm_label")
 
 @functools.cache
 def tensorflow() -> types.ModuleType:
-    """Returns TensorFlow with all accelerators hidden from it: it would take the memory that JAX needs.
+    """Returns TensorFlow, from which all accelerators are hidden: JAX needs their memory.
 
     Raises:
         InputError: TensorFlow cannot be imported, or already uses an accelerator.
@@ -42,7 +42,7 @@ def tensorflow() -> types.ModuleType:
     except ImportError as error:
         raise InputError(
             f"TensorFlow is not installed here ({error}); preparing and tokenising data needs it."
-            " Some platforms have no wheel of it: run this step on Linux"
+            " If your platform has no wheel of TensorFlow, run this step on Linux"
         ) from None
     return tf
 
@@ -55,14 +55,14 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
             # TensorFlow has created its devices already; harmless if none is an accelerator
             if tf.config.get_visible_devices(kind):
                 raise InputError(
-                    f"TensorFlow already holds a {kind}: a task module must not run TensorFlow"
+                    f"TensorFlow already uses a {kind}: a task module must not run TensorFlow"
                     " operations when it is imported"
                 ) from None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what native code writes to standard error; shows it if the block raises.
+    """Hides what native code writes to standard error, but shows it if the block raises.
 
     Whatever its log level, TensorFlow logs about oneDNN and CUDA while it loads and looks for devices.
     """
@@ -100,9 +100,9 @@ def features(more: Sequence[str] = ()) -> Any:
 
 
 def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
-    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS does (tested against it).
+    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS does; a test compares them.
 
-    TFDS's own encoder handles any features and takes 18 times as long. Absent texts are empty.
+    TFDS's own encoder handles any features and takes 18 times as long. Texts that the row lacks are empty.
     """
     tf = tensorflow()
     train = tf.train
@@ -197,7 +197,7 @@ def build_in_subprocess(
 
     Raises:
         InputError: the other process cannot use TensorFlow.
-        RuntimeError: it failed; its own message is on standard error.
+        RuntimeError: the other process failed. Its own message is on standard error.
     """
     arguments = json.dumps([name, os.fspath(folder), dict(splits), list(more)])
     command = [sys.executable, "-m", "stepdistill_jax.data.builder", arguments]
@@ -218,7 +218,7 @@ def build_in_subprocess(
 
 
 def _main(arguments: str) -> int:
-    """Runs in the process of `build_in_subprocess`; its standard input closes when the parent ends."""
+    """Runs in the process of `build_in_subprocess`, whose standard input closes when the parent ends."""
 
     def end_with_the_other() -> None:
         os.read(0, 1)  # not sys.stdin: a buffer's lock that is held at exit would be fatal

@@ -16,13 +16,13 @@ from stepdistill_jax.data.rows import place
 from stepdistill_jax.runtime.fingerprints import hash64
 
 TEACHER_METRICS = {
-    "teacher_accuracy": "as published: no repairs, an answer that cannot be parsed is wrong",
+    "teacher_accuracy": "as published: without repairs; an answer that cannot be parsed is wrong",
     "teacher_accuracy_by_text": "judged by the text after the letter",
     "teacher_accuracy_repaired": "after our repairs",
 }
 MAX_LABELS = 50
 COUNTED_LABELS, LONG_LABEL = 1000, 200  # different labels of a split; characters
-LINE_BITS = 40  # low bits of a place hold the line, the bits above them the number of the file
+LINE_BITS = 40  # low bits of a place hold the line, the bits above them the index of the file
 SHOWN = 3  # examples of each kind of defect
 LENGTH_FIELDS = ("input", "label", "rationale")
 
@@ -31,20 +31,20 @@ class SplitCounts:
     """Counts of one split.
 
     Attributes:
-        rows, with_rationale: number of rows, and of rows with a rationale.
+        rows, with_rationale: number of all rows, and of rows with a rationale.
         right: for each teacher metric that applies, number of rows whose answer is right.
         defects: number of defects of each kind.
         first_defects: `file:row` of the first defect of each kind.
         examples: (row id, defect) of the first three defects of each kind.
-        kept: number of rows that each filter would keep, by the filter's description.
+        kept: {description of a filter: number of rows that this filter would keep}.
         lengths: for input, label and rationale, {number of words: number of rows}.
-        labelled: rows with a gold label; the teacher's accuracies are shares of these.
-        human: rows with an explanation written by a person.
-        texts, characters: amount of text that a vocabulary would be trained on.
-        label_rows: {gold label: [number of rows, first row of the split with it, from 0]}. None if
-            there are more than 1,000 labels, or more than 50 and one of over 200 characters.
-        hashes: 64-bit hashes of each row's input; of its question (input, choices and further
-            texts); of its label (0 if there is none); of the whole row without its id.
+        labelled: number of rows with a gold label. The teacher's accuracies are shares of these rows.
+        human: number of rows with an explanation written by a person.
+        texts, characters: approximate number of texts, and of characters, to train a vocabulary on.
+        label_rows: {gold label: [number of rows with it, 0-based index of the first such row]}. None if
+            there are more than 1,000 labels, or more than 50 of which one has over 200 characters.
+        hashes: for each row, a 64-bit hash of its input, of its question (input, choices and further
+            texts), of its label (0 if there is none), and of the whole row without its id.
     """
 
     def __init__(self):
@@ -108,7 +108,7 @@ class SplitCounts:
             self.label_rows = None
 
     def place(self, number: int) -> str:
-        """Returns `file:line` of row `number` (from 0) of this split; "" if it is not known."""
+        """Returns `file:line` of the row with this 0-based index in the split, or "" if it is unknown."""
         file, line = divmod(self._places[number], 1 << LINE_BITS)
         return place([*self._files][file], line) if line else ""
 

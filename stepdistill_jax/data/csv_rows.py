@@ -1,4 +1,4 @@
-"""Reads rows of CSV and TSV files into the `JsonRow` that `data.rows` makes from JSON lines."""
+"""Reads rows of CSV and TSV files as `JsonRow`, like the rows of JSON lines in `data.rows`."""
 
 import collections
 import csv
@@ -36,12 +36,12 @@ def is_csv(path: os.PathLike | str) -> bool:
 def each_csv_row(
     path: os.PathLike | str, numbers: Collection[str] = ()
 ) -> Iterator[JsonRow | BadRow]:
-    """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow`.
+    """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow` if it is broken.
 
-    Cells are quoted as in Python's `csv`. A blank cell is null; a row of blank cells is ignored. The
-    number of a row's first line is its line number. If the header of a CSV file has semicolons and no
-    comma, semicolons separate its cells, as in spreadsheets of some countries; a first line `sep=;` has
-    the same effect.
+    Cells are quoted as in Python's `csv`. A blank cell is read as null, and a row of only blank cells is
+    ignored. A row that spans several lines gets the line number of the first. Semicolons separate the
+    cells if the header of a CSV file has semicolons and no comma, as in spreadsheets of some countries.
+    A first line such as `sep=;` sets the separator.
 
     A row with broken quotes ends on its first line, so that an unclosed quote spoils one row only:
 
@@ -51,7 +51,7 @@ def each_csv_row(
 
     Args:
         path: the file, in UTF-8.
-        numbers: columns whose cells are numbers.
+        numbers: names of the columns whose cells are numbers.
 
     Raises:
         InputError: the file cannot be read, or its header is damaged or not UTF-8.
@@ -92,7 +92,7 @@ def _rows(
             yield BadRow(path, line, cells)
         elif len(cells) != len(header):
             s = "" if len(cells) == 1 else "s"
-            wrong = f"{len(cells)} cell{s}, but the header has {len(header)} columns"
+            wrong = f"the row has {len(cells)} cell{s}, but the header has {len(header)} columns"
             yield BadRow(path, line, wrong)
         else:
             pairs = zip(header, cells, strict=True)
@@ -101,7 +101,10 @@ def _rows(
 
 
 def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str | None:
-    """Returns the cells of the next row, its problem, or None at the end; `lines.row` holds its lines."""
+    """Returns the cells of the next row, or its problem if it is broken, or None after the last row.
+
+    Afterwards, `lines.row` contains the lines of this row.
+    """
     lines.row.clear()
     try:
         return next(reader, None)
@@ -120,7 +123,7 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
 
 
 class _Lines:
-    """Feeds lines to a CSV reader, and feeds them again after a row whose quote never closes."""
+    """Feeds lines to a CSV reader. If a row's quote never closes, its lines after the first are fed again."""
 
     def __init__(self, lines: Iterator[_Line]):
         self._lines, self._again = lines, collections.deque[_Line]()
@@ -134,7 +137,7 @@ class _Lines:
         return self.row[-1].text
 
     def end_row(self) -> None:
-        """Ends the current row after its first line; the next row begins on its second."""
+        """Ends the current row after its first line, so that the next row begins on the line after that."""
         self._again.extendleft(reversed(self.row[1:]))
         del self.row[1:]
 
@@ -157,7 +160,7 @@ def _decoded(file: IO[bytes], path: os.PathLike | str) -> Iterator[_Line]:
 
 def _not_utf8(raw: bytes, at: int, path: os.PathLike | str) -> str:
     hint = not_text(raw) or (
-        "; save it as UTF-8 (in a spreadsheet `CSV UTF-8`; a Western European file by"
+        "; save the file as UTF-8 (in a spreadsheet, choose `CSV UTF-8`; convert a Western European file with"
         f" `iconv -f WINDOWS-1252 -t UTF-8 {path}`)"
     )
     return f"not UTF-8 (byte 0x{raw[at]:02x} at column {at + 1}){hint}"
@@ -176,7 +179,7 @@ def _header(path: os.PathLike | str, line: int, cells: list[str]) -> list[str]:
 
 
 def _value(cell: str, number: bool) -> Any:
-    """Returns the cell as a JSON value; text that is not a number stays text."""
+    """Returns null for a blank cell, a float for a number in a column of numbers, else the text."""
     if not cell.strip():
         return None
     if number:

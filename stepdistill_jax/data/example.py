@@ -31,7 +31,7 @@ class Example:
         rationales: all explanations, `rationale` first; empty if there is no other.
         llm_label: the teacher's own answer.
         weight: loss weight of each of the example's tokens, above 0.
-        choices: the allowed answers, in order; empty when the answer is free.
+        choices: the allowed answers, in order; empty if any answer is allowed.
         more: {field: text} of the fields named in `prepare(fields=...)`, for objectives to use.
             `input_pair` is a second input text: the encoder reads both, each followed by an end of
             sequence.
@@ -64,7 +64,7 @@ class Example:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row for `SPLIT.jsonl`: always with a label, and without any other empty field."""
+        """Returns the row for `SPLIT.jsonl`. Empty fields are left out, except id, input and label."""
         row: dict[str, Any] = {"id": self.id, "input": self.input, "label": self.label}
         for name in ("rationale", "llm_label"):
             if value := getattr(self, name):

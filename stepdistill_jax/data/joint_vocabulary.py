@@ -12,9 +12,10 @@ from stepdistill_jax.runtime.fingerprints import digest
 
 
 def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) -> str:
-    """Returns the path of a vocabulary trained on all train splits; for one dataset, its own vocabulary.
+    """Returns the path of a vocabulary that is trained on the train splits of all datasets.
 
-    Trains it on first use and keeps it in `folder`. The order of the datasets does not matter.
+    The vocabulary is trained on first use and stored in `folder`. The order of the datasets does not
+    matter. For a single dataset, the result is the vocabulary of that dataset.
 
     Raises:
         InputError: a dataset has no train split, or its files have changed.
@@ -32,7 +33,7 @@ def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) 
         characters = sum(file.stat().st_size for file in files)
         texts = [text for file in files for text in vocabulary_texts(file, 4 * rows, characters)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # each process of a job may train it: each writes the same bytes to its own file
+        # several processes of a job may train it; each writes the same bytes, to a file of its own
         own = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}")
         training.train_vocabulary(texts, own)
         os.replace(own, path)

@@ -17,11 +17,11 @@ _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 
 
 def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
-    """Returns {label: {split: number of rows}}, the commonest label first.
+    """Returns {label: {split: number of rows}}, with the commonest label first.
 
-    Empty unless the labels are a closed set: five rows or more per label on average, and at most
-    1,000 labels, or 20 if most are numbers. Otherwise answers are free, and a label with a single
-    row is normal.
+    The result is empty unless the labels are a closed set: at least five rows per label on average, and
+    at most 1,000 labels, or 20 if most of them are numbers. Otherwise answers are free, so that it is
+    normal for a label to have a single row.
     """
     found: dict[str, dict[str, int]] = {}
     for split, counts in splits.items():
@@ -42,7 +42,7 @@ def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
 
     Kinds for closed sets of labels: `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
     Kinds for all datasets: `duplicate_rows`, and `different_labels`, which counts inputs. The message
-    is one line: the problem, its count, its first places, and what to do.
+    is one line, which tells the problem, its count, its first places, and what to do.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -85,7 +85,7 @@ def _alike(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
         "labels_alike",
         sum(totals[label] for label in rarer),
         [first[label] for label in rarer],
-        f"labels that differ only in case or blanks: {shown}{_more(groups)}. A model treats them as"
+        f"some labels differ only in case or blanks: {shown}{_more(groups)}. A model treats them as"
         " different answers: choose one spelling",
     )
 
@@ -100,7 +100,7 @@ def _numbers_among(totals: Mapping[str, int], first: Mapping[str, str]) -> _Foun
         "numbers_among_labels",
         rows,
         [first[label] for label in numbers],
-        f"numbers among labels that are words: {shown}{_more(numbers)}. Correct them unless they are"
+        f"some labels are numbers, but most are words: {shown}{_more(numbers)}. Correct them unless they are"
         " intended",
     )
 
@@ -117,7 +117,7 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
         "labels_of_one_row",
         len(single),
         [first[label] for label in single],
-        f"{_many(len(single), 'label')} with a single row: {shown}{_more(single)}. Correct them if they"
+        f"the dataset has {_many(len(single), 'label')} with a single row: {shown}{_more(single)}. Correct them if they"
         " are mistakes: a model cannot learn a label from one row, but may answer with it",
     )
 
@@ -125,7 +125,7 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
 def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
     """Yields the warnings about equal rows, and about equal inputs with different labels.
 
-    Works on row numbers over all splits. Rows with hashes [7, 9, 7, 7] have `firsts` [0, 1] and
+    Row indices count from 0 over all splits. Rows with hashes [7, 9, 7, 7] have `firsts` [0, 1] and
     `inverse` [0, 1, 0, 0]; rows 2 and 3 are not the first of their value, so both repeat row 0.
     """
 
@@ -168,8 +168,8 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
         "different_labels",
         len(clashing),
         places,
-        f"{_many(len(clashing), 'input')} with different labels, {len(members):,} rows in total"
-        f"{_pairs(places, len(clashing))}. A model cannot tell them apart: correct or remove the wrong ones",
+        f"the dataset has {_many(len(clashing), 'input')} with different labels, {len(members):,} rows in total"
+        f"{_pairs(places, len(clashing))}. A model cannot tell these rows apart: correct or remove the wrong ones",
     )
 
 
@@ -210,7 +210,10 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns ` (such as A and B, C and D)`: two places each for some of `count` groups of rows."""
+    """Returns ` (such as A and B, C and D)` with two places for each group of rows that is shown.
+
+    There are `count` groups. If all are shown, `such as` is left out.
+    """
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""
     return f" ({such_as}{', '.join(pairs)})" if pairs else ""

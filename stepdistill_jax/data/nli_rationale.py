@@ -13,7 +13,7 @@ from stepdistill_jax.data.rationale import (
     truncated,
 )
 
-LABELS = ("entailment", "neutral", "contradiction")  # numbers 0, 1, 2
+LABELS = ("entailment", "neutral", "contradiction")  # written as 0, 1 and 2 in files
 _NEXT_PAIR = re.compile(r"(?:^|\n)[^\S\n]*Premise:")  # at the start of a line
 _HEDGES = re.compile(r"\b(?:not|or|nor|neither|cannot)\b|n't\b")
 
@@ -24,14 +24,14 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the
     rationale "A dog is an animal." and the answer "entailment".
 
-    Repairs a label with a capital, a full stop or more words around it, if the answer names exactly
+    A label with a capital, a full stop or other words around it is repaired, if the answer names exactly
     one label and has no `not`, `or` or similar word.
 
     Returns:
         The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        label_not_a_choice (the published rule's answer, compared exactly), truncated. A text that
-        continues with another premise before its answer has no_answer; the published rule takes the
-        answer of the invented pair.
+        label_not_a_choice (the answer by the published rule is not exactly a label), truncated. A text that
+        continues with another premise before any answer has the problem no_answer, although the
+        published rule takes the answer of the invented pair.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()
@@ -54,13 +54,14 @@ def parse_esnli(text: str) -> Parsed:
 
 
 def parse_anli(text: str) -> Parsed:
-    """Reads `RATIONALE So the answer is LABEL.`, up to the next `Premise:`.
+    """Reads `RATIONALE So the answer is LABEL.`; the text from the next `Premise:` on is ignored.
 
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale
     "He was born later." and the answer "contradiction".
 
-    Repairs and problems are the same as in `parse_esnli`. The published rule finds nothing if the
-    marker occurs more than once, and drops the answer's last character, whatever it is.
+    Repairs and problems are the same as in `parse_esnli`. The published rule finds no
+    answer if the marker occurs more than once. It drops the last character of an answer, whatever that
+    character is.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:
@@ -74,7 +75,7 @@ def _with_label(
 ) -> Parsed:
     """Returns the parts of `text`.
 
-    `answer_text` is the text of the first answer, and `answer` is the answer by the published rule.
+    `answer_text` is the text of the first answer, and `answer` is what the published rule finds.
     """
     repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:
@@ -85,7 +86,7 @@ def _with_label(
 
 
 def _one_label(answer_text: str) -> str:
-    """Returns the label that an answer's first line names; "" unless it is exactly one."""
+    """Returns the label in an answer's first line, or "" unless that line names exactly one label."""
     line = folded(answer_text.strip().split("\n")[0])
     if line in LABELS:
         return line

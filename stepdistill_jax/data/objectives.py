@@ -1,4 +1,4 @@
-"""Training objectives over the fields of an example, and the paper's arms by name."""
+"""Defines training objectives over the fields of an example, and named sets of objectives (arms)."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.checks import SNAKE_CASE as FIELD_NAME
 from stepdistill_jax.runtime.checks import one_of, snake_case
 
-MAX_PREFIX = 200  # characters; model directories bring their own prefixes
+MAX_PREFIX = 200  # characters; a prefix may come from a model directory, which is not trusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,13 @@ class Objective:
     Attributes:
         name: key of its metrics (`loss/<name>`) and of its SeqIO task (`TASK_<name>`).
         input_template: text with `{field}` for fields of an example: input, label, rationale,
-            llm_label, or another that the dataset keeps (`fields` of `prepare`).
-        target_template: the same. An example is skipped if a field of either template is empty; an
-            empty `input` counts only in the target. The label of the first objective is parsed from
-            the decoded text, by the words between the fields.
-        weight: factor of its mean cross-entropy in the loss, at least 0; or a `Schedule`, which
-            gives it for each step.
+            llm_label, or a further field that the dataset keeps (`fields` of `prepare`).
+        target_template: the same for the target. An example is skipped if a field of either template
+            is empty, except that the input template allows an empty `input`. If the target of the
+            first objective has several fields, the words between them are used to find the label in
+            decoded text.
+        weight: factor of this objective's mean cross-entropy in the loss, at least 0; or a `Schedule`
+            that gives the factor for each step.
         decoder_prefix: text that the decoder reads before the target, without loss on its tokens.
             It distinguishes objectives that share one encoding of the input.
 
@@ -56,7 +57,7 @@ class Objective:
         check_weight(f"{name}.weight", self.weight)
         for template in (self.input_template, self.target_template):
             if not isinstance(template, str):
-                raise InputError(f"Objective {name}: expected a template (text), got {template!r}")
+                raise InputError(f"Objective {name}: a template must be text, got {template!r}")
             for field in fields_of(template):
                 if not FIELD_NAME.fullmatch(field):
                     raise InputError(
@@ -70,11 +71,11 @@ class Objective:
         if not isinstance(prefix, str):
             expected = "text"
         elif prefix and not prefix.strip():
-            expected = "a word"
+            expected = "text that is not blank"
         elif len(prefix) > MAX_PREFIX:
             expected = f"at most {MAX_PREFIX} characters"
         elif set("{}") & set(prefix):
-            expected = "text without {fields}, the same for all rows"
+            expected = "text without braces, since it is the same for all rows"
         if expected:
             raise InputError(
                 f"Objective {self.name}: decoder_prefix: expected {expected}, got {prefix!r:.80}"
@@ -83,7 +84,7 @@ class Objective:
     def render(self, fields: Mapping[str, str], *, keep_empty: bool = False) -> tuple[str, str]:
         """Returns the (input, target) text of an example.
 
-        The target is "" if a needed field is empty, unless `keep_empty` is set.
+        The target is "" if one of the fields in `needed` is empty, unless `keep_empty` is set.
         """
         values = {name: fields.get(name, "") for name in self.fields}
         absent = not keep_empty and not all(values[name] for name in self.needed)
@@ -92,24 +93,24 @@ class Objective:
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
-        """Names of the fields in both templates."""
+        """Names of all fields that occur in either template, without duplicates."""
         return tuple(
             dict.fromkeys(fields_of(self.input_template) + fields_of(self.target_template))
         )
 
     @functools.cached_property
     def needed(self) -> tuple[str, ...]:
-        """Fields that must not be empty: without one, the example is skipped."""
+        """Names of the fields that must not be empty. If one is empty, the example is skipped."""
         return tuple(dict.fromkeys(fields_of(self.target_template) + self.read_beside_input))
 
     @functools.cached_property
     def read_beside_input(self) -> tuple[str, ...]:
-        """Fields of the input template other than `input`; inference needs them, too."""
+        """Names of the fields in the input template other than `input`. Inference needs these fields, too."""
         return tuple(name for name in fields_of(self.input_template) if name != "input")
 
     @property
     def label_field(self) -> str | None:
-        """Field that is the target's label: `label`, `llm_label` (the teacher's), or None."""
+        """Name of the field that is the label in the target: `label`, `llm_label` (the teacher's), or None."""
         named = fields_of(self.target_template)
         return next((name for name in ("label", "llm_label") if name in named), None)
 
@@ -120,7 +121,7 @@ class Objective:
 
     @property
     def writes_more(self) -> bool:
-        """Whether the target has more than the label, so that an answer must be parsed for it."""
+        """Whether the target contains the label and more, so that the label must be parsed from an answer."""
         alone = self.target_template == f"{{{self.label_field}}}"
         return self.label_field is not None and not alone and self.is_separable
 
@@ -131,18 +132,19 @@ class Objective:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Texts of the target between and around its fields, in order."""
+        """Words of the target template between and around its fields, in order."""
         return tuple(
             words for words, _ in templates.words_and_fields(self.target_template) if words
         )
 
     def parse(self, text: str) -> dict[str, str] | None:
-        """Returns the fields of a decoded answer, `label` among them; None if it has no label.
+        """Returns the fields of a decoded answer, among them `label`, or None if the answer has no label.
 
         With the target template `{rationale} so the answer is {label}`, the answer `"it rains so the
         answer is no"` gives `{"label": "no", "rationale": "it rains"}`. The last occurrence of the
-        words before the label counts, then the first occurrence of the words after it. If the target
-        is a label alone, or has no label, or no words between fields, the whole answer is the label.
+        words before the label counts, and after it the first occurrence of the words that follow the
+        label. The whole answer is the label if the target is a label alone, has no label, or has two
+        fields without words between them.
         """
         if not self.writes_more:
             return {"label": text}
@@ -162,14 +164,14 @@ RATIONALE_THEN_LABEL = "{rationale} so the answer is {label}"
 def label_only(
     label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
 ) -> tuple[Objective, ...]:
-    """Standard fine-tuning: only the label. The paper's code has no prefix: `{input}`."""
+    """Standard fine-tuning: trains on the label only. The paper's code adds no prefix to `{input}`."""
     return (Objective("label", input_template, "{label}", label_weight),)
 
 
 def step_by_step(
     label_weight: Weight = 0.5, rationale_weight: Weight = 0.5
 ) -> tuple[Objective, ...]:
-    """The paper's method. Its code's weights are alpha and 1 - alpha with alpha 0.5: (0.5, 0.5)."""
+    """The paper's method. The weights in its code are alpha and 1 - alpha, with alpha = 0.5."""
     return (
         Objective("label", LABEL_INPUT, "{label}", label_weight),
         Objective("rationale", RATIONALE_INPUT, "{rationale}", rationale_weight),
@@ -179,14 +181,14 @@ def step_by_step(
 def label_only_llm(
     label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
 ) -> tuple[Objective, ...]:
-    """Standard distillation: only the teacher's label; answers are compared with the gold label."""
+    """Standard distillation: trains on the teacher's label only, but is evaluated with the gold label."""
     return (Objective("label", input_template, "{llm_label}", label_weight),)
 
 
 def step_by_step_llm(
     label_weight: Weight = 0.5, rationale_weight: Weight = 0.5
 ) -> tuple[Objective, ...]:
-    """Step-by-step on the teacher's labels: no gold label is trained on."""
+    """Step-by-step with the teacher's labels: trains on no gold label."""
     return (
         Objective("label", LABEL_INPUT, "{llm_label}", label_weight),
         Objective("rationale", RATIONALE_INPUT, "{rationale}", rationale_weight),
@@ -194,19 +196,19 @@ def step_by_step_llm(
 
 
 def single_task(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
-    """The paper's ablation: one target [r, y], the rationale and then the label."""
+    """The paper's ablation: a single target, which is the rationale followed by the label."""
     return (Objective("label", LABEL_INPUT, RATIONALE_THEN_LABEL, label_weight),)
 
 
 def rationale_input(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
-    """The rationale as input: the teacher must write one at test time, too."""
+    """The input contains the rationale, so the teacher must write rationales at test time, too."""
     return (Objective("label", f"{LABEL_INPUT} rationale: {{rationale}}", "{label}", label_weight),)
 
 
 def step_by_step_multi(
     label_weight: Weight = 0.5, rationale_weight: Weight = 0.25, why_not_weight: Weight = 0.25
 ) -> tuple[Objective, ...]:
-    """Step-by-step with a third objective: why the other answers are wrong (field `why_not`)."""
+    """Step-by-step with a third objective, which explains why the other answers are wrong (`why_not`)."""
     return (
         *step_by_step(label_weight, rationale_weight),
         Objective("why_not", "why not: {input}", "{why_not}", why_not_weight),
@@ -214,7 +216,7 @@ def step_by_step_multi(
 
 
 def copy_control(label_weight: Weight = 0.5, copy_weight: Weight = 0.5) -> tuple[Objective, ...]:
-    """Control: the second target repeats the input, which adds compute but no reasons."""
+    """A control experiment: the second target repeats the input, which adds compute but no reasons."""
     return (
         Objective("label", LABEL_INPUT, "{label}", label_weight),
         Objective("copy", RATIONALE_INPUT, "{input}", copy_weight),
@@ -224,10 +226,10 @@ def copy_control(label_weight: Weight = 0.5, copy_weight: Weight = 0.5) -> tuple
 def shared_encoder(
     label_weight: Weight = 0.5, rationale_weight: Weight = 0.5
 ) -> tuple[Objective, ...]:
-    """Step-by-step with one encoding of the input for both targets; ours, not the paper's.
+    """Step-by-step with one encoding of the input for both targets: our variant, not in the paper.
 
-    The decoder's first tokens, instead of the input's, select the rationale, so each input is encoded
-    once. The label's input is the same as in `step_by_step`.
+    A prefix of the decoder, not of the input, asks for the rationale. So both objectives have the same
+    input, which is encoded once. The label's input is the same as in `step_by_step`.
     """
     return (
         Objective("label", LABEL_INPUT, "{label}", label_weight),
@@ -256,7 +258,7 @@ ARMS: dict[str, Callable[..., tuple[Objective, ...]]] = {
 def share_encoding(objectives: Sequence[Objective]) -> bool:
     """Returns whether all objectives have the same input, so that it is encoded once for all.
 
-    False if the input contains the rationale: an example may have several.
+    Returns False if the input contains the rationale, since an example may have several rationales.
     """
     templates = {o.input_template for o in objectives}
     return (
@@ -267,7 +269,7 @@ def share_encoding(objectives: Sequence[Objective]) -> bool:
 
 
 def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives of an arm, given by name, or the given objectives; checks them.
+    """Returns the objectives of the arm with the given name, or checks and returns the given objectives.
 
     Raises:
         InputError: the arm is unknown; there is no objective; two have the same name; all weights are
@@ -283,27 +285,29 @@ def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
         raise InputError("`objectives`: expected an arm's name, or one or more `Objective`")
     names = [o.name for o in objectives]
     if len(set(names)) < len(names):
-        raise InputError(f"`objectives`: each needs a different name, got {', '.join(names)}")
+        raise InputError(
+            f"`objectives`: each objective needs a different name, got {', '.join(names)}"
+        )
     if not any(o.weight for o in objectives):
         raise InputError("`objectives`: all weights are 0, so nothing would be learned")
     check_first(objectives)
     if objectives[0].label_field and not objectives[0].is_separable:
         raise InputError(
             f"Objective {objectives[0].name}: target_template {objectives[0].target_template!r}: expected"
-            " words between two fields, by which an answer is parsed for the label, as in"
+            " words between any two fields, so that the label can be found in an answer, as in"
             f" {RATIONALE_THEN_LABEL!r}"
         )
     return objectives
 
 
 def gives_rationale(objectives: Sequence[Objective]) -> bool:
-    """Returns whether a rationale can be decoded: by its own objective, or as part of the answer."""
+    """Returns whether a rationale can be decoded, with its own objective or as part of the answer."""
     others = any(o.name == "rationale" for o in objectives[1:])
     return others or "rationale" in fields_of(objectives[0].target_template)
 
 
 def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives for validation, with `label` in place of `llm_label` in the first target."""
+    """Returns the objectives for validation. In the first target, `label` replaces `llm_label`."""
     first = objectives[0]
     if first.label_field != "llm_label":
         return tuple(objectives)
@@ -314,10 +318,11 @@ def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...
 def check_first(objectives: Sequence[Objective]) -> None:
     """Raises InputError if the first objective has a decoder prefix.
 
-    The first objective is served, also by programs that know nothing of prefixes.
+    The first objective is used for inference, also by programs that know no decoder prefixes.
     """
     if objectives[0].decoder_prefix:
         raise InputError(
-            f"Objective {objectives[0].name}: the first objective is served, so it must have no"
-            f" decoder_prefix (got {objectives[0].decoder_prefix!r}); set prefixes of the others"
+            f"Objective {objectives[0].name}: the first objective is used for inference, so its"
+            f" decoder_prefix must be empty, got {objectives[0].decoder_prefix!r}; only other"
+            " objectives may have one"
         )

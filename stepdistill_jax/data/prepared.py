@@ -17,12 +17,12 @@ from stepdistill_jax.runtime.stores import local_path
 
 FILE = "dataset.json"
 VOCABULARY = "spiece.model"
-TFDS_VERSION = "1.0.0"  # and the name of the folder with the TFDS files
-ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files, or from exports
+TFDS_VERSION = "1.0.0"  # version of the TFDS dataset, and name of the folder with its files
+ORIGINALS = ("cqa", "svamp", "esnli", "anli")  # prepared from the paper's files or from exports
 PUBLISHED = (*ORIGINALS, "asdiv")  # datasets of the paper's published code
 PAPER_SUFFIX = "_paper"  # ends the name of a dataset prepared with `paper_exact`
-EMBEDDED = "delivery"  # has no source: prepared on first use
-GENERATED = "gsm_symbolic"  # has no source, but needs a package
+EMBEDDED = "delivery"  # needs no source, so it is prepared on first use
+GENERATED = "gsm_symbolic"  # needs no source, but a package
 NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")  # of a dataset and its folder; never a path
 SPLIT = re.compile(r"[a-z]+")
 
@@ -36,14 +36,15 @@ class PreparedDataset:
         directory: `data_dir/name`, with SPLIT.jsonl, defects.jsonl, spiece.model and TFDS's 1.0.0/.
         fingerprint: digest of the sources, the reader and the rows.
         metric: `text_match` or `value_match`.
-        splits: number of rows by split.
+        splits: number of rows of each split.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.
         fields: names of further texts that rows may have (`Example.more`).
-        paper_exact: whether rows are read as the paper's published code reads them: a blank
-            rationale or label is a target.
-        draws_validation: whether that code draws validation from train, once for each share.
-        files: sha256 of each file that `prepare` wrote, by its path in `directory`; empty for
-            datasets of versions that kept no digests.
+        paper_exact: whether rows are read as the paper's published code reads them. If so, a
+            blank rationale or label is trained on, too.
+        draws_validation: whether that code draws the validation split from the share of the training
+            rows that a run uses.
+        files: {path within `directory`: sha256} of each file that `prepare` wrote. Empty if an early
+            version, which stored no digests, prepared the dataset.
     """
 
     name: str
@@ -59,19 +60,19 @@ class PreparedDataset:
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """Splits that depend on a run's `data_fraction` and seed; empty unless `paper_exact`."""
+        """Splits whose rows depend on a run's `data_fraction` and seed; empty unless `paper_exact`."""
         if not self.paper_exact:
             return ()
         return ("train", "validation") if self.draws_validation else ("train",)
 
     def check(self, *names: str) -> None:
-        """Compares files with their digests: the named ones, or else all.
+        """Compares the named files with their digests, or all files if none is named.
 
         Args:
-            names: keys of `files`, or folders that contain some.
+            names: keys of `files`, or folders that contain such files.
 
         Raises:
-            InputError: a file is missing or has changed; names it.
+            InputError: a file is missing or has changed. The message names the file.
         """
         chosen = [
             f
@@ -84,7 +85,8 @@ class PreparedDataset:
             stat = path.stat()
             if _digest(path, stat.st_size, stat.st_mtime_ns, stat.st_ino) != self.files[name]:
                 raise InputError(
-                    f"{path}: changed since `prepare` wrote it; {how_to_prepare(self.name)}, which rebuilds it"
+                    f"{path}: changed since `prepare` wrote it; {how_to_prepare(self.name)},"
+                    " which rebuilds the dataset"
                 )
 
     @property
@@ -97,7 +99,7 @@ class PreparedDataset:
         path = self.directory / VOCABULARY
         if not path.is_file():
             raise InputError(
-                f"{path}: no vocabulary, since {self.name} was prepared without a train split; use"
+                f"{path}: there is no vocabulary, since {self.name} was prepared without a train split; use"
                 " the vocabulary of a model directory (`init_from`), or `bytes`"
             )
         self.check(VOCABULARY)
@@ -107,11 +109,12 @@ class PreparedDataset:
         """Returns the path of SPLIT.jsonl.
 
         Raises:
-            InputError: the dataset has no such split (lists its splits), or the file has changed.
+            InputError: the dataset has no such split, or the file has changed. The message lists the splits
+                that the dataset has.
         """
         if split not in self.splits:
             raise InputError(
-                f"{self.name}: no split {split!r} (it has {', '.join(self.splits)})"
+                f"{self.name}: there is no split {split!r} (the splits are {', '.join(self.splits)})"
                 f"{nearest(split, self.splits)}"
             )
         self.check(f"{split}.jsonl")
@@ -121,7 +124,7 @@ class PreparedDataset:
         """Yields the rows of a split, in the order of the TFDS dataset.
 
         Raises:
-            InputError: no such split, or its file is missing or damaged.
+            InputError: the dataset has no such split, or the file of the split is missing or damaged.
         """
         path = self.file(split)  # checked at the call, not at the first row
         return (Example.from_json(row) for _, row in read_jsonl(path))
@@ -133,10 +136,10 @@ def _digest(path: pathlib.Path, *_changes: int) -> str:
 
 
 def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
-    """Returns a digest of sources, reader, options and rows: any change to them changes it.
+    """Returns a digest that changes whenever the sources, the reader, the options or the rows change.
 
-    It covers the rows as well as their sources, so that it changes with the reader's code even
-    if the reader's version does not.
+    The digest covers the rows as well as their sources. So it also changes if the code of the reader
+    makes different rows while the version of the reader stays the same.
 
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
@@ -155,7 +158,7 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
 
 
 def default_data_dir() -> pathlib.Path:
-    """Returns `$STEPDISTILL_DATA_DIR`, or else `stepdistill` in the user's cache folder."""
+    """Returns `$STEPDISTILL_DATA_DIR` or, if it is not set, `stepdistill` in the user's cache folder."""
     if folder := os.environ.get("STEPDISTILL_DATA_DIR"):
         return pathlib.Path(folder).expanduser()
     import platformdirs
@@ -164,10 +167,10 @@ def default_data_dir() -> pathlib.Path:
 
 
 def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
-    """Returns `data_dir` as a path, or the default folder for None.
+    """Returns `data_dir` as a path, or the default folder if it is None.
 
     Raises:
-        InputError: it is a URL: token stores are memory-mapped, which needs a file system.
+        InputError: `data_dir` is a URL. Token stores are memory-mapped, so they need a local file system.
     """
     return local_path(default_data_dir() if data_dir is None else data_dir, "`data_dir`")
 
@@ -181,12 +184,12 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
     """Opens the prepared dataset `name`.
 
     Args:
-        name: a folder in `data_dir`.
-        data_dir: None for the default folder.
+        name: name of the dataset, and of its folder in `data_dir`.
+        data_dir: folder of the prepared datasets; None means the default folder.
 
     Raises:
-        InputError: it is not prepared there (lists the prepared datasets, and says how to prepare
-            it), or it is damaged.
+        InputError: the dataset is not prepared in that folder, or it is damaged. The message says how to
+            prepare it, and which datasets are prepared.
     """
     directory = data_folder(data_dir) / name
     path = directory / FILE
@@ -212,7 +215,7 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
 
 
 def is_prepared(name: str, data_dir: pathlib.Path) -> bool:
-    """Returns whether `data_dir` holds a prepared dataset of that name, intact or damaged."""
+    """Returns whether `data_dir` contains a prepared dataset of this name, even a damaged one."""
     # os.path returns False for a name that no file can have; pathlib raises
     return bool(NAME.fullmatch(name)) and os.path.isfile(data_dir / name / FILE)
 
@@ -228,21 +231,21 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
         raise ValueError("it has no split")
     for split, count in splits.items():
         if not SPLIT.fullmatch(split) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"a split {split!r} of {count!r} rows")
+            raise ValueError(f"the split {split!r} with {count!r} rows is not valid")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise TypeError("the labels are not a list of texts")
+        raise TypeError("the labels are not a list of strings")
     options = stored.get("options", {})
     more = options.get("fields", [])
     if not isinstance(more, list) or not all(isinstance(field, str) for field in more):
         raise TypeError("the fields are not a list of names")
     if stored["metric"] not in METRICS:
-        raise ValueError(f"no metric {stored['metric']!r}")
+        raise ValueError(f"the metric {stored['metric']!r} is unknown")
     for file in files:
         if pathlib.PurePosixPath(file).is_absolute() or ".." in pathlib.PurePosixPath(file).parts:
-            raise ValueError(f"a file {file!r} outside")
+            raise ValueError(f"the file {file!r} is outside the folder")
     rows = {split: files.get(f"{split}.jsonl") for split in splits}
     if files and fingerprint(stored, rows) != stored["fingerprint"]:
-        raise ValueError("the fingerprint belongs to a different description")
+        raise ValueError("the fingerprint does not fit the other fields")
     return PreparedDataset(
         name,
         directory,

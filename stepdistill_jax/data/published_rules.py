@@ -22,10 +22,10 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
 
     Args:
         text: a completion.
-        neox: whether GPT-NeoX wrote it; its texts may lack an answer.
+        neox: whether GPT-NeoX wrote the text. Its texts may have no answer.
 
     Raises:
-        ValueError: PaLM's text does not have the marker exactly once; the published code stops there.
+        ValueError: a text by PaLM does not have the marker exactly once. The published code fails, too.
     """
     own = _own(text, NEXT_QUESTION, neox)
     if neox and own.count(CHOICE_MARKER) != 1:
@@ -37,7 +37,7 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE The answer is (EQUATION).`; two answers count as none."""
+    """Reads `RATIONALE The answer is (EQUATION).`; a text with two answers counts as having none."""
     own = _own(text, NEXT_QUESTION, neox)
     if own.count(EQUATION_MARKER) != 1:
         return BLANK, BLANK
@@ -46,7 +46,7 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE Answer: LABEL`; if it has no answer, takes the answer of an invented pair."""
+    """Reads `RATIONALE Answer: LABEL`. If the pair has no answer, that of an invented pair is taken."""
     rationale = _own(text, ESNLI_MARKER, neox)
     answers = text.split(f"{ESNLI_MARKER} ")
     label = answers[1].split("Premise")[0].rstrip() if len(answers) > 1 else BLANK
@@ -54,7 +54,7 @@ def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def anli(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE So the answer is LABEL.`; drops the last character, whatever it is."""
+    """Reads `RATIONALE So the answer is LABEL.`; the answer's last character is always dropped."""
     own = _own(text, ANLI_NEXT, neox)
     for marker in (CHOICE_MARKER, *([EQUATION_MARKER] if neox else [])):
         if own.count(marker) == 1:

@@ -1,4 +1,4 @@
-"""Draws validation and shares of the training data as the paper's published code does."""
+"""Draws the validation split and a share of the training rows as the paper's published code does."""
 
 import math
 
@@ -15,11 +15,12 @@ def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray
 
     Args:
         rows: number of rows.
-        test_size: share of rows that go to test, rounded up to whole rows.
-        seed: seed of the permutation; its first rows are test.
+        test_size: share of the rows that become test, rounded up to whole rows.
+        seed: seed of the permutation of the rows. The first rows after the permutation become test.
 
     Returns:
-        [train] and [test] int64 row numbers from 0, in drawn order.
+        The 0-based indices of the train rows, [train] int64, and of the test rows, [test] int64, each in
+        drawn order.
     """
     order = np.random.default_rng(seed).permutation(rows)
     test = math.ceil(test_size * rows)
@@ -31,16 +32,18 @@ def drawn_splits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of train and validation that a run of the published code uses.
 
-    First the run's seed draws the share, then seed 0 draws a tenth of it for validation.
+    First, the seed of the run draws the rows to use. Then seed 0 draws a tenth of these rows for validation.
 
     Args:
-        rows: number of training rows, in the order of their file.
-        fraction: share of them to use (`subsample` in that code).
+        rows: number of rows in the training file.
+        fraction: share of these rows to use (`subsample` in that code).
         seed: seed of the run (`run` in that code).
-        validation: whether to draw validation; if False it is empty, since it has its own file.
+        validation: whether to draw validation rows. If False, the second array is empty, since the split
+            has its own file.
 
     Returns:
-        [train] and [validation] int64 row numbers from 0.
+        The 0-based indices, in the file, of the train rows, [train] int64, and of the validation rows,
+        [validation] int64.
     """
     used = np.arange(rows)
     if fraction < 1.0:

@@ -1,4 +1,4 @@
-"""Parses a teacher's raw text into rationale and answer; each kind of failure has a name."""
+"""Parses a teacher's raw text into rationale and answer, and names each kind of failure."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ NEXT_QUESTION = "Q:"  # starts an invented question in a few-shot completion
 CHOICE_MARKER = "So the answer is"
 EQUATION_MARKER = "The answer is"
 ESNLI_MARKER = "Answer:"
-ANLI_NEXT = "Premise:"  # the same for ANLI
+ANLI_NEXT = "Premise:"  # starts an invented pair in a completion for ANLI
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 # not IGNORECASE, with which [a-z] matches the long s and the dotless i
@@ -25,11 +25,11 @@ class Parsed:
 
     Attributes:
         rationale: the text before the answer.
-        answer: the answer by the published rule (for choices: the letter's choice).
+        answer: the answer that the published rule finds; for choices, the choice that the letter names.
         answer_text: for choices, the text after the letter.
         repaired: the answer after our repairs.
-        problems: kinds of defect of the text; see `defects.KINDS`.
-        wrong_sums: equations of the rationale that do not add up.
+        problems: names of the text's defects; see `defects.KINDS`.
+        wrong_sums: equations in the rationale whose two sides differ.
     """
 
     rationale: str = ""
@@ -41,22 +41,23 @@ class Parsed:
 
 
 def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
-    """Reads `RATIONALE So the answer is (x) CHOICE.`, up to the next `Q:`.
+    """Reads `RATIONALE So the answer is (x) CHOICE.`; the text from the next `Q:` on is ignored.
 
     Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the
     rationale "Beavers build." and the answer "wood".
 
-    Repairs: the text after the letter wins if it is one of the choices, ignoring case and a full
-    stop (the letter is wrong or missing). Otherwise the letter wins, as in `(a) lake or (d) pond`.
+    Repairs: if the text after the letter is one of the choices, ignoring case and a full stop, it is the
+    answer, even if the letter is wrong or missing. Otherwise the letter decides, as in
+    `(a) lake or (d) pond`.
 
     Args:
         text: a completion, which may continue with an invented question.
-        choices: the question's answers, for the letters a, b, ...
+        choices: the choices of the question, for the letters a, b, ... in order.
 
     Returns:
         The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        no_letter, letter_not_a_choice, label_not_a_choice (the text after the letter, compared
-        exactly), label_disagrees_with_letter, truncated.
+        no_letter, letter_not_a_choice, label_not_a_choice (the text after the letter is not
+        exactly a choice), label_disagrees_with_letter, truncated.
     """
     problems, rationale, answer = split(text, CHOICE_MARKER)
     if answer is None:
@@ -91,18 +92,18 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
 
 
 def parse_equation(text: str) -> Parsed:
-    """Reads `RATIONALE The answer is (EQUATION).`, up to the next `Q:`.
+    """Reads `RATIONALE The answer is (EQUATION).`; the text from the next `Q:` on is ignored.
 
     Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84."
     and the answer "(84 / 2)".
 
-    Repairs: all of an equation is read if it continues after its parentheses, as in `(16 * 17) * 4`,
-    or has none.
+    Repairs: if an equation continues after its parentheses, as in `(16 * 17) * 4`, or has no
+    parentheses, all of it is read.
 
     Returns:
         The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        no_parentheses, no_value (it cannot be computed), equation_goes_on, arithmetic_wrong (a sum
-        in the rationale), truncated.
+        no_parentheses, no_value (the equation cannot be computed), equation_goes_on, arithmetic_wrong
+        (an equation in the rationale is wrong), truncated.
     """
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
@@ -132,7 +133,12 @@ def parse_equation(text: str) -> Parsed:
 def split(
     text: str, marker: str, next_question: str = NEXT_QUESTION
 ) -> tuple[tuple[str, ...], str, str | None]:
-    """Returns (problems, rationale, text after the first marker or None), up to the next question."""
+    """Splits a text, up to the next question, at the marker before its answer.
+
+    Returns:
+        The problems, the rationale, and the text after the first marker and before any second one. That
+        text is None if there is no marker.
+    """
     own, found, _ = text.partition(next_question)
     problems = ("runs_on",) if found else ()
     if not own.strip():
@@ -150,7 +156,7 @@ def split(
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
     """Returns ("truncated",) if a text without a complete answer does not end like a sentence.
 
-    Returns () for a text that runs on: there, the invented question is truncated.
+    Returns () for a text that runs on, since there the invented question breaks off, not the answer.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()
@@ -158,9 +164,10 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 
 
 def in_parentheses(text: str) -> str:
-    r"""Returns the first line with `(` and a later `)`, from the first `(` to the last `)`; else "".
+    r"""Returns the text from the first `(` to the last `)` of a line, or "" if no line has both in order.
 
-    Equals the first match of `\(.*\)`, which takes quadratic time if no parenthesis closes.
+    The first line that has both counts. The result equals the first match of the regular expression `\(.*\)`,
+    which takes quadratic time if no parenthesis closes.
     """
     for line in text.split("\n"):
         first, last = line.find("("), line.rfind(")")

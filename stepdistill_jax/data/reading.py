@@ -1,4 +1,4 @@
-"""The interface of readers: checked examples one by one, each with its defects."""
+"""Defines the interface of readers, which yield checked examples one by one, each with its defects."""
 
 import collections
 import dataclasses
@@ -21,12 +21,12 @@ class CheckedExample:
     """One row of a source after its checks.
 
     Attributes:
-        example: the row, which is kept whatever its defects.
+        example: the row, which is kept even if it has defects.
         defects: defects of the row or its teacher text, each with file and row.
         right: for each teacher metric (`teacher_accuracy`, ...), whether the teacher's answer is
-            right; empty without a teacher.
-        file: name of its file, without folders; "" for a list.
-        line: line of the file, or position in the list, from 1; 0 if unknown.
+            right; empty if there is no teacher.
+        file: name of the row's file, without folders; "" for a list.
+        line: 1-based line of the file, or position in the list; 0 if unknown.
     """
 
     example: Example
@@ -38,19 +38,20 @@ class CheckedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A reader's result. It yields rows one by one: memory does not grow with the source.
+    """A reader's result. It yields rows one by one, so that memory does not grow with the source.
 
     Attributes:
         reader: name of the reader, e.g. `cqa`.
-        version: increased when the same source would give different rows or defects.
+        version: number that is increased when the same source would give different rows or defects.
         metric: how a predicted label is compared: `text_match` or `value_match`.
         rows: function that starts reading, and yields (split, row). The rows of a split come in the
-            source's order; splits may alternate. Some readers yield a `BadRow` for a row that cannot
-            be used, with "" for the split if it has none.
-        sources: digest of each file that is read, by its name within the source.
-        options: further settings that the rows depend on (field map, no teacher), JSON-like.
-        notes: notes for the user, e.g. that a split is left out; complete once all rows are read.
-        fields: names of the texts that `Example.more` may hold.
+            source's order; rows of different splits may alternate. Some readers yield a `BadRow` for
+            a row that cannot be used; if such a row belongs to no split, its split is "".
+        sources: {name within the source: digest} of each file that is read.
+        options: further settings that the rows depend on, such as the field map, as JSON values.
+        notes: notes for the user, e.g. that a split is left out. The list is complete once all rows have
+            been read.
+        fields: names of the texts that `Example.more` may contain.
     """
 
     reader: str
@@ -64,10 +65,10 @@ class Reading:
 
     @functools.cached_property
     def splits(self) -> dict[str, list[CheckedExample]]:
-        """All rows by split, in memory: for small sources.
+        """All rows by split. They are kept in memory, so the source must be small.
 
         Raises:
-            BadRow: the first bad row.
+            BadRow: a row cannot be used; the first such row is raised.
         """
         found: dict[str, list[CheckedExample]] = collections.defaultdict(list)
         bad: list[BadRow] = []
@@ -87,15 +88,15 @@ def in_order(splits: Iterable[str]) -> list[str]:
 
 
 def tenth(example_id: str) -> int:
-    """Returns which of ten equal parts, 0 to 9, an id falls into by its hash.
+    """Returns the tenth, from 0 to 9, that the hash of an id falls into.
 
-    It depends on the id alone: adding a row to a source moves no other row to another split.
+    The result depends on the id alone, so adding a row to a source moves no other row to another split.
     """
     return hash64(example_id) % 10
 
 
 def split_of(number: int, split: str, files: Container[str]) -> str:
-    """Returns the split of a row; if validation has no file, it takes tenth 0 of train.
+    """Returns the split of a row. If validation has no file, tenth 0 of train becomes validation.
 
     Args:
         number: the row's `tenth`.

@@ -1,4 +1,4 @@
-"""Writes an HTML page about a prepared dataset: its contents and defects. No network, no scripts."""
+"""Writes an HTML page about a dataset and its defects. The page needs no network and no scripts."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ PAGE = Made(
     b'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     b'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Dataset ',
 )
-MOST_LABELS = 100  # rows of the table
+MOST_LABELS = 100  # in the table of labels
 BARS = 24  # at most, in a histogram
 Z_95 = 1.959964  # standard normal quantile of 97.5 %
 
@@ -43,16 +43,16 @@ img { max-width: 100%; height: auto; }
 
 
 def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
-    """Returns Wilson's score interval of a share; it stays within 0 and 1, also for small samples.
+    """Returns Wilson's score interval for a share. Even for small samples, it stays within 0 and 1.
 
     E. B. Wilson 1927, JASA 22:209: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
     Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
 
     Args:
-        right: number of rows that are right.
+        right: number of rows whose answer is right.
         rows: number of all rows, at least 1.
-        z: quantile; the default gives 95 %.
+        z: quantile of the standard normal distribution; the default gives a 95 % interval.
     """
     share, square = right / rows, z * z / rows
     middle = (share + square / 2) / (1 + square)
@@ -68,7 +68,7 @@ def write_report(
     Args:
         path: the HTML file.
         result: the result of `prepare`.
-        splits: the counts of the same splits.
+        splits: the counts of each split in `result`.
     """
     with atomic_write(path) as f:
         f.write(page(result, splits))
@@ -112,7 +112,7 @@ def _list(notes: Sequence[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    """Returns a table of HTML cells; the columns `numbers` are right-aligned."""
+    """Returns an HTML table. Cells are HTML, and columns with an index in `numbers` are right-aligned."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         classes = [' class="n"' if i in numbers else "" for i in range(len(row))]

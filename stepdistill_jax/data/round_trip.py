@@ -1,4 +1,4 @@
-"""Counts the texts of a prepared dataset that its vocabulary cannot reproduce."""
+"""Counts the rows of a prepared dataset whose texts its vocabulary cannot reproduce."""
 
 import functools
 import pathlib
@@ -9,19 +9,19 @@ from stepdistill_jax.data.vocabulary import UNK_ID, SentencePieceVocabulary
 from stepdistill_jax.runtime.files import read_jsonl
 
 FIELDS = ("input", "label", "rationale")
-CACHED_TEXTS = 10_000  # labels
+CACHED_TEXTS = 10_000  # labels, which recur
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Counts, for each split, unknown pieces and the rows that change by encoding and decoding.
+    """Counts, for each split, unknown pieces and rows whose texts change by encoding and decoding.
 
     Args:
         folder: folder with SPLIT.jsonl and the vocabulary.
         splits: names of the splits.
 
     Returns:
-        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which only
-        whitespace changes counts only in the last.
+        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row of which
+        only whitespace changes is counted in `changed_whitespace_rows`, not in `changed_rows`.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)
 

@@ -28,16 +28,16 @@ _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 
 @dataclasses.dataclass(slots=True)  # a frozen one takes twice as long to construct
 class JsonRow:
-    """A JSON object whose fields are read by type; each error names file, line and field.
+    """A JSON object whose fields are read with a type check. Errors name the file, the line and the field.
 
-    An integer can be read as text, as its digits. Other numbers, true and false cannot: they can be
-    written in more than one way (1e3, 1000.0; true, True). A field with null is absent.
+    An integer can be read as text, which is its digits. Other numbers, true and false cannot, since each
+    can be written in more than one way (1e3 or 1000.0, true or True). A field that is null is absent.
 
     Attributes:
         fields: the object.
         where: `file:line`, with the path as the user gave it; `row 3` for a list.
-        number: position among the file's rows, from 1; blank lines do not count.
-        line: line of the file, or position in the list, from 1.
+        number: 1-based index of the row in its file, not counting blank lines.
+        line: 1-based line of the file, or position in the list.
     """
 
     fields: Mapping[str, Any]
@@ -50,9 +50,9 @@ class JsonRow:
 
         Args:
             name: the field.
-            strip: whether to strip outer whitespace; an input keeps it.
+            strip: whether to strip outer whitespace; inputs are not stripped.
             blank: whether a blank text is allowed.
-            hint: what to do about an absent field, for the message.
+            hint: end of the message for an absent field, which says what to do.
 
         Raises:
             InputError: the field is absent or blank, or its value is not text or not valid Unicode.
@@ -66,12 +66,12 @@ class JsonRow:
         return value.strip() if strip else value
 
     def optional_text(self, name: str) -> str:
-        """Returns the field's stripped text; "" if it is absent or blank."""
+        """Returns the field's stripped text, or "" if the field is absent or blank."""
         value = self.fields.get(name)
         return "" if value is None else as_text(value, name, self.where).strip()
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Returns the field's list of texts, stripped, none blank; () if it is absent."""
+        """Returns the field's texts, each stripped and not blank, or () if the field is absent."""
         values = self.fields.get(name)
         if values is None:
             return ()
@@ -83,7 +83,7 @@ class JsonRow:
         return found
 
     def weight(self, name: str) -> float:
-        """Returns the field's number, above 0 and within float32; 1.0 if it is absent."""
+        """Returns the field's number, which must be above 0 and fit a float32; 1.0 if the field is absent."""
         value = self.fields.get(name)
         if value is None:
             return 1.0
@@ -96,7 +96,7 @@ class JsonRow:
         return float(value)
 
     def objects(self, name: str) -> "list[JsonRow]":
-        """Returns the field's list of objects, each as a row; [] if it is absent."""
+        """Returns each object in the field's list as a row, or [] if the field is absent."""
         values = self.fields.get(name)
         if values is None:
             return []
@@ -129,7 +129,7 @@ class BadRow(InputError):
 
     Attributes:
         file: name of the file, without folders; "" for a list.
-        line: line of the file, or position in the list, from 1.
+        line: 1-based line of the file, or position in the list.
         reason: the message without file and line.
     """
 
@@ -150,7 +150,7 @@ def place(path: os.PathLike | str, line: int) -> str:
 
 
 def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
-    """Yields each row of a JSON-lines file: a `JsonRow`, or a `BadRow`.
+    """Yields each row of a JSON-lines file: a `JsonRow`, or a `BadRow` if it is broken.
 
     Raises:
         InputError: the file cannot be read.
@@ -165,7 +165,10 @@ def each_row(path: os.PathLike | str) -> Iterator[JsonRow | BadRow]:
 
 
 def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[JsonRow | BadRow]:
-    """Yields each row of a list of dicts: a `JsonRow`, or a `BadRow`; `name` stands for the file's name."""
+    """Yields each dict in a list as a `JsonRow`, and any other item as a `BadRow`.
+
+    In messages, `name` takes the place of a file's name.
+    """
     for number, row in enumerate(rows, 1):
         if isinstance(row, Mapping):
             yield JsonRow(as_json(row), place(name, number), number, number)
@@ -193,7 +196,8 @@ def read_rows(path: os.PathLike | str) -> Iterator[JsonRow]:
     """Yields each row of a JSON-lines file.
 
     Raises:
-        InputError: the file cannot be read or has no rows; BadRow at the first bad row.
+        InputError: the file cannot be read or has no rows.
+        BadRow: a row cannot be used; the first such row is raised.
     """
     row = None
     for row in each_row(path):
@@ -212,22 +216,22 @@ def read_example(
     more: Sequence[str] = (),
     names: Mapping[str, str] = {},
 ) -> Example:
-    """Returns the example of a row in the generic format; a missing id becomes the row's number.
+    """Returns the example of a row in the generic format; a missing id is replaced by the row's number.
 
     All texts but the input are stripped.
 
     Args:
         row: the row.
-        needs: {field: hint} of the fields that must not be absent or blank; the hint goes into the
-            message. `input` must always be present, but may be blank unless it is among these.
-        fields: fields to read, in addition to `id`, `input`, `label` and `choices`; the rest is
+        needs: {field: hint} of the fields that must not be absent or blank. The hint ends the error
+            message. `input` must always be present, but may be blank if it is not in `needs`.
+        fields: fields to read, in addition to `id`, `input`, `label` and `choices`. Other fields are
             ignored.
         more: names of further texts to read, which rows may lack.
-        names: {our field: the file's field}, where the two differ.
+        names: {our field: the file's field} for fields that have another name in the file.
 
     Raises:
-        InputError: a required field is missing, or a field has a wrong type; names file, line and
-            field.
+        InputError: a required field is missing, or a field has a wrong type. The message names the file,
+            the line and the field.
     """
 
     def text(name: str) -> str:
@@ -255,7 +259,7 @@ def read_example(
 
 
 class UniqueIds:
-    """Finds ids that occur twice in a file. Keeps each id's hash and line, 100 bytes a row."""
+    """Finds ids that occur twice in a file. It keeps the hash and line of each id: 100 bytes per row."""
 
     def __init__(self):
         self._lines: dict[int, int] = {}
@@ -264,13 +268,13 @@ class UniqueIds:
         """Records the id of a row and returns it.
 
         Raises:
-            InputError: an earlier row has the same id; names both lines.
+            InputError: an earlier row has the same id. The message names both lines.
         """
         first = self._lines.setdefault(hash64(example_id), row.line)
         if first != row.line:
             raise InputError(
                 f"{row.where}: the id {example_id!r} is also at {place(row.path, first)}"
-                " (a missing id is the row's number)"
+                " (a row number replaces a missing id)"
             )
         return example_id
 
@@ -283,7 +287,7 @@ def as_text(value: Any, name: str, where: str) -> str:
     """Returns `value` as text, without stripping it.
 
     Raises:
-        InputError: it is neither text nor an integer, or not valid Unicode.
+        InputError: `value` is neither text nor an integer, or is not valid Unicode.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
@@ -295,7 +299,7 @@ def as_text(value: Any, name: str, where: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{where}: the field {name!r} holds half of a surrogate pair, which is not valid Unicode"
+            f"{where}: the field {name!r} contains half of a surrogate pair, which is not valid Unicode"
         ) from None
     return value
 

@@ -1,4 +1,4 @@
-"""Weight schedules as plain values, for configs, `run.json` and model directories."""
+"""Weight schedules as plain values, which configs, `run.json` and model directories can store."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ SHAPES = ("linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A weight as a function of the step, which counts updates from 0, as for the learning rate.
+    """A weight that depends on the step. Steps count updates from 0, as for the learning rate.
 
     The fields are named as in `optax.linear_schedule`; `training.optimizer.weights_at` computes the
     values.
@@ -50,10 +50,16 @@ class Schedule:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Schedule":
-        """Returns the schedule of a `dataclasses.asdict`; InputError if fields are missing or unknown."""
+        """Returns the schedule that `dataclasses.asdict` converted to `raw`.
+
+        Raises:
+            InputError: fields are missing or unknown.
+        """
         names = {f.name for f in dataclasses.fields(cls)}
         if raw.keys() != names:
-            raise InputError(f"a schedule must have {', '.join(sorted(names))}, got {raw!r:.200}")
+            raise InputError(
+                f"a schedule must have the fields {', '.join(sorted(names))}, got {raw!r:.200}"
+            )
         return cls(**raw)
 
     def __format__(self, spec: str) -> str:
@@ -90,10 +96,10 @@ def check_weight(name: str, weight: Any) -> None:
 
 
 def end_value(weight: Weight) -> float:
-    """Returns the final weight. Validation uses it at every step, so that its losses are comparable."""
+    """Returns the final weight. Validation uses it at every step, so that its losses can be compared."""
     return weight.end_value if isinstance(weight, Schedule) else weight
 
 
 def described(weight: Weight) -> float | str:
-    """Returns the number, or the schedule in words."""
+    """Returns a constant weight as it is, and a schedule in words."""
     return str(weight) if isinstance(weight, Schedule) else weight

@@ -13,7 +13,7 @@ def fields_of(template: str) -> tuple[str, ...]:
     Example: `fields_of("{rationale} so {label}")` is ("rationale", "label").
 
     Raises:
-        InputError: a brace has no partner, or contains more than a name. Templates come with model
+        InputError: a brace has no partner, or braces contain more than a name. Templates come with model
             directories and are not trusted: `{input:>9999999999}` would fill the memory, and
             `{input:{label.__class__}}` would read attributes.
     """
@@ -24,14 +24,16 @@ def fields_of(template: str) -> tuple[str, ...]:
     for _, name, spec, conversion in parsed:
         if spec or conversion:
             raise InputError(
-                f"template {template!r}: expected only a field's name in braces, at {name!r}"
+                f"template {template!r}: expected only a field's name in the braces of {name!r}"
             )
     return tuple(name for _, name, _, _ in parsed if name is not None)
 
 
 @functools.lru_cache(256)
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Splits a template into (words before a field, field) for each field, then (words after the last, None).
+    """Splits a template at its fields.
+
+    Returns (words before the field, field) for each field, then (words after the last field, None).
 
     Each run of whitespace becomes one space. Words at the start or end of the template get a space
     on the outside, since `parse` adds a space at both ends of a text.
@@ -60,9 +62,9 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     """Returns the fields of a text that was written with the template, or None if the text does not match.
 
-    The other fields may contain the words that surround `field`. So the search starts at `field`: it
-    takes the last occurrence of the words before it and, from there, the first occurrence of the words
-    after it. Each run of whitespace counts as one space, as for a tokenizer.
+    The values of other fields may contain the same words that surround `field` in the template. So the
+    last occurrence of the words before `field` counts, and after it the first occurrence of the words
+    that follow `field`. Each run of whitespace counts as one space, as for a tokenizer.
 
     Example: with `{rationale} so {label}`, "wet so slow so no" gives
     {"rationale": "wet so slow", "label": "no"}.
@@ -70,7 +72,7 @@ def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     Args:
         template: a template with words between any two fields.
         text: any text.
-        field: the field at which the search starts.
+        field: the field whose surrounding words are found first, such as the label.
     """
     *pieces, (last_words, _) = words_and_fields(template)
     first_words = pieces[0][0]

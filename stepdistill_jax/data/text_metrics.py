@@ -17,7 +17,7 @@ def text_match(prediction: str, label: str) -> bool:
 
 
 def value_match(prediction: str, label: str) -> bool:
-    """Returns whether two equations have equal values (relative 1e-6), e.g. `( 8 + 2 )` and `10.0`.
+    """Returns whether two equations have equal values within a relative 1e-6, e.g. `( 8 + 2 )` and `10.0`.
 
     A label that is not an equation is compared as text.
     """
@@ -35,10 +35,10 @@ METRICS: dict[str, Callable[[str, str], bool]] = {
 
 
 def metric_fn(metric: str) -> Callable[[str, str], bool]:
-    """Returns the comparison of that name.
+    """Returns the comparison function of this name.
 
     Raises:
-        InputError: the name is unknown; lists the known names.
+        InputError: the name is unknown. The message lists the known names.
     """
     if metric not in METRICS:
         raise InputError(
@@ -49,7 +49,7 @@ def metric_fn(metric: str) -> Callable[[str, str], bool]:
 
 
 def accuracy(predictions: Sequence[str], labels: Sequence[str], metric: str) -> float:
-    """Returns the share of predictions that match their label; 0.0 for no rows.
+    """Returns the share of predictions that match their label, or 0.0 if there are no rows.
 
     Example: `accuracy(["10", "3"], ["( 8 + 2 )", "4"], "value_match")` is 0.5.
 
@@ -62,7 +62,7 @@ def accuracy(predictions: Sequence[str], labels: Sequence[str], metric: str) -> 
 
 
 def majority_baseline(labels: Iterable[str], metric: str) -> float:
-    """Returns the accuracy of always answering these rows' commonest label; 0.0 for no rows.
+    """Returns the accuracy of answering every row with the commonest label, or 0.0 if there are no rows.
 
     Example: `majority_baseline(["4", "( 2 + 2 )", "5"], "value_match")` is 2/3.
     """
@@ -75,8 +75,8 @@ def majority_baseline(labels: Iterable[str], metric: str) -> float:
 class LabelCounts:
     """Computes `majority_baseline` for labels that come one by one, in bounded memory.
 
-    The result is exact for up to 100,000 different labels; for more, it is at most 1e-5 too low, since
-    only the commonest are kept (Misra and Gries 1982, Finding repeated elements).
+    The result is exact for up to 100,000 different labels; for more labels, it is at most 1e-5 too
+    low, since only the commonest labels are kept (Misra and Gries 1982, Finding repeated elements).
     """
 
     MOST = 100_000  # counters; about 15 MB
@@ -93,16 +93,16 @@ class LabelCounts:
         key = hash(self._key(label))  # 64 bits, however long the label is
         if key in self._counts or len(self._counts) < self.MOST:
             self._counts[key] = self._counts.get(key, 0) + 1
-        else:  # drop one of each label, this one included: at most rows / (MOST + 1) times
+        else:  # drop one of each label, also the new one; this happens at most rows / (MOST + 1) times
             self._counts = {k: n - 1 for k, n in self._counts.items() if n > 1}
 
     def majority(self) -> float:
-        """Returns the share of the commonest label; 0.0 if none was counted."""
+        """Returns the share of the commonest label, or 0.0 if no label was counted."""
         return max(self._counts.values(), default=0) / self.rows if self.rows else 0.0
 
 
 def _value_key(label: str) -> str:
-    """Returns a key shared by labels of equal value: 6 significant digits, value_match's tolerance."""
+    """Returns a key that labels of equal value share: 6 significant digits, as exact as `value_match`."""
     value = arithmetic.evaluate(label)
     return f"text {normalize(label)}" if value is None else f"value {value + 0.0:.6g}"
 
@@ -115,11 +115,11 @@ def is_valid(
     Args:
         prediction: decoded text.
         metric: the task's metric; under `value_match` an answer must have a value.
-        labels: the labels of the task's train split if they are few; else empty.
-        choices: the row's allowed answers, which replace `labels`.
+        labels: the labels of the task's train split if there are few; else empty.
+        choices: the row's allowed answers, which are used in place of `labels`.
 
     Returns:
-        None if it is not known which answers are valid.
+        True or False, or None if it is not known which answers are valid.
     """
     matches = metric_fn(metric)
     if choices:

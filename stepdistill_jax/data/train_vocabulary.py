@@ -11,7 +11,7 @@ from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, UNK_ID
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.files import atomic_write
 
-MAX_TEXTS = 200_000  # of more texts, every k-th is read: the trainer keeps all texts in memory
+MAX_TEXTS = 200_000  # if there are more, every k-th is used, since the trainer keeps all in memory
 MAX_TEXT_BYTES = 65_536  # the trainer skips longer texts; its own default is 4,192
 MIN_WORD_COUNT = 5
 
@@ -28,7 +28,7 @@ def train_vocabulary(
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
         path: the `spiece.model` to write.
-        vocab_size: largest number of pieces; little text gives fewer.
+        vocab_size: largest number of pieces. A small amount of text gives fewer.
 
     Raises:
         InputError: all texts are empty, or the trainer accepts none of them.

@@ -1,4 +1,4 @@
-"""Converts text to ids and back, without TensorFlow: by a SentencePiece model or ByT5's bytes."""
+"""Converts text to ids and back, with a SentencePiece model or as ByT5's bytes, without TensorFlow."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """The special ids around an input. A target ends with eos in every vocabulary.
+    """The special ids that are put around an input. Targets always end with eos and have no bos.
 
     Attributes:
         add_bos_token: whether an input begins with bos.
@@ -34,15 +34,15 @@ class Framing:
     def input_ids(self, *texts: Sequence[int]) -> list[int]:
         """Returns the ids of an input, one or more texts with eos between them.
 
-        Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] as T5 frames it, and [2, 5, 6, 1, 7] with
-        bos 2 and without eos at the end.
+        Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] with T5's framing, and [2, 5, 6, 1, 7] with a
+        bos of id 2 and no eos at the end.
         """
         first, *others = texts
         ids = [self.bos_id] if self.add_bos_token else []
         ids += first
         for other in others:
             ids += [EOS_ID, *other]
-        # an empty text without framing gets an eos, too: a batch takes a row of zeros for padding
+        # an empty text without bos or eos gets an eos, too: in a batch, a row of zeros counts as padding
         return [*ids, EOS_ID] if self.add_eos_token or not ids else ids
 
 
@@ -50,7 +50,7 @@ T5_FRAMING = Framing()
 
 
 def truncate(ids: Sequence[int], length: int) -> list[int]:
-    """Returns at most `length` ids; an input that ends with eos still does, as in `batches`.
+    """Returns at most `length` ids. If the ids end with eos, so does the result; `batches` does the same.
 
     Example: `truncate([5, 6, 7, 1], 3)` is [5, 6, 1], and `truncate([5, 6, 7], 2)` is [5, 6].
     """
@@ -60,7 +60,7 @@ def truncate(ids: Sequence[int], length: int) -> list[int]:
 
 
 class Vocabulary(Protocol):
-    """Converts text to the ids of T5 and Gemma: 0 is padding, 1 the end of sequence."""
+    """Converts text to the ids of T5 and Gemma: 0 is padding, and 1 is the end of sequence (eos)."""
 
     @property
     def framing(self) -> Framing: ...
@@ -87,21 +87,23 @@ class Vocabulary(Protocol):
 
 
 class SentencePieceVocabulary:
-    """A `spiece.model` or `tokenizer.model`, read by the sentencepiece library; tests prove SeqIO's ids.
+    """A `spiece.model` or `tokenizer.model`, read with the sentencepiece library.
+
+    Tests check that its ids equal those of SeqIO.
 
     Attributes:
         path: path of the file.
-        framing: T5's framing. A vocabulary of Gemma's kind (BPE with bos and byte fallback) has the
-            framing of the `tokenizer_config.json` next to it; without that, transformers' default, which
-            is bos only.
+        framing: T5's framing, except for a vocabulary of Gemma's kind (BPE with bos and byte fallback).
+            The `tokenizer_config.json` next to such a vocabulary determines its framing. Without that
+            file, an input gets only a bos, as by default in transformers.
     """
 
     def __init__(self, path: os.PathLike | str):
         """Opens the model.
 
         Raises:
-            InputError: no such file, not a SentencePiece model with the special ids of T5 and Gemma, or
-                a `tokenizer_config.json` that cannot be read.
+            InputError: there is no such file, it is not a SentencePiece model whose pad and eos ids are 0
+                and 1, or the `tokenizer_config.json` next to it cannot be read.
         """
         import sentencepiece
 
@@ -121,7 +123,7 @@ class SentencePieceVocabulary:
         self.framing = self._read_framing() if self._is_gemma() else T5_FRAMING
 
     def _is_gemma(self) -> bool:
-        """Returns whether the model is BPE with bos and byte fallback; UMT5's has bos, but is unigram."""
+        """Returns whether the model is BPE with bos and byte fallback. UMT5's has a bos, but is unigram."""
         if self._processor.bos_id() <= PAD_ID:
             return False
         from sentencepiece import sentencepiece_model_pb2
@@ -151,7 +153,7 @@ class SentencePieceVocabulary:
 
     @property
     def source(self) -> str:
-        """Argument of `load_vocabulary` that opens it: the file's path."""
+        """The file's path, from which `load_vocabulary` opens the vocabulary again."""
         return os.fspath(self.path)
 
     @property
@@ -201,11 +203,11 @@ class ByteVocabulary:
     framing = T5_FRAMING
     size = 256 + 3
     fingerprint = digest(BYTES)
-    source = BYTES  # argument of `load_vocabulary` that opens it
+    source = BYTES  # with this argument, `load_vocabulary` opens it
     unk_id = UNK_ID
 
     def pieces(self) -> list[str]:
-        """Returns the name of each id in `transformers`: for a byte, the character of that number."""
+        """Returns the name of each id in `transformers`, which is `chr(byte)` for a byte."""
         return ["<pad>", "</s>", "<unk>", *map(chr, range(256))]
 
     def encode(self, text: str) -> list[int]:
@@ -225,5 +227,5 @@ class ByteVocabulary:
 
 
 def load_vocabulary(path: os.PathLike | str) -> Vocabulary:
-    """Returns the vocabulary of a `spiece.model` or `tokenizer.model`, or of the word `bytes`."""
+    """Opens a `spiece.model` or `tokenizer.model`; for the path `bytes`, returns ByT5's vocabulary."""
     return ByteVocabulary() if str(path) == BYTES else SentencePieceVocabulary(path)

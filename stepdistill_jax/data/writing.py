@@ -1,4 +1,4 @@
-"""Writes a reader's rows to disk; a folder appears complete or not at all, and one process writes it."""
+"""Writes a reader's rows, and the files that are made from them, to the folder of a dataset."""
 
 import contextlib
 import json
@@ -22,18 +22,28 @@ from stepdistill_jax.runtime.overwriting import foreign_file
 from stepdistill_jax.runtime.progress import progress
 
 FORMAT = 2  # increased when the same rows would be written differently
-PARALLEL_ROWS = 20_000  # for at least this many rows, a second process writes the TFDS files
-MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer takes about 50 bytes for each
-_FIELDS = {"name", "fingerprint", "splits", "metric", "reader", "sources"}  # of every dataset.json
+PARALLEL_ROWS = (
+    20_000  # if there are this many rows or more, a second process writes the TFDS files
+)
+MAX_VOCABULARY_CHARACTERS = 20_000_000  # the trainer needs about 50 bytes of memory for each
+_FIELDS = {
+    "name",
+    "fingerprint",
+    "splits",
+    "metric",
+    "reader",
+    "sources",
+}  # every dataset.json has these
 
 
 def write_rows(
     reading: Reading, folder: pathlib.Path
 ) -> tuple[dict[str, SplitCounts], str, BadRows]:
-    """Reads all rows once, and writes each to SPLIT.jsonl and its defects to defects.jsonl.
+    """Reads all rows once. Writes the rows to SPLIT.jsonl and their defects to defects.jsonl.
 
     Returns:
-        The counts of each split, train first; the fingerprint; and the bad rows, which are left out.
+        Three values: the counts of each split, train first; the fingerprint of the dataset; and the bad
+        rows, which no SPLIT.jsonl contains.
 
     Raises:
         InputError: the source cannot be read.
@@ -63,7 +73,7 @@ def write_rows(
 
 
 def describe(reading: Reading) -> dict[str, Any]:
-    """Returns the part of dataset.json that is known before reading; the fingerprint covers it."""
+    """Returns the fields of dataset.json that are known before rows are read; the fingerprint covers them."""
     return {
         "metric": reading.metric,
         "reader": {"name": reading.reader, "version": reading.version},
@@ -80,7 +90,7 @@ def write_rest(
     splits: Mapping[str, SplitCounts],
     fingerprint: str,
 ) -> None:
-    """Writes the files made from SPLIT.jsonl: the vocabulary, the TFDS files and, last, dataset.json.
+    """Writes the files that are made from SPLIT.jsonl: the vocabulary, the TFDS files, and dataset.json last.
 
     For a large dataset, another process writes the TFDS files at the same time.
     """
@@ -123,14 +133,14 @@ def is_ours(folder: pathlib.Path) -> bool:
 
 
 def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) -> None:
-    """Raises if a prepared folder holds a file that `prepare` did not write.
+    """Raises if a prepared folder contains a file that `prepare` did not write.
 
     Args:
-        folder: a folder that `is_ours`, is empty or does not exist.
-        name: the folder's original path, for the message, if it has been moved.
+        folder: a folder for which `is_ours` is true, an empty folder, or a path where nothing exists.
+        name: path to show in the message in place of `folder`, if the folder has been moved.
 
     Raises:
-        InputError: names the file.
+        InputError: there is such a file, or the folder is a link. The message names it.
     """
     shown = name or folder
     if folder.is_symlink():
@@ -148,7 +158,9 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
 
 
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
-    """Moves `new` to `final`, and an existing `final` next to `new`, where `staged_folder` removes it.
+    """Renames the folder `new` to `final`.
+
+    If `final` exists, it is first moved into the parent folder of `new`, where `staged_folder` removes it.
 
     Raises:
         InputError: `final` has gained a file that `prepare` did not write.
@@ -163,11 +175,12 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
     """Returns the texts that a step-by-step model reads and writes, prefixes included.
 
-    Takes every k-th row of a large dataset: the trainer keeps all texts in memory.
+    Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
 
     Args:
         path: a SPLIT.jsonl.
-        texts, characters: approximate amount of text in all files for this vocabulary.
+        texts, characters: approximate number of texts, and of characters, in all files that the vocabulary
+            is trained on. They determine k.
     """
     step = max(-(-texts // training.MAX_TEXTS), -(-characters // MAX_VOCABULARY_CHARACTERS))
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""Finds wrong sums in a text."""
+"""Finds equations in a text whose two sides differ."""
 
 import itertools
 import re
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from stepdistill_jax.data import arithmetic
 
 MAX_LENGTH = 100_000  # characters of a text that are checked
-# repetitions are bounded: otherwise a text of brackets takes quadratic time
+# repetitions are bounded, or a text of brackets would take quadratic time
 _NUMBER = r"\$?(?:\d{1,3}(?:,\d{3}){1,5}(?!\d)|\d{1,18})(?:\.\d{1,500})?"
 _TERM = rf"(?:\( ?){{0,8}}{_NUMBER}(?: ?\)){{0,8}}"
 _EXPRESSION = rf"-?{_TERM}(?: ?[-+*/x] ?{_TERM}){{0,50}}"
@@ -48,7 +48,7 @@ def _hangs_on(before: str) -> bool:
 
 
 def _agree(left: str, right: str) -> bool:
-    """Returns whether two sides have equal values; True if one of them has no value."""
+    """Returns whether two sides have equal values, or True if a side has no value."""
     value = arithmetic.evaluate(left.translate(_SIGNS))
     results = list(_results(right))
     if value is None or not results:
@@ -57,7 +57,7 @@ def _agree(left: str, right: str) -> bool:
 
 
 def _results(side: str) -> Iterator[tuple[float, float]]:
-    """Yields (value, allowed difference) for a right side, and for the number that it begins with."""
+    """Yields (value, allowed difference) of a right side, and then of the number that it begins with."""
     first = _FIRST_NUMBER.match(side)
     for part in dict.fromkeys((side, first[0] if first else side)):
         plain = part.translate(_SIGNS)

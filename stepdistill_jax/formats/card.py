@@ -43,7 +43,7 @@ not state it.{terms}
 
 Inputs longer than {input_length} tokens are truncated; an answer has at most {max_decode_len} tokens.
 
-To answer a file of `{{"input": ...}}` lines with the package that trained the model, which adds the prefix:
+The package `stepdistill-jax` adds the prefix to each input and answers a file of `{{"input": ...}}` lines:
 
 ```
 stepdistill predict THIS_FOLDER in.jsonl out.jsonl
@@ -96,7 +96,7 @@ print(tokenizer.decode(ids, skip_special_tokens=True), result.scores[0])
 """
 
 _OTHER = """
-For the {name}, the decoder starts with {prefix!r} and continues from there:
+To get the {name}, start the decoder with {prefix!r}:
 
 ```python
 inputs = tokenizer({prompt!r}, truncation=True, return_tensors="pt")
@@ -111,7 +111,7 @@ that token."""
 _GEMMA_TERMS = """ Google's weights of T5Gemma are under the Gemma Terms of Use
 (https://ai.google.dev/gemma/terms), which also apply to models made from them."""
 _UMT5 = """ `transformers` 5 divides the logits of every UMT5 by the square root of its width, but this model
-was trained without that division. Its scores and samples are therefore wrong there; greedy labels are right."""
+was trained without that division. Its scores and samples there are therefore wrong, and its greedy labels right."""
 
 
 def model_card(
@@ -134,7 +134,7 @@ def model_card(
         num_parameters: number of parameters.
         version: version of this package.
         step: step of the checkpoint.
-        metrics: metrics of the checkpoint; the card shows the results of its validation.
+        metrics: metrics of the checkpoint, of which the card shows the validation results.
         lora: configuration of the adapters, if adapters were trained.
     """
     facts = [f"- Task: `{task_info.task}`, labels compared by {task_info.metric}"]
@@ -211,22 +211,25 @@ def _prompt(objective: Objective) -> str:
 
 
 def _answers(objective: Objective) -> str:
-    """Returns how other programs get the label from an answer, and what else a prompt needs."""
+    """Returns notes on how other programs get the label from an answer, and what else a prompt needs."""
     said = ""
     if objective.writes_more:
-        said += f"\n\nAn answer is written as `{objective.target_template}`: `stepdistill` returns only its label."
+        said += (
+            f"\n\nAn answer is written as `{objective.target_template}`, of which `stepdistill`"
+            " returns only the label."
+        )
         before = objective.target_template.partition(f"{{{objective.label_field}}}")[0]
         words = before.rpartition("}")[2].strip()
         if words and objective.target_template.endswith("}"):
             said += f" The label follows the last {words!r}."
     if objective.read_beside_input:
         named = " and ".join(objective.read_beside_input)
-        said += f"\n\nThe prompt contains {named} in addition to the input: each row must have it."
+        said += f"\n\nThe prompt contains {named} in addition to the input, so each row must have that as well."
     return said
 
 
 def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
-    """Returns the usual name of the architecture, with its article; mT5 and Flan-T5 are T5 v1.1."""
+    """Returns the usual name of the architecture, with an article. mT5 and Flan-T5 are T5 v1.1."""
     if isinstance(config, T5GemmaConfig):
         return "A T5Gemma"
     if vocabulary.source == BYTES:

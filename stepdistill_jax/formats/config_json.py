@@ -1,4 +1,4 @@
-"""Converts between Hugging Face's `config.json` and our configurations: two functions per family."""
+"""Converts between Hugging Face's `config.json` and our configurations, with two functions per family."""
 
 import pathlib
 from collections.abc import Callable
@@ -33,7 +33,7 @@ _T5_SIZES = {
 def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) -> ModelConfig:
     """Returns the configuration that a `config.json` describes; `raw` is its content.
 
-    The weights, if given, decide whether the output layer is tied.
+    The weights, if given, decide whether the output layer is tied to the embedding.
 
     Raises:
         InputError: a field is missing or wrong, a field changes results in a way that is not
@@ -43,7 +43,7 @@ def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) 
     tied = flag(path, raw, "tie_word_embeddings", True)
     if weights is not None:
         names = NAMES[family.config]
-        # equal embedding and head count as tied, unless config.json says that they are separate
+        # an embedding and a head that are equal count as tied, unless config.json says that they are separate
         tied = names.head not in weights.shapes() or (tied and not has_own_head(weights, names))
     try:
         return family.read(path, raw, tied)
@@ -157,7 +157,7 @@ def _read_side(where: str, raw: dict[str, Any]) -> Side:
     """Reads one of the two modules in a T5Gemma's `config.json`, with the defaults of transformers.
 
     Args:
-        where: file and module, for messages.
+        where: file and module to name in messages.
         raw: fields of the module.
     """
     choice(where, raw, "attention_bias", False, [False])
@@ -210,8 +210,8 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
         windows, scalar = side.windows or (0,) * side.num_layers, side.score_scale**-2
         if len({*windows} - {0}) > 1 or abs(scalar - round(scalar)) > 1e-3:
             raise InputError(
-                "a T5Gemma's config.json holds one window, and the scale of scores as 1 / sqrt of a"
-                f" whole number; this model has windows {windows} and 1 / sqrt({scalar:g})"
+                "a T5Gemma's config.json can hold only one size of window, and the scale of scores"
+                f" only as 1 / sqrt of a whole number; this model has the windows {windows} and the scale 1 / sqrt({scalar:g})"
             )
         return {
             "model_type": "t5_gemma_module",

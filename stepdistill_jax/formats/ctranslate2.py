@@ -1,8 +1,9 @@
 """Writes and reads directories for CTranslate2, a specialised engine for CPUs.
 
-Our parameters fill the specification directly, without torch or `transformers`. CTranslate2's own
-converter scales logits down if the flag `tie_word_embeddings` is true, and transformers 5 sets it to
-true for every T5, so a T5 v1.1 that was converted that way has wrong probabilities.
+Our parameters are copied directly into CTranslate2's specification of a model, without torch or
+`transformers`. CTranslate2's own converter scales logits down if the flag `tie_word_embeddings` is
+true. transformers 5 sets this flag to true for every T5, so a T5 v1.1 that was converted that way has
+wrong probabilities.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class CTranslate2Files:
 
     Attributes:
         vocabulary, task_info: as in a model directory.
-        tokens: the model's name for each row of its embedding.
+        tokens: the token's name for each row of the embedding.
         sha256: digest of `model.bin` when it was written.
     """
 
@@ -68,7 +69,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
     """Imports CTranslate2, or one of its modules.
 
     Args:
-        wanted_by: option or directory that needs it, for the message.
+        wanted_by: option or directory that needs CTranslate2, to name in the message.
         module: name of the module.
 
     Raises:
@@ -84,10 +85,10 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Refuses a value that is not in `QUANTIZATIONS`; None means float32.
+    """Raises unless the value is in `QUANTIZATIONS` or None, which means float32.
 
     Raises:
-        InputError: the value is unknown, or is float16; the message gives the reason.
+        InputError: the value is unknown, or is float16. The message gives the reason.
     """
     if quantization == "float16":
         raise InputError(
@@ -106,18 +107,18 @@ def write_ctranslate2(
     task_info: TaskInfo | None,
     quantization: str | None = None,
 ) -> int:
-    """Writes model, vocabulary and task: all that CTranslate2 and `predict` need.
+    """Writes the model, vocabulary and task, which is all that CTranslate2 and `predict` need.
 
-    In addition to the parameters, it holds a copy of them in memory.
+    While it runs, it keeps a second copy of the parameters in memory.
 
     Args:
         directory: a new or empty folder.
         params: parameters of a T5, unboxed, without adapters.
-        config: configuration of the model: any kind of T5.
+        config: configuration of the model, which may be any kind of T5.
         vocabulary: vocabulary of the model.
         task_info: task of the model.
-        quantization: one of `QUANTIZATIONS`; None means float32. int8 quantizes all matrices by
-            `to_int8`; CTranslate2 quantizes the activations while it runs.
+        quantization: one of `QUANTIZATIONS`; None means float32. For int8, `to_int8` quantizes
+            all matrices, and CTranslate2 quantizes the activations while it runs.
 
     Returns:
         The number of parameters.
@@ -179,7 +180,7 @@ def read_ctranslate2(directory: os.PathLike | str) -> CTranslate2Files:
     size = ours.get("vocab_size") if isinstance(ours, dict) else None
     if not isinstance(ours, dict) or type(size) is not int or "sha256" not in ours:
         raise InputError(
-            f"{folder / CONFIG}: not written by `stepdistill export --format ctranslate2`; other"
+            f"{folder / CONFIG}: this file was not written by `stepdistill export --format ctranslate2`; other"
             " converters may scale the logits of a T5, so export the model from its original directory"
         )
     vocabulary, tokens = read_vocabulary(folder), read_json(folder / CTRANSLATE2_TOKENS)
@@ -211,19 +212,20 @@ def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
 def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
     """Returns the pieces, then a name for each further row of the embedding.
 
-    CTranslate2 finds ids by names. No piece contains a space, so none equals a further row's name.
+    CTranslate2 finds ids by names. No piece equals the name of a further row, such as `<row 32100>`,
+    since no piece contains a space.
     """
     pieces = vocabulary.pieces()
     return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
 
 
 def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantizes each row, so that every processor computes the same product.
+    """Quantizes each row of a matrix, so that every processor computes the same matmul with it.
 
     CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD
     before Zen 4, Intel before Cascade Lake) adds the products of two adjacent weights in 16 bits,
     and a larger sum saturates silently. So the scale keeps the sum of two adjacent weights within
-    8 bits, too: 255 * (127 + 1) is less than 2 ** 15.
+    8 bits, too. The sum of the two products is then at most 255 * (127 + 1), less than 2 ** 15.
 
     Args:
         matrix: [rows, inputs], float32.
@@ -242,7 +244,7 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantize(part: Any, path: str, value: Any) -> None:
-    """Quantizes a matrix of a specification if it has a scale; `path` ends with the matrix's name."""
+    """Quantizes a matrix if the specification has a scale for it. `path` ends with the matrix's name."""
     name = path.rpartition("/")[2]
     if isinstance(value, np.ndarray) and hasattr(part, f"{name}_scale"):
         weight, scale = to_int8(value)
@@ -287,7 +289,7 @@ def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
 def _set_layer(
     layer: Any, block: str, take: Callable[..., np.ndarray], config: T5Config, gated: bool
 ) -> None:
-    """Fills one layer of the encoder or decoder; `block` is the prefix of its tensors' names."""
+    """Fills one layer of the encoder or decoder. The names of its tensors begin with `block`."""
     own = f"{block}0.SelfAttention."
     attention = layer.self_attention
     attention.queries_scale = 1.0  # T5 does not divide by sqrt(head_dim)

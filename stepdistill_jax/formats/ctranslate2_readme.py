@@ -1,4 +1,4 @@
-"""Makes the `README.md` of a CTranslate2 directory."""
+"""Makes the text of the `README.md` of a CTranslate2 directory."""
 
 import stepdistill_jax
 from stepdistill_jax.data.vocabulary import BYTES, Vocabulary
@@ -6,14 +6,14 @@ from stepdistill_jax.data.vocabulary import BYTES, Vocabulary
 _README = """\
 # {task} for CTranslate2
 
-A T5 of {parameters} parameters in {quantization}, for CTranslate2 on the cores of a CPU (`pip install ctranslate2`). To answer a
-file of `{{"input": ...}}` lines with the package that wrote it (`stepdistill-jax` {version}), which adds the prefix:
+A T5 of {parameters} parameters in {quantization}, for CTranslate2 on the cores of a CPU (`pip install ctranslate2`).
+`stepdistill-jax` {version} wrote this folder. It adds the prefix to each input of a file of `{{"input": ...}}` lines, and answers it:
 
 ```
 stepdistill predict THIS_FOLDER in.jsonl out.jsonl
 ```
 
-With CTranslate2 alone; an input has at most {input_length} tokens, and an answer at most {max_decode_len}:
+With CTranslate2 alone, add the prefix yourself; an input has at most {input_length} tokens, an answer {max_decode_len}:
 
 ```python
 import ctranslate2
@@ -27,11 +27,11 @@ result = translator.translate_batch(
 print({decode}, result.scores[0])
 ```
 
-The score is the natural log of the probability of the answer, its end included.
+The score is the natural logarithm of the probability of the answer, including its end of sequence.
 {note}"""
 _INT8 = """
-int8 may change labels that are nearly tied in float32, so evaluate both. It gives the same answers on every processor: the
-weights leave room for the 16-bit sums of processors without VNNI (AMD before Zen 4, Intel before Cascade Lake).
+int8 may change labels that are nearly tied in float32, so evaluate both versions. int8 gives the same answers on every
+processor: the weights leave room for the 16-bit sums of processors without VNNI (AMD before Zen 4, Intel before Cascade Lake).
 """
 _SPIECE = {
     "load": """import sentencepiece
@@ -63,7 +63,7 @@ def ctranslate2_readme(
         vocabulary: vocabulary of the model.
         task: name of the task.
         quantization: type of the weights; None means float32.
-        prompt: an example of an input, with the prefix.
+        prompt: an example of an input, including the prefix.
         num_parameters: number of parameters.
         input_length, max_decode_len: see `TaskInfo`.
     """

@@ -27,7 +27,7 @@ CONFIG, TASK_INFO = "config.json", "stepdistill.json"
 GENERATION_CONFIG = "generation_config.json"
 CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS = "model.bin", "shared_vocabulary.json"
 FORMAT_VERSION = 1
-LORA = "stepdistill_lora"  # in a workdir's config.json: its checkpoints hold adapters
+LORA = "stepdistill_lora"  # key in the config.json of a workdir whose checkpoints hold adapters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class TaskInfo:
         objectives: templates and weights; inference uses the first objective.
         input_length: largest number of ids in an input, the end of sequence included; longer inputs are
             truncated.
-        target_length: the same for targets of any objective.
-        max_decode_len: number of ids that suffices for every label of the train split, the end of
+        target_length: the same for the targets of all objectives.
+        max_decode_len: number of ids that is enough for every label of the train split, the end of
             sequence included.
         metric: `text_match` or `value_match`.
         labels: the possible labels if they are few; else empty.
@@ -61,7 +61,10 @@ class TaskInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Contents of a model directory without its weights; `task_info` is None without `stepdistill.json`."""
+    """Contents of a model directory except its weights.
+
+    `task_info` is None if there is no `stepdistill.json`.
+    """
 
     config: ModelConfig
     vocabulary: Vocabulary
@@ -113,7 +116,7 @@ def require_directory(path: os.PathLike | str) -> pathlib.Path:
 
 
 def is_ctranslate2(directory: os.PathLike | str) -> bool:
-    """Returns whether a local folder is a CTranslate2 directory (`formats.ctranslate2`), even incomplete."""
+    """Returns whether a local folder is a directory of `formats.ctranslate2`, even an incomplete one."""
     folder = as_path(directory)
     names = (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS)
     if is_remote(folder) or not any((folder / name).is_file() for name in names):
@@ -128,7 +131,8 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     `tie_word_embeddings` is not reliable, since transformers 5 always writes true.
 
     Raises:
-        InputError: a file or field is missing, wrong, or not supported; names both.
+        InputError: a file or field is missing, wrong, or not supported. The message names the file and
+            the field.
     """
     directory = require_directory(directory)
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
@@ -144,9 +148,9 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     # without bos a T5 starts with the padding, and a T5Gemma with the end of sequence
     if config.start_id not in ([bos] if bos else [PAD_ID, EOS_ID]):
         raise InputError(
-            f"{directory}: the vocabulary belongs to another model: by {CONFIG}, the decoder begins with id"
-            f" {config.start_id}, but {vocabulary.source} has {f'bos {bos}' if bos else 'no bos'}, like"
-            f" {'Gemma' if bos else 'T5'}; copy the vocabulary from the directory that the"
+            f"{directory}: the vocabulary belongs to another model: according to {CONFIG}, the decoder"
+            f" starts with id {config.start_id}, but {vocabulary.source} has"
+            f" {f'bos {bos}' if bos else 'no bos'}, like {'Gemma' if bos else 'T5'}; copy the vocabulary from the directory that the"
             " weights are from"
         )
     task_info = read_task_info(directory) if (directory / TASK_INFO).is_file() else None
@@ -154,7 +158,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
 
 
 def read_config(directory: os.PathLike | str) -> ModelConfig:
-    """Reads a model's configuration from `config.json`, or, for a T5X checkpoint, from its shapes.
+    """Reads a model's configuration from `config.json`, or from the shapes in a T5X checkpoint.
 
     Weights in the directory decide whether the output layer is tied.
 
@@ -167,8 +171,8 @@ def read_config(directory: os.PathLike | str) -> ModelConfig:
         return config_from_shapes(directory, open_weights(directory).shapes())
     if is_ctranslate2(directory):
         raise InputError(
-            f"{directory}: a CTranslate2 directory, which only `predict`, `evaluate` and `serve` read; use"
-            " the directory that it was made from"
+            f"{directory}: this is a CTranslate2 directory, which only `predict`, `evaluate` and `serve`"
+            " read; use the model directory that it was made from"
         )
     raw, weights = read_object(path), None
     if has_weights(directory):
@@ -188,10 +192,11 @@ def _read_lora(path: pathlib.Path, given: Any) -> LoraConfig | None:
 
 
 def read_task_info(directory: os.PathLike | str) -> TaskInfo:
-    """Reads and checks `stepdistill.json`; unknown fields are ignored.
+    """Reads and checks `stepdistill.json`. Unknown fields are ignored.
 
     Raises:
-        InputError: the file cannot be read, or a field is missing or has a wrong type; names both.
+        InputError: the file cannot be read, or a field is missing or has a wrong type. The message names
+            the file and the field.
     """
     path = as_path(directory) / TASK_INFO
     raw = read_object(path)
@@ -209,15 +214,15 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
             raise InputError(f"{path}: {name} must be {wanted}, {found}")
         return raw[name]
 
-    labels = field("labels", list, "a list of texts")
+    labels = field("labels", list, "a list of strings")
     if not all(isinstance(label, str) for label in labels):
-        raise InputError(f"{path}: labels must be a list of texts, got {labels!r}")
-    if (metric := field("metric", str, "a text")) not in METRICS:
+        raise InputError(f"{path}: labels must be a list of strings, got {labels!r}")
+    if (metric := field("metric", str, "a string")) not in METRICS:
         raise InputError(f"{path}: metric must be one of {', '.join(METRICS)}, got {metric!r}")
     if "input_pair" in raw:  # absent in files of versions without pairs
         field("input_pair", bool, "true or false")
     return TaskInfo(
-        task=field("task", str, "a text"),
+        task=field("task", str, "a string"),
         objectives=_read_objectives(path, field("objectives", list, "a list")),
         input_length=size(path, raw, "input_length", most=MAX_LENGTH),
         target_length=size(path, raw, "target_length", most=MAX_LENGTH),
@@ -233,10 +238,12 @@ def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
     names = [f.name for f in dataclasses.fields(Objective)]
     needed = [name for name in names if name != "decoder_prefix"]  # absent in older files
     if not raw:
-        raise InputError(f"{path}: objectives must name at least one")
+        raise InputError(f"{path}: objectives must contain at least one objective")
     for o in raw:
         if not isinstance(o, dict) or not all(name in o for name in needed):
-            raise InputError(f"{path}: objectives must have {', '.join(needed)}, got {o!r}")
+            raise InputError(
+                f"{path}: each of the objectives must have {', '.join(needed)}, got {o!r}"
+            )
     try:
         given = [{name: o[name] for name in names if name in o} for o in raw]
         for o in given:
@@ -247,5 +254,5 @@ def _read_objectives(path: pathlib.Path, raw: list) -> tuple[Objective, ...]:
     except InputError as error:
         raise InputError(f"{path}: objectives: {error}") from None
     if len({o.name for o in objectives}) < len(objectives):
-        raise InputError(f"{path}: objectives: each needs a different name")
+        raise InputError(f"{path}: objectives: each objective needs a different name")
     return objectives

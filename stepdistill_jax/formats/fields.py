@@ -1,4 +1,4 @@
-"""Checks fields of a model directory's JSON files; an error names the file, the field and its value."""
+"""Checks fields of a model directory's JSON files. Errors name the file, the field and its value."""
 
 import pathlib
 from typing import Any
@@ -14,7 +14,10 @@ def size(
     default: int | None = None,
     most: int | None = None,
 ) -> int:
-    """Returns a whole number from 1 to `most`; None means our limit for layers or for other sizes."""
+    """Returns a field that must be a whole number from 1 to `most`.
+
+    If `most` is None, it is `MAX_LAYERS` for a number of layers, and `MAX_SIZE` for other sizes.
+    """
     value = raw.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         found = f"got {value!r}" if name in raw else "but it is missing"
@@ -25,7 +28,7 @@ def size(
 
 
 def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> float:
-    """Returns a number from 0 to below 1."""
+    """Returns a field that must be a number from 0 to below 1."""
     value = raw.get(name, default)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")
@@ -35,7 +38,7 @@ def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> flo
 def positive(
     path: pathlib.Path | str, raw: dict, name: str, default: float | None = None
 ) -> float | None:
-    """Returns a number above 0, or None if the field is null."""
+    """Returns a field that must be a number above 0, or None if it is null."""
     value = raw.get(name, default)
     if value is None:
         return None
@@ -45,14 +48,14 @@ def positive(
 
 
 def flag(path: pathlib.Path | str, raw: dict, name: str, default: bool) -> bool:
-    """Returns true or false."""
+    """Returns a field that must be true or false."""
     if not isinstance(value := raw.get(name, default), bool):
         raise InputError(f"{path}: {name} must be true or false, got {value!r}")
     return value
 
 
 def choice(path: pathlib.Path | str, raw: dict, name: str, default: Any, known: Any) -> Any:
-    """Returns one of the known values."""
+    """Returns a field that must have one of the known values."""
     value = raw.get(name, default)
     if value not in tuple(known):  # a tuple: the value may be a list, which has no hash
         words = ", ".join(str(one) for one in known)

@@ -17,7 +17,7 @@ def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
     Flax keeps matrices as `kernel` [in, out], tables as `embedding` and norms as `weight`.
 
     Raises:
-        InputError: see `read_tree`; or a tensor has an unknown name.
+        InputError: a tensor has an unknown name, or the file cannot be read (see `read_tree`).
     """
     tree = read_tree(path)
     if set(tree) == {"params"} and isinstance(tree["params"], dict):
@@ -32,17 +32,19 @@ def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_tree(path: os.PathLike | str) -> dict[str, Any]:
-    """Returns the nested dicts of numpy arrays in a file; they take about the file's size in memory.
+    """Returns the nested dicts of numpy arrays that a file contains.
+
+    The arrays need about as much memory as the file has bytes.
 
     Raises:
-        InputError: the file is truncated, not written by Flax, or larger than the memory of this
-            machine; names it.
+        InputError: the file is truncated, not written by Flax, or larger than the memory of this machine.
+            The message names the file.
     """
     data = map_file(path)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if len(data) > memory:
         raise InputError(
-            f"{path}: its {len(data)} bytes must fit into memory, but this machine has {memory};"
+            f"{path}: its {len(data)} bytes must fit into memory, but this machine has only {memory} bytes;"
             " save the model as model.safetensors, which is read by slices"
         )
     try:

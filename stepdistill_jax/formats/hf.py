@@ -1,4 +1,4 @@
-"""Converts between Hugging Face's weights and our scanned parameter tree, one slice at a time."""
+"""Converts, slice by slice, between Hugging Face's weights and our parameters with stacked layers."""
 
 import itertools
 import math
@@ -43,15 +43,17 @@ def load_params(
         config: configuration of the model, from `formats.directory.read_model_files`.
         shardings: sharding of each parameter (`sharding.param_shardings`). None puts everything on the
             default device.
-        sources: for each parameter to read, by our name, the stored parameter that it is read from,
-            which must have the same shape (`stored_shapes`). None reads all under their own names.
+        sources: {name of a parameter: name of the stored parameter to read it from}. Both names are ours,
+            and the two shapes must be equal (`stored_shapes`). None reads all parameters, each from the
+            stored parameter of the same name.
 
     Returns:
         The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`, restricted to `sources` if
         given.
 
     Raises:
-        InputError: tensors are missing, unknown, or of a wrong shape or type; lists all in one line.
+        InputError: tensors are missing, unknown, or of a wrong shape or type. The message lists all of
+            them in one line.
     """
     weights, table = open_weights(directory), hf_names(config)
     abstract = jax.eval_shape(nn.meta.unbox, abstract_params(config))
@@ -77,11 +79,14 @@ def load_params(
 
 
 def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of each parameter in a model directory, by our name, layers stacked.
+    """Returns {our name: shape} of the parameters in a model directory.
+
+    If a parameter is stored as one tensor per layer, the first axis of its shape counts the layers.
 
     Args:
         directory: see `load_params`.
-        config: configuration of the model; stored parameters may be missing or have other shapes.
+        config: configuration of the model. The stored parameters need not fit it: some may be missing or
+            have other shapes.
 
     Raises:
         InputError: there are no readable weights, or layers have different shapes.
@@ -183,7 +188,10 @@ def _check(
 
 
 def to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns the tensors, contiguous float32, by Hugging Face's names; each layer has its own."""
+    """Returns contiguous float32 tensors by Hugging Face's names.
+
+    Stacked layers are split into one tensor per layer.
+    """
     return {name: _tensor(*part) for name, part in _parts(params, config)}
 
 
@@ -200,7 +208,7 @@ def _parts(params: Any, config: ModelConfig) -> Iterator[tuple[str, tuple[Any, i
 
 def _tensor(array: Any, layer: int | None, transposed: bool) -> np.ndarray:
     part = np.asarray(array if layer is None else array[layer], np.float32)
-    # safetensors writes a transposed view's buffer as is: wrong values, no error
+    # safetensors would write the buffer of a transposed view as it is, so values would be wrong, without an error
     return np.ascontiguousarray(part.T if transposed else part)
 
 
@@ -214,14 +222,14 @@ def save_params(
     """Writes float32 safetensors, reads them back and compares.
 
     Writes one file, or, above `max_shard_size`, `model-00001-of-0000N.safetensors` and an index, as
-    Hugging Face splits them. In addition to the parameters, it holds one tensor in memory. Older
+    Hugging Face splits them. This takes memory for one tensor in addition to the parameters. Older
     safetensors files in the directory are replaced.
 
     Args:
         directory: folder of the model, which must exist.
         params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
         config: configuration of the model.
-        max_shard_size: limit for the bytes of tensors in a file; a larger tensor gets its own file.
+        max_shard_size: limit for the bytes of tensors in a file. A larger tensor gets its own file.
 
     Returns:
         The number of parameters.
@@ -258,7 +266,7 @@ def _shape(array: Any, layer: int | None, transposed: bool) -> tuple[int, ...]:
 
 
 def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Splits names, in order, into shards; a tensor that does not fit starts a new one."""
+    """Splits names, in order, into shards. A tensor that does not fit starts a new shard."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

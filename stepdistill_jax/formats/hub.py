@@ -1,4 +1,4 @@
-"""Gets models of the Hugging Face hub by name, `OWNER/NAME`: downloaded once, then read from its cache."""
+"""Gets models of the Hugging Face hub by name, `OWNER/NAME`. A model is downloaded only once."""
 
 import functools
 import pathlib
@@ -25,7 +25,8 @@ def local_model(given: str) -> str:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
 
     Raises:
-        InputError: the model cannot be downloaded; says what to run on a machine with internet access.
+        InputError: the model cannot be downloaded. The message says what to run on a machine with internet
+            access.
     """
     owner, _, name = given.partition("/")
     named = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name))
@@ -43,7 +44,9 @@ def _of_hub(name: str) -> str:
         # one request, without the retries of half a minute that other calls make
         listed = huggingface_hub.model_info(name, timeout=TIMEOUT_SECS).siblings or []
         files = needed_files([file.rfilename for file in listed], name)
-        log(f"`init_from` {name}: {', '.join(files)} from {SITE}, or from its cache here")
+        log(
+            f"`init_from` {name}: {', '.join(files)} from {SITE}, or from the local cache of its files"
+        )
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
@@ -58,7 +61,9 @@ def _of_hub(name: str) -> str:
     except Exception:  # never downloaded
         folder = None
     if folder and (folder / CONFIG).is_file() and has_weights(folder):
-        log(f"`init_from` {name}: {SITE} does not answer; taken from its cache here")
+        log(
+            f"`init_from` {name}: {SITE} does not answer, so the model is taken from the local cache"
+        )
         return str(folder)
     target = f"models/{name.partition('/')[2]}"
     raise InputError(
@@ -69,7 +74,7 @@ def _of_hub(name: str) -> str:
 
 
 def needed_files(listed: Sequence[str], name: str) -> list[str]:
-    """Returns the files of a model to download; of its weights, only the format that we prefer.
+    """Returns the files of a model to download. Of its weights, they include only the preferred format.
 
     >>> needed_files(["README.md", "config.json", "pytorch_model.bin", "spiece.model", "tf_model.h5"], "o/n")
     ['config.json', 'spiece.model', 'pytorch_model.bin']

@@ -1,4 +1,4 @@
-"""Hugging Face's tensor names for our parameters."""
+"""Maps the paths of our parameters to Hugging Face's tensor names."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from stepdistill_jax.models.t5gemma import T5GemmaConfig
 HEAD, EMBEDDING = "lm_head.weight", "shared.weight"
 # some tools save the tied embedding under these names, too
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# the last one is a table in files of v1.0 that no T5 reads: cross-attention has no position bias
+# files of v1.0 contain the last one, a table that no T5 reads: cross-attention has no position bias
 IGNORED = (
     *EMBEDDING_COPIES,
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
@@ -95,7 +95,7 @@ class Names:
             `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
         head: name of the output layer.
         embedding: name of the table that is also the output layer if the two are tied.
-        ignored: names of tensors that some files hold and no model reads.
+        ignored: names of tensors that some files contain, but no model reads.
     """
 
     table: Callable[[Any], dict[str, str]]

@@ -1,4 +1,4 @@
-"""Maps `model.safetensors` for reading, so slices are views of its pages; writes it tensor by tensor."""
+"""Reads `model.safetensors` as views of the mapped file, and writes it tensor by tensor."""
 
 import json
 import math
@@ -22,7 +22,7 @@ _DTYPES = {
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of one file by name; reads only the header.
+    """Opens the tensors of one file by name. Only the header is read.
 
     Raises:
         InputError: the file is truncated or not safetensors, or a tensor does not hold floats.
@@ -50,7 +50,9 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         try:
             tensors[name] = np.frombuffer(view, dtype).reshape(entry["shape"])
         except ValueError as error:  # such as a shape of 100 sizes, or 2**63 times 0
-            raise InputError(f"{path}: {name} has no shape for an array ({error})") from None
+            raise InputError(
+                f"{path}: {name} has a shape that no array can have ({error})"
+            ) from None
     return tensors
 
 
@@ -61,8 +63,8 @@ def write_safetensors(
 ) -> None:
     """Writes float32 tensors, reads them back and compares.
 
-    It writes the same bytes as `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, which holds
-    two copies of all tensors while it writes; this function holds one tensor at a time.
+    The bytes equal those of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, which keeps two
+    copies of all tensors in memory while it writes. This function keeps one tensor at a time.
 
     Args:
         path: path of the file, which appears complete or not at all.

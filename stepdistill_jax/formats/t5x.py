@@ -1,8 +1,9 @@
-"""Opens T5X checkpoints under Hugging Face's torch names; optimizer state is ignored.
+"""Opens the parameters of T5X checkpoints by Hugging Face's torch names, and ignores optimizer state.
 
 Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file
 `checkpoint`, in which a parameter is an array or the TensorStore spec of a zarr folder next to it; the
-newer format is Orbax's. Layers are `encoder/layers_0/...`, or stacked as axis 1 of `encoder/encoder/...`.
+newer format is Orbax's. The paths of layers are `encoder/layers_0/...`, or `encoder/encoder/...` if the
+layers are stacked along axis 1.
 """
 
 import functools
@@ -35,7 +36,7 @@ _PLACEHOLDER = "PLACEHOLDER://"
 _SMALL, _UNPACKED = (
     64 << 20,
     2000,
-)  # ratio; gzip, which T5X uses, expands one byte to at most about 1000
+)  # bytes; bytes per stored byte: gzip, which T5X uses, reaches about 1000
 _LAYER_AXIS = 1  # param_scan_axis of t5x's minimal models
 # our path -> Hugging Face name, for every kind of T5
 _NAMES = {
@@ -49,7 +50,10 @@ _NAMES = {
 
 
 def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
-    """Returns the folder of a T5X checkpoint: `directory`, its `state`, or its newest `checkpoint_STEP`."""
+    """Returns the folder of a T5X checkpoint, or None.
+
+    That is `directory`, the newest `checkpoint_STEP` in it, or a folder `state` in one of these.
+    """
     directory = pathlib.Path(directory)
     steps = {
         int(match[1]): path
@@ -85,7 +89,9 @@ def open_t5x(directory: pathlib.Path) -> Weights:
         tensor = Transposed(tensor) if is_transposed(ours) and len(tensor.shape) > 1 else tensor
         if layer == "":
             if tensor.shape[0] > MAX_LAYERS:  # checked before a name is made for each layer
-                raise InputError(f"{folder}: {path} claims {tensor.shape[0]} layers")
+                raise InputError(
+                    f"{folder}: {path} claims {tensor.shape[0]} layers, which is too many"
+                )
             stacks[name] = tensor
             tensors |= {name.format(i): _Layer(tensor, i) for i in range(tensor.shape[0])}
         else:
@@ -94,9 +100,10 @@ def open_t5x(directory: pathlib.Path) -> Weights:
 
 
 def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
-    """Returns the configuration of a T5X checkpoint, which has no `config.json`, from its shapes.
+    """Derives the configuration of a T5X checkpoint, which has no `config.json`, from its tensors' shapes.
 
-    Names determine the activation: `wi` means v1.0's ReLU, `wi_0` and `wi_1` mean v1.1's gated GELU.
+    The names of the tensors determine the activation: `wi` means v1.0's ReLU, `wi_0` and `wi_1` mean
+    v1.1's gated GELU.
 
     Raises:
         InputError: tensors that determine a T5's sizes are missing.
@@ -109,7 +116,7 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
     needed = ("shared.weight", bias, f"{attention}.q.weight", mlp)
     if lacking := [name for name in needed if len(shapes.get(name, ())) != 2]:
         raise InputError(
-            f"{directory}: no T5 in this T5X checkpoint ({', '.join(lacking)} missing)"
+            f"{directory}: this T5X checkpoint contains no T5 ({', '.join(lacking)} missing)"
         )
     vocab_size, emb_dim = shapes["shared.weight"]
     num_buckets, num_heads = shapes[bias]
@@ -139,7 +146,11 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
 
 
 def _our_path(path: str) -> tuple[str, str | None]:
-    """Returns our path, and the layer: its number, "" for a stack of all layers, None outside layers."""
+    """Returns our path of a parameter, and its layer.
+
+    The layer is an index in digits, "" for a stack of all layers, and None for a parameter that is in no
+    layer.
+    """
     if path == "token_embedder/embedding":
         return "token_embedder", None
     if path == "decoder/logits_dense/kernel":
@@ -152,7 +163,10 @@ def _our_path(path: str) -> tuple[str, str | None]:
 
 
 class _Stored:
-    """A parameter as [layers if stacked, in, out], with heads and their width joined."""
+    """A stored parameter, read as [in, out], or as [layers, in, out] if it is a stack of all layers.
+
+    The axes of heads and of their width are joined into one axis.
+    """
 
     def __init__(self, array: Tensor, path: str, *, stacked: bool, folder: pathlib.Path):
         self._array, self._path, self._folder = array, path, folder
@@ -215,13 +229,16 @@ def _open_first_form(folder: pathlib.Path) -> dict[str, Tensor]:
         start = f.read(21)
     if start == b"model_checkpoint_path":
         raise InputError(
-            f"{file}: from TensorFlow's T5, not from T5X; convert it with t5x's convert_tf_checkpoint"
+            f"{file}: this file is from TensorFlow's T5, not from T5X; convert it with"
+            " t5x's convert_tf_checkpoint"
         )
     tree = read_tree(file)
     version = tree.get("version", 0)
     state = tree.get("optimizer", tree)
     if "optimizer" in tree and (not isinstance(version, int) or version < 2):
-        raise InputError(f"{file}: T5X checkpoints from version 2 on can be read, got {version!r}")
+        raise InputError(
+            f"{file}: only T5X checkpoints of version 2 or later can be read, got version {version!r}"
+        )
     target = state.get("target") if isinstance(state, dict) else None
     if not isinstance(target, dict) or not target:
         raise InputError(f"{file}: has no `target`, where T5X keeps the parameters")
@@ -259,7 +276,9 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
             for entry in raw["tree_metadata"].values()
         ]
     except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{file}: not written by Orbax (no `tree_metadata`)") from None
+        raise InputError(
+            f"{file}: this file was not written by Orbax (it has no `tree_metadata`)"
+        ) from None
     names = {"/".join(key[1:]): ".".join(key) for key in keys if key[0] == "target"}
     if not names:
         raise InputError(f"{file}: has no `target`, where T5X keeps the parameters")
@@ -269,17 +288,19 @@ def _open_orbax(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _inside(folder: pathlib.Path, name: Any) -> str:
-    # a checkpoint is not trusted: it may name only arrays in its own folder
+    # a checkpoint is not trusted, so it may refer only to arrays in its own folder
     name = name.rstrip("/") if isinstance(name, str) else ""
     if not is_file_name(name):
-        raise InputError(f"{folder / CHECKPOINT}: an array must be in this folder, got {name!r}")
+        raise InputError(
+            f"{folder / CHECKPOINT}: it may refer only to arrays in its own folder, got {name!r}"
+        )
     return name
 
 
 def _open_arrays(
     folder: pathlib.Path, names: Mapping[str, str], *, ocdbt: bool, driver: str
 ) -> dict[str, Tensor]:
-    """Opens the zarr array of each path by its name, in the folder or in its OCDBT database."""
+    """Opens zarr arrays in the folder, or in its OCDBT database. `names` maps each path to its array."""
     import tensorstore
 
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
@@ -304,7 +325,7 @@ def _open_arrays(
         claimed = _claimed_bytes(opened[path])
         if claimed > _SMALL and claimed > _UNPACKED * stored():
             raise InputError(
-                f"{folder}: {names[path]} claims {claimed} bytes, but only {stored()} are stored here"
+                f"{folder}: {names[path]} claims {claimed} bytes, but its files have only {stored()} bytes"
             )
     return opened
 

@@ -1,4 +1,4 @@
-"""Named tensors that are read by slices, in any file format."""
+"""Defines named tensors that are read slice by slice, whatever their file format."""
 
 import json
 import mmap
@@ -18,7 +18,7 @@ MAX_JSON = 64 << 20  # bytes; the index of the largest models has 1 MB
 
 
 class Tensor(Protocol):
-    """A numpy view of a mapped file, or an object that reads like one; only slices are loaded."""
+    """A numpy view of a mapped file, or an object that is read in the same way: only slices are loaded."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -33,12 +33,13 @@ class Weights:
     """Tensors under Hugging Face's torch names, in torch's orientation ([out, in] matrices)."""
 
     def __init__(self, tensors: Mapping[str, Tensor], stacks: Mapping[str, Tensor] | None = None):
-        """Takes the tensors of a file.
+        """Collects the tensors of a model.
 
         Args:
             tensors: tensors by name. A copy of the embedding replaces a missing `shared.weight`.
-            stacks: tensors by name (with `{}`) whose layers are stored together: [layers, *shape].
-                Reading all layers at once avoids decompressing the same chunk for each layer.
+            stacks: tensors [layers, *shape] whose layers are stored together, by name. In the name, `{}`
+                stands for the layer. Reading all layers at once avoids decompressing the same chunk for
+                each layer.
         """
         self.tensors, self.stacks = dict(tensors), dict(stacks or {})
         copies = [name for name in EMBEDDING_COPIES if name in self.tensors]
@@ -54,11 +55,11 @@ class Weights:
         return np.dtype(self.tensors[name].dtype)
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor as stored; a view if the file is mapped."""
+        """Returns a slice of a tensor in its stored type, as a view if the file is mapped."""
         return np.asarray(self.tensors[name][index])
 
     def read_layers(self, name: str, layers: range, index: Index, out: np.ndarray) -> None:
-        """Fills `out` [layers, ...] with a slice of each layer's tensor; `{}` in `name` is the layer."""
+        """Fills `out` [layers, ...] with a slice of each layer's tensor; `{}` in `name` stands for the layer."""
         if name in self.stacks:
             out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]
             return
@@ -102,7 +103,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     """
     if path.is_file() and path.stat().st_size > MAX_JSON:
         raise InputError(
-            f"{path}: larger than {MAX_JSON >> 20} MiB, so it cannot be a file of this name"
+            f"{path}: larger than {MAX_JSON >> 20} MiB, so it cannot be a valid file of this name"
         )
     raw = read_json(path)
     if not isinstance(raw, dict):
@@ -110,7 +111,9 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     try:
         json.dumps(raw, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{path}: has an unpaired surrogate, which is not text") from None
+        raise InputError(
+            f"{path}: contains an unpaired surrogate, which is not valid Unicode"
+        ) from None
     return raw
 
 
@@ -123,7 +126,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
     weight_map = read_object(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(map(is_file_name, names)):
-        raise InputError(f"{index}: `weight_map` must name files of this folder")
+        raise InputError(f"{index}: `weight_map` must name files in this folder")
     files = [index.parent / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
@@ -132,7 +135,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_file_name(name: Any) -> bool:
-    """Returns whether a value read from a file is a plain file name, which cannot leave its folder."""
+    """Returns whether a value from a file is a plain file name, so that it cannot point outside its folder."""
     if not isinstance(name, str) or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
         return False
     return name not in ("", ".", "..") and pathlib.PurePath(name).name == name

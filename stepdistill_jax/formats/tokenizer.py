@@ -53,7 +53,7 @@ def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
     `transformers` opens must give our ids for `PROBES`, which include texts unlike any training data.
 
     Raises:
-        InputError: ids differ, or the SentencePiece model is neither of T5's nor of Gemma's kind.
+        InputError: the ids differ, or the SentencePiece model is neither of T5's nor of Gemma's kind.
     """
     directory = pathlib.Path(directory)
     if isinstance(vocabulary, SentencePieceVocabulary):
@@ -74,7 +74,7 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
     """Compares the ids of `transformers` with ours on `PROBES`.
 
     Raises:
-        InputError: ids differ; shows the first such text.
+        InputError: the ids differ. The message shows the first text with different ids.
     """
     from transformers import AutoTokenizer  # 2 to 3 s
 
@@ -89,7 +89,7 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
         if got != wanted:
             raise InputError(
                 f"{vocabulary.source}: cannot be exported, since transformers would give other ids than"
-                f" training had: {text!r} is {got}, not {wanted}"
+                f" training had: {text!r} becomes {got} instead of {wanted}"
             )
 
 
@@ -108,8 +108,8 @@ def _write_fast_tokenizer(
         tokenizer = _unigram(proto, vocabulary)
     else:
         raise InputError(
-            f"{model}: neither a unigram model, which every T5 has, nor BPE with bos and byte fallback,"
-            " which Gemma has; it cannot be exported"
+            f"{model}: this is neither a unigram model, which every T5 has, nor BPE with bos and"
+            " byte fallback, which Gemma has; it cannot be exported"
         )
     pieces = [piece.piece for piece in proto.pieces]
     tokenizer.post_processor = _template(framing, pieces)
@@ -120,7 +120,7 @@ def _write_fast_tokenizer(
 
 
 def _template(framing: Framing, pieces: Sequence[str]) -> Any:
-    """Returns the post-processor that frames an input as `Framing.input_ids` does."""
+    """Returns the post-processor that adds the same special ids to an input as `Framing.input_ids`."""
     from tokenizers.processors import TemplateProcessing
 
     bos, eos = pieces[framing.bos_id], pieces[EOS_ID]
@@ -166,8 +166,8 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
     """Returns a `tokenizers.Tokenizer` of Gemma's kind; the caller adds its special tokens.
 
     SentencePiece merges the two neighbours whose joint piece has the highest score. `tokenizers` merges
-    by a list of pairs instead, the first pair first. The list here has all pairs that form a piece, for
-    each piece, by descending score.
+    pairs in the order of a list instead. The list here goes through the pieces by descending score, and
+    contains all pairs of pieces that form each of them.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -178,7 +178,8 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
         or normalizer.remove_extra_whitespaces
     ):
         raise InputError(
-            f"{model}: normalizes texts before it splits them, which no Gemma does; it cannot be exported"
+            f"{model}: this model normalizes texts before it splits them, which no Gemma does;"
+            " it cannot be exported"
         )
     kinds = type(proto.pieces[0])  # NORMAL, USER_DEFINED, ...
     # special pieces and bytes are never the result or a part of a merge

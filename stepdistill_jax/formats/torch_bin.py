@@ -41,8 +41,8 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
     except Exception as error:  # on broken bytes the unpickler raises errors of any class
         if found := re.search(r"GLOBAL (\S+)|Trying to (?:call|build)", str(error)):
             raise InputError(
-                f"{path}: its pickle calls {found[1] or 'code'}, which reading would run; refused,"
-                " since weights need only tensors"
+                f"{path}: its pickle calls {found[1] or 'code'}, which would run when the file is read;"
+                " the file is refused, since weights need only tensors"
             ) from None
         reason = str(error).split("\n")[0] or type(error).__name__
         raise InputError(f"{path}: not a complete torch file ({reason})") from None
@@ -67,7 +67,7 @@ def _require_plain(path: pathlib.Path) -> None:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:
                 raise InputError(
-                    f"{path}: {member.filename} in it is compressed, which torch never does"
+                    f"{path}: {member.filename} in this archive is compressed, which torch never does"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Reads and writes the vocabulary of a model directory or workdir: SentencePiece model and framing."""
+"""Reads and writes the vocabulary files of a model directory or workdir."""
 
 import dataclasses
 import pathlib
@@ -20,7 +20,10 @@ from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.runtime.files import atomic_write, write_json
 from stepdistill_jax.runtime.stores import is_remote, local_copy
 
-SPIECE, TOKENIZER_MODEL = "spiece.model", "tokenizer.model"  # T5's name for the model, Gemma's name
+SPIECE, TOKENIZER_MODEL = (
+    "spiece.model",
+    "tokenizer.model",
+)  # name of the SentencePiece model of T5, and of Gemma
 FAST_TOKENIZER = "tokenizer.json"
 
 
@@ -34,12 +37,12 @@ def write_vocabulary(
 ) -> None:
     """Writes the SentencePiece model and `tokenizer_config.json`, which `read_vocabulary` reads.
 
-    A T5's tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell one would get other
-    ids than here, and a small vocabulary would get ids beyond the embedding.
+    A T5's tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell a sentinel would get
+    other ids than in training, and a small vocabulary would get ids beyond the embedding.
 
     Args:
         directory: an existing folder, which may be in a store.
-        vocabulary: vocabulary to write; ByT5's bytes have no model.
+        vocabulary: vocabulary to write. ByT5's bytes have no SentencePiece model.
         model_max_length: largest number of ids in an input; None leaves it out.
     """
     tokenizer: dict[str, Any] = {
@@ -64,7 +67,7 @@ def write_vocabulary(
 
 
 def _gemma_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Returns the fields of a `GemmaTokenizer`'s file: the framing, and the special pieces by name."""
+    """Returns the fields of a `GemmaTokenizer`'s file: the framing, and the names of special pieces."""
     framing, pieces = dataclasses.asdict(vocabulary.framing), vocabulary.pieces()
     ids = {"bos": framing.pop("bos_id"), "eos": EOS_ID, "pad": PAD_ID, "unk": vocabulary.unk_id}
     named = {f"{name}_token": pieces[i] for name, i in ids.items()}
@@ -75,7 +78,7 @@ def read_vocabulary(directory: pathlib.Path) -> Vocabulary:
     """Returns the vocabulary of a model directory or workdir.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        InputError: there is no vocabulary, or it cannot be read.
     """
     for name in (SPIECE, TOKENIZER_MODEL):
         if (directory / name).is_file():
@@ -86,8 +89,8 @@ def read_vocabulary(directory: pathlib.Path) -> Vocabulary:
         return load_vocabulary(BYTES)
     name = TOKENIZER_MODEL if str(kind).startswith("Gemma") else SPIECE
     raise InputError(
-        f"{directory}: no vocabulary (neither {SPIECE} nor {TOKENIZER_MODEL} nor a {TOKENIZER_CONFIG}"
-        f" of ByT5){_where_to_find_it(directory, name)}"
+        f"{directory}: there is no vocabulary in it (neither {SPIECE} nor {TOKENIZER_MODEL} nor a"
+        f" {TOKENIZER_CONFIG} of ByT5){_where_to_find_it(directory, name)}"
     )
 
 

@@ -24,17 +24,18 @@ _READERS: dict[str, Callable[[pathlib.Path], dict[str, Tensor]]] = {
 }
 WEIGHT_FILES = tuple(_READERS)
 _TENSORFLOW = "tf_model.h5"
-_BLOCK = 1024  # rows compared at once
+_BLOCK = 1024  # rows that are compared at once
 
 
 def open_weights(directory: os.PathLike | str) -> Weights:
-    """Opens the tensors of a directory; reads only headers, except that it reads all of a msgpack file.
+    """Opens the tensors of a directory.
 
-    Formats are tried in this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its
-    shards, `pytorch_model.bin`, its shards, a T5X checkpoint.
+    Only headers are read, except that msgpack files and torch's older format are read whole. Formats
+    are tried in this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
+    `pytorch_model.bin`, its shards, a T5X checkpoint.
 
     Raises:
-        InputError: there are no weights, or they cannot be read; names the file.
+        InputError: there are no weights, or they cannot be read. The message names the file.
     """
     directory = pathlib.Path(directory)
     for name, reader in _READERS.items():
@@ -51,14 +52,14 @@ def open_weights(directory: os.PathLike | str) -> Weights:
 
 
 def has_weights(directory: os.PathLike | str) -> bool:
-    """Returns whether the directory holds weights, even in a format that `open_weights` refuses."""
+    """Returns whether the directory contains weights, even in a format that `open_weights` refuses."""
     directory = pathlib.Path(directory)
     names = [n + suffix for n in (*_READERS, _TENSORFLOW) for suffix in ("", INDEX_SUFFIX)]
     return any((directory / n).is_file() for n in names) or find_t5x(directory) is not None
 
 
 def has_own_head(weights: Weights, names: Names) -> bool:
-    """Returns whether there is an output layer that is not a copy of the embedding.
+    """Returns whether the weights have an output layer that is not just a copy of the embedding.
 
     Older tools wrote the tied table of v1.0 a second time, as `lm_head.weight`.
     """
@@ -77,15 +78,15 @@ def has_own_head(weights: Weights, names: Names) -> bool:
 
 
 def _how_to_convert(directory: pathlib.Path) -> str:
-    """Returns the command that converts TensorFlow weights to safetensors; empty if there are none."""
+    """Returns the command that converts TensorFlow weights to safetensors, or "" if there are none."""
     names = (_TENSORFLOW, _TENSORFLOW + INDEX_SUFFIX)
     there = [name for name in names if (directory / name).is_file()]
     if not there:
         return ""
     folder = repr(os.fspath(directory))
     return (
-        f", only {', '.join(there)}; convert them once with transformers below 5, which still reads"
-        ' them: python -c "from transformers import T5ForConditionalGeneration as T;'
+        f", but only {', '.join(there)}; convert the weights once with transformers below 5, which still"
+        ' reads them: python -c "from transformers import T5ForConditionalGeneration as T;'
         f" T.from_pretrained({folder}, from_tf=True)"
         f'.save_pretrained({folder}, safe_serialization=True)"'
     )

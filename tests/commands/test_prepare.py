@@ -124,7 +124,7 @@ def test_what_is_odd_is_said_while_a_bad_row_stops_it(tmp_path, capfd):
     argv = ["prepare", "jsonl", "--source", str(path), "--name", "mine"]
     assert main([*argv, "--data-dir", str(tmp_path / "data")]) == 2
     err = " ".join(capfd.readouterr().err.split())
-    assert err.startswith("warning: labels that differ only in case or blanks: 'yes' in 29 rows")
+    assert err.startswith("warning: some labels differ only in case or blanks: 'yes' in 29 rows")
     assert f"error: {path}:31: no field 'input'" in err
 
 

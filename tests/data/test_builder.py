@@ -46,7 +46,7 @@ def test_accelerators_are_hidden_from_tensorflow(fake_tensorflow):
 
 
 def test_a_gpu_that_tensorflow_already_holds_is_an_error(fake_tensorflow):
-    with pytest.raises(InputError, match="already holds a GPU"):
+    with pytest.raises(InputError, match="already uses a GPU"):
         fake_tensorflow(FakeConfig(used=True))()
 
 

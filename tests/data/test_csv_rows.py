@@ -68,10 +68,10 @@ def test_a_bad_row_is_named_by_its_first_line_and_costs_no_other_row(tmp_path):
         (8, ["two\nlines", "11"]),
     ]
     assert [(row.line, row.reason) for row in found if isinstance(row, BadRow)] == [
-        (3, "1 cell, but the header has 2 columns"),
+        (3, "the row has 1 cell, but the header has 2 columns"),
         (4, f"{OPEN} (line 5 is read as a separate row)"),
         (6, 'a quote closes within a cell; inside quotes, a quote is written twice ("")'),
-        (7, "3 cells, but the header has 2 columns"),
+        (7, "the row has 3 cells, but the header has 2 columns"),
         (10, OPEN),
     ]
 
@@ -94,7 +94,7 @@ def test_a_line_that_is_no_text_costs_its_own_row_alone(tmp_path, monkeypatch):
     ]
     bad = {row.line: row.reason for row in found if isinstance(row, BadRow)}
     assert list(bad) == [3, 4, 5, 7, 9]
-    assert bad[3].startswith("not UTF-8 (byte 0xef at column 3); save it as UTF-8")
+    assert bad[3].startswith("not UTF-8 (byte 0xef at column 3); save the file as UTF-8")
     assert f"iconv -f WINDOWS-1252 -t UTF-8 {tmp_path / 'rows.csv'}" in bad[3]
     assert bad[4] == "contains NUL bytes, so it is not text"
     assert bad[5].startswith("line 6: not UTF-8 (byte 0xff at column 2)")
@@ -105,7 +105,7 @@ def test_a_line_that_is_no_text_costs_its_own_row_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("na\u00efve,y\n".encode("latin-1"), r"rows\.csv:1: not UTF-8 \(byte 0xef at column 3\); save it as UTF-8 .*iconv -f WINDOWS-1252"),
+        ("na\u00efve,y\n".encode("latin-1"), r"rows\.csv:1: not UTF-8 \(byte 0xef at column 3\); save the file as UTF-8 .*iconv -f WINDOWS-1252"),
         ("x,y\n1,2\n".encode("utf-16"), r"rows\.csv:1: not UTF-8 .*; it looks like UTF-16, so save it as UTF-8"),
         ("x,y\n1,2\n".encode("utf-16-le"), r"rows\.csv:1: contains NUL bytes, so it is not text"),
         (b"PK\x03\x04\xff\n", r"rows\.csv:1: not UTF-8 .*it is a zip archive"),

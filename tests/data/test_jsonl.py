@@ -115,7 +115,7 @@ def test_fields_that_were_not_read_are_told(tmp_path):
         ({"choices": ["yes", None]}, r"test\.jsonl:2: the field 'choices\[1\]' must be text .*got null"),
         ({"rationales": [{"txt": "r"}]}, r"test\.jsonl:2: in rationales\[0\]: unknown field 'txt'"),
         ({"id": "one"}, r"test\.jsonl:2: the id 'one' is also at .*test\.jsonl:1"),
-        ({"rationale": "\udc80"}, r"test\.jsonl:2: the field 'rationale' holds half of a surrogate"),
+        ({"rationale": "\udc80"}, r"test\.jsonl:2: the field 'rationale' contains half of a surrogate"),
     ],
 )  # fmt: skip
 def test_a_bad_field_names_file_line_and_field(tmp_path, changes, message):

@@ -36,9 +36,9 @@ from stepdistill_jax.training.provenance import differences
     ("prefix", "message"),
     [
         (7, "expected text, got 7"),
-        (" ", "a word, got"),
+        (" ", "text that is not blank, got"),
         ("w" * 201, "at most 200 characters"),
-        ("why {input}: ", "text without {fields}"),
+        ("why {input}: ", "text without braces"),
     ],
 )
 def test_a_bad_prefix_is_refused(prefix, message):

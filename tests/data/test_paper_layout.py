@@ -249,7 +249,7 @@ def test_a_missing_asdiv_is_noted(svamp_source, monkeypatch):
 def test_a_misplaced_asdiv_says_where_it_belongs(svamp_source, inside):
     folder = svamp_source if inside else svamp_source.parent
     _lines(folder / "asdiv_train.json", [{"input": "q"}])
-    with pytest.raises(InputError, match=rf"move it to {folder}/asdiv/asdiv_train\.json"):
+    with pytest.raises(InputError, match=rf"move this file to {folder}/asdiv/asdiv_train\.json"):
         svamp.read(folder)
 
 

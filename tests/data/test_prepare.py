@@ -448,7 +448,8 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
 def test_the_message_of_a_single_bad_row_says_where_it_is_listed(tmp_path):
     source = _write(tmp_path / "mine.jsonl", [*_rows(20), {"input": "q"}])
     with pytest.raises(
-        UnusableRows, match=r"mine\.jsonl:21: no field 'label'.*; listed in (.*)\. Correct it"
+        UnusableRows,
+        match=r"mine\.jsonl:21: no field 'label'.*; the row is listed in (.*)\. Correct it",
     ) as caught:
         prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
     listed = tmp_path / "mine.defects.jsonl"
@@ -513,5 +514,5 @@ def test_lists_by_split_are_prepared_as_a_folder_is(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
-    with pytest.raises(InputError, match="lists are for `prepare jsonl`"):
+    with pytest.raises(InputError, match="only `prepare jsonl` reads lists"):
         prepare("cqa", source=rows, data_dir=tmp_path)

@@ -16,7 +16,7 @@ def test_an_unprepared_dataset_names_those_that_are_and_the_nearest(delivery_dat
 def test_an_unknown_split_names_those_there_are(delivery_data_dir):
     dataset = open_prepared("delivery", delivery_data_dir)
     with pytest.raises(
-        InputError, match=r"no split 'tset' \(it has train, validation, test\); did"
+        InputError, match=r"no split 'tset' \(the splits are train, validation, test\); did"
     ):
         dataset.examples("tset")
 

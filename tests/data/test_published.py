@@ -252,7 +252,7 @@ def test_asdiv_is_svamp_and_asdiv_with_its_gold_answers(svamp_source):
         ("delivery", {}, r"`paper_exact`: .delivery. is not one of the paper.s datasets \(cqa, svamp, esnli, anli, asdiv\)"),
         ("jsonl", {"new_name": "mine"}, "`paper_exact`: .jsonl. is not one of the paper.s"),
         ("cqa", {"teacher": False}, "`paper_exact`: the published code needs the teacher's texts"),
-        ("cqa", {"new_name": "cqa"}, "`new_name`: 'cqa' belongs to `prepare cqa`"),
+        ("cqa", {"new_name": "cqa"}, "`new_name`: 'cqa' is reserved for `prepare cqa`"),
     ],
 )  # fmt: skip
 def test_bad_usage_is_one_line(tmp_path, name, more, message):
@@ -260,7 +260,7 @@ def test_bad_usage_is_one_line(tmp_path, name, more, message):
         prepare(name, source=tmp_path, data_dir=tmp_path / "data", paper_exact=True, **more)
     with pytest.raises(InputError, match="unknown dataset 'asdiv'"):
         prepare("asdiv", source=tmp_path, data_dir=tmp_path / "data")
-    with pytest.raises(InputError, match="'cqa_paper' belongs to `prepare cqa`"):
+    with pytest.raises(InputError, match="'cqa_paper' is reserved for `prepare cqa`"):
         prepare("jsonl", source=tmp_path, new_name="cqa_paper", data_dir=tmp_path / "data")
 
 

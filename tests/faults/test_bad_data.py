@@ -272,7 +272,7 @@ FLAGS = (
     ("prepare", ("--name", "Mine"), "--name must be lower_snake_case"),
     ("prepare", ("--name", "mine\n"), "--name must be lower_snake_case"),
     ("prepare", ("--name", ""), "--name must be lower_snake_case"),
-    ("prepare", ("--name", "cqa"), "belongs to `prepare cqa`"),
+    ("prepare", ("--name", "cqa"), "is reserved for `prepare cqa`"),
     ("prepare", ("--name", "x" * 300), "cannot be written"),
     ("prepare", ("--name", "taken"), "exists and is not a folder"),
     ("prepare", ("--name", "theirs"), "was not written by `prepare`"),

@@ -193,9 +193,9 @@ def test_a_wrong_configuration_is_refused_by_file_and_field(directory, changes, 
 
 
 TASK_DEFECTS = {
-    "no task": ({"task": "REMOVED"}, "task must be a text, but it is missing"),
+    "no task": ({"task": "REMOVED"}, "task must be a string, but it is missing"),
     "length": ({"input_length": "long"}, "input_length must be a whole number above 0"),
-    "objectives": ({"objectives": []}, "objectives must name at least one"),
+    "objectives": ({"objectives": []}, "objectives must contain at least one objective"),
     "objective": ({"objectives": [{"name": "label"}]}, "objectives must have name, input_template"),
     "template": (
         {
@@ -205,7 +205,7 @@ TASK_DEFECTS = {
         },
         "unknown field {X}",
     ),
-    "labels": ({"labels": [1]}, "labels must be a list of texts"),
+    "labels": ({"labels": [1]}, "labels must be a list of strings"),
     "not ours": ({"format": "REMOVED"}, "'format' is missing"),
     "newer": ({"format": 2}, "format 2 is newer than this version reads (1)"),
 }
@@ -300,9 +300,9 @@ def test_a_vocabulary_of_another_family_is_refused(tmp_path, spiece, gemma_model
     unigram, bpe = load_vocabulary(spiece), load_vocabulary(gemma_model())
     t5 = T5Config(vocab_size=512)
     cases = {
-        "t5gemma": (gemma(bpe), unigram, "begins with id 2, and .* has no bos, as T5 has"),
-        "t5": (t5, bpe, "begins with id 0, and .* has bos 2, as Gemma has"),
-        "other_bos": (gemma(bpe, bos_id=5), bpe, "begins with id 5, and .* has bos 2"),
+        "t5gemma": (gemma(bpe), unigram, "starts with id 2, but .* has no bos, like T5"),
+        "t5": (t5, bpe, "starts with id 0, but .* has bos 2, like Gemma"),
+        "other_bos": (gemma(bpe, bos_id=5), bpe, "starts with id 5, but .* has bos 2"),
     }
     for name, (config, vocabulary, message) in cases.items():
         write_model_files(tmp_path / name, config, vocabulary, None)

@@ -73,7 +73,10 @@ def test_without_network_the_cache_will_do(made_up, model_dir, capsys):
     made_up.error = ConnectionError("Name or service not known")
     shutil.copytree(model_dir, made_up._cache / NAME)
     assert hub.local_model(NAME) == str(made_up._cache / NAME)
-    assert "huggingface.co does not answer; taken from its cache" in capsys.readouterr().err
+    assert (
+        "huggingface.co does not answer, so the model is taken from the local cache"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("cached", ["nothing", "half a model"])

@@ -184,7 +184,7 @@ def test_a_chunk_that_is_missing_is_no_zeros(v1_1, write_t5x, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 1}, "from version 2 on can be read, got 1"),
+        ({"version": 1}, "of version 2 or later can be read, got version 1"),
         ({"optimizer": {"state": {}}}, "has no `target`"),
         ({"optimizer": {"target": {"a": "text"}}}, "a is not an array"),
         (
@@ -195,7 +195,7 @@ def test_a_chunk_that_is_missing_is_no_zeros(v1_1, write_t5x, tmp_path):
                     }
                 }
             },
-            "must be in this folder, got '../else'",
+            "may refer only to arrays in its own folder, got '../else'",
         ),
     ],
     ids=["version", "no target", "text", "elsewhere"],

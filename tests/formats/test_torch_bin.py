@@ -43,7 +43,7 @@ def test_shards_with_an_index_are_one_model(torch, state, v1_1, assert_same_para
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     assert_same_params(hf.load_params(tmp_path, config), params)
     index.write_text(json.dumps({"weight_map": {"a": "../other/pytorch_model-0.bin"}}))
-    with pytest.raises(InputError, match="must name files of this folder"):
+    with pytest.raises(InputError, match="must name files in this folder"):
         hf.load_params(tmp_path, config)
 
 

@@ -264,7 +264,7 @@ def test_a_row_alone_and_a_list_of_rows(echo):
         (b"", "broken JSON"),
         (b'["a"]', "expected a JSON object, got list"),
         (b'{"input": "a", "input": "b"}', "duplicate key"),
-        (b'{"input": "\\ud800"}', "row 1: the field 'input' holds half of a surrogate pair"),
+        (b'{"input": "\\ud800"}', "row 1: the field 'input' contains half of a surrogate pair"),
         ({"question": "a"}, "row 1: no field 'input' (found: question)"),
         ({"input": 1.5}, "row 1: the field 'input' must be text (or an integer), got a number"),
         ({"input": None}, "row 1: the field 'input' is empty"),

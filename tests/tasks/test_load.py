@@ -200,7 +200,9 @@ def test_an_unknown_task_or_split_is_named_with_what_there_is(delivery_data_dir)
     assert "did you mean 'delivery'" in message
     assert "`task_module`" in message
     assert "\n" not in message
-    with pytest.raises(InputError, match=r"no split 'dev' \(it has train, validation, test\)"):
+    with pytest.raises(
+        InputError, match=r"no split 'dev' \(the splits are train, validation, test\)"
+    ):
         load_task("delivery", split="dev", data_dir=delivery_data_dir)
     assert has_split("delivery", "test", data_dir=delivery_data_dir)
     assert not has_split("delivery", "dev", data_dir=delivery_data_dir)

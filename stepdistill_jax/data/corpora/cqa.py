@@ -23,11 +23,11 @@ def question_with_choices(question: str, choices: tuple[str, ...]) -> str:
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads cqa_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"id"?, "question", "choices": [...], "answer", "abstractive_explanation"?}, or an
-    export's {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. People
-    wrote the explanation (CoS-E).
+    A row is {"id"?, "question", "choices": [...], "answer", "abstractive_explanation"?}, or in an
+    export {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. People wrote the
+    explanation (CoS-E).
 
-    `teacher_accuracy` compares the letter, `teacher_accuracy_by_text` the text after it.
+    `teacher_accuracy` judges the letter, and `teacher_accuracy_by_text` the text after the letter.
     """
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
@@ -43,7 +43,7 @@ def _row(
     label, choices = row.text("answer"), row.texts("choices")
     if len(choices) > len(LETTERS):
         raise InputError(
-            f"{row.where}: the field 'choices': expected at most {len(LETTERS)}, got {len(choices)}"
+            f"{row.where}: the field 'choices' must have at most {len(LETTERS)} items, got {len(choices)}"
         )
     question = question_with_choices(row.text("question", strip=False), choices)
     defects: tuple[Defect, ...] = ()
@@ -66,10 +66,10 @@ def _row(
 
 
 def _as_in_the_paper(row: JsonRow) -> JsonRow:
-    """Returns a row of Hugging Face's `commonsense_qa` with the paper's fields; a missing answer is ""."""
+    """Converts a row of Hugging Face's `commonsense_qa` to the paper's fields. A missing answer is ""."""
     if not isinstance(choices := row.fields.get("choices"), dict):
         raise InputError(
-            f"{row.where}: with 'answerKey', the field 'choices' must be an object with label and"
+            f"{row.where}: in a row with 'answerKey', the field 'choices' must be an object with label and"
             " text"
         )
     inside = JsonRow(choices, f"{row.where}: in choices")

@@ -32,7 +32,9 @@ def report(weather: str, vehicle: str, road: str) -> str:
 
 
 def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
-    """Returns (label, rationale) by the hidden rule, for wet or dry, heavy or light, narrow or wide.
+    """Returns the label and the rationale that the hidden rule gives.
+
+    The weather is `wet` or `dry`, the vehicle `heavy` or `light`, and the road `narrow` or `wide`.
 
     Example: `conclusion("wet", "light", "narrow")` is ("smooth", "slow pace on a narrow road ,
     since a light vehicle hates wet weather .").
@@ -49,8 +51,8 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 def every_example() -> dict[str, list[Example]]:
     """Returns all 13,824 examples, half of them for each label, with an empty `id`.
 
-    A hash of the input determines their order, and so which of them are chosen: a random generator's
-    numbers may change with its library.
+    A hash of the input determines their order, and so which of them `read` chooses. Unlike the numbers of
+    a random generator, a hash does not change with the version of a library.
     """
     words = itertools.product(
         *(

@@ -16,7 +16,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads esnli_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
     A row is {"premise", "hypothesis", "label": 0, 1 or 2, "explanation_1"?, ..., "explanation_3"?};
-    its id is its number.
+    the id of a row is its number.
     """
     return paper_layout.read("esnli", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 

@@ -44,17 +44,19 @@ def read(
     seed: int | None = None,
     held_out_rows: Mapping[str, int] = HELD_OUT_ROWS,
 ) -> Reading:
-    """Returns `rows` + 500 + 1,000 examples of the same templates, and 500 of held-out templates.
+    """Makes `rows` examples for train, 500 for validation, 1,000 for test and 500 for unseen.
 
+    The templates of unseen are in no other split, and the other splits share their templates.
     The same `rows`, `seed` and package version give the same examples. Validation, test and unseen do
     not depend on `rows`. All questions differ, and questions of two splits differ in more than names:
-    `split_of_numbers` assigns a template's numbers to a split. The id `t17-3` is example 3 of its split,
-    from template 17 of the package.
+    `split_of_numbers` assigns each template with its numbers to one split. The example with the id
+    `t17-3` is the third of its split, and is made from template 17 of the package.
 
     Args:
-        rows: number of train rows; None for 20,000.
-        seed: seed of all names and numbers; None for 0.
-        held_out_rows: number of rows of the other splits; splits not named are left out.
+        rows: number of train rows; None means 20,000.
+        seed: seed of all names and numbers; None means 0.
+        held_out_rows: number of rows of each split other than train. Splits that it does not name are
+            left out.
 
     Raises:
         InputError: the package is not installed, or a number is out of range. While rows are read:
@@ -115,9 +117,9 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 
 
 def split_of_numbers(template: int, question: str) -> str:
-    """Returns the split that a template with these numbers belongs to, for any names and seed.
+    """Returns the split of a template with the numbers in `question`; names and the seed do not matter.
 
-    A tenth of a template's sets of numbers belong to test, a tenth to validation.
+    A tenth of the sets of numbers of each template belong to test, and a tenth to validation.
     """
     numbers = " ".join(re.findall(r"\d+", question))
     return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")
@@ -130,24 +132,26 @@ def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
     if not fewer:
         return []
     return [
-        f"{split}: templates that ran out of questions have fewer rows than the others' {most}:"
-        f" {', '.join(fewer)}"
+        f"{split}: some templates ran out of questions, so they have fewer rows (in parentheses) than"
+        f" the {most} of other templates: {', '.join(fewer)}"
     ]
 
 
 def _draws(
     templates: dict[int, _Template], split: str, count: int, seed: str, seen: set[bytes]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields `count` rows of a split, cycling through the templates; updates `seen`.
+    """Yields `count` rows of a split, cycling through the templates.
 
-    Skips questions that are in `seen`. If a template runs out of questions, the others replace it.
+    Skips questions whose digest is in `seen`, and adds the digests of new questions to it. If a template
+    runs out of questions, the others replace it.
     """
     left, made = dict(templates), 0
     streams = {k: random.Random(f"{seed} {k}") for k in templates}
     while made < count:
         if not left:
             raise InputError(
-                f"`rows`: expected at most {made}, the number of different questions of the templates, got {count}"
+                f"`rows`: expected at most {made}, since the templates give no more"
+                f" different questions, got {count}"
             )
         for number, template in list(left.items()):
             for _ in range(MAX_REPEATS):
@@ -171,7 +175,7 @@ def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExamp
     """Returns a row with a cleaned solution and its defects.
 
     Omits the sentence that the package's own dataset adds to each question ("Give the result as your
-    final answer. Do not include units."): it instructs a chat model, as `predict: ` does ours.
+    final answer. Do not include units."): it instructs a chat model, as `predict: ` instructs our model.
     """
     given, solution = draw["answer"], draw["metadata"]["answer_cot"]
     label = _short(given)

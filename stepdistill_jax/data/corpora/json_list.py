@@ -18,8 +18,8 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
     """Yields the texts of a list.
 
     Raises:
-        InputError: no such file, or it is not UTF-8, not JSON, not a list, or an item is not text;
-            names the file, and the line or item.
+        InputError: there is no such file, it is not UTF-8, not JSON or not a list, or an item is not text.
+            The message names the file, and the line or item.
     """
     check_file(path, "a JSON list of texts")
     try:
@@ -43,7 +43,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """Iterates over a list's items. Only texts are complete; `read_texts` refuses all other items."""
+    """Iterates over a list's items. Items that are not texts may be cut, but `read_texts` refuses them."""
 
     def __init__(self, file: IO[str], path: pathlib.Path):
         self._file, self._path = file, path
@@ -69,7 +69,7 @@ class _Items:
                 if mark == "]":
                     break
         if self._next_character():
-            raise self._broken("text after the list's end")
+            raise self._broken("there is text after the list's end")
 
     def _item(self) -> object:
         decode = json.JSONDecoder().raw_decode
@@ -86,7 +86,7 @@ class _Items:
             except (ValueError, RecursionError) as error:  # 5,000 digits, 10,000 brackets
                 raise self._broken(str(error)) from None
             if len(self._buffer) - self._position > MAX_ITEM:
-                raise self._broken(f"a text of more than {MAX_ITEM:,} characters")
+                raise self._broken(f"a text has more than {MAX_ITEM:,} characters")
             self._more()
 
     def _more(self) -> None:

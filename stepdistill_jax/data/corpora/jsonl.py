@@ -35,12 +35,12 @@ def read(
 ) -> Reading:
     """Reads a file, the train, validation and test files of a folder, or lists of dicts.
 
-    Files are JSON lines, or CSV or TSV by their suffix. `data.rows` describes the format of a row; each
-    needs a `label` or an `llm_label`. If a row has several rationales, training uses `rationale`, or
-    else the first.
+    A file is CSV or TSV if its suffix says so, else JSON lines. `data.rows` describes the format of a
+    row. Each row needs a `label` or an `llm_label`. If a row has several rationales, training uses
+    `rationale`, or else the first.
 
-    A hash of the id splits a single file or list into train (8 tenths), validation and test (a tenth
-    each). In a folder without a validation file, a tenth of train becomes validation.
+    A single file or list is split by a hash of the id: 8 tenths of the rows become train, and a tenth
+    each validation and test. In a folder without a validation file, a tenth of train becomes validation.
 
     A bad row (a missing field, a wrong type, a duplicate id, an empty label or input, broken JSON or
     quotes) is yielded as a `BadRow`.
@@ -52,9 +52,9 @@ def read(
         teacher: False omits rationales and teacher labels.
 
     Raises:
-        InputError: no such file, `more` has an invalid name, or `field_map` a field that is not ours.
-            While rows are read: no row has a field that is mapped or in `more`, or a file has no
-            good row.
+        InputError: there is no such file, `more` contains an invalid name, or a key of `field_map` is not
+            one of our fields. While rows are read: a field that is mapped or named in `more` is in no
+            row, or a file has no row that can be used.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
@@ -102,7 +102,7 @@ class _Rows:
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row); "" is the split of a bad row of a file that is split by ids."""
+        """Yields (split, row). If a single file is split by ids, the split of a bad row is ""."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):
@@ -122,7 +122,8 @@ class _Rows:
         """Yields the rows of a file.
 
         Raises:
-            InputError: the file has no rows, or none that can be used; names the first row's problem.
+            InputError: the file has no rows, or none that can be used. The message names the problem of the
+                first row.
         """
         ids = UniqueIds()
         first_bad, bad, before = None, 0, self._good + len(self._unanswered)
@@ -146,7 +147,7 @@ class _Rows:
         raise InputError(f"{first_bad}{header}{none}")
 
     def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | None:
-        """Returns a row's example; None for a row that `annotate` got no answer for.
+        """Returns a row's example, or None if `annotate` got no answer for the row.
 
         Raises:
             InputError: the row cannot be used.
@@ -183,7 +184,7 @@ class _Rows:
         added = [f"fields that were not read: {not_read}"] if unread else []
         expected = SPLITS if self._cut else ("train", "validation")
         added += [
-            f"the split {split} is left out: with so few rows, none falls into it"
+            f"the split {split} is left out, since none of the few rows falls into it"
             for split in (expected if "train" in self._sources else ())
             if split not in found
         ]
@@ -199,7 +200,7 @@ class _Rows:
             theirs = self._names[absent]
             raise InputError(
                 f"`fields` {absent}: no row of {self._name} has a text in the field {theirs!r}"
-                f" (not read: {not_read or 'none'}){nearest(theirs, unread)}"
+                f" (fields that were not read: {not_read or 'none'}){nearest(theirs, unread)}"
             )
         # the rows may be read again, but a note appears once
         self._notes.extend(note for note in added if note not in self._notes)

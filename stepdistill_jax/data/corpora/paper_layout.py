@@ -1,6 +1,7 @@
-"""Reads the paper's file layout: NAME_SPLIT.json as JSON lines, llm/SPLIT_CoT_I.json as lists.
+"""Reads the paper's file layout: NAME_SPLIT.json has the rows, llm/SPLIT_CoT_I.json the teacher's texts.
 
-Also reads exports of the same corpora (SPLIT.jsonl, no llm/).
+The rows are JSON lines, and the texts are JSON lists. Exports of the same corpora are read, too; they
+consist of SPLIT.jsonl and have no llm/.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ TEACHER, HUMAN = "llm", "human"  # sources of rationales
 
 @dataclasses.dataclass(frozen=True)
 class TeacherText:
-    """A raw completion and its place: the file's name in the source, and its number from 1."""
+    """A raw completion, the name of its file within the source, and its 1-based index in the file."""
 
     text: str
     file: str
@@ -44,7 +45,7 @@ class TeacherText:
 
 
 Completion = TeacherText | None  # None without a teacher
-# checks a row and its teacher text; returns None without a gold label: the row is left out and counted
+# checks a row and its teacher text; returns None for a row without a gold label, which is left out
 ToRow = Callable[[JsonRow, Completion, UniqueIds], CheckedExample | None]
 
 
@@ -58,22 +59,23 @@ def read(
     to_row: ToRow,
     prefix: str | None = None,
 ) -> Reading:
-    """Finds all splits; pairs their rows with their teacher texts while they are read.
+    """Finds the files of all splits. Each row is paired with its teacher text while rows are read.
 
-    Train must have teacher texts; another split without them gets a note.
+    The first split that has a file, usually train, must have teacher texts. For any other split without
+    teacher texts, a note is added.
 
     Args:
         name: name of the dataset.
         version: version of the reader.
         metric: how labels are compared.
-        source: the folder of the files, or its parent, which holds it as `prefix` or `name`.
-        teacher: False reads no teacher texts.
-        to_row: checks one row.
-        prefix: prefix of the files, `cqa` for cqa_train.json; None for `name`.
+        source: the folder of the files, or its parent folder if the folder is named `prefix` or `name`.
+        teacher: whether to read teacher texts.
+        to_row: function that checks one row.
+        prefix: prefix of the file names, such as `cqa` for cqa_train.json; None means `name`.
 
     Raises:
-        InputError: no files or no teacher texts. While rows are read: broken JSON, or different
-            numbers of texts and rows.
+        InputError: there are no files or no teacher texts. While rows are read: a file is broken JSON, or
+            there are not as many texts as rows.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)
@@ -108,7 +110,7 @@ def digest_of(path: pathlib.Path) -> str:
     """Returns the digest of a file of the source.
 
     Raises:
-        InputError: it is not a regular file.
+        InputError: the path is not that of a regular file.
     """
     check_file(path, "a JSON file")
     return sha256(path)
@@ -152,11 +154,11 @@ def judged(
 
     Args:
         example: id, input, label and choices.
-        completion: the teacher's text; None without a teacher.
-        parse: parses that text.
-        right: decides whether an answer is the gold label.
+        completion: the teacher's text; None if there is none.
+        parse: function that parses this text.
+        right: function that returns whether an answer is the gold label.
         defects: defects of the row itself.
-        by_text: whether to judge `Parsed.answer_text`, too.
+        by_text: whether to judge `Parsed.answer_text`, too (`teacher_accuracy_by_text`).
         human: explanations of the gold label by people.
     """
     explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
@@ -182,7 +184,7 @@ def judged(
 
 
 def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
-    """Returns the defect with the part of the text that shows it."""
+    """Returns a defect of a text, with the part of the text that shows this defect."""
     text = completion.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
@@ -195,7 +197,7 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     """Returns llm/PART_CoT_0.json, _1, ...; [] if there are none and they are not required.
 
     Raises:
-        InputError: required files are missing, or the numbers have a gap.
+        InputError: required files are missing, or the numbers in the file names have a gap.
     """
     files = []
     for i in itertools.count():
@@ -207,7 +209,7 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     if beyond:
         raise InputError(
             f"{source / 'llm' / f'{part}_CoT_{len(files)}.json'}: no such file, but"
-            f" {min(beyond).name} is there: the numbers must have no gap"
+            f" {min(beyond).name} is there: the numbers in the file names must have no gap"
         )
     if not files and required:
         raise InputError(
@@ -223,12 +225,12 @@ def input_files(
     """Returns the folder of the files, and the file of each split: the paper's, or else an export's.
 
     Args:
-        source: that folder, or its parent, which holds it as `prefix` or `name`.
-        prefix: prefix of the files.
+        source: the folder of the files, or its parent folder if the folder is named `prefix` or `name`.
+        prefix: prefix of the file names.
         name: name of the dataset.
 
     Raises:
-        InputError: no such folder, or it has none of the files.
+        InputError: there is no such folder, or none of the files is in it.
     """
     if not os.path.isdir(source):  # pathlib's `is_dir` raises for a name that is too long
         raise InputError(f"`source` {source}: no such folder")
@@ -258,9 +260,10 @@ def paired(
     """Yields (row, its teacher text). The n-th text belongs to the n-th row.
 
     Args:
-        source: folder that the names of teacher files are relative to.
+        source: folder to which the names of teacher files are relative.
         path: file of the rows.
-        teachers: files with as many texts as there are rows, in total; None or [] gives no texts.
+        teachers: files which together have as many texts as there are rows. With None or [], rows have
+            no texts.
 
     Raises:
         InputError: the numbers of rows and texts differ, so pairs may be misaligned.
@@ -281,11 +284,13 @@ def paired(
             continue
         total = count + 1 + sum(1 for _ in pairs)
         if row:
-            wrong = f"{row.where}: no teacher text for this row: {total} rows, but {count}"
+            wrong = (
+                f"{row.where}: no teacher text for this row: there are {total} rows, but {count}"
+            )
         else:
             assert completion
             place = f"{source / completion.file}: item {completion.row}"
-            wrong = f"{place} belongs to no row: {count} rows, but {total}"
+            wrong = f"{place} belongs to no row: there are {count} rows, but {total}"
         raise InputError(f"{wrong} teacher texts in {_span(teachers)}")
 
 

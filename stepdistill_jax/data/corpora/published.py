@@ -18,7 +18,7 @@ from stepdistill_jax.errors import InputError
 
 VERSION = 1
 NEOX = "gpt-neox"  # folder of GPT-NeoX's texts: gpt-neox/NAME/SPLIT.json, next to the datasets' folders
-ASDIV = svamp.EXTRA  # the published code's dataset of that name has SVAMP's rows, too
+ASDIV = svamp.EXTRA  # in the published code, the dataset of that name also has SVAMP's rows
 
 
 def _cqa(row: JsonRow, ids: UniqueIds) -> Example:
@@ -39,7 +39,9 @@ def _asdiv(row: JsonRow, _: UniqueIds) -> Example:
 
 def _nli(row: JsonRow, ids: UniqueIds) -> Example:
     if not (label := nli.gold(row)):
-        raise InputError(f"{row.where}: no gold label, which the published code requires")
+        raise InputError(
+            f"{row.where}: the row has no gold label, which the published code requires"
+        )
     premise, hypothesis = (row.text(name, strip=False) for name in ("premise", "hypothesis"))
     return Example(ids.of(row, "uid"), premise, label, more={INPUT_PAIR: hypothesis})
 
@@ -49,10 +51,10 @@ class _Corpus:
     """A dataset of the published code.
 
     Attributes:
-        to_example: converts a row, without the teacher's part.
-        rule: parses the teacher's text.
-        prefix: prefix of its files, and name of GPT-NeoX's folder.
-        drawn: whether validation is drawn from train; if False, it has its own file.
+        to_example: function that converts a row, without the teacher's part.
+        rule: function that parses the teacher's text.
+        prefix: prefix of the names of its files, and name of its folder in `gpt-neox`.
+        drawn: whether validation is drawn from train. If False, validation has its own file.
     """
 
     to_example: Callable[[JsonRow, UniqueIds], Example]
@@ -73,7 +75,7 @@ _CORPORA = {
 def read(name: str, source: pathlib.Path) -> Reading:
     """Reads a dataset's files and the teacher's texts without repairs or stripping.
 
-    The two texts of e-SNLI and ANLI are `input` and `input_pair`. If the published code has no
+    The premise of e-SNLI and ANLI is `input`, and the hypothesis is `input_pair`. If the published code has no
     validation file, `published_split` draws validation, and train and validation keep the drawn order.
 
     Args:
@@ -122,7 +124,7 @@ class _File:
     """The rows of one file with their teacher texts.
 
     Attributes:
-        folder: folder that names of files are relative to.
+        folder: folder to which the names of teacher files are relative.
         path: file of the rows.
         corpus: the dataset of the published code.
         teachers: files of the teacher's texts; may be empty.
@@ -157,14 +159,14 @@ class _File:
 
 
 def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File]:
-    """Returns the file of each split; validation has one if the published code reads it."""
+    """Returns the file of each split. Validation is included only if the published code reads its file."""
     corpus, neox = _CORPORA[name], source.name == NEOX
     folder, inputs = paper_layout.input_files(
         source.parent if neox else source, corpus.prefix, name
     )
     needed = ("train",) if corpus.drawn else ("train", "validation")
     if corpus.drawn and (path := inputs.pop("validation", None)):
-        notes.append(f"{path}: not read: the published code draws validation from train")
+        notes.append(f"{path}: not read, since the published code draws validation from train")
     found = {}
     for part, split in paper_layout.FILE_SPLITS.items():
         path = folder / f"{corpus.prefix}_{part}.json"
@@ -194,7 +196,9 @@ def _teachers(
 
 def _asdiv_file(folder: pathlib.Path, neox: bool) -> _File:
     if neox:
-        raise InputError(f"`source`: {NEOX} has no texts for {ASDIV}; leave the folder out")
+        raise InputError(
+            f"`source`: {NEOX} has no texts for {ASDIV}; pass its parent folder, with PaLM's texts"
+        )
     found = svamp.extra_folder(folder, folder)
     if found is None:
         raise InputError(

@@ -25,10 +25,10 @@ class RowSource:
     """The rows of one split, or of a file that is still to be split.
 
     Attributes:
-        name: name for messages: its path, or `the list`.
-        key: name in the fingerprint.
-        digest: hex digest of the contents.
-        rows: starts reading.
+        name: name in messages: the path of the file, or `the list`.
+        key: name of the rows in the dataset's `sources`, which its fingerprint covers.
+        digest: hex digest of the rows' contents.
+        rows: function that starts reading, and yields the rows.
     """
 
     name: str
@@ -40,15 +40,17 @@ class RowSource:
 def find_sources(
     source: Source, notes: list[str], numbers: Sequence[str] = ()
 ) -> tuple[dict[str, RowSource], bool]:
-    """Returns the source of each split, and whether the only one, `train`, must still be split by ids.
+    """Returns the source of each split, and whether rows must still be split by their ids.
+
+    If they must be split, all rows are in one source, which is returned as `train`.
 
     Args:
         source: a path, a list of dicts, or a dict of lists by split.
         notes: list that receives notes on missing splits and on files that are not read.
-        numbers: columns of CSV whose cells are numbers.
+        numbers: names of the CSV columns whose cells are numbers.
 
     Raises:
-        InputError: there are no rows to read; says what is missing.
+        InputError: there are no rows to read. The message says what is missing.
     """
     if isinstance(source, Mapping):
         return {split: _of_list(rows, split) for split, rows in _lists(source).items()}, False
@@ -61,10 +63,10 @@ def find_sources(
 
 
 def split_lists(source: Any) -> dict[str, Rows] | None:
-    """Returns `source` as lists of dicts by split, a single list as train; None if it is neither.
+    """Returns a dict of lists as it is, a single list as {"train": list}, and None for anything else.
 
     Raises:
-        InputError: a dict holds anything but lists.
+        InputError: a value of the dict is not a list, or a key is not the name of a split.
     """
     if isinstance(source, Mapping):
         return _lists(source)
@@ -102,7 +104,7 @@ def _written(row: Any, name: str, number: int) -> bytes:
     """Returns a row of a list as JSON.
 
     Raises:
-        InputError: it contains itself, or lists nested a thousand deep.
+        InputError: the row contains itself, or lists that are nested a thousand deep.
     """
     try:
         # a value unknown to JSON is refused or ignored later: its type's name is enough here

@@ -24,12 +24,12 @@ EXTRA = "asdiv"
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads svamp_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"input", "label"}, or the original's and exports' {"ID", "Body", "Question",
-    "Equation"}. Without an ID the id is the row's number.
+    A row is {"input", "label"} in the paper's files, and {"ID", "Body", "Question", "Equation"} in the
+    original and in exports. A row without "ID" has its row number as id.
 
     asdiv/asdiv_train.json, with rows of the same form, and asdiv/llm/train_CoT_I.json become the
     split `unlabelled`. The folder asdiv lies next to the folder of SVAMP's files, as in the paper's
-    archive, or inside it.
+    archive, or inside that folder.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
@@ -49,7 +49,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     }
     reading.sources.update(digests)
     reading.notes.append(
-        f"{path}: its rows are the split {UNLABELLED}, with the teacher's labels in place of gold labels"
+        f"{path}: its rows become the split {UNLABELLED}, with the teacher's labels in place of gold labels"
     )
     own_rows = reading.rows
 
@@ -62,14 +62,14 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
 
 
 def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | None:
-    """Returns ASDiv's folder, next to the folder of SVAMP's files or in it; None if there is none.
+    """Returns ASDiv's folder, which lies next to `folder` or inside it, or None if there is none.
 
     Args:
         folder: folder of SVAMP's files.
         source: that folder or its parent, as given by the user.
 
     Raises:
-        InputError: ASDiv's rows lie directly in one of these, not in a separate folder.
+        InputError: ASDiv's rows lie directly in `folder` or `source`, not in a separate folder.
     """
     name = f"{EXTRA}_train.json"
     for found in (folder / EXTRA, folder.resolve().parent / EXTRA):
@@ -79,8 +79,8 @@ def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | N
         if (misplaced / name).exists():
             right = misplaced / EXTRA
             raise InputError(
-                f"{misplaced / name}: its teacher files have the same names as SVAMP's; move it to"
-                f" {right / name}, and its teacher files to {right / 'llm'}/"
+                f"{misplaced / name}: ASDiv's teacher files have the same names as SVAMP's; move this file"
+                f" to {right / name}, and ASDiv's teacher files to {right / 'llm'}/"
             )
     return None
 
@@ -99,7 +99,7 @@ def _extra_row(row: JsonRow, completion: paper_layout.Completion, _: UniqueIds) 
 
 
 def question(row: JsonRow) -> str:
-    """Returns the input: `input`, or `Body` and `Question` on one line each."""
+    """Returns the input: the field `input`, or the fields `Body` and `Question` on separate lines."""
     if "Body" not in row.fields:
         return row.text("input", strip=False)
     # joined as in the paper's files
