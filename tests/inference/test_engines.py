@@ -325,10 +325,10 @@ def refusals(model_dir, folder):
             "`engine` must be one of jax, ctranslate2",
         ),
         "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such model directory"),
-        "a step": ((folder,), {"step": 3}, "`step` 3: .*holds only one model"),
-        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs on the cores"),
+        "a step": ((folder,), {"step": 3}, "`step` 3: .*contains only one model"),
+        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs only on CPU cores"),
         "beams": ((folder,), {"num_beams": 0}, "`num_beams`"),
-        "nothing to read": ((folder,), {"prefix": ""}, "no answer to an empty prompt"),
+        "nothing to read": ((folder,), {"prefix": ""}, "prompt is empty"),
     }
 
 
@@ -392,7 +392,7 @@ def test_without_the_package_the_command_to_install_it_is_named(
 
 
 def test_a_quantization_is_of_this_format_only(model_dir, workdir, tmp_path):
-    with pytest.raises(InputError, match="`quantization`: only for `format=ctranslate2`"):
+    with pytest.raises(InputError, match="`quantization`: only `format=ctranslate2` accepts"):
         export(workdir, tmp_path / "new", quantization="int8")
     with pytest.raises(InputError, match=r"float16 gives NaN"):
         export(model_dir, tmp_path / "new", format="ctranslate2", quantization="float16")

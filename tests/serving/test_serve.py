@@ -232,8 +232,8 @@ def test_choices_are_scored_as_predict_scores_them(
         many = found.ask({"input": "a", "choices": [f"number {i}" for i in range(300)]})
     if choices == "row":
         assert (response.status_code, many.status_code) == (400, 400)
-        assert response.json()["error"].startswith("row 2: no field 'choices'")
-        assert many.json() == {"error": "row 1: more than 256 choices"}
+        assert response.json()["error"].startswith("row 2: the field 'choices' is missing")
+        assert many.json() == {"error": "row 1: there are more than 256 choices"}
     else:
         assert (response.status_code, many.status_code) == (200, 400)
 
