@@ -436,7 +436,7 @@ def test_an_arm_is_known_by_its_objectives_whatever_they_weigh():
     ("paths", "options", "part"),
     [
         (["nowhere"], {}, "nowhere: no such folder"),
-        (["empty"], {}, "neither is nor contains a run or a sweep"),
+        (["empty"], {}, "the folder is neither a run nor a sweep"),
         (["run"], {"baseline": "label_olny"}, "did you mean"),
         (["run"], {"split": "validation"}, "no other run has answers on validation"),
         (["run"], {"examples": -1}, "`examples`"),
