@@ -1,4 +1,4 @@
-"""`stepdistill annotate`: asks a large model for the rationales and labels of a file's questions."""
+"""`stepdistill annotate`: asks a large model for rationales and labels for the questions in a file."""
 
 import argparse
 import dataclasses
@@ -68,7 +68,7 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `annotate`; each is a field of `teacher.Settings`."""
+    """Adds the arguments of `annotate`. Each flag sets the field of the same name in `teacher.Settings`."""
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
@@ -160,7 +160,7 @@ def _instructions(text: str) -> str:
         check_file(text[1:])
         return pathlib.Path(text[1:]).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise InputError(f"--instructions {text}: cannot be read ({error})") from None
+        raise InputError(f"--instructions {text}: the file cannot be read ({error})") from None
 
 
 def _choices(text: str) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ def _choices(text: str) -> tuple[str, ...]:
             raise InputError(f"--choices: broken JSON ({error})") from None
     found = tuple(part.strip() for part in parts if isinstance(part, str))
     if len(found) != len(parts) or not all(found):
-        raise InputError(f"--choices: expected texts, none of them empty, got {text!r}")
+        raise InputError(f"--choices: expected a list of strings, none of them empty, got {text!r}")
     return found
 
 
@@ -194,7 +194,9 @@ def _parameters(pairs: list[str]) -> dict[str, Any]:
         try:
             found[name] = json.loads(value)
         except RecursionError:
-            raise InputError(f"--parameter {name}: unreadable JSON") from None
+            raise InputError(
+                f"--parameter {name}: the value has too many nested brackets"
+            ) from None
         except ValueError:
             found[name] = value  # a bare word is a text
     return found
@@ -206,10 +208,12 @@ def _show_dry_run(result: dict[str, Any]) -> None:
     say(result["prompt"])
     say("-" * 20)
     parameters = json.dumps(result["parameters"], sort_keys=True)
-    say(f"one user message of about {result['first_prompt_tokens']} tokens; {parameters}")
+    say(
+        f"this is one user message of about {result['first_prompt_tokens']} tokens; parameters: {parameters}"
+    )
     say(f"{in_words(result)}; nothing was sent")
     if result["cost"] is None:
-        say("pass --price-input and --price-output (per million tokens) to estimate the cost")
+        say("to estimate the cost, pass --price-input and --price-output (per million tokens)")
 
 
 def _show_batch(action: str, result: dict[str, Any]) -> None:
@@ -218,8 +222,8 @@ def _show_batch(action: str, result: dict[str, Any]) -> None:
         say(f"{result['rows']} rows, {result['requests']} requests: {files}")
         return
     say(
-        f"{result['results']} results: {result['kept']} kept, {result['failed']} failed,"
-        f" {result['other']} for other rows or kept before"
+        f"{result['results']} results: {result['kept']} answers were saved, {result['failed']} results failed,"
+        f" {result['other']} results belong to other rows or were saved before"
     )
     for kind, count in result["defects"].items():
         say(f"{kind}: {count}")
@@ -234,8 +238,8 @@ def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
     if result["stopped"]:
         log(
             f"stepdistill: stopped: {' '.join(result['stopped'].split())}; {result['rows']} rows"
-            f" are in {output}.partial; the same command continues: it never pays twice for a complete"
-            " answer, and asks again for unreadable ones"
+            f" are in {output}.partial; the same command continues, and asks again only for answers that"
+            " were not complete and readable"
         )
         say(used)
     else:

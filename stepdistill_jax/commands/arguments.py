@@ -1,4 +1,4 @@
-"""Flags that several commands share, and the check for SeqIO on this platform."""
+"""Defines the flags that several commands share, and checks that SeqIO can be imported."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ GIN_PREFIX = "--gin."
 
 
 class UsageExit(SystemExit):
-    """Exits with status 2 after bad usage; `message` says what was wrong."""
+    """Raised after bad usage, to exit with status 2. `message` says what was wrong."""
 
     def __init__(self, message: str):
         super().__init__(2)
@@ -22,7 +22,7 @@ class UsageExit(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports bad usage in one line and exits with status 2; only `--help` prints the usage text."""
+    """A parser that reports bad usage in one line, without the usage text, and exits with status 2."""
 
     def error(self, message):
         text = f"{printable(message)}; see `{self.prog} --help`"
@@ -73,11 +73,13 @@ def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") ->
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> None:
-    """Adds a flag for each field of `DecodeOptions`, without defaults; see `decode_options_of`.
+    """Adds a flag for each field of `DecodeOptions`.
+
+    The flags have no defaults, so that `decode_options_of` returns only those that the user sets.
 
     Args:
         parser: parser of a command that decodes.
-        prompts: whether to add `--max-decode-len` and `--prefix`.
+        prompts: whether to add the flags `--max-decode-len` and `--prefix`, too.
     """
 
     def add(flag: str, **settings: Any) -> None:
@@ -149,7 +151,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
 
 
 def decode_options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of `add_decode_arguments` that the command line sets."""
+    """Returns {field of `DecodeOptions`: value} for the flags that the user sets."""
     from stepdistill_jax.inference import DecodeOptions
 
     names = [field.name for field in dataclasses.fields(DecodeOptions)]
@@ -162,10 +164,10 @@ def add_config_arguments(
     metavar: str = "CONFIG",
     help: str = "a config file, or the name of a shipped one such as demo_step_by_step",
 ) -> None:
-    """Adds CONFIG, `--set`, and T5X's `--gin_file` and `--gin.X=Y`.
+    """Adds the argument CONFIG, the flag `--set`, and T5X's flags `--gin_file` and `--gin.X=Y`.
 
-    They are parsed into `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, the
-    arguments of `gin_config.load_config`.
+    Their values are in `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, which are
+    the arguments of `gin_config.load_config`.
     """
     parser.add_argument(
         "config",
@@ -200,7 +202,7 @@ def add_config_arguments(
 
 
 def split_gin_flags(argv: list[str]) -> list[str]:
-    """Rewrites `--gin.NAME=VALUE`, whose names argparse cannot know, to `--gin-binding=NAME=VALUE`."""
+    """Replaces each `--gin.NAME=VALUE` by `--gin-binding=NAME=VALUE`, since argparse needs fixed names."""
     return [
         f"--gin-binding={argument.removeprefix(GIN_PREFIX)}"
         if argument.startswith(GIN_PREFIX)
@@ -210,10 +212,11 @@ def split_gin_flags(argv: list[str]) -> list[str]:
 
 
 def require_seqio(command: str) -> None:
-    """Refuses a command that builds datasets if SeqIO cannot be imported.
+    """Refuses a command that needs SeqIO if SeqIO or one of its dependencies is not installed.
 
     Raises:
-        InputError: a distribution is missing; names it, and the commands that work without it.
+        InputError: a distribution is missing. The message names it, and the commands that work without
+            it.
     """
     needed = {
         "tensorflow_text": "tensorflow-text",

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.evaluate`; process 0 prints the summary."""
+    """Calls `inference.evaluate`, and prints its summary on process 0."""
     join_and_cache(args.path)
     from stepdistill_jax.inference import evaluate, rationale_quality
     from stepdistill_jax.inference.accuracy import in_words

@@ -1,4 +1,4 @@
-"""`stepdistill plan`: computes what a config needs on N devices, and finds the cheapest layout that fits."""
+"""`stepdistill plan`: computes what a config needs on N devices, and the cheapest layout that fits."""
 
 import argparse
 import math
@@ -72,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Returns a size in bytes: 80e9 for `80GB`, 16 x 2**30 for `16GiB`.
+    """Returns a size in bytes, such as 80e9 for `80GB` and 16 x 2**30 for `16GiB`.
 
     Raises:
-        InputError: the text is not a number with a unit of `_UNITS`.
+        InputError: the string is not a positive number with a known unit.
     """
     found = re.fullmatch(r"([\d.]+) ?([KMGT]?i?B?)", text.strip())
     if found is None or found.group(2) not in _UNITS or found.group(1).count(".") > 1:
@@ -87,11 +87,13 @@ def parse_size(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the config, plans, and prints the tables."""
+    """Reads the config, plans the training step or the decoder, and prints the result."""
     if args.topology and args.devices is not None:
-        raise InputError("--devices: --topology already sets the number; leave one of them out")
+        raise InputError(
+            "--devices: --topology already sets the number of devices; leave one of the two flags out"
+        )
     if args.quantization and not args.decode:
-        raise InputError("--quantization: applies to the decoder only; add --decode")
+        raise InputError("--quantization: only the decoder can be quantized; add --decode")
     hbm = None if args.hbm is None else parse_size(args.hbm)
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.planning import plan, plan_decode
@@ -135,12 +137,12 @@ def _console() -> "Console":
 
 
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
-    """Returns the flags that choose a candidate, for `train`; a `--devices` among them is for `plan`.
+    """Returns the flags of `train` that select a candidate. Only `plan` accepts `--devices` among them.
 
     Args:
         candidate: a compiled candidate.
-        policy: the config's remat policy, which needs no flag.
-        given: whether the command line names the layout.
+        policy: remat policy of the config, which needs no flag.
+        given: whether the user has set the layout on the command line.
     """
     # "fsdp_tensor 32x8" is the layout fsdp_tensor with tensor = 8
     layout, _, sizes = candidate["name"].partition(" ")
@@ -160,7 +162,7 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns a remedy's flags and their effect as a line."""
+    """Returns a line with the flags of a remedy and with what a step then needs."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
     bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (

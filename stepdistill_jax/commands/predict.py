@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.predict`; process 0 prints the summary."""
+    """Calls `inference.predict`, and prints its summary on process 0."""
     if args.task_module:
         raise InputError(
             "--module: leave it out; predict imports no SeqIO task, and uses the metric of the model's"
@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def join_and_cache(path: str) -> None:
-    """Joins the other processes, and configures JAX for the model at `path`.
+    """Joins the other processes of the job, and configures JAX for the model at `path`.
 
-    For a workdir, it enables the compile cache next to it.
+    If `path` is a workdir, the compile cache is enabled in a folder next to it.
     """
     from stepdistill_jax.runtime.distributed import join
 
@@ -100,9 +100,10 @@ def join_and_cache(path: str) -> None:
 
 
 def stopped_by_signals() -> contextlib.AbstractContextManager:
-    """Returns a context that stops at SIGTERM (exit status 75) or Ctrl-C (130); finished rows are kept.
+    """Returns a context in which SIGTERM and Ctrl-C stop the command. Finished rows are kept.
 
-    With several processes, `jax.distributed` catches SIGTERM, and all stop together after a batch.
+    The exit status is 75 after SIGTERM, and 130 after Ctrl-C. If there are several processes, the context
+    does nothing: `jax.distributed` catches SIGTERM, and all processes stop together after a batch.
     """
     import jax
 

@@ -1,4 +1,4 @@
-"""`stepdistill prepare`: turns original files into a checked dataset."""
+"""`stepdistill prepare`: reads the original files of a dataset, checks them, and writes a prepared dataset."""
 
 import argparse
 import collections
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prepares a dataset, prints a table per split, and returns the counts."""
+    """Prepares a dataset, prints a table for each split, and returns the counts."""
     from rich.markup import escape
 
     from stepdistill_jax.commands.arguments import require_seqio
@@ -125,10 +125,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_map(text: str | None) -> dict[str, str]:
-    """Returns {"input": "question"} for `input=question`; commas separate several pairs.
+    """Returns the field names of `--map`, such as {"input": "question"} for `input=question`.
+
+    Several pairs are separated by commas.
 
     Raises:
-        InputError: a part has no `=`, or a field is mapped twice.
+        InputError: a pair is incomplete, or a field is mapped twice.
     """
     field_map: dict[str, str] = {}
     for part in filter(None, (text or "").split(",")):
@@ -142,7 +144,7 @@ def parse_map(text: str | None) -> dict[str, str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints a table per split, the notes, and the dataset's folder."""
+    """Prints a table for each split, the notes, the warnings, and the folder of the dataset."""
     from rich.markup import escape
 
     screen = console(highlight=False)
@@ -168,7 +170,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> None:
-    """Prints a table of unusable rows; `rows` are the first ones of `count`."""
+    """Prints a table of unusable rows. `rows` are the first of `count` such rows."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -183,7 +185,7 @@ def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> No
 
 
 def _labels(splits: dict[str, Any]) -> Any:
-    """Returns the table of a closed set of labels; None if answers are free text."""
+    """Returns a table of how often each label occurs; None if the labels are not a closed set."""
     from rich.markup import escape
     from rich.table import Table
 

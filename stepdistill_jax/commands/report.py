@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `experiments.report`, prints a table, and returns its numbers."""
+    """Calls `experiments.report`, prints a table for each comparison, and returns the numbers in them."""
     from stepdistill_jax.experiments.report import report
 
     written = report(

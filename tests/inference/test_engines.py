@@ -326,7 +326,11 @@ def refusals(model_dir, folder):
         ),
         "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such model directory"),
         "a step": ((folder,), {"step": 3}, "`step` 3: .*contains only one model"),
-        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs only on CPU cores"),
+        "a layout": (
+            (folder,),
+            {"layout": "tensor"},
+            "`layout`: CTranslate2 runs only on CPU cores",
+        ),
         "beams": ((folder,), {"num_beams": 0}, "`num_beams`"),
         "nothing to read": ((folder,), {"prefix": ""}, "prompt is empty"),
     }

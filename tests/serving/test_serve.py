@@ -354,7 +354,9 @@ def test_a_model_without_rationales_says_so(echo):
     service, _ = echo
     response = service.ask({"input": "a"}, "/explain")
     assert response.status_code == 404 and "no rationale" not in response.text
-    assert response.json() == {"error": "this model was not trained to write a rationale apart from the label"}
+    assert response.json() == {
+        "error": "this model was not trained to write a rationale apart from the label"
+    }
     assert service.client.get("/info").json()["rationale"] is False
 
 
