@@ -15,53 +15,58 @@ from stepdistill_jax.runtime.progress import log, translated
 FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
     "teacher": {
         "--model M": "name of the model on the server",
-        "--base-url URL": "OpenAI-compatible server, e.g. http://localhost:8000/v1 (default:"
-        " $OPENAI_BASE_URL, else OpenAI)",
-        "--api-key-env NAME": "environment variable that holds the key (default: OPENAI_API_KEY); the key is"
-        " never stored",
-        "--teacher hf:DIR": "a local transformers directory instead of a server",
+        "--base-url URL": "OpenAI-compatible server, such as http://localhost:8000/v1 (default:"
+        " $OPENAI_BASE_URL, or OpenAI's server if that is not set)",
+        "--api-key-env NAME": "environment variable that contains the API key (default: OPENAI_API_KEY);"
+        " the key is never stored",
+        "--teacher hf:DIR": "local transformers directory to use instead of a server",
     },
     "prompt": {
         "--task NAME": "prompt to use: cqa, svamp, esnli, anli, or generic for your own rows",
-        "--exemplars FILE.jsonl": 'a few rows {"input", "rationale", "label"} as examples of answers',
+        "--exemplars FILE.jsonl": 'file of a few rows {"input", "rationale", "label"}, which the prompt shows'
+        " as examples",
         "--instructions TEXT": "text before the exemplars; @FILE reads it from a file",
-        "--choices A,B,...": "allowed answers of rows without their own (a JSON list if one contains a"
-        " comma)",
+        "--choices A,B,...": "allowed answers for rows without the field `choices` (a JSON list if an"
+        " answer contains a comma)",
     },
     "answers": {
         "--samples K": (
             int,
-            "answers per row; the majority's label is kept, and its share becomes the weight (default: 1)",
+            "number of answers per row; the commonest label is used, and its share"
+            " becomes the row's weight (default: 1)",
         ),
-        "--temperature T": "sampling temperature (default: 0; 0.7 with several samples); `default` sends"
-        " none",
-        "--max-tokens N": (int, "limit of an answer's tokens, reasoning included (default: 1024)"),
+        "--temperature T": "sampling temperature; `default` leaves it out of the request (default: 0, or"
+        " 0.7 with several samples)",
+        "--max-tokens N": (
+            int,
+            "largest number of tokens in an answer, reasoning included (default: 1024)",
+        ),
         "--reasoning-effort E": "for reasoning models: low, medium, high",
         "--retries N": (
             int,
-            "how often to ask again for an unreadable answer, once one answer of the run has been"
-            " readable (default: 1)",
+            "number of times to ask again after an unreadable answer, once the run has"
+            " had a readable one (default: 1)",
         ),
         "--max-truncated SHARE": (
             float,
-            "after 20 answers, stop if more than this share is truncated at --max-tokens or otherwise"
-            " unusable (default: 0.05)",
+            "stop after 20 or more answers if a larger share than this is truncated at"
+            " --max-tokens or otherwise unusable (default: 0.05)",
         ),
     },
     "cost and load": {
         "--price-input P": (float, "price of a million prompt tokens"),
         "--price-output P": (float, "price of a million answer tokens"),
-        "--max-cost C": (float, "limit for the cost of this run"),
-        "--max-tokens-total N": (int, "limit for the tokens of this run"),
+        "--max-cost C": (float, "largest cost of this run"),
+        "--max-tokens-total N": (int, "largest number of tokens that this run may use"),
         "--concurrency N": (
             int,
-            "requests at once; for a local teacher, its batch size (default: 16)",
+            "number of simultaneous requests; for a local teacher, its batch size (default: 16)",
         ),
         "--attempts N": (
             int,
-            "how often to send a request before a server error is final (default: 8)",
+            "number of times to send a request before a server error is final (default: 8)",
         ),
-        "--timeout SECS": (float, "seconds for a complete request (default: 300)"),
+        "--timeout SECS": (float, "time limit of a request, in seconds (default: 300)"),
         "--cache FILE": "SQLite file of answers (default: teacher_cache.sqlite next to the output)",
     },
 }
@@ -73,13 +78,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input",
         metavar="INPUT.jsonl",
         type=pathlib.Path,
-        help='rows {"input": ...}, optionally with "id", "label", "choices"',
+        help='file of rows {"input": ...}, which may also have "id", "label" and "choices"',
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
         type=pathlib.Path,
-        help="the same rows with rationales, for `prepare jsonl`; a stopped run continues",
+        help="file to write: the same rows with rationales, as `prepare jsonl` reads them;"
+        " after a stop, the same command continues",
     )
     groups = {title: parser.add_argument_group(title) for title in FLAGS}
     for title, flags in FLAGS.items():
@@ -97,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups["prompt"].add_argument(
         "--label-given",
         action="store_true",
-        help="include the gold label in the prompt, and ask for its rationale, which the output marks",
+        help="show the teacher the gold label, and ask only for a rationale; the output"
+        " marks these rationales",
     )
     groups["answers"].add_argument(
         "--parameter",
@@ -105,19 +112,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="an additional field of the request, e.g. top_p=0.9 (repeatable)",
+        help="additional field of the request, such as top_p=0.9; may be given several times",
     )
     groups["cost and load"].add_argument(
         "--dry-run",
         action="store_true",
-        help="show the first prompt and the estimated cost of the file; send nothing",
+        help="send nothing, and only show the first prompt and the estimated cost of the file",
     )
     groups["cost and load"].add_argument(
         "--batch-file",
         nargs="+",
         default=(),
         metavar=("write|read", "FILE"),
-        help="write requests in OpenAI's batch format, or read results into the cache",
+        help="write: write the requests to FILE in OpenAI's batch format; read: save the"
+        " answers in the result files in the cache",
     )
 
 

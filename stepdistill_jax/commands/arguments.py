@@ -35,8 +35,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="end standard output with a JSON object; after an error, its keys are `error` and"
-        " `exit_code`",
+        help="print a JSON object as the last line of standard output; after an error, its"
+        " keys are `error` and `exit_code`",
     )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of any error")
 
@@ -48,7 +48,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--module",
         dest="task_module",
         metavar="PKG.TASKS",
-        help="Python module that registers your SeqIO tasks, imported first",
+        help="Python module that registers your SeqIO tasks; it is imported first",
     )
 
 
@@ -58,7 +58,8 @@ def add_data_dir_argument(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder of prepared datasets (default: $STEPDISTILL_DATA_DIR, else the user's cache)",
+        help="folder of prepared datasets (default: $STEPDISTILL_DATA_DIR, or the user's"
+        " cache if that is not set)",
     )
 
 
@@ -68,7 +69,8 @@ def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") ->
         "--step",
         default=default,
         metavar="best|last|N",
-        help="checkpoint of a workdir (default: best by validation)",
+        help="checkpoint of a workdir: best on the validation split, last, or a step"
+        " number (default: best)",
     )
 
 
@@ -90,7 +92,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         "--batch-size",
         type=int,
         metavar="N",
-        help="rows per batch, on all devices together (default: 64 per device that decodes separate rows)",
+        help="number of rows per batch, on all devices together (default: 64 for each"
+        " device that decodes separate rows)",
     )
     add(
         "--layout",
@@ -114,8 +117,9 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--choices",
         metavar="FILE|row|labels",
-        help="score each allowed label instead of decoding, so that every answer is allowed: FILE lists"
-        " labels, `row` means each row's `choices`, `labels` means the task's labels",
+        help="score each allowed label instead of decoding, so that every answer is an"
+        " allowed label: FILE lists the allowed labels, `row` allows each row's"
+        " `choices`, and `labels` allows the task's labels",
     )
     add(
         "--choices-temperature",
@@ -133,8 +137,9 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--quantization",
         choices=("int8",),
-        help="with jax: keep weights in memory as int8 with a scale per output, a quarter of the bytes"
-        " (default: float32); a CTranslate2 directory keeps the type of its export",
+        help="with the engine jax: keep weights in memory as int8 with a scale for each"
+        " output, which takes a quarter of the memory (default: float32); the type of"
+        " a CTranslate2 directory was chosen at its export",
     )
     if prompts:
         add(
@@ -181,7 +186,8 @@ def add_config_arguments(
         default=[],
         dest="overrides",
         metavar="NAME=VALUE",
-        help="set a macro (BATCH_SIZE=32) or a parameter in use (train.grace_secs=30); repeatable",
+        help="set a macro (BATCH_SIZE=32) or a parameter that the config uses"
+        " (train.grace_secs=30); may be given several times",
     )
     parser.add_argument(
         "--gin_file",
@@ -189,7 +195,8 @@ def add_config_arguments(
         default=[],
         dest="gin_files",
         metavar="FILE",
-        help="a further config that overrides CONFIG; --gin.NAME=VALUE works, too (both as in T5X)",
+        help="further config file, which overrides CONFIG; as in T5X, --gin.NAME=VALUE"
+        " also sets a single value",
     )
     # `--gin.NAME=VALUE`, rewritten by `split_gin_flags`
     parser.add_argument(

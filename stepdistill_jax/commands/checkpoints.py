@@ -12,9 +12,13 @@ COLUMNS = ("step", "state", "MB", "label accuracy", "label loss", "", "problem")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `checkpoints`."""
-    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run, local or gs://")
     parser.add_argument(
-        "--verify", action="store_true", help="read every file and compare it with its digest"
+        "workdir", metavar="WORKDIR", help="folder of a training run, local or on gs://"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file and compare its bytes with the saved digest",
     )
 
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         default=DEFAULT_WORKDIR,
-        help=f"folder for its runs (default: {DEFAULT_WORKDIR})",
+        help=f"folder for the runs of the demo (default: {DEFAULT_WORKDIR})",
     )
     add_data_dir_argument(parser)
 

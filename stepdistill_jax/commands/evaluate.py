@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         required=True,
         metavar="NAME",
-        help="a prepared dataset, the model's own task, or a task of --module",
+        help="prepared dataset, the model's own task, or a task that --module registers",
     )
     parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
     add_decode_arguments(parser, prompts=False)

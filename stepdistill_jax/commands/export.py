@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "jax", "ctranslate2"),
         default="hf",
-        help="hf (default): for transformers; jax: the label decoder as StableHLO with its weights, for a"
-        " process that has only jax; ctranslate2: for CTranslate2, which is faster on CPUs",
+        help="hf (default): a directory for transformers; jax: the label decoder as"
+        " StableHLO with its weights, for a process that has only jax; ctranslate2: a"
+        " directory for CTranslate2, which is faster on CPUs",
     )
     parser.add_argument(
         "--quantization",

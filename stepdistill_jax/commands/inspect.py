@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read every byte of the split's token stores and check them for damage",
+        help="read all token stores of the split, and check every byte for damage",
     )
     add_data_arguments(parser)
 

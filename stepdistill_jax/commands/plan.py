@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `plan`."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--devices", type=int, help="number of devices (default: 16; a topology sets it)"
+        "--devices", type=int, help="number of devices (default: 16, or the number in --topology)"
     )
     parser.add_argument(
         "--hbm", metavar="SIZE", help="memory per device, such as 80GB (the default) or 16GiB"
@@ -44,24 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME",
-        help="plan only this layout, with the config's remat policy; a name, or an entry of the table"
-        " (`fsdp_tensor 32x8`); default: compare layouts",
+        help="plan only this layout, with the config's remat policy; NAME is a layout or"
+        " an entry of the table (`fsdp_tensor 32x8`) (default: compare layouts)",
     )
     parser.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="compile for chips that are not here, and compute their lowest possible time: a TPU slice such"
-        " as v5e:8x8 (needs the extra [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs [aot-cuda])",
+        help="compile for chips that this machine does not have, and compute a lower bound"
+        " of the time on them; CHIPS is a TPU slice such as v5e:8x8 (needs the extra"
+        " [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs the extra"
+        " [aot-cuda])",
     )
     parser.add_argument(
         "--rows",
         type=int,
-        help="packed rows per step, as `stepdistill inspect` shows them; with --decode, rows per batch",
+        help="number of packed rows per step, as `stepdistill inspect` shows it; with"
+        " --decode, number of rows per batch",
     )
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="plan a validation's label decoder instead of the training step; needs --topology",
+        help="plan the label decoder of a validation instead of the training step; needs"
+        " --topology",
     )
     parser.add_argument(
         "--quantization",

@@ -22,17 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
-        help='rows {"input": ...}, optionally with "id", "label", "choices"; a file named .csv or .tsv is'
-        " read as CSV or TSV",
+        help='file of rows {"input": ...}, which may also have "id", "label" and'
+        ' "choices"; a file named .csv or .tsv is read as CSV or TSV',
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
-        help='rows {"id", "label", "score"}, with --choices also "probability" and "choices"; a stopped'
-        " run continues",
+        help='file to write, with rows {"id", "label", "score"}, and with --choices also'
+        ' "probability" and "choices"; after a stop, the same command continues',
     )
     parser.add_argument(
-        "--task", metavar="NAME", help="prepared dataset whose metric compares labels"
+        "--task",
+        metavar="NAME",
+        help="prepared dataset whose metric and labels are used (default: the model's own task)",
     )
     add_decode_arguments(parser, prompts=True)
     parser.add_argument(
@@ -42,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="at a bad row: stop, or skip it and list it in OUTPUT.skipped.jsonl (default: stop)",
+        help="what to do at a bad row: stop, or skip it and list it in"
+        " OUTPUT.skipped.jsonl (default: stop)",
     )
     add_data_arguments(parser)
 

@@ -56,14 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper-exact",
         action="store_true",
-        help="read the paper's files as its published code does, into the dataset NAME_paper (NAME may also"
-        " be asdiv)",
+        help="read the paper's files in the same way as the paper's published code, and"
+        " name the dataset NAME_paper (NAME may also be asdiv)",
     )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="for jsonl: after all rows are read and unusable ones listed, stop (default) or skip these",
+        help="for jsonl: what to do about unusable rows, after all rows are read and the"
+        " unusable ones listed: stop, or skip them (default: stop)",
     )
     parser.add_argument(
         "--rows",
@@ -81,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         type=pathlib.Path,
         metavar="DIR",
-        help="write DIR/NAME.html: counts, defects with examples, lengths, teacher accuracy",
+        help="folder for the page NAME.html, with counts, examples of defects, lengths and"
+        " the accuracy of the teacher",
     )
     add_data_arguments(parser)
 

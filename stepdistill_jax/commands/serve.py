@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=5.0,
         metavar="X",
-        help="longest time that a row waits for others to fill a batch (default: 5)",
+        help="longest time, in ms, that a row waits for other rows to fill a batch (default: 5)",
     )
     parser.add_argument(
         "--max-queue",
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20.0,
         metavar="X",
-        help="after SIGTERM or Ctrl-C, seconds to finish the requests in progress (default: 20)",
+        help="seconds after SIGTERM or Ctrl-C in which requests in progress are still"
+        " answered (default: 20)",
     )
     add_decode_arguments(parser, prompts=True)
 

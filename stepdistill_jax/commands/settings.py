@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="NAME",
-        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), or a class or function"
-        " with fields (optimizer); default: all",
+        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), or a"
+        " class or function with fields (optimizer) (default: all settings)",
     )
 
 

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder for sweep.json and a workdir ARM/FRACTION/SEED per cell; a sweep in it is"
-        " continued, and new cells are added",
+        help="folder for sweep.json and for the workdir ARM/FRACTION/SEED of each cell; if"
+        " it already contains a sweep, that sweep is continued and new cells are added",
     )
     parser.add_argument(
         "--arms",
@@ -51,14 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=A,B",
-        help="values of a setting that `--set` can change; each gets its own cells (repeatable)",
+        help="values of a setting that `--set` can change, with separate cells for each"
+        " value; may be given several times",
     )
     parser.add_argument(
         "--evaluate",
         dest="split",
         default="test",
         metavar="SPLIT",
-        help="split on which each run's best step is evaluated, or none (default: test)",
+        help="split on which the best step of each run is evaluated; none evaluates"
+        " nothing (default: test)",
     )
     parser.add_argument(
         "--with-rationale",
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="number of retries of a failed cell, after all other cells (default: 1)",
+        help="number of times to retry a failed cell, after all other cells (default: 1)",
     )
     parser.add_argument(
         "--print",

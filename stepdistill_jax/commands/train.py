@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder for checkpoints, metrics and model, local or gs://; an unfinished run in it is"
-        " resumed",
+        help="folder for checkpoints, metrics and model, local or on gs://; if it contains"
+        " an unfinished run, that run is resumed",
     )
     add_data_arguments(parser)
 
