@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also decode the rationales, and report how close they are to the dataset's rationales and"
         " whether they lead to the model's own labels",
     )
-    parser.add_argument("--output", metavar="F.json", help="also write the result to a file")
+    parser.add_argument(
+        "--output", metavar="F.json", help="JSON file to which the result is also written"
+    )
     add_data_arguments(parser)
 
 

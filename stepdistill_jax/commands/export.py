@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization",
         metavar="float32|int8",
-        help="with --format ctranslate2: type of the weights (default: float32)",
+        help="type of the weights, only for --format ctranslate2 (default: float32)",
     )
 
 

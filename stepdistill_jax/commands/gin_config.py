@@ -72,7 +72,7 @@ def load_config(
     last, reader = shown(paths[-1]), Reader()
     declared = merged([(path, reader.bindings(path)) for path in paths])
     if not any(b.owner == f"@{ROOT}" for b in declared.values()):
-        raise InputError(f'{last}: `train` is unbound; begin with include "train.gin"')
+        raise InputError(f'{last}: `train` is unbound; begin the config with include "train.gin"')
     reached = _reached(declared)
     _check_use(reader.read, paths[-1], reached)
 
@@ -82,12 +82,14 @@ def load_config(
     for b in typed:
         if "." not in b.key and b.key not in known:
             hint = suggestion(b.key, known)
-            raise InputError(f"{b.where}: {last} declares no {b.key}{hint}")
+            raise InputError(f"{b.where}: {last} has no setting {b.key}{hint}")
     reached = _reached(declared | {b.key: b for b in typed})
     _check_values(reached, last)
     for b in typed:
         if b.key not in reached:
-            raise InputError(f"{b.where}: has no effect, since this config does not use {b.key}")
+            raise InputError(
+                f"{b.where}: this has no effect, since this config does not use {b.key}"
+            )
     return _build(reached, last), _text(reached, reader.imports)
 
 

@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantization",
         choices=("int8",),
-        help="with --decode: keep weights in memory as int8, as `predict --quantization int8` does",
+        help="only for --decode: keep weights in memory as int8, as `predict"
+        " --quantization int8` does",
     )
     add_data_dir_argument(parser)
 

@@ -1,4 +1,4 @@
-"""`stepdistill predict`: writes labels and scores for the rows of a file."""
+"""`stepdistill predict`: writes labels and scores for the rows in a file."""
 
 import argparse
 import contextlib

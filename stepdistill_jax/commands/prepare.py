@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows, also CSV and"
-        " TSV), delivery (embedded), gsm_symbolic (word problems; needs the extra [gsm])",
+        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own"
+        " rows, also CSV and TSV), delivery (embedded in the package), or gsm_symbolic"
+        " (word problems; needs the extra [gsm])",
     )
     parser.add_argument(
         "--source",
@@ -34,18 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name",
         dest="new_name",
         metavar="NEW",
-        help="name of the dataset, lower_snake_case; required for jsonl",
+        help="name of the new dataset, in lower_snake_case; required for jsonl",
     )
     parser.add_argument(
         "--map",
         dest="field_map",
         metavar="input=question,...",
-        help="for jsonl: OURS=YOURS for each field that has another name in your rows",
+        help="for jsonl: a pair OURS=YOURS for each field that has another name in your rows",
     )
     parser.add_argument(
         "--fields",
         metavar="NAME,...",
-        help="for jsonl: further text fields to keep, for the templates of objectives",
+        help="for jsonl: names of further text fields to keep, which templates of"
+        " objectives can use",
     )
     parser.add_argument(
         "--no-teacher",

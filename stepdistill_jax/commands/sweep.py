@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         required=True,
         metavar="A,B",
-        help="names of objectives (label_only, step_by_step, ...), or gin files that override CONFIG, by"
-        " path or by the name of a shipped part in objectives/",
+        help="names of objectives (label_only, step_by_step, ...), or gin files that"
+        " override CONFIG; a gin file is given by its path or by the name of a shipped"
+        " part in objectives/",
     )
     parser.add_argument(
         "--fractions", default="1.0", metavar="F,G", help="shares of the train split (default: 1.0)"
@@ -78,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print",
         choices=PRINT,
         dest="printed",
-        help="only print the cells' commands: for a shell, as a Slurm array, or for xpk",
+        help="run nothing, and only print the commands of the cells: for a shell, as a"
+        " Slurm array, or for xpk",
     )
     add_data_arguments(parser)
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def say(text: object) -> None:
-    """Prints lines on standard output, with control characters escaped."""
+    """Prints a text on standard output, with its control characters escaped."""
     print(escaped(text))
 
 

@@ -148,7 +148,7 @@ class Allowed:
             if ids in found:
                 raise InputError(
                     f"the labels {found[ids]!r} and {label!r} have the same ids in the model's"
-                    " vocabulary, so it cannot tell them apart"
+                    " vocabulary, so the model cannot tell them apart"
                 )
             found[ids] = label
         return list(found)

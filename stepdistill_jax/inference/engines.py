@@ -236,7 +236,9 @@ class CTranslate2Engine:
             )
         except (RuntimeError, ValueError) as error:
             message = " ".join(str(error).split())
-            raise InputError(f"{self.path}: CTranslate2 cannot open it ({message})") from None
+            raise InputError(
+                f"{self.path}: CTranslate2 cannot open this directory ({message})"
+            ) from None
 
     def decode(
         self,

@@ -185,7 +185,7 @@ def _check_each(
         if split not in splits:
             raise InputError(
                 f"mixture {mixture!r}: {name} has no split {split!r} (it has {', '.join(splits)});"
-                " evaluate its other tasks one by one"
+                " evaluate the other tasks one by one"
             )
         if rows_of_files and not isinstance(found, PreparedDataset):
             raise InputError(

@@ -35,7 +35,7 @@ class Question:
 
     @property
     def length(self) -> int:
-        """Number of ids."""
+        """Number of token ids."""
         return len(self.ids)
 
 

@@ -68,7 +68,7 @@ def serve(
         from stepdistill_jax.serving import app, server
     except ImportError as error:
         raise InputError(
-            f"serve: {error.name or error} cannot be imported; pip install 'stepdistill-jax[serve]'"
+            f"serve: {error.name or error} cannot be imported; run pip install 'stepdistill-jax[serve]'"
         ) from None
     with (
         StopSignals(server.stopped_before_listening) as signals,

@@ -138,7 +138,7 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
 
 
 def in_words(estimate: dict[str, Any]) -> str:
-    """Returns the estimate as a line: `200 rows, 150 answers to request, about 61,200 tokens, ...`."""
+    """Returns the estimate as a line, such as `200 rows, 150 answers to request, about 61,200 tokens, ...`."""
     tokens = estimate["prompt_tokens"] + estimate["completion_tokens"]
     line = (
         f"{estimate['rows']} rows, {estimate['answers']} answers to request, about {tokens:,} tokens"

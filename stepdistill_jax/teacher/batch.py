@@ -63,7 +63,7 @@ def write_batch(
                 line = next(lines, None)
             if not count:
                 raise InputError(
-                    f"{input}: a request of {len(line or b'')} bytes is too long for a batch"
+                    f"{input}: a request of {len(line or b'')} bytes is too long for a batch; shorten the row"
                 )
         files.append(str(name))
     return {"rows": estimate.rows, "requests": estimate.answers, "files": files}

@@ -119,7 +119,7 @@ class Reservation:
     """The tokens that are reserved for one question, which may be sent in several attempts."""
 
     def __init__(self, budget: Budget, prompt: str, longest_answer: int):
-        """Creates an empty reservation; `renew` reserves the tokens."""
+        """Creates a reservation without tokens. `renew` reserves the tokens."""
         self._budget, self._prompt, self._longest = budget, prompt, longest_answer
 
     async def renew(self) -> None:

@@ -122,7 +122,7 @@ class ChatClient:
         self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """Returns `text` without the key, in any encoding."""
+        """Returns `text` with the key removed, in any usual encoding of the key."""
         return self._secret.hide(text)
 
     async def ask(
@@ -219,7 +219,11 @@ class ChatClient:
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
     def _read(self, prompt: str, content: bytes, parameters: dict) -> Answer:
-        """Returns the answer in a response's body; raises SentAgain if there is none."""
+        """Returns the answer in the body of a response.
+
+        Raises:
+            SentAgain: the body contains no answer.
+        """
         body = None
         try:
             body = json.loads(content)
@@ -301,7 +305,7 @@ def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
 
 
 def token_count(value: Any, otherwise: int) -> int:
-    """Returns a server's token count, or `otherwise` if it is not a sensible number."""
+    """Returns the token count that a server reports, or `otherwise` if it is not a plausible number."""
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value if is_count and 0 <= value <= MOST_TOKENS else otherwise
 

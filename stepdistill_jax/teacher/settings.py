@@ -143,7 +143,7 @@ class Settings:
             )
         if self.max_cost is not None and prices[0] is None:
             raise InputError(
-                "`max_cost` needs the prices per million tokens: `price_input` and `price_output`"
+                "`max_cost` needs the prices per million tokens; set `price_input` and `price_output`, too"
             )
 
     def _check_parameters(self) -> None:

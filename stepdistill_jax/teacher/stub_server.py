@@ -106,7 +106,7 @@ class StubServer:
         thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), daemon=True)
         thread.start()
         if not ready.wait(10) or self._loop is None:
-            raise OSError(f"cannot listen on port {self._port}")
+            raise OSError(f"the server cannot listen on port {self._port}")
         try:
             yield self
         finally:

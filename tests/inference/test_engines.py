@@ -355,7 +355,7 @@ def test_a_model_that_ctranslate2_cannot_open_is_named(converted, source, tmp_pa
     config["stepdistill"]["sha256"] = hashlib.sha256(model).hexdigest()
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        InputError, match=r"copy: CTranslate2 cannot open it \(.*payload size"
+        InputError, match=r"copy: CTranslate2 cannot open this directory \(.*payload size"
     ) as error:
         predict(folder, source, tmp_path / "out.jsonl")
     assert "\n" not in str(error.value)
