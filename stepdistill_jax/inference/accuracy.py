@@ -62,7 +62,7 @@ class AccuracyCounts:
         `rows` is the number of rows. `accuracy` and `majority_baseline` are computed over the rows that
         have a gold label, and are absent if no row has one. `rows_with_label` is present only if some
         rows have a gold label and others do not. `invalid_labels` is the number of answers that are not
-        valid labels, or None if every answer is valid. `collapsed` is true if there are two or more rows
+        valid labels, or None if it is not known which answers are valid. `collapsed` is true if there are two or more rows
         and all have the same answer. If answers were restricted to choices, the dict also has the keys
         of `Calibration.summary`.
         """

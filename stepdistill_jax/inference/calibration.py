@@ -18,7 +18,7 @@ class Calibration:
     """
 
     def __init__(self, temperature: float = 1.0):
-        """Starts without rows. The probabilities passed to `add` were computed at `temperature`."""
+        """Starts without rows. `temperature` is that of the probabilities passed to `add`."""
         self._temperature = temperature
         self._count, self._sure, self._right = np.zeros((3, BINS))
         self._losses = np.zeros(len(TEMPERATURES))

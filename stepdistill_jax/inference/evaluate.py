@@ -150,8 +150,8 @@ def evaluate(
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
     """Refuses a dataset's validation split if the model was trained on some of its rows.
 
-    A dataset with `paper_exact` draws its validation rows from the train rows. A run with a
-    `data_fraction` below 1 draws other rows than a run without one.
+    A dataset that was prepared with `paper_exact` may draw its validation rows at random from the train
+    rows. A run with a `data_fraction` below 1 then draws other validation rows than a run with all data.
 
     Raises:
         InputError: the model was trained on some of these rows.
