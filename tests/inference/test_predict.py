@@ -252,7 +252,7 @@ def test_a_bad_row_is_named_by_file_and_line_before_anything_is_decoded(
         (
             "q.jsonl",
             '{"id": 1, "question": "a"}',
-            "names that prepare writes: input, and if known id",
+            "rows need the field input, and may have the fields id",
         ),
         (
             "q.csv",
