@@ -1,7 +1,7 @@
 """Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301) in JAX and Flax.
 
-`load(directory)` returns a model that labels texts, `curves(workdir)` a run's metrics as columns, and
-`plot_curves(workdir)` a figure of them.
+`load(directory)` returns a trained model that labels texts. `curves(workdir)` returns the metrics of a
+training run as columns, and `plot_curves(workdir)` returns a plot of them.
 """
 
 __version__ = "0.2.0"

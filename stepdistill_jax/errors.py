@@ -1,4 +1,4 @@
-"""The error that a user can fix, and the exit status of a run that only needs to be started again."""
+"""Defines the error for mistakes that a user can correct, helpers for messages, and an exit status."""
 
 import difflib
 import re
@@ -11,17 +11,18 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command, started again, continues
 
 
 class InputError(ValueError):
-    """Bad usage, config or input: one line that says what is wrong, where, and what to do.
+    """Raised for bad usage, a bad config or bad input.
 
-    Commands print it without a traceback and exit with status 2.
+    The message is one line that says what is wrong, where, and what to do. Commands print the message
+    without a traceback, and exit with status 2.
     """
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """Returns `text` as a line of at most about `most` characters, safe for any terminal and encoding.
+    """Returns `text` as a single line that is safe for any terminal and encoding.
 
-    Control characters and halves of surrogate pairs are escaped: a name in a file must not move the
-    cursor. The middle of a long text is left out.
+    Control characters and halves of surrogate pairs are escaped, so that a name in a user's file cannot
+    move the cursor. If the text has more than `most` characters, its middle is left out.
     """
     line = " ".join(str(text).split())
     if len(line) > most:
@@ -30,15 +31,16 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def escaped(text: object) -> str:
-    r"""Returns `text` with everything escaped that can control a terminal: ESC becomes `\x1b`.
+    r"""Returns `text` with all characters escaped that can control a terminal: ESC becomes `\x1b`.
 
-    Keeps line ends and tabs. Escapes other control characters, marks that change the writing
-    direction, Unicode's own line ends, and halves of surrogate pairs, which no encoding can represent.
+    Line ends and tabs are unchanged. All other control characters are escaped, as well as marks that
+    change the writing direction, Unicode's own line ends, and halves of surrogate pairs, which no encoding
+    can represent.
     """
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns `; did you mean 'cqa'?` for the closest of `known`, or an empty text if none is close."""
+    """Returns a hint such as `; did you mean 'cqa'?`, or an empty string if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

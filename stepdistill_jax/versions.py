@@ -1,4 +1,4 @@
-"""Versions and devices for `stepdistill --version`, `run.json` and bug reports."""
+"""Collects the versions and devices that `stepdistill --version` and `run.json` report."""
 
 import importlib.metadata
 import platform
@@ -28,12 +28,12 @@ LIBRARIES = (
 def version_block() -> dict[str, Any]:
     """Returns the versions of the package, Python and the libraries, and the devices.
 
-    Starts JAX's backend, and imports none of the other libraries.
+    The function starts JAX's backend, but imports none of the other libraries.
 
     Returns:
-        `stepdistill_jax`, `python`, `platform`, one entry for each of `LIBRARIES` (None: not
-        installed), `devices` (such as `"2 x cpu (cpu)"`: count, platform, kind), `local_devices` (of
-        this process) and `process_count`.
+        A dict with `stepdistill_jax`, `python`, `platform`, the version of each of `LIBRARIES` (None if
+        it is not installed), `devices` (count, platform and kind of all devices, such as `"2 x cpu
+        (cpu)"`), `local_devices` (the number of this process's devices) and `process_count`.
     """
     block: dict[str, Any] = {
         "stepdistill_jax": __version__,

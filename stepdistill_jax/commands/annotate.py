@@ -1,4 +1,4 @@
-"""`stepdistill annotate`: asks a large model for the rationales and labels of a file's questions."""
+"""`stepdistill annotate`: asks a large model for rationales and labels for the questions in a file."""
 
 import argparse
 import dataclasses
@@ -15,71 +15,77 @@ from stepdistill_jax.runtime.progress import log, translated
 FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
     "teacher": {
         "--model M": "name of the model on the server",
-        "--base-url URL": "OpenAI-compatible server, e.g. http://localhost:8000/v1 (default:"
-        " $OPENAI_BASE_URL, else OpenAI)",
-        "--api-key-env NAME": "environment variable that holds the key (default: OPENAI_API_KEY); the key is"
-        " never stored",
-        "--teacher hf:DIR": "a local transformers directory instead of a server",
+        "--base-url URL": "OpenAI-compatible server, such as http://localhost:8000/v1 (default:"
+        " $OPENAI_BASE_URL, or OpenAI's server if that is not set)",
+        "--api-key-env NAME": "environment variable that contains the API key (default: OPENAI_API_KEY);"
+        " the key is never stored",
+        "--teacher hf:DIR": "local transformers directory to use instead of a server",
     },
     "prompt": {
         "--task NAME": "prompt to use: cqa, svamp, esnli, anli, or generic for your own rows",
-        "--exemplars FILE.jsonl": 'a few rows {"input", "rationale", "label"} as examples of answers',
+        "--exemplars FILE.jsonl": 'file of a few rows {"input", "rationale", "label"}, which the prompt shows'
+        " as examples",
         "--instructions TEXT": "text before the exemplars; @FILE reads it from a file",
-        "--choices A,B,...": "allowed answers of rows without their own (a JSON list if one contains a"
-        " comma)",
+        "--choices A,B,...": "allowed answers for rows without the field `choices` (a JSON list if an"
+        " answer contains a comma)",
     },
     "answers": {
         "--samples K": (
             int,
-            "answers per row; the majority's label is kept, and its share becomes the weight (default: 1)",
+            "number of answers per row; the commonest label is used, and its share"
+            " becomes the row's weight (default: 1)",
         ),
-        "--temperature T": "sampling temperature (default: 0; 0.7 with several samples); `default` sends"
-        " none",
-        "--max-tokens N": (int, "limit of an answer's tokens, reasoning included (default: 1024)"),
+        "--temperature T": "sampling temperature; `default` leaves it out of the request (default: 0, or"
+        " 0.7 with several samples)",
+        "--max-tokens N": (
+            int,
+            "largest number of tokens in an answer, reasoning included (default: 1024)",
+        ),
         "--reasoning-effort E": "for reasoning models: low, medium, high",
         "--retries N": (
             int,
-            "how often to ask again for an unreadable answer, once one answer of the run has been"
-            " readable (default: 1)",
+            "number of times to ask again after an unreadable answer, once the run has"
+            " had a readable one (default: 1)",
         ),
         "--max-truncated SHARE": (
             float,
-            "after 20 answers, stop if more than this share is truncated at --max-tokens or otherwise"
-            " unusable (default: 0.05)",
+            "stop after 20 or more answers if a larger share than this is truncated at"
+            " --max-tokens or otherwise unusable (default: 0.05)",
         ),
     },
     "cost and load": {
         "--price-input P": (float, "price of a million prompt tokens"),
         "--price-output P": (float, "price of a million answer tokens"),
-        "--max-cost C": (float, "limit for the cost of this run"),
-        "--max-tokens-total N": (int, "limit for the tokens of this run"),
+        "--max-cost C": (float, "largest cost of this run"),
+        "--max-tokens-total N": (int, "largest number of tokens that this run may use"),
         "--concurrency N": (
             int,
-            "requests at once; for a local teacher, its batch size (default: 16)",
+            "number of simultaneous requests; for a local teacher, its batch size (default: 16)",
         ),
         "--attempts N": (
             int,
-            "how often to send a request before a server error is final (default: 8)",
+            "number of times to send a request before a server error is final (default: 8)",
         ),
-        "--timeout SECS": (float, "seconds for a complete request (default: 300)"),
+        "--timeout SECS": (float, "time limit of a request, in seconds (default: 300)"),
         "--cache FILE": "SQLite file of answers (default: teacher_cache.sqlite next to the output)",
     },
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `annotate`; each is a field of `teacher.Settings`."""
+    """Adds the arguments of `annotate`. Each flag sets the field of the same name in `teacher.Settings`."""
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
         type=pathlib.Path,
-        help='rows {"input": ...}, optionally with "id", "label", "choices"',
+        help='file of rows {"input": ...}, which may also have "id", "label" and "choices"',
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
         type=pathlib.Path,
-        help="the same rows with rationales, for `prepare jsonl`; a stopped run continues",
+        help="file to write: the same rows with rationales, as `prepare jsonl` reads them;"
+        " after a stop, the same command continues",
     )
     groups = {title: parser.add_argument_group(title) for title in FLAGS}
     for title, flags in FLAGS.items():
@@ -97,7 +103,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups["prompt"].add_argument(
         "--label-given",
         action="store_true",
-        help="include the gold label in the prompt, and ask for its rationale, which the output marks",
+        help="show the teacher the gold label, and ask only for a rationale; the output"
+        " marks these rationales",
     )
     groups["answers"].add_argument(
         "--parameter",
@@ -105,19 +112,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=JSON",
-        help="an additional field of the request, e.g. top_p=0.9 (repeatable)",
+        help="additional field of the request, such as top_p=0.9; may be given several times",
     )
     groups["cost and load"].add_argument(
         "--dry-run",
         action="store_true",
-        help="show the first prompt and the estimated cost of the file; send nothing",
+        help="send nothing, and only show the first prompt and the estimated cost of the file",
     )
     groups["cost and load"].add_argument(
         "--batch-file",
         nargs="+",
         default=(),
         metavar=("write|read", "FILE"),
-        help="write requests in OpenAI's batch format, or read results into the cache",
+        help="write: write the requests to FILE in OpenAI's batch format; read: save the"
+        " answers in the result files in the cache",
     )
 
 
@@ -160,7 +168,7 @@ def _instructions(text: str) -> str:
         check_file(text[1:])
         return pathlib.Path(text[1:]).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise InputError(f"--instructions {text}: cannot be read ({error})") from None
+        raise InputError(f"--instructions {text}: the file cannot be read ({error})") from None
 
 
 def _choices(text: str) -> tuple[str, ...]:
@@ -174,7 +182,7 @@ def _choices(text: str) -> tuple[str, ...]:
             raise InputError(f"--choices: broken JSON ({error})") from None
     found = tuple(part.strip() for part in parts if isinstance(part, str))
     if len(found) != len(parts) or not all(found):
-        raise InputError(f"--choices: expected texts, none of them empty, got {text!r}")
+        raise InputError(f"--choices: expected a list of strings, none of them empty, got {text!r}")
     return found
 
 
@@ -194,7 +202,9 @@ def _parameters(pairs: list[str]) -> dict[str, Any]:
         try:
             found[name] = json.loads(value)
         except RecursionError:
-            raise InputError(f"--parameter {name}: unreadable JSON") from None
+            raise InputError(
+                f"--parameter {name}: the value has too many nested brackets"
+            ) from None
         except ValueError:
             found[name] = value  # a bare word is a text
     return found
@@ -206,10 +216,12 @@ def _show_dry_run(result: dict[str, Any]) -> None:
     say(result["prompt"])
     say("-" * 20)
     parameters = json.dumps(result["parameters"], sort_keys=True)
-    say(f"one user message of about {result['first_prompt_tokens']} tokens; {parameters}")
+    say(
+        f"this is one user message of about {result['first_prompt_tokens']} tokens; parameters: {parameters}"
+    )
     say(f"{in_words(result)}; nothing was sent")
     if result["cost"] is None:
-        say("pass --price-input and --price-output (per million tokens) to estimate the cost")
+        say("to estimate the cost, pass --price-input and --price-output (per million tokens)")
 
 
 def _show_batch(action: str, result: dict[str, Any]) -> None:
@@ -218,8 +230,8 @@ def _show_batch(action: str, result: dict[str, Any]) -> None:
         say(f"{result['rows']} rows, {result['requests']} requests: {files}")
         return
     say(
-        f"{result['results']} results: {result['kept']} kept, {result['failed']} failed,"
-        f" {result['other']} for other rows or kept before"
+        f"{result['results']} results: {result['kept']} answers were saved, {result['failed']} results failed,"
+        f" {result['other']} results belong to other rows or were saved before"
     )
     for kind, count in result["defects"].items():
         say(f"{kind}: {count}")
@@ -234,8 +246,8 @@ def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
     if result["stopped"]:
         log(
             f"stepdistill: stopped: {' '.join(result['stopped'].split())}; {result['rows']} rows"
-            f" are in {output}.partial; the same command continues: it never pays twice for a complete"
-            " answer, and asks again for unreadable ones"
+            f" are in {output}.partial; the same command continues, and asks again only for answers that"
+            " were not complete and readable"
         )
         say(used)
     else:

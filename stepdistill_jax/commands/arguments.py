@@ -1,4 +1,4 @@
-"""Flags that several commands share, and the check for SeqIO on this platform."""
+"""Defines the flags that several commands share, and checks that SeqIO can be imported."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ GIN_PREFIX = "--gin."
 
 
 class UsageExit(SystemExit):
-    """Exits with status 2 after bad usage; `message` says what was wrong."""
+    """Raised after bad usage, to exit with status 2. `message` says what was wrong."""
 
     def __init__(self, message: str):
         super().__init__(2)
@@ -22,7 +22,7 @@ class UsageExit(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports bad usage in one line and exits with status 2; only `--help` prints the usage text."""
+    """A parser that reports bad usage in one line, without the usage text, and exits with status 2."""
 
     def error(self, message):
         text = f"{printable(message)}; see `{self.prog} --help`"
@@ -35,8 +35,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="end standard output with a JSON object; after an error, its keys are `error` and"
-        " `exit_code`",
+        help="print a JSON object as the last line of standard output; after an error, its"
+        " keys are `error` and `exit_code`",
     )
     parser.add_argument("--debug", action="store_true", help="show the full traceback of any error")
 
@@ -48,7 +48,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "--module",
         dest="task_module",
         metavar="PKG.TASKS",
-        help="Python module that registers your SeqIO tasks, imported first",
+        help="Python module that registers your SeqIO tasks; it is imported first",
     )
 
 
@@ -58,7 +58,8 @@ def add_data_dir_argument(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder of prepared datasets (default: $STEPDISTILL_DATA_DIR, else the user's cache)",
+        help="folder of prepared datasets (default: $STEPDISTILL_DATA_DIR, or the user's"
+        " cache if that is not set)",
     )
 
 
@@ -68,16 +69,19 @@ def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") ->
         "--step",
         default=default,
         metavar="best|last|N",
-        help="checkpoint of a workdir (default: best by validation)",
+        help="checkpoint of a workdir: best on the validation split, last, or a step"
+        " number (default: best)",
     )
 
 
 def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> None:
-    """Adds a flag for each field of `DecodeOptions`, without defaults; see `decode_options_of`.
+    """Adds a flag for each field of `DecodeOptions`.
+
+    The flags have no defaults, so that `decode_options_of` returns only those that the user sets.
 
     Args:
         parser: parser of a command that decodes.
-        prompts: whether to add `--max-decode-len` and `--prefix`.
+        prompts: whether to add the flags `--max-decode-len` and `--prefix`, too.
     """
 
     def add(flag: str, **settings: Any) -> None:
@@ -88,7 +92,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         "--batch-size",
         type=int,
         metavar="N",
-        help="rows per batch, on all devices together (default: 64 per device that decodes separate rows)",
+        help="number of rows per batch, on all devices together (default: 64 for each"
+        " device that decodes separate rows)",
     )
     add(
         "--layout",
@@ -112,8 +117,9 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--choices",
         metavar="FILE|row|labels",
-        help="score each allowed label instead of decoding, so that every answer is allowed: FILE lists"
-        " labels, `row` means each row's `choices`, `labels` means the task's labels",
+        help="score each allowed label instead of decoding, so that every answer is an"
+        " allowed label: FILE lists the allowed labels, `row` allows each row's"
+        " `choices`, and `labels` allows the task's labels",
     )
     add(
         "--choices-temperature",
@@ -131,8 +137,9 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--quantization",
         choices=("int8",),
-        help="with jax: keep weights in memory as int8 with a scale per output, a quarter of the bytes"
-        " (default: float32); a CTranslate2 directory keeps the type of its export",
+        help="with the engine jax: keep weights in memory as int8 with a scale for each"
+        " output, which takes a quarter of the memory (default: float32); the type of"
+        " a CTranslate2 directory was chosen at its export",
     )
     if prompts:
         add(
@@ -149,7 +156,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
 
 
 def decode_options_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of `add_decode_arguments` that the command line sets."""
+    """Returns {field of `DecodeOptions`: value} for the flags that the user sets."""
     from stepdistill_jax.inference import DecodeOptions
 
     names = [field.name for field in dataclasses.fields(DecodeOptions)]
@@ -162,10 +169,10 @@ def add_config_arguments(
     metavar: str = "CONFIG",
     help: str = "a config file, or the name of a shipped one such as demo_step_by_step",
 ) -> None:
-    """Adds CONFIG, `--set`, and T5X's `--gin_file` and `--gin.X=Y`.
+    """Adds the argument CONFIG, the flag `--set`, and T5X's flags `--gin_file` and `--gin.X=Y`.
 
-    They are parsed into `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, the
-    arguments of `gin_config.load_config`.
+    Their values are in `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, which are
+    the arguments of `gin_config.load_config`.
     """
     parser.add_argument(
         "config",
@@ -179,7 +186,8 @@ def add_config_arguments(
         default=[],
         dest="overrides",
         metavar="NAME=VALUE",
-        help="set a macro (BATCH_SIZE=32) or a parameter in use (train.grace_secs=30); repeatable",
+        help="set a macro (BATCH_SIZE=32) or a parameter that the config uses"
+        " (train.grace_secs=30); may be given several times",
     )
     parser.add_argument(
         "--gin_file",
@@ -187,7 +195,8 @@ def add_config_arguments(
         default=[],
         dest="gin_files",
         metavar="FILE",
-        help="a further config that overrides CONFIG; --gin.NAME=VALUE works, too (both as in T5X)",
+        help="further config file, which overrides CONFIG; as in T5X, --gin.NAME=VALUE"
+        " also sets a single value",
     )
     # `--gin.NAME=VALUE`, rewritten by `split_gin_flags`
     parser.add_argument(
@@ -200,7 +209,7 @@ def add_config_arguments(
 
 
 def split_gin_flags(argv: list[str]) -> list[str]:
-    """Rewrites `--gin.NAME=VALUE`, whose names argparse cannot know, to `--gin-binding=NAME=VALUE`."""
+    """Replaces each `--gin.NAME=VALUE` by `--gin-binding=NAME=VALUE`, since argparse needs fixed names."""
     return [
         f"--gin-binding={argument.removeprefix(GIN_PREFIX)}"
         if argument.startswith(GIN_PREFIX)
@@ -210,10 +219,11 @@ def split_gin_flags(argv: list[str]) -> list[str]:
 
 
 def require_seqio(command: str) -> None:
-    """Refuses a command that builds datasets if SeqIO cannot be imported.
+    """Refuses a command that needs SeqIO if SeqIO or one of its dependencies is not installed.
 
     Raises:
-        InputError: a distribution is missing; names it, and the commands that work without it.
+        InputError: a distribution is missing. The message names it, and the commands that work without
+            it.
     """
     needed = {
         "tensorflow_text": "tensorflow-text",

@@ -12,19 +12,24 @@ COLUMNS = ("step", "state", "MB", "label accuracy", "label loss", "", "problem")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `checkpoints`."""
-    parser.add_argument("workdir", metavar="WORKDIR", help="folder of a run, local or gs://")
     parser.add_argument(
-        "--verify", action="store_true", help="read every file and compare it with its digest"
+        "workdir", metavar="WORKDIR", help="folder of a training run, local or on gs://"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read every file and compare its bytes with the saved digest",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table. It only reads, so it may run while the training is still running.
+    """Prints a table of the checkpoints. It changes nothing, so it may be used while a run is training.
 
     Returns:
-        `checkpoints`, a list of dicts with `step`, `state`, `bytes`, `metrics`, `problem`, `folder`;
-        `best` and `last`, step numbers or None; `damaged`, the damaged steps (if there are any, the
-        command exits with status 1).
+        `checkpoints`: a dict for each checkpoint, with `step`, `state`, `bytes`, `metrics`, `problem` and
+        `folder`.
+        `best`, `last`: the best and the last step that can be used; None if there is none.
+        `damaged`: the damaged steps. If there are any, the command exits with status 1.
     """
     result = look(args.workdir, verify=args.verify)
     rows = [COLUMNS, *(_cells(entry, result) for entry in result["checkpoints"])]
@@ -37,9 +42,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def look(workdir: str, *, verify: bool) -> dict[str, Any]:
     """Returns the result of `run`.
 
-    The state of a step is `good` if all its bytes are as saved, `sealed` if only names and sizes were
-    compared, `damaged`, or `unsealed` if it is being saved or its save was interrupted. A quarantined
-    step has the state `quarantined`.
+    The state of a checkpoint is one of these:
+    `good`: every byte is as it was saved (only with `verify`).
+    `sealed`: the names and sizes of the files are as they were saved; their bytes were not read.
+    `damaged`: files are missing or differ from what was saved.
+    `unsealed`: the checkpoint is being saved, or its save was interrupted.
+    `quarantined`: a run found damage and moved the checkpoint away.
 
     Raises:
         InputError: `workdir` is not a workdir.
@@ -48,7 +56,7 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
     from stepdistill_jax.runtime.checkpoints.manifest import UNSEALED, defect, quarantined, saved
 
     if not is_workdir(workdir):
-        raise InputError(f"{workdir}: not a workdir (it has no checkpoints)")
+        raise InputError(f"{workdir}: not a workdir (the folder has no checkpoints)")
     folder = checkpoints_folder(workdir)
     entries, known = [], {}
     for step in saved(folder):

@@ -1,4 +1,4 @@
-"""The classes and functions whose parameters a gin file may bind, as `NAME.parameter`."""
+"""Lists the classes and functions whose parameters a gin file can bind, as `NAME.parameter`."""
 
 import functools
 import inspect
@@ -27,7 +27,10 @@ LITERAL = (
 
 
 def _of_no_module(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` without a module: with one, its name would not override gin's `gin.constant`."""
+    """Returns `function` without a module.
+
+    If a function named `constant` had a module, gin would use its own `gin.constant` for that name.
+    """
 
     @functools.wraps(function)
     def same(*args, **kwargs):
@@ -63,7 +66,7 @@ for _name, _function in CONFIGURABLES.items():
 
 
 def defaults(selector: str) -> dict[str, Any]:
-    """Returns the parameters of one of our configurables with their defaults; {} for any other name."""
+    """Returns {parameter: default} for one of our configurables; {} for any other name."""
     if selector not in CONFIGURABLES:
         return {}
     signature = inspect.signature(CONFIGURABLES[selector])
@@ -72,16 +75,21 @@ def defaults(selector: str) -> dict[str, Any]:
 
 @functools.cache
 def main_bindings() -> dict[str, str]:
-    """Returns the bindings in `train.gin` as texts: `train.task` is `%TASK`; `TASK`, `%gin.REQUIRED`."""
+    """Returns the bindings in `train.gin`, as {name: value as written}.
+
+    Examples: the value of `train.task` is `%TASK`, and the value of `TASK` is `%gin.REQUIRED`.
+    """
     text = (shipped_folder("gin") / "train.gin").read_text(encoding="utf-8")
     return dict(re.findall(r"^([\w.]+) += +(\S+)", text, re.MULTILINE))
 
 
 def selector_of(name: str) -> str:
-    """Returns the short name of our configurable, or the full name of one of optax or the user.
+    """Returns the name under which a configurable is bound.
+
+    This is the short name of one of our configurables, and the name as given of one of optax or the user.
 
     Raises:
-        InputError: gin knows no configurable of this name, or several.
+        InputError: there is no configurable of this name, or there are several.
     """
     short = name.removeprefix("stepdistill_jax.")
     if short in CONFIGURABLES:
@@ -107,7 +115,10 @@ def selector_of(name: str) -> str:
 
 
 def _of_optax(name: str) -> Callable[..., Any] | None:
-    """Returns optax's function of this name (`lion`, `contrib.muon`); None if it returns no transformation."""
+    """Returns the function of optax with this name (`lion`, `contrib.muon`).
+
+    The result is None if there is no such function, or if it does not return a gradient transformation.
+    """
     try:
         function: Any = functools.reduce(getattr, name.split("."), optax)
         returns = inspect.signature(function).return_annotation

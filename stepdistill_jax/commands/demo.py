@@ -1,4 +1,4 @@
-"""`stepdistill demo`: trains and compares three small models from scratch."""
+"""`stepdistill demo`: trains three small models from scratch, and compares them."""
 
 import argparse
 
@@ -13,13 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir",
         default=DEFAULT_WORKDIR,
-        help=f"folder for its runs (default: {DEFAULT_WORKDIR})",
+        help=f"folder for the runs of the demo (default: {DEFAULT_WORKDIR})",
     )
     add_data_dir_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Prepares the data, shows two rows, trains three arms, and prints a table."""
+    """Prepares the data, shows two rows, trains three arms, and prints a table of their results."""
     from stepdistill_jax.commands import inspect as inspect_command
     from stepdistill_jax.commands.arguments import require_seqio
     from stepdistill_jax.commands.gin_config import load_config

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         required=True,
         metavar="NAME",
-        help="a prepared dataset, the model's own task, or a task of --module",
+        help="prepared dataset, the model's own task, or a task that --module registers",
     )
     parser.add_argument("--split", default="test", help="split of the dataset (default: test)")
     add_decode_arguments(parser, prompts=False)
@@ -29,12 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also decode the rationales, and report how close they are to the dataset's rationales and"
         " whether they lead to the model's own labels",
     )
-    parser.add_argument("--output", metavar="F.json", help="also write the result to a file")
+    parser.add_argument(
+        "--output", metavar="F.json", help="JSON file to which the result is also written"
+    )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.evaluate`; process 0 prints the summary."""
+    """Calls `inference.evaluate`, and prints its summary on process 0."""
     join_and_cache(args.path)
     from stepdistill_jax.inference import evaluate, rationale_quality
     from stepdistill_jax.inference.accuracy import in_words

@@ -1,4 +1,7 @@
-"""`stepdistill export`: writes a model in Hugging Face's layout, as StableHLO, or for CTranslate2."""
+"""`stepdistill export`: writes a model for other programs.
+
+The formats are Hugging Face's layout, StableHLO and CTranslate2.
+"""
 
 import argparse
 import pathlib
@@ -23,13 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         choices=("hf", "jax", "ctranslate2"),
         default="hf",
-        help="hf (default): for transformers; jax: the label decoder as StableHLO with its weights, for a"
-        " process that has only jax; ctranslate2: for CTranslate2, which is faster on CPUs",
+        help="hf (default): a directory for transformers; jax: the label decoder as"
+        " StableHLO with its weights, for a process that has only jax; ctranslate2: a"
+        " directory for CTranslate2, which is faster on CPUs",
     )
     parser.add_argument(
         "--quantization",
         metavar="float32|int8",
-        help="with --format ctranslate2: type of the weights (default: float32)",
+        help="type of the weights, only for --format ctranslate2 (default: float32)",
     )
 
 

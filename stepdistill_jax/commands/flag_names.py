@@ -1,6 +1,7 @@
-"""Replaces parameters in messages by the running command's flags and settings.
+"""Replaces the names of Python parameters in messages by the flags and settings of the running command.
 
-The library's messages name Python parameters in backticks: "`num_beams` must be ...", "pass `on_error=skip`".
+The library's messages name parameters in backticks, such as "`num_beams` must be ..." and "pass
+`on_error=skip`".
 """
 
 import argparse
@@ -12,10 +13,11 @@ _NAMED = re.compile(r"`([A-Za-z]\w*(?:\.\w+)?)(?:=([^`\s]*))?`")
 
 
 def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
-    """Returns a function that rewrites messages for a command's users.
+    """Returns a function that rewrites a message for the users of a command.
 
-    "`num_beams`" becomes "--num-beams", "`on_error=skip`" becomes "--on-error skip". For a command that
-    reads a config, "`batch_size=8`" becomes "BATCH_SIZE=8". Other names in backticks are left unchanged.
+    It replaces "`num_beams`" by "--num-beams", and "`on_error=skip`" by "--on-error skip". If the command
+    reads a config, it also replaces "`batch_size=8`" by "BATCH_SIZE=8". Other names in backticks are left
+    unchanged.
     """
     options = {a.dest: a for a in parser._actions if a.option_strings}
 
@@ -36,9 +38,10 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
 
 @functools.cache
 def _settings() -> dict[str, str]:
-    """Returns the config's name of each field: its macro in `train.gin`, or else `train.FIELD`.
+    """Returns {name in messages: name in a config} for the fields and classes of a config.
 
-    A class is named by its reference: `LoraConfig` is `@lora()`.
+    In a config, the name of a field is its macro in `train.gin`, or `train.FIELD` if it has no macro. A
+    class is named by its reference, such as `@lora()` for `LoraConfig`.
     """
     from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults, main_bindings
 

@@ -46,29 +46,33 @@ def load_config(
     gin_files: Sequence[str] = (),
     gin_bindings: Sequence[str] = (),
 ) -> tuple[TrainConfig, str]:
-    """Reads a config; gin's global state is empty before and after.
+    """Reads a config. Afterwards, gin's global state is empty.
 
     Args:
-        config: path or name of a shipped config; None if `gin_files` contain everything.
-        overrides: texts `NAME=VALUE`, as after `--set`; the last value of a name wins.
-        gin_files: further files (`--gin_file`); a later file overrides earlier ones, but the order of
-            shipped parts does not matter (`gin_statements.merged`).
-        gin_bindings: texts `NAME=VALUE`, as after `--gin.`.
+        config: path of a config, or name of a shipped config; None if `gin_files` contain everything.
+        overrides: strings `NAME=VALUE`, as the user writes them after `--set`. If a name is set more than
+            once, the last value applies.
+        gin_files: paths of further files (`--gin_file`). A later file overrides earlier ones, but the
+            order of shipped parts does not matter (`gin_statements.merged`).
+        gin_bindings: strings `NAME=VALUE`, as the user writes them after `--gin.`.
 
     Returns:
-        The run's config, and the gin text of all bindings in use, which reads back as the same config.
+        The run's config, and a gin text with all bindings that the config uses. Reading this text gives
+        the same config.
 
     Raises:
-        InputError: the config is wrong; names file and line, or the flag.
+        InputError: the config is wrong. The message names the file and line, or the flag.
     """
     names = [*([] if config is None else [os.fspath(config)]), *gin_files]
     if not names:
-        raise InputError("expected a config: a path, or the name of a shipped one")
+        raise InputError(
+            "expected a config: pass the path of a config, or the name of a shipped one"
+        )
     paths = [find_config(name) for name in names]
     last, reader = shown(paths[-1]), Reader()
     declared = merged([(path, reader.bindings(path)) for path in paths])
     if not any(b.owner == f"@{ROOT}" for b in declared.values()):
-        raise InputError(f'{last}: `train` is unbound; begin with include "train.gin"')
+        raise InputError(f'{last}: `train` is unbound; begin the config with include "train.gin"')
     reached = _reached(declared)
     _check_use(reader.read, paths[-1], reached)
 
@@ -78,23 +82,28 @@ def load_config(
     for b in typed:
         if "." not in b.key and b.key not in known:
             hint = suggestion(b.key, known)
-            raise InputError(f"{b.where}: {last} declares no {b.key}{hint}")
+            raise InputError(f"{b.where}: {last} has no setting {b.key}{hint}")
     reached = _reached(declared | {b.key: b for b in typed})
     _check_values(reached, last)
     for b in typed:
         if b.key not in reached:
-            raise InputError(f"{b.where}: has no effect, since this config does not use {b.key}")
+            raise InputError(
+                f"{b.where}: this has no effect, since this config does not use {b.key}"
+            )
     return _build(reached, last), _text(reached, reader.imports)
 
 
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    An unbound parameter has its default, and so does a macro with the parameter's name.
+    The result also has a binding for each parameter that no file binds, with the parameter's default. If
+    the binding of a parameter is a macro of the parameter's own name, and no file binds that macro, the
+    macro has the parameter's default.
 
-    With `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, `train` reads `@optimizer`, which
-    reads `%BETA`: all three owners are visited. A binding in a scope, `hint/Objective.weight`, belongs
-    to the call `@hint/Objective`, which also reads `Objective.weight`.
+    Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, `train` reads `@optimizer`,
+    which reads `%BETA`. The bindings of all three are returned. A binding in a scope, such as
+    `hint/Objective.weight`, is read by the reference `@hint/Objective`, which also reads
+    `Objective.weight`.
     """
     found: Bindings = {}
     calls = [f"@{ROOT}"]
@@ -118,7 +127,7 @@ def _reached(bindings: Bindings) -> Bindings:
 
 
 def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> None:
-    """Refuses macros and bindings in files that nothing reads; gin would accept them."""
+    """Refuses macros and bindings that nothing reads, which gin itself would accept."""
     used = {call for b in read for call in b.calls}
     for b in read:
         # a part's binding may be overridden, say by other objectives; the config's own may not
@@ -130,7 +139,7 @@ def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> No
 
 
 def _check_values(reached: Bindings, config: str) -> None:
-    """Refuses a key that two parts bind, and macros without a value."""
+    """Refuses a key that two shipped parts bind, and macros that have no value."""
     missing = []
     for key, b in reached.items():
         if b.rival is not None:
@@ -155,7 +164,7 @@ def _check_values(reached: Bindings, config: str) -> None:
 
 
 def _source(b: Binding, bindings: Bindings) -> Binding:
-    """Follows a binding's macros to the binding that has the value."""
+    """Returns the binding whose value a binding has: its own, or that of the macro to which it refers."""
     seen = []
     while b.macro in bindings:
         if b.macro in seen:
@@ -166,7 +175,7 @@ def _source(b: Binding, bindings: Bindings) -> Binding:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown setting: `; did you mean ...?`, or the list of macros."""
+    """Returns a hint for an unknown setting: the most similar name, or the list of all macros."""
     if name in T5X_NAMES:
         return f"; here it is {T5X_NAMES[name]}"
     known, upper = set(known), name.upper()
@@ -208,9 +217,10 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Binds `train.optimizer` to an `OptimizerFunction` if a function of optax or the user makes it.
+    """Replaces a reference to a function of optax or the user in `train.optimizer` by an `OptimizerFunction`.
 
-    A run records the function and its arguments, and a resume compares them with its own.
+    That object has the function and its arguments. A run records both, and a resumed run compares them
+    with its own.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None
@@ -230,7 +240,7 @@ def _bind_optimizer(reached: Bindings) -> None:
 
 
 def _text(reached: Bindings, imports: Sequence[str]) -> str:
-    """Returns the operative config as gin text: imports, macros, parameters."""
+    """Returns the bindings as a gin text, with imports first, then macros, then parameters."""
     lines = {
         key: f"{key} = {'1e999' if b.value == math.inf else repr(b.value)}"
         for key, b in sorted(reached.items())

@@ -1,7 +1,7 @@
-"""Reads gin text into bindings that record their file and line.
+"""Reads gin files into bindings that record the file and line of each.
 
-gin's `parse_config` does not keep file and line, and silently lets a later file override an earlier one.
-Only gin's parser is used here, not its global state.
+gin's own `parse_config` does not record file and line, and lets a later file override an earlier one without
+a message. This module uses only gin's parser, and not gin's global state.
 """
 
 import contextlib
@@ -34,11 +34,12 @@ class Binding:
     """One statement `KEY = VALUE`.
 
     Attributes:
-        key: a macro (`SEED`), or a configurable's parameter, optionally in a scope (`train.seed`,
-            `hint/Objective.weight`).
-        where: `file:line`, or the flag as typed.
+        key: name that the statement binds: a macro such as `SEED`, or a parameter such as `train.seed`,
+            which may be in a scope, as in `hint/Objective.weight`.
+        value: value of the statement.
+        where: place of the statement: `file:line`, or the flag as the user wrote it.
         path: path of the file; None for a flag.
-        rival: another part's binding of the same key, if neither part overrides the other.
+        rival: binding of the same key in another shipped part, if neither part overrides the other.
     """
 
     key: str
@@ -55,18 +56,18 @@ class Binding:
 
     @property
     def owner(self) -> str:
-        """The reference that reads it, as in `calls`: `@train`, `@hint/Objective`, `%SEED`."""
+        """The reference that reads this binding, such as `@train`, `@hint/Objective` or `%SEED`."""
         return f"@{self.key.rpartition('.')[0]}" if "." in self.key else f"%{self.key}"
 
     @property
     def calls(self) -> list[str]:
-        """The references in the value: `@optimizer`, `@hint/Objective`, `%SEED`."""
+        """The references in the value, such as `@optimizer`, `@hint/Objective` or `%SEED`."""
         found = map(repr, gin_internals.iterate_references([self.value]))
         return [r.removesuffix("()").replace("stepdistill_jax.", "") for r in found]
 
     @property
     def macro(self) -> str | None:
-        """Name of the macro if the complete value is a macro; else None."""
+        """Name of the macro if the value is nothing but a macro; else None."""
         whole = isinstance(self.value, gin_internals.ConfigurableReference)
         return self.calls[0][1:] if whole and self.calls[0][0] == "%" else None
 
@@ -76,7 +77,7 @@ Bindings = dict[str, Binding]
 
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
-    """Prefixes an InputError with its place."""
+    """Returns a context in which the message of an InputError is preceded by its place, `where`."""
     try:
         yield
     except InputError as error:
@@ -84,7 +85,7 @@ def at(where: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """Returns an exception as one line, without the context lines that gin adds before and after it."""
+    """Returns the message of an exception as one line, without the lines that gin adds around it."""
     if isinstance(error, RecursionError):
         return "too many nested brackets"
     from_parser = isinstance(error, SyntaxError | tokenize.TokenError)
@@ -95,7 +96,7 @@ def one_line(error: Exception) -> str:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns a path below the current folder as a relative path, and any other unchanged."""
+    """Returns a path for messages: relative to the current folder if it is below that, else unchanged."""
     try:
         return str(path.absolute().relative_to(pathlib.Path.cwd()))
     except ValueError:
@@ -103,7 +104,7 @@ def shown(path: pathlib.Path) -> str:
 
 
 class _Delegate(gin_internals.ParserDelegate):
-    """Refuses a reference to an unknown configurable with our own message."""
+    """Replaces gin's message for a reference to an unknown configurable by our own."""
 
     def configurable_reference(self, scoped_selector, evaluate):
         selector_of(scoped_selector.rpartition("/")[2])
@@ -114,8 +115,8 @@ class Reader:
     """Reads gin files.
 
     Attributes:
-        read: all bindings of all files, also overridden ones.
-        imports: the import statements.
+        read: all bindings in the files that were read, including those that another file overrides.
+        imports: the import statements in these files.
     """
 
     def __init__(self):
@@ -124,13 +125,13 @@ class Reader:
         self._included = 0
 
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
-        """Returns the bindings of a gin file and its includes; the file's own bindings take precedence.
+        """Returns the bindings of a gin file and its includes. The file's own bindings take precedence.
 
-        An include is looked up next to the file, then among the shipped files. A statement
-        `import MODULE` runs that module: a config is code. `parents` are the files that include this one.
+        An include is looked up next to the file, and then among the shipped files. A statement
+        `import MODULE` runs the code of that module. `parents` are the files that include this file.
 
         Raises:
-            InputError: the file is wrong; names file and line.
+            InputError: the file is wrong. The message names the file and line.
         """
         parents = (*parents, path.resolve())
         own: Bindings = {}
@@ -159,7 +160,7 @@ class Reader:
         self._included += 1
         if found is None:
             raise InputError(
-                f"include {name!r}: no such file next to {parents[-1].name} or in"
+                f"include {name!r}: there is no such file next to {parents[-1].name} or in"
                 f" {shown(shipped_folder('gin'))}"
             )
         if found.resolve() in parents:
@@ -170,16 +171,17 @@ class Reader:
 
 
 def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
-    """Merges files: a later file overrides earlier ones, but the order of shipped parts does not matter.
+    """Merges the bindings of several files.
 
-    A part defines completely what it refers to: if it contains `@optimizer()`, bindings of `optimizer`
-    in earlier files are dropped, so these parameters have their defaults again. A key that two parts
-    bind gets a `rival`. Parts in `paper/` (a run's size with its settings, or the published code's
-    choices) give way to other parts instead.
+    A later file overrides earlier ones, but the order of shipped parts does not matter. If a part contains
+    a reference such as `@optimizer()`, it is taken to define everything about `optimizer`: bindings of
+    `optimizer` in earlier files are dropped, so that its other parameters have their defaults. If two parts
+    bind the same key, the binding gets a `rival`. Parts in `paper/` are an exception, since other parts
+    override them.
 
-    For example, `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`: an earlier file's
-    `optimizer.b1` is dropped. `optimizers/adafactor.gin` together with it makes `train.optimizer`
-    a key with a rival, which `_check_values` refuses.
+    Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the binding of `optimizer.b1`
+    in an earlier file is dropped. If `optimizers/adafactor.gin` is used, too, the binding of
+    `train.optimizer` has a rival, and `_check_values` refuses it.
     """
     found: Bindings = {}
     paper: Bindings = {}  # bindings of all parts in `paper/` so far
@@ -204,7 +206,10 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
 
 
 def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
-    """Returns whether a gin file is a shipped part, from a folder of `gin/` (from `kind`, if given)."""
+    """Returns whether a file is a shipped part, which is a file in a folder of `gin/`.
+
+    If `kind` is given, the part must be in the folder of that name.
+    """
     if path is None:
         return False
     folder = path.resolve().parent
@@ -212,7 +217,7 @@ def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:
-    """Returns a statement's key, checked against the known configurables."""
+    """Returns the key of a statement, after checking that its configurable and parameter exist."""
     if parameter:
         selector = selector_of(selector)
         if (known := defaults(selector)) and parameter not in known:
@@ -225,14 +230,19 @@ def _key(scope: str, selector: str, parameter: str) -> str:
 
 
 def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Yields (file:line, statement) for a file, and turns gin's exceptions into one-line errors."""
+    """Yields (`file:line`, statement) for each statement of a file.
+
+    Exceptions of gin are raised as InputError, with messages of one line.
+    """
     name, parser = shown(path), None
     try:
         text = path.read_text(encoding="utf-8-sig") if path.stat().st_size <= MAX_BYTES else None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{name}: not readable as text ({error})") from None
+        raise InputError(f"{name}: the file is not readable as text ({error})") from None
     if text is None:
-        raise InputError(f"{name}: larger than {MAX_BYTES >> 10} KiB, so it is not a config")
+        raise InputError(
+            f"{name}: the file is larger than {MAX_BYTES >> 10} KiB, so it is not a config"
+        )
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
         for statement in parser:
@@ -244,7 +254,7 @@ def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 def _import(statement: config_parser.ImportStatement) -> None:
     if statement.module.startswith("__gin__"):
-        raise InputError("dynamic registration is not supported")
+        raise InputError("gin's dynamic registration is not supported; import the module itself")
     search_current_folder()
     try:
         try:
@@ -259,19 +269,20 @@ def _import(statement: config_parser.ImportStatement) -> None:
 
 
 def parse_override(text: str, flag: str) -> Binding:
-    """Returns the binding of `NAME=VALUE`, as typed after `flag` (`--set `, `--gin.`).
+    """Returns the binding for `NAME=VALUE`, which the user wrote after `flag` (`--set ` or `--gin.`).
 
-    VALUE is a gin value (a Python literal, `@name()`, `%MACRO`), or else a bare word, taken as a string.
+    VALUE is a value of gin: a Python literal, a reference such as `@name()`, or a macro such as `%MACRO`.
+    Any other word is a string without quotes.
 
     Raises:
-        InputError: `=`, the name or the value is missing, or a literal is incomplete.
+        InputError: `=`, the name or the value is missing; the name is unknown; or a literal is incomplete.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     with at(f"{flag}{text}"):
         if not equals or not re.fullmatch(r"[A-Za-z_][\w./]*", name):
             raise InputError("expected NAME=VALUE")
         if not value:
-            raise InputError("expected a value after '='; '' is the empty text")
+            raise InputError("expected a value after '='; write '' for the empty string")
         key = _key(*config_parser.parse_binding_key(name))
         return Binding(key, _value(value), f"{flag}{text}")
 
@@ -287,5 +298,5 @@ def _value(text: str) -> Any:
     except _NOT_GIN:
         pass
     if text[0] in "@%[({'\"" or "\n" in text:
-        raise InputError(f"{text!r} is neither a Python literal nor a bare word")
+        raise InputError(f"{text!r} is neither a Python literal nor a word without quotes")
     return text

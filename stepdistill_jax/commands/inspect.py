@@ -1,4 +1,4 @@
-"""`stepdistill inspect`: shows rows as the model sees them, lengths, fill, and truncation."""
+"""`stepdistill inspect`: shows rows as the model sees them, their lengths, and how many are truncated."""
 
 import argparse
 import os
@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="read every byte of the split's token stores and check them for damage",
+        help="read all token stores of the split, and check every byte for damage",
     )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Inspects the config or task, prints the result, and returns it."""
+    """Inspects a config or a task, prints the result, and returns it."""
     from stepdistill_jax.training import inspect
 
     result = inspect(
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_or_task(args: argparse.Namespace) -> Any:
-    """Returns a `TrainConfig` if the argument names a config, and else the task's name.
+    """Returns a `TrainConfig` if the argument names a config; otherwise the argument, the name of a task.
 
     Raises:
-        InputError: the name is neither; suggests the nearest.
+        InputError: there is neither a config nor a task of that name. The message suggests a similar one.
     """
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.commands.shipped import find_config, shipped_configs
@@ -64,7 +64,7 @@ def _config_or_task(args: argparse.Namespace) -> Any:
     name: str | None = args.config
     settings = (args.overrides, args.gin_files, args.gin_bindings)
     if name is None and not args.gin_files:
-        raise InputError("inspect: expected a config or a task")
+        raise InputError("inspect: expected the name of a config or a task")
     if name is None or _is_config(name, find_config):
         bindings = list(args.gin_bindings)
         if args.task_module:
@@ -76,17 +76,21 @@ def _config_or_task(args: argparse.Namespace) -> Any:
         if not str(error).startswith("unknown task"):
             raise
         hint = nearest(name, shipped_configs())
-        raise InputError(f"{name}: no config of that name{hint}; and {error}") from None
+        raise InputError(f"{name}: there is no config of that name{hint}; and {error}") from None
     if any(settings):
         raise InputError(
-            f"--set, --gin_file and --gin. need a config, but {name} is a task; use a config with"
-            f" TASK = {name!r}"
+            f"--set, --gin_file and --gin. need a config, but {name} is a task; pass a config with"
+            f" TASK = {name!r} instead"
         )
     return name
 
 
 def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
-    """Returns whether a config has that name; raises if the name looks like a path without a config."""
+    """Returns whether there is a config of that name.
+
+    Raises:
+        InputError: there is none, and the name looks like a path.
+    """
     try:
         find_config(name)
     except InputError:
@@ -97,7 +101,7 @@ def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
 
 
 def show(result: dict[str, Any], console: "Console", *, brief: bool = False) -> None:
-    """Prints the result of `training.inspect`; with `brief`, only the rows."""
+    """Prints the result of `training.inspect`. If `brief` is set, it prints only the rows."""
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(result["objectives"])}
     _show_rows(result, console, colours, brief)
     if brief:

@@ -1,8 +1,12 @@
 """`stepdistill`: finds the command, runs it, and turns errors into exit codes.
 
-Exit code 0: done. 1: the run failed. 2: bad usage, config or input, reported in one line. 75: stopped by
-a signal after a clean save; start it again. 130: interrupted from the keyboard. With several processes,
-a process ends by SIGABRT if JAX loses another one; start all of them again.
+Exit codes:
+0: the command is done.
+1: the run failed.
+2: the usage, config or input is bad; the error is reported in one line.
+75: a signal stopped the run after a clean save; the same command continues.
+130: the run was interrupted from the keyboard.
+If JAX loses one of several processes, the others end by SIGABRT; all of them must be started again.
 """
 
 import argparse
@@ -55,7 +59,10 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line and returns its exit code; a process of a job exits instead of returning."""
+    """Runs one command line and returns its exit code.
+
+    If the process was started as one of several, it may exit instead of returning.
+    """
     typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:
         code = _exit_code(typed)
@@ -79,7 +86,7 @@ def _leave(code: int, *, owns_process: bool) -> None:
 
 
 def _ended(argv: list[str], code: int, error: str) -> int:
-    """Prints the JSON object of a failed command under `--json`; returns `code`."""
+    """Prints the JSON object of a failed command if `--json` is set, and returns `code`."""
     if "--json" in argv and is_process_0():
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"error": error, "exit_code": code}), flush=True)
@@ -125,7 +132,7 @@ def _run(argv: list[str]) -> int:
     command = next((argument for argument in argv if not argument.startswith("-")), None)
     if command is not None and command not in COMMANDS:
         raise InputError(
-            f"no command {command!r}{nearest(command, COMMANDS)}; see `stepdistill --help`"
+            f"there is no command {command!r}{nearest(command, COMMANDS)}; see `stepdistill --help`"
         )
     if command is not None:  # flags that all commands share may precede the command
         at = argv.index(command)
@@ -146,7 +153,9 @@ def _run(argv: list[str]) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:  # any path may be too long: pathlib does not check it
             raise
-        raise InputError(f"{printable(error.filename, 200)}: too long for a file name") from None
+        raise InputError(
+            f"{printable(error.filename, 200)}: this is too long for a file name"
+        ) from None
     if args.json and is_process_0():
         print(json.dumps(_plain(result or {})), flush=True)
     # keys of results that mean failure: a run that stopped early, damaged checkpoints, failed cells
@@ -155,7 +164,7 @@ def _run(argv: list[str]) -> int:
 
 
 def parser_of(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
-    """Returns the main parser, the command's own parser with its arguments, and its `run`."""
+    """Returns the main parser, the parser of the command, and the command's function `run`."""
     parser = Parser(
         prog="stepdistill",
         description="Distilling step-by-step: trains small T5 models on labels and rationales.",
@@ -197,7 +206,10 @@ def _print_versions(*, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Converts `value` to strict JSON: NaN becomes None, a NumPy scalar a number, and a path a text."""
+    """Converts a value to types that JSON can represent.
+
+    NaN and infinity become None, a NumPy scalar becomes a number, and a path becomes a string.
+    """
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""`stepdistill plan`: computes what a config needs on N devices, and finds the cheapest layout that fits."""
+"""`stepdistill plan`: computes what a config needs on N devices, and the cheapest layout that fits."""
 
 import argparse
 import math
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `plan`."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--devices", type=int, help="number of devices (default: 16; a topology sets it)"
+        "--devices", type=int, help="number of devices (default: 16, or the number in --topology)"
     )
     parser.add_argument(
         "--hbm", metavar="SIZE", help="memory per device, such as 80GB (the default) or 16GiB"
@@ -44,38 +44,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME",
-        help="plan only this layout, with the config's remat policy; a name, or an entry of the table"
-        " (`fsdp_tensor 32x8`); default: compare layouts",
+        help="plan only this layout, with the config's remat policy; NAME is a layout or"
+        " an entry of the table (`fsdp_tensor 32x8`) (default: compare layouts)",
     )
     parser.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="compile for chips that are not here, and compute their lowest possible time: a TPU slice such"
-        " as v5e:8x8 (needs the extra [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs [aot-cuda])",
+        help="compile for chips that this machine does not have, and compute a lower bound"
+        " of the time on them; CHIPS is a TPU slice such as v5e:8x8 (needs the extra"
+        " [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs the extra"
+        " [aot-cuda])",
     )
     parser.add_argument(
         "--rows",
         type=int,
-        help="packed rows per step, as `stepdistill inspect` shows them; with --decode, rows per batch",
+        help="number of packed rows per step, as `stepdistill inspect` shows it; with"
+        " --decode, number of rows per batch",
     )
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="plan a validation's label decoder instead of the training step; needs --topology",
+        help="plan the label decoder of a validation instead of the training step; needs"
+        " --topology",
     )
     parser.add_argument(
         "--quantization",
         choices=("int8",),
-        help="with --decode: keep weights in memory as int8, as `predict --quantization int8` does",
+        help="only for --decode: keep weights in memory as int8, as `predict"
+        " --quantization int8` does",
     )
     add_data_dir_argument(parser)
 
 
 def parse_size(text: str) -> int:
-    """Returns a size in bytes: 80e9 for `80GB`, 16 x 2**30 for `16GiB`.
+    """Returns a size in bytes, such as 80e9 for `80GB` and 16 x 2**30 for `16GiB`.
 
     Raises:
-        InputError: the text is not a number with a unit of `_UNITS`.
+        InputError: the string is not a positive number with a known unit.
     """
     found = re.fullmatch(r"([\d.]+) ?([KMGT]?i?B?)", text.strip())
     if found is None or found.group(2) not in _UNITS or found.group(1).count(".") > 1:
@@ -87,11 +92,13 @@ def parse_size(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Reads the config, plans, and prints the tables."""
+    """Reads the config, plans the training step or the decoder, and prints the result."""
     if args.topology and args.devices is not None:
-        raise InputError("--devices: --topology already sets the number; leave one of them out")
+        raise InputError(
+            "--devices: --topology already sets the number of devices; leave one of the two flags out"
+        )
     if args.quantization and not args.decode:
-        raise InputError("--quantization: applies to the decoder only; add --decode")
+        raise InputError("--quantization: only the decoder can be quantized; add --decode")
     hbm = None if args.hbm is None else parse_size(args.hbm)
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.planning import plan, plan_decode
@@ -135,12 +142,12 @@ def _console() -> "Console":
 
 
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
-    """Returns the flags that choose a candidate, for `train`; a `--devices` among them is for `plan`.
+    """Returns the flags of `train` that select a candidate. Only `plan` accepts `--devices` among them.
 
     Args:
         candidate: a compiled candidate.
-        policy: the config's remat policy, which needs no flag.
-        given: whether the command line names the layout.
+        policy: remat policy of the config, which needs no flag.
+        given: whether the user has set the layout on the command line.
     """
     # "fsdp_tensor 32x8" is the layout fsdp_tensor with tensor = 8
     layout, _, sizes = candidate["name"].partition(" ")
@@ -160,7 +167,7 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns a remedy's flags and their effect as a line."""
+    """Returns a line with the flags of a remedy and with what a step then needs."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
     bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (

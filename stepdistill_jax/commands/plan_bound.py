@@ -1,4 +1,4 @@
-"""Prints the lowest possible time of a compiled program, for `stepdistill plan`."""
+"""Prints the lower bound of the time of a compiled program, for `stepdistill plan`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ _TIMES = ("bound_ms", "products_ms", "memory_ms", "elements_ms")
 
 
 def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
-    """Prints the lower bound of a step or batch, its parts, and its slowest operations."""
+    """Prints the lower bound of the time of a step or batch, its parts, and its slowest operations."""
     console.print(
         f"[bold]At least {bound['bound_ms']:.3g} ms per {what}[/bold] on one device,"
         f" {_rates(bound)}. For each of {bound['kernels']} operations, this sum counts the longest of"
@@ -28,7 +28,8 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
         )
     for target, count in bound["calls_without_formula"].items():
         console.print(
-            f"{count} calls of {target or 'an unnamed target'} have no formula: only their bytes count"
+            f"{count} calls of {target or 'an unnamed target'} are counted only by their bytes, since there is"
+            " no formula for their FLOPs"
         )
     _show_parts(bound["parts"], console)
     console.print("The slowest operations:")
@@ -43,7 +44,7 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
 
 
 def show_collectives(rows: list[dict[str, Any]], console: "Console") -> None:
-    """Prints the collectives and the bytes they send, by kind and dtype."""
+    """Prints a table of the collectives and the bytes that they send, with a row for each kind and dtype."""
     from rich.table import Table
 
     table = Table()

@@ -1,4 +1,4 @@
-"""`stepdistill predict`: writes labels and scores for the rows of a file."""
+"""`stepdistill predict`: writes labels and scores for the rows in a file."""
 
 import argparse
 import contextlib
@@ -22,17 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
-        help='rows {"input": ...}, optionally with "id", "label", "choices"; a file named .csv or .tsv is'
-        " read as CSV or TSV",
+        help='file of rows {"input": ...}, which may also have "id", "label" and'
+        ' "choices"; a file named .csv or .tsv is read as CSV or TSV',
     )
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
-        help='rows {"id", "label", "score"}, with --choices also "probability" and "choices"; a stopped'
-        " run continues",
+        help='file to write, with rows {"id", "label", "score"}, and with --choices also'
+        ' "probability" and "choices"; after a stop, the same command continues',
     )
     parser.add_argument(
-        "--task", metavar="NAME", help="prepared dataset whose metric compares labels"
+        "--task",
+        metavar="NAME",
+        help="prepared dataset whose metric and labels are used (default: the model's own task)",
     )
     add_decode_arguments(parser, prompts=True)
     parser.add_argument(
@@ -42,13 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="at a bad row: stop, or skip it and list it in OUTPUT.skipped.jsonl (default: stop)",
+        help="what to do at a bad row: stop, or skip it and list it in"
+        " OUTPUT.skipped.jsonl (default: stop)",
     )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `inference.predict`; process 0 prints the summary."""
+    """Calls `inference.predict`, and prints its summary on process 0."""
     if args.task_module:
         raise InputError(
             "--module: leave it out; predict imports no SeqIO task, and uses the metric of the model's"
@@ -80,9 +83,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def join_and_cache(path: str) -> None:
-    """Joins the other processes, and configures JAX for the model at `path`.
+    """Joins the other processes of the job, and configures JAX for the model at `path`.
 
-    For a workdir, it enables the compile cache next to it.
+    If `path` is a workdir, the compile cache is enabled in a folder next to it.
     """
     from stepdistill_jax.runtime.distributed import join
 
@@ -100,9 +103,10 @@ def join_and_cache(path: str) -> None:
 
 
 def stopped_by_signals() -> contextlib.AbstractContextManager:
-    """Returns a context that stops at SIGTERM (exit status 75) or Ctrl-C (130); finished rows are kept.
+    """Returns a context in which SIGTERM and Ctrl-C stop the command. Finished rows are kept.
 
-    With several processes, `jax.distributed` catches SIGTERM, and all stop together after a batch.
+    The exit status is 75 after SIGTERM, and 130 after Ctrl-C. If there are several processes, the context
+    does nothing: `jax.distributed` catches SIGTERM, and all processes stop together after a batch.
     """
     import jax
 

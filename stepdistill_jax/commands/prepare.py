@@ -1,4 +1,4 @@
-"""`stepdistill prepare`: turns original files into a checked dataset."""
+"""`stepdistill prepare`: reads the original files of a dataset, checks them, and writes a prepared dataset."""
 
 import argparse
 import collections
@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own rows, also CSV and"
-        " TSV), delivery (embedded), gsm_symbolic (word problems; needs the extra [gsm])",
+        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own"
+        " rows, also CSV and TSV), delivery (embedded in the package), or gsm_symbolic"
+        " (word problems; needs the extra [gsm])",
     )
     parser.add_argument(
         "--source",
@@ -34,18 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--name",
         dest="new_name",
         metavar="NEW",
-        help="name of the dataset, lower_snake_case; required for jsonl",
+        help="name of the new dataset, in lower_snake_case; required for jsonl",
     )
     parser.add_argument(
         "--map",
         dest="field_map",
         metavar="input=question,...",
-        help="for jsonl: OURS=YOURS for each field that has another name in your rows",
+        help="for jsonl: a pair OURS=YOURS for each field that has another name in your rows",
     )
     parser.add_argument(
         "--fields",
         metavar="NAME,...",
-        help="for jsonl: further text fields to keep, for the templates of objectives",
+        help="for jsonl: names of further text fields to keep, which templates of"
+        " objectives can use",
     )
     parser.add_argument(
         "--no-teacher",
@@ -56,14 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper-exact",
         action="store_true",
-        help="read the paper's files as its published code does, into the dataset NAME_paper (NAME may also"
-        " be asdiv)",
+        help="read the paper's files in the same way as the paper's published code, and"
+        " name the dataset NAME_paper (NAME may also be asdiv)",
     )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="for jsonl: after all rows are read and unusable ones listed, stop (default) or skip these",
+        help="for jsonl: what to do about unusable rows, after all rows are read and the"
+        " unusable ones listed: stop, or skip them (default: stop)",
     )
     parser.add_argument(
         "--rows",
@@ -81,13 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report",
         type=pathlib.Path,
         metavar="DIR",
-        help="write DIR/NAME.html: counts, defects with examples, lengths, teacher accuracy",
+        help="folder for the page NAME.html, with counts, examples of defects, lengths and"
+        " the accuracy of the teacher",
     )
     add_data_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prepares a dataset, prints a table per split, and returns the counts."""
+    """Prepares a dataset, prints a table for each split, and returns the counts."""
     from rich.markup import escape
 
     from stepdistill_jax.commands.arguments import require_seqio
@@ -125,10 +129,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_map(text: str | None) -> dict[str, str]:
-    """Returns {"input": "question"} for `input=question`; commas separate several pairs.
+    """Returns the field names of `--map`, such as {"input": "question"} for `input=question`.
+
+    Several pairs are separated by commas.
 
     Raises:
-        InputError: a part has no `=`, or a field is mapped twice.
+        InputError: a pair is incomplete, or a field is mapped twice.
     """
     field_map: dict[str, str] = {}
     for part in filter(None, (text or "").split(",")):
@@ -142,7 +148,7 @@ def parse_map(text: str | None) -> dict[str, str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints a table per split, the notes, and the dataset's folder."""
+    """Prints a table for each split, the notes, the warnings, and the folder of the dataset."""
     from rich.markup import escape
 
     screen = console(highlight=False)
@@ -168,7 +174,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> None:
-    """Prints a table of unusable rows; `rows` are the first ones of `count`."""
+    """Prints a table of unusable rows. `rows` are the first of `count` such rows."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -183,7 +189,7 @@ def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> No
 
 
 def _labels(splits: dict[str, Any]) -> Any:
-    """Returns the table of a closed set of labels; None if answers are free text."""
+    """Returns a table of how often each label occurs; None if the labels are not a closed set."""
     from rich.markup import escape
     from rich.table import Table
 

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUNS",
-        help="folders of `sweep`, workdirs of `train`, or folders that contain some of these",
+        help="folders of `sweep`, workdirs of `train`, or folders that contain such folders",
     )
     parser.add_argument(
         "--output",
@@ -28,12 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         default="test",
         metavar="SPLIT",
-        help="split to compare answers on (default: test)",
+        help="split whose answers are compared (default: test)",
     )
     parser.add_argument(
         "--baseline",
         metavar="ARM",
-        help="arm that the others are compared with (default: label_only, or else an arm with its objectives)",
+        help="arm with which the other arms are compared (default: label_only, or an arm"
+        " with the same objectives)",
     )
     parser.add_argument(
         "--examples",
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `experiments.report`, prints a table, and returns its numbers."""
+    """Calls `experiments.report`, prints a table for each comparison, and returns the numbers in them."""
     from stepdistill_jax.experiments.report import report
 
     written = report(

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=5.0,
         metavar="X",
-        help="longest time that a row waits for others to fill a batch (default: 5)",
+        help="longest time, in ms, that a row waits for other rows to fill a batch (default: 5)",
     )
     parser.add_argument(
         "--max-queue",
@@ -46,13 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20.0,
         metavar="X",
-        help="after SIGTERM or Ctrl-C, seconds to finish the requests in progress (default: 20)",
+        help="seconds after SIGTERM or Ctrl-C in which requests in progress are still"
+        " answered (default: 20)",
     )
     add_decode_arguments(parser, prompts=True)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `serving.serve`, which returns after a signal, and prints its summary."""
+    """Calls `serving.serve`, which returns after a signal, and prints how many rows were answered."""
     join_and_cache(args.path)
     from stepdistill_jax.runtime.distributed import end_soon
     from stepdistill_jax.serving import serve

@@ -1,4 +1,7 @@
-"""`stepdistill settings`: lists the macros and fields of a config, from the classes that check them."""
+"""`stepdistill settings`: lists the macros and fields of a config, with their defaults and meanings.
+
+All of these are read from the classes and functions that a config binds.
+"""
 
 import argparse
 import dataclasses
@@ -23,12 +26,12 @@ class Setting:
     """A setting that `--set` and a config can bind.
 
     Attributes:
-        name: macro of the setting, or its field if there is no macro.
+        name: name of the setting's macro, or `field` if it has no macro.
         field: full name of the field, such as `train.batch_size`.
-        required: whether a config must bind it.
-        default: value if nothing binds it; None if it is required.
-        unit: `tokens`, `steps`, ... or None.
-        meaning: a sentence or two.
+        required: whether a config must bind the setting.
+        default: value of the setting if nothing binds it; None if it is required.
+        unit: unit of the value, such as `tokens` or `steps`; None if it has no unit.
+        meaning: what the setting does, in one or two sentences.
     """
 
     name: str
@@ -40,12 +43,12 @@ class Setting:
 
     @property
     def owner(self) -> str:
-        """The part before the dot: `train` for `train.batch_size`."""
+        """The part of `field` before the dot, such as `train` for `train.batch_size`."""
         return self.field.partition(".")[0]
 
     @property
     def value(self) -> str:
-        """The default as a config writes it; empty if there is none."""
+        """The default as it is written in a config; empty if there is none."""
         if self.required:
             return ""
         if isinstance(self.default, str) and not self.default.startswith("@"):
@@ -59,13 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="NAME",
-        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), or a class or function"
-        " with fields (optimizer); default: all",
+        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), or a"
+        " class or function with fields (optimizer) (default: all settings)",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the settings of a name, or all settings; returns the list."""
+    """Prints the settings that have the given name, or all settings, and returns them."""
     found = settings() if args.name is None else find_settings(args.name)
     width = shutil.get_terminal_size((100, 24)).columns
     for owner in dict.fromkeys(s.owner for s in found):
@@ -75,12 +78,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             say(f"  {s.name}{'  required' if s.required else f' = {s.value}'}{unit}")
             say(textwrap.fill(s.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
         say("")
-    say("Change one with --set NAME=VALUE, or with NAME = VALUE in a config.")
+    say("To change a setting, pass --set NAME=VALUE, or write NAME = VALUE in a config.")
     return {"settings": [dataclasses.asdict(s) for s in found]}
 
 
 def settings() -> list[Setting]:
-    """Returns all settings: the fields of `train` first, then the fields of its arguments."""
+    """Returns all settings, first the fields of `train` and then the fields of its arguments."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES, main_bindings
 
     bound, found = main_bindings(), []
@@ -102,10 +105,10 @@ def settings() -> list[Setting]:
 
 
 def find_settings(name: str) -> list[Setting]:
-    """Returns the settings with a name, or all settings of an owner; ignores case.
+    """Returns the settings with a name, or all settings of the owner with that name. Case is ignored.
 
     Raises:
-        InputError: there are none; suggests the nearest name.
+        InputError: there are no such settings. The message suggests a similar name.
     """
     from stepdistill_jax.commands.gin_config import suggestion
     from stepdistill_jax.errors import InputError
@@ -116,22 +119,23 @@ def find_settings(name: str) -> list[Setting]:
     found = [s for s, of in zip(known, names, strict=True) if wanted in {n.lower() for n in of}]
     if not found:
         hint = suggestion(name, {n for s in known for n in (s.name, s.field)})
-        raise InputError(f"no setting {name!r}{hint}; see `stepdistill settings` for all")
+        raise InputError(f"there is no setting {name!r}{hint}; `stepdistill settings` lists all")
     return found
 
 
 def summary_of(owner: str) -> str:
-    """Returns the first line of the docstring of the class or function with these fields."""
+    """Returns the first line of the docstring of an owner, the class or function that has the fields."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES
 
     return (inspect.getdoc(CONFIGURABLES[owner]) or "").partition("\n")[0]
 
 
 def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, str]]:
-    """Returns the unit and meaning of each parameter, from the docstring of a configurable.
+    """Returns {parameter: (unit, meaning)} for a configurable, from docstrings.
 
-    A function's own `Args:` take precedence over the fields of the class that it returns. An arm's
-    `label_weight` is the field `weight` of its objective `label`.
+    If the configurable is a function, its own `Args:` take precedence over the attributes of the class that
+    it returns. The parameter `label_weight` of an arm has the meaning of the attribute `weight`, for the
+    objective `label`.
     """
     returned = inspect.signature(configurable).return_annotation
     returned = next(iter(typing.get_args(returned)), returned)  # of tuple[Objective, ...]
@@ -152,7 +156,7 @@ def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, s
 
 
 def _entries(documented: Any) -> dict[str, tuple[str | None, str]]:
-    """Returns units and meanings by name, from the lines below `Attributes:` or `Args:`."""
+    """Returns {name: (unit, meaning)} from the lines below `Attributes:` or `Args:` in a docstring."""
     found, names, inside = {}, [], False
     for line in (inspect.getdoc(documented) or "").splitlines():
         if not line.startswith(" "):  # a heading or plain text; an empty line ends nothing

@@ -1,4 +1,4 @@
-"""Finds `gin/` and `configs/`, in a checkout or in an installed wheel."""
+"""Finds the shipped folders `gin/` and `configs/`, in a checkout or in an installed wheel."""
 
 import os
 import pathlib
@@ -11,10 +11,10 @@ OLD_NAMES = {"cqa_base_step_by_step": "paper_cqa", "svamp_base_step_by_step": "p
 
 
 def shipped_folder(name: str) -> pathlib.Path:
-    """Returns the folder of the gin parts (`gin`) or of the experiments (`configs`).
+    """Returns the folder of the shipped parts (`gin`) or of the shipped experiments (`configs`).
 
-    In a wheel, the folders lie inside the package, with a leading underscore: a `gin/` at the top of
-    site-packages would overwrite gin-config.
+    In a wheel, the folders are inside the package, and their names start with an underscore. A folder `gin/`
+    at the top of site-packages would overwrite gin-config.
 
     Raises:
         InputError: the folder is missing, so the installation is incomplete.
@@ -24,20 +24,20 @@ def shipped_folder(name: str) -> pathlib.Path:
         if folder.is_dir() and any(folder.glob("*.gin")):
             return folder
     raise InputError(
-        f"{package}: no {name}/ is installed with the package; reinstall stepdistill-jax"
+        f"{package}: the folder {name}/ is missing from this installation; reinstall stepdistill-jax"
     )
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """Returns the path of each shipped experiment by its name, the file's stem."""
+    """Returns {name: path} of the shipped experiments. The name is that of the file, without `.gin`."""
     return {path.stem: path for path in sorted(shipped_folder("configs").glob("*.gin"))}
 
 
 def find_shipped(name: str) -> pathlib.Path | None:
     """Returns the path of a shipped experiment or part; None if the name is unknown.
 
-    `demo_step_by_step`, `demo_step_by_step.gin` and `configs/demo_step_by_step.gin` name an
-    experiment; `layouts/fsdp.gin` and `gin/layouts/fsdp.gin` name a part.
+    Names of an experiment are, for example, `demo_step_by_step`, `demo_step_by_step.gin` and
+    `configs/demo_step_by_step.gin`. Names of a part are `layouts/fsdp.gin` and `gin/layouts/fsdp.gin`.
     """
     path = pathlib.PurePath(name)
     name_of_config = path.suffix in ("", ".gin") and str(path.parent) in (".", "configs")
@@ -50,10 +50,10 @@ def find_shipped(name: str) -> pathlib.Path | None:
 
 
 def find_config(name: str) -> pathlib.Path:
-    """Returns the file at a path, or else the shipped experiment or part of that name.
+    """Returns the path of a config: the file `name`, or a shipped experiment or part of that name.
 
     Raises:
-        InputError: there is neither; suggests the nearest shipped one.
+        InputError: there is neither. The message suggests a shipped one with a similar name.
     """
     path = pathlib.Path(name).expanduser()
     if os.path.isfile(path):

@@ -1,4 +1,4 @@
-"""`stepdistill sweep`: trains and evaluates arms x data fractions x seeds x a grid, one by one."""
+"""`stepdistill sweep`: trains and evaluates a run for each arm, data fraction, seed and grid value."""
 
 import argparse
 import itertools
@@ -30,15 +30,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder for sweep.json and a workdir ARM/FRACTION/SEED per cell; a sweep in it is"
-        " continued, and new cells are added",
+        help="folder for sweep.json and for the workdir ARM/FRACTION/SEED of each cell; if"
+        " it already contains a sweep, that sweep is continued and new cells are added",
     )
     parser.add_argument(
         "--arms",
         required=True,
         metavar="A,B",
-        help="names of objectives (label_only, step_by_step, ...), or gin files that override CONFIG, by"
-        " path or by the name of a shipped part in objectives/",
+        help="names of objectives (label_only, step_by_step, ...), or gin files that"
+        " override CONFIG; a gin file is given by its path or by the name of a shipped"
+        " part in objectives/",
     )
     parser.add_argument(
         "--fractions", default="1.0", metavar="F,G", help="shares of the train split (default: 1.0)"
@@ -51,14 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=A,B",
-        help="values of a setting that `--set` can change; each gets its own cells (repeatable)",
+        help="values of a setting that `--set` can change, with separate cells for each"
+        " value; may be given several times",
     )
     parser.add_argument(
         "--evaluate",
         dest="split",
         default="test",
         metavar="SPLIT",
-        help="split on which each run's best step is evaluated, or none (default: test)",
+        help="split on which the best step of each run is evaluated; none evaluates"
+        " nothing (default: test)",
     )
     parser.add_argument(
         "--with-rationale",
@@ -70,13 +73,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="number of retries of a failed cell, after all other cells (default: 1)",
+        help="number of times to retry a failed cell, after all other cells (default: 1)",
     )
     parser.add_argument(
         "--print",
         choices=PRINT,
         dest="printed",
-        help="only print the cells' commands: for a shell, as a Slurm array, or for xpk",
+        help="run nothing, and only print the commands of the cells: for a shell, as a"
+        " Slurm array, or for xpk",
     )
     add_data_arguments(parser)
 
@@ -121,10 +125,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
-    """Returns every cell with the flags of `train` for its config.
+    """Returns each cell of the sweep, with the flags that give `train` the same config.
 
     Raises:
-        InputError: a flag is not a valid list, or a cell's config is refused; names it.
+        InputError: a flag is not a valid list, or the config of a cell is wrong. The message names the
+            flag or the cell.
     """
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.experiments.sweep import Cell, cell_name
@@ -141,7 +146,9 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
         if name in OWN:
             raise InputError(f"{text}: the sweep sets {name}; use {OWN[name]} instead")
         if names.count(name) > 1 or (name in names and text not in args.grid):
-            raise InputError(f"--grid {name}: duplicate setting; list all its values in one --grid")
+            raise InputError(
+                f"--grid {name}: the setting is given more than once; list all its values in one --grid"
+            )
     module = [f"TASK_MODULE={args.task_module}"] if args.task_module else []
     cells = []
     for arm, fraction, seed in itertools.product(arms, fractions, seeds):
@@ -170,10 +177,10 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
 
 
 def _arm(arm: str) -> tuple[list[str], list[str]]:
-    """Returns (overrides, gin files) of an arm.
+    """Returns the overrides (as after `--set`) and the gin files that select an arm.
 
-    A name of objectives keeps the weights that the config binds for them, as `--set` does. A gin file
-    overrides the config with all its bindings.
+    If the arm is a name of objectives, the weights that the config binds for them apply. If it is a gin
+    file, all bindings of the file override the config.
     """
     from stepdistill_jax.commands.shipped import find_config, shipped_folder
     from stepdistill_jax.data.objectives import ARMS
@@ -187,7 +194,7 @@ def _arm(arm: str) -> tuple[list[str], list[str]]:
         find_config(arm)
     except InputError:
         raise InputError(
-            f"--arms: no arm {arm!r}: neither objectives (known: {', '.join(ARMS)}) nor a gin file"
+            f"--arms: {arm!r} is neither a name of objectives (known: {', '.join(ARMS)}) nor a gin file"
             f"{nearest(arm, ARMS)}"
         ) from None
     return [], [arm]
@@ -200,9 +207,9 @@ def _arm_name(arm: str) -> str:
 def _list(text: str, flag: str) -> list[str]:
     values = [value.strip() for value in text.split(",")]
     if not all(values):
-        raise InputError(f"{flag} {text}: expected a list without gaps, such as a,b")
+        raise InputError(f"{flag} {text}: expected a list without empty values, such as a,b")
     if doubled := next((v for v in values if values.count(v) > 1), None):
-        raise InputError(f"{flag} {text}: duplicate value {doubled}")
+        raise InputError(f"{flag} {text}: the value {doubled} is repeated")
     return values
 
 
@@ -216,7 +223,10 @@ def _numbers(text: str, flag: str, kind: type, example: str) -> list[Any]:
 
 
 def _grid_axis(text: str) -> tuple[str, list[str]]:
-    """Returns the name and values of a `--grid`; a comma in brackets or quotes belongs to a value."""
+    """Returns the name and the values of a `--grid`.
+
+    Commas separate the values, except commas inside brackets or quotes.
+    """
     name, equals, values = text.partition("=")
     if not equals or not name.strip():
         raise InputError(f"--grid {text}: expected NAME=A,B")
@@ -241,12 +251,14 @@ def _split_values(values: str, text: str) -> list[str]:
             found[-1] += c
     found = [value.strip() for value in found]
     if not all(found) or len(set(found)) < len(found):
-        raise InputError(f"--grid {text}: expected different values without gaps, such as a,b")
+        raise InputError(
+            f"--grid {text}: expected different values, none of them empty, such as a,b"
+        )
     return found
 
 
 def describe(cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """Returns a sweep's size in words: `8 cells: 2 arms x 2 fractions x 2 seeds`."""
+    """Returns the size of a sweep in words, such as `8 cells: 2 arms x 2 fractions x 2 seeds`."""
     counts = {
         "arms": len({c.arm for c, _ in cells}),
         "fractions": len({c.fraction for c, _ in cells}),

@@ -1,4 +1,4 @@
-"""Writes the commands of a sweep's cells for a shell, a Slurm array, or xpk."""
+"""Writes the commands that run the cells of a sweep in a shell, as a Slurm array, or on xpk."""
 
 import argparse
 import re
@@ -45,9 +45,10 @@ submit() {{ launch/xpk.sh --cluster "$CLUSTER" --type "$TYPE" --image "$IMAGE" -
 
 
 def script(args: argparse.Namespace, cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """Returns the output of `--print`: commands that train and evaluate each cell, and can be resumed.
+    """Returns the output of `--print`: a command for each cell, which trains and evaluates it.
 
-    When all have ended, the same sweep without `--print` finds all cells done and writes `sweep.json`.
+    A command that was stopped can be started again. After all commands have ended, the same sweep without
+    `--print` finds that all cells are done, and writes `sweep.json`.
     """
     commands = [_command(args, cell, flags) for cell, flags in cells]
     about = describe(cells)

@@ -1,4 +1,4 @@
-"""Prints lines, tables and tracebacks; text in them cannot control the terminal."""
+"""Prints lines, tables and tracebacks, with all characters escaped that could control the terminal."""
 
 import sys
 import traceback
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def say(text: object) -> None:
-    """Prints lines on standard output, with control characters escaped."""
+    """Prints a text on standard output, with its control characters escaped."""
     print(escaped(text))
 
 
@@ -21,7 +21,7 @@ def show_traceback() -> None:
 
 
 def console(**settings: Any) -> "Console":
-    """Returns a rich console that escapes control characters in each text.
+    """Returns a rich console that escapes control characters in everything that it prints.
 
     Args:
         settings: arguments of `rich.console.Console`.

@@ -1,4 +1,4 @@
-"""`stepdistill train`: trains a config in a workdir, or resumes the run in it."""
+"""`stepdistill train`: trains a model in a workdir, or resumes the run in the workdir."""
 
 import argparse
 import os
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder for checkpoints, metrics and model, local or gs://; an unfinished run in it is"
-        " resumed",
+        help="folder for checkpoints, metrics and model, local or on gs://; if it contains"
+        " an unfinished run, that run is resumed",
     )
     add_data_arguments(parser)
 
@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_dataset(config: str | None, data_dir: str | None) -> None:
-    """Refuses the name of a prepared dataset given as the config.
+    """Refuses the name of a prepared dataset where a config is expected.
 
     Raises:
-        InputError: it is one; the message says what to type instead.
+        InputError: `config` is the name of a prepared dataset. The message says what to type instead.
     """
     from stepdistill_jax.commands.shipped import find_shipped
     from stepdistill_jax.data.prepared import NAME, data_folder, is_prepared
@@ -78,7 +78,7 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
 
 
 def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str:
-    """Returns a run's result as a line.
+    """Returns the result of a run as a line of text.
 
     Example: `runs/cqa: best step 300 of 400, validation accuracy 0.452 (always the commonest label:
     0.211)`.
@@ -96,7 +96,7 @@ def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str
 
 
 def _next_command(config: "TrainConfig", args: argparse.Namespace) -> list[str]:
-    """Returns the next command: evaluate the run if the task has a test split, else export it."""
+    """Returns the command to suggest next: `evaluate` if the task has a test split, else `export`."""
     from stepdistill_jax.tasks.load import has_split
 
     where = {"data_dir": args.data_dir, "task_module": config.task_module}

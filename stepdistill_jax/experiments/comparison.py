@@ -1,4 +1,4 @@
-"""Compares runs: accuracy by share of the data, the share that an arm needs, and tests between arms."""
+"""Compares runs: how accurate each arm is, how much data it needs, and which differences are significant."""
 
 import dataclasses
 import itertools
@@ -22,16 +22,17 @@ BASELINE = "label_only"
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """The runs of an arm at a fraction, one per seed.
+    """The runs of an arm that were trained on the same share of the data.
 
     Attributes:
-        arm, fraction: name of the arm, share of the data.
-        labels: mean number of labelled examples trained on.
+        arm: name of the arm.
+        fraction: share of the train split that the runs were trained on.
+        labels: mean number of labelled examples that the runs were trained on.
         runs: the runs, one per seed.
         accuracy: mean accuracy of the runs.
-        low, high: 95 % interval of the mean by Student's t; None for one seed.
-        collapsed: number of runs that give every row the same answer.
-        accuracy_of_others: mean accuracy of the runs that did not collapse; None if none or all did.
+        low, high: ends of the 95 % interval of the mean, by Student's t; None if there is only one run.
+        collapsed: number of runs whose answers are the same for all rows.
+        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all or none did.
     """
 
     arm: str
@@ -47,15 +48,19 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class PairTest:
-    """A test between two arms at one fraction, on the same rows.
+    """A significance test between two arms that were trained on the same share of the data.
 
     Attributes:
-        fraction, first, second: share of the data, names of the arms.
-        difference: mean accuracy of the second arm minus mean accuracy of the first.
-        low, high, p: results of `paired_difference`.
-        p_holm: p corrected for all tests of the comparison.
-        seeds: seeds that both arms have.
-        only_first, only_second: number of rows that only one arm gets right, over these seeds.
+        fraction: share of the train split.
+        first: name of the first arm.
+        second: name of the second arm.
+        difference: mean accuracy of the second arm minus mean accuracy of the first arm.
+        low, high: ends of the 95 % interval of the difference; see `paired_difference`.
+        p: two-sided p value; see `paired_difference`.
+        p_holm: p value corrected for the number of tests in the comparison.
+        seeds: seeds for which both arms have a run.
+        only_first: number of rows that only the first arm answers correctly, summed over `seeds`.
+        only_second: number of rows that only the second arm answers correctly, summed over `seeds`.
     """
 
     fraction: float
@@ -73,19 +78,21 @@ class PairTest:
 
 @dataclasses.dataclass(frozen=True)
 class Enough:
-    """The smallest share of the data with which an arm reaches the baseline's accuracy on all data.
+    """How much data an arm needs to reach the accuracy that the baseline has with all data.
 
     Attributes:
         arm: name of the arm.
-        target: the baseline's mean accuracy at its largest fraction.
-        fraction, labels: smallest tested fraction at which the arm's mean is at least `target`, and its
-            number of labels; None if there is none.
-        surely: smallest fraction from which on the difference's 95 % interval is above 0 at all tested
-            fractions; None if there is none.
-        tested: whether there are answers to compare row by row; without them, `surely` means nothing.
-        baseline_labels: number of labels at `target`.
-        reverse: smallest fraction at which the baseline reaches the arm's accuracy at the arm's largest
-            fraction; None if there is none.
+        target: mean accuracy of the baseline at its largest fraction.
+        fraction: smallest tested fraction at which the arm's mean accuracy is at least `target`; None if
+            there is none.
+        labels: mean number of labelled examples at `fraction`; None if `fraction` is None.
+        surely: smallest fraction such that, at this and all larger tested fractions, the arm is
+            significantly better than the baseline at its largest fraction (the 95 % interval of the
+            difference is above 0); None if there is none.
+        tested: whether the arms' answers could be compared row by row. If not, `surely` means nothing.
+        baseline_labels: mean number of labelled examples of the baseline at its largest fraction.
+        reverse: smallest fraction at which the baseline reaches the accuracy that the arm has at its own
+            largest fraction; None if there is none.
     """
 
     arm: str
@@ -100,14 +107,17 @@ class Enough:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Runs that differ only in arm, fraction and seed, and have answered the same rows.
+    """A group of runs that answered the same rows and differ only in arm, fraction and seed.
 
     Attributes:
-        name: the task, and the settings in which the report's comparisons differ.
-        baseline: arm that the others are compared with.
-        runs, points, tests, enough: see their classes; points are sorted by arm, then fraction.
-        teacher: the teacher's accuracy on these rows, if it has answered them.
-        majority: accuracy of always answering the commonest label.
+        name: the task, followed by the settings in which this group differs from others in the report.
+        baseline: name of the arm with which the other arms are compared.
+        runs: the runs of the group.
+        points: the runs of each arm at each fraction, sorted by arm and then by fraction.
+        tests: the tests between arms.
+        enough: how much data each arm needs, except the baseline.
+        teacher: accuracy of the teacher's labels on the same rows; None if there are none.
+        majority: accuracy of always answering the commonest label; None if it is unknown.
     """
 
     name: str
@@ -125,36 +135,44 @@ class Comparison:
         return list(dict.fromkeys(p.arm for p in self.points))
 
     def is_chance(self, point: Point) -> bool:
-        """Returns whether the runs do not show that a point beats always answering the commonest label."""
+        """Returns whether a point may be no better than always answering the commonest label.
+
+        It may be if the lower end of its 95 % interval is not above that accuracy.
+        """
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
 
     def of_arm(self, arm: str) -> list[Point]:
-        """Returns an arm's points, smallest fraction first."""
+        """Returns the points of an arm, the smallest fraction first."""
         return [p for p in self.points if p.arm == arm]
 
 
 def compare(
     runs: Sequence[RunResult], baseline: str | None = None
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
-    """Groups comparable runs; returns a comparison per group, and `run` and `why` of each run left out.
+    """Groups the runs that can be compared with each other, and compares the runs of each group.
 
-    Runs are in the same group if they have answered the same rows and agree in all settings that vary
-    within an arm, such as a learning rate of a grid. A setting that varies only between arms is part of
-    the arm.
+    Two runs are in the same group if they answered the same rows and agree in all settings that vary
+    within an arm, such as the learning rates of a grid. A setting that varies only between arms counts as
+    part of the arm.
 
     Args:
         runs: all runs.
-        baseline: arm that the others are compared with; None means `label_only`, or else the first arm
-            with the objectives of `label_only`, or else the first arm.
+        baseline: name of the arm with which the other arms are compared. None means `label_only`; if there
+            is no such arm, the first one with the same objectives; if there is none, the first arm.
+
+    Returns:
+        A comparison for each group, and a dict for each run that was left out. The dict has `run`, the
+        folder of the run, and `why`, the reason.
 
     Raises:
-        InputError: no run has the baseline arm; lists the arms.
+        InputError: no run belongs to the arm `baseline`. The message lists the arms.
     """
     arms = list(dict.fromkeys(r.arm for r in runs))
     if baseline is not None and baseline not in arms:
         raise InputError(
-            f"`baseline`: no run of {baseline!r} (arms: {', '.join(arms)}){nearest(baseline, arms)}"
+            f"`baseline`: there is no run of the arm {baseline!r} (arms: {', '.join(arms)})"
+            f"{nearest(baseline, arms)}"
         )
     groups: dict[tuple, dict[tuple, RunResult]] = defaultdict(dict)
     left_out, settings = [], _settings(runs)
@@ -162,7 +180,7 @@ def compare(
         group = groups[run.gold_key, tuple(setting.items())]
         first = group.setdefault((run.arm, run.fraction, run.seed), run)
         if first is not run:
-            why = f"has the same arm, fraction, seed and settings as {first.workdir}"
+            why = f"it has the same arm, fraction, seed and settings as {first.workdir}"
             left_out.append({"run": str(run.workdir), "why": why})
     found = []
     for (_, setting), group in groups.items():
@@ -180,7 +198,10 @@ def _baseline(runs: Sequence[RunResult], wanted: str | None) -> str:
 
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
-    """Returns each run's settings that define its group: the grid, and what varies within an arm."""
+    """Returns, for each run, the settings that define its group.
+
+    These are the settings of the grid, and all other settings that vary within an arm.
+    """
     # A setting splits the groups if two runs with the same arm, rows and grid values differ in it. If
     # label_only uses LEARNING_RATE 1e-3 and step_by_step 5e-4, none of them varies within its arm, so
     # the two stay in one group; with a second label_only run at 5e-4, LEARNING_RATE splits the groups.
@@ -201,9 +222,11 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 
 
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Returns a run's settings as texts by name: macros in capitals, nested fields as `optimizer.name`.
+    """Returns a run's settings as {name: value}, with all values as strings.
 
-    The fields of `NO_SETTING` are left out, except INIT_FROM and the objectives' weights and prompts.
+    The name of a macro is in capitals, and the name of a nested field is its path, such as
+    `optimizer.name`. The fields in `NO_SETTING` are left out, except `INIT_FROM` and the weights and input
+    templates of the objectives.
     """
     found = {}
     for name, value in config.items():
@@ -222,7 +245,7 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
 
 
 def short_value(value: str) -> str:
-    """Returns a setting's text; a path is shortened to its last part."""
+    """Returns the value of a setting, or only the last part of it if it is a path."""
     # INIT_RULES is a list of names with slashes
     is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value
@@ -272,7 +295,10 @@ def _point(*runs: RunResult) -> Point:
 
 
 def _drawn(runs: Sequence[RunResult]) -> dict[RunResult, np.ndarray]:
-    """Returns the accuracies [draws] of each run that has answers, all on the same drawn rows."""
+    """Returns {run: accuracies, [draws]} for the runs that have answers.
+
+    Each accuracy is computed on rows drawn at random with replacement; all runs share the drawn rows.
+    """
     known = [r for r in runs if r.right is not None and len(r.right)]
     if not known:
         return {}

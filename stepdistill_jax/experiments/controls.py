@@ -1,4 +1,4 @@
-"""Prepares datasets for control experiments: spoilt rationales, or a teacher that errs."""
+"""Prepares datasets for control experiments, with spoilt rationales or a teacher that makes mistakes."""
 
 import json
 import os
@@ -22,19 +22,20 @@ KINDS = ("shuffled", "wrong", "missing", "teacher_errs")
 def spoil(
     examples: Sequence[Example], kind: str, share: float = 1.0, *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Returns rows for JSON lines with spoilt rationales; inputs, labels and ids are unchanged.
+    """Returns the examples as rows, some with spoilt rationales. Inputs, labels and ids are unchanged.
 
     Args:
         examples: examples of the train split.
-        kind: change of a chosen row. `shuffled`: it gets the rationale of another random row. `wrong`:
-            the rationale of a row with another label. `missing`: no rationale. `teacher_errs`: the
-            rationale and label (as the field `llm_label`) of a row with another label; all other rows
-            get their own label as `llm_label`.
-        share: share of the rows with a rationale that are chosen, at random.
+        kind: how a chosen row is changed. `shuffled` gives it the rationale of another random row, and
+            `wrong` the rationale of a random row with another label. `missing` removes its rationale.
+            `teacher_errs` gives it the rationale of a random row with another label, and that label as
+            the teacher's label, `llm_label`; the `llm_label` of all other rows is their own label.
+        share: share of rows to change, among the rows with a rationale. They are chosen at random.
         seed: random seed.
 
     Raises:
-        InputError: `kind` is unknown, or it needs another label and all rows have the same one.
+        InputError: `kind` is unknown; or it needs a row with another label, but all rows have the same
+            label.
     """
     one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)
@@ -56,7 +57,9 @@ def spoil(
             label = examples[i].label
             others = [e for e in examples if e.rationale and e.label != label]
             if not others:
-                raise InputError(f"kind {kind}: all rows have the same label")
+                raise InputError(
+                    f"kind {kind}: there is no row with another label, since all rows have the same label"
+                )
             other = others[rng.integers(len(others))]
             rows[i]["rationale"] = other.rationale
             if kind == "teacher_errs":
@@ -72,10 +75,10 @@ def prepare_control(
     seed: int = 0,
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """Prepares the dataset NAME_KIND_PERCENT: NAME with the train split of `spoil`.
+    """Prepares the dataset NAME_KIND_PERCENT, which is the dataset NAME with a train split from `spoil`.
 
     Raises:
-        InputError: see `spoil` and `prepare_variant`.
+        InputError: the errors of `spoil` and `prepare_variant`.
     """
     return prepare_variant(
         name,
@@ -93,19 +96,21 @@ def prepare_variant(
     fields: Sequence[str] = (),
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """Prepares the dataset NEW_NAME, once: NAME's validation and test, and a changed train split.
+    """Prepares a variant of a dataset, with a changed train split, unless the variant already exists.
 
-    Runs on NEW_NAME answer the same rows as runs on NAME, so they may be compared. Other splits are left
-    out.
+    The variant has the same validation and test splits as the original, and no other splits. Runs on both
+    datasets therefore answer the same rows and may be compared.
 
     Args:
-        name, new_name: names of a prepared dataset (or `delivery`), and of the new one.
+        name: name of the original, a prepared dataset or `delivery`.
+        new_name: name of the variant.
         change: function that turns the train split's examples into the rows that replace them.
         fields: additional fields of these rows, for the templates of objectives.
-        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR`, else the user's cache.
+        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR`, or the user's cache if
+            that variable is not set.
 
     Raises:
-        InputError: see `prepare` and `open_prepared`.
+        InputError: the errors of `prepare` and `open_prepared`.
     """
     folder = data_folder(data_dir)
     if is_prepared(new_name, folder):

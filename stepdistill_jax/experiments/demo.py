@@ -1,4 +1,4 @@
-"""Trains and compares arms on the embedded dataset, from scratch to a table, in about two minutes."""
+"""Trains arms on the embedded dataset from scratch and compares them, in about two minutes."""
 
 import dataclasses
 import os
@@ -37,10 +37,11 @@ class ArmResult:
     """One row of the demo's table.
 
     Attributes:
-        arm: name of the config.
-        labels: number of labelled examples trained on.
-        steps: number of updates.
-        seconds: training time, including compilation and validation; None if an earlier start trained it.
+        arm: name of the arm.
+        labels: number of labelled examples that the arm was trained on.
+        steps: number of training steps.
+        seconds: training time, including compilation and validation; None if an earlier call of `demo`
+            trained the arm.
         test_accuracy: share of right labels on the test split.
         tokens_per_row: mean number of tokens decoded for a label, including the end of sequence.
     """
@@ -61,16 +62,18 @@ def demo(
 ) -> dict[str, Any]:
     """Trains each arm in `workdir`/ARM, decodes the test labels, and compares the arms.
 
-    A second call finds the arms trained, and only decodes.
+    If the arms were trained by an earlier call, this one only decodes.
 
     Args:
-        arms: config and its gin text by name; all have the same task.
-        workdir: folder for the runs, `demo.png` and `demo.json`.
-        data_dir: folder of the dataset, which is prepared there if it is missing.
+        arms: {name: (config, gin text of the config)}. All configs have the same task.
+        workdir: folder for the runs, for `demo.png` and for `demo.json`.
+        data_dir: folder of prepared datasets. If the dataset is missing, it is prepared there.
 
     Returns:
-        `arms` (the table's rows), `majority_baseline`, `plot`, and `rows`: test rows with the label and
-        rationale that the step-by-step model writes.
+        `arms`: the rows of the table, as dicts.
+        `majority_baseline`: accuracy of always answering the commonest label.
+        `plot`: path of the plot.
+        `rows`: some test rows with the labels and rationales that the step-by-step model writes.
     """
     workdir = local_path(workdir, "`workdir`")
     check_folder(workdir, SUMMARY, MADE, [PLOT])
@@ -107,7 +110,10 @@ def demo(
 
 
 def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
-    """Decodes at most `length` tokens for each prompt of an objective; returns texts and token counts."""
+    """Decodes an objective for each input; returns the decoded texts and their numbers of tokens.
+
+    `objective` is the index of the objective, and `length` the largest number of tokens to decode.
+    """
     chosen = info.objectives[objective]
     rows = [
         encode_input(model.vocabulary, chosen.input_template.format(input=text), info.input_length)[
@@ -137,7 +143,7 @@ def _test(
 def _rationales(
     model: LoadedModel, info: TaskInfo, dataset: PreparedDataset, predictions: list[str]
 ) -> list[dict[str, str]]:
-    """Returns the first test rows with labels and rationales; [] if the model writes no rationales."""
+    """Returns the first test rows with the model's labels and rationales; [] if it writes no rationales."""
     names = [o.name for o in info.objectives]
     if "rationale" not in names:
         return []

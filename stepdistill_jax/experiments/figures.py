@@ -20,12 +20,12 @@ from stepdistill_jax.experiments.plots import (
 
 
 def share_of_data(fraction: float) -> str:
-    """Returns `12.5% of the data`, or `all of the data`."""
+    """Returns the fraction in words, such as `12.5% of the data` or `all of the data`."""
     return "all of the data" if fraction == 1 else f"{100 * fraction:g}% of the data"
 
 
 def _runs_of(points: Sequence[Point]) -> str:
-    """Returns `mean of 3 runs`, or `mean of 2 to 3 runs` if the number differs between points."""
+    """Returns the number of runs per point in words: `mean of 3 runs`, `mean of 2 to 3 runs` or `one run`."""
     counts = sorted({len(p.runs) for p in points})
     if counts == [1]:
         return "one run"
@@ -33,9 +33,12 @@ def _runs_of(points: Sequence[Point]) -> str:
 
 
 def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> pathlib.Path:
-    """Draws accuracy against the share of the training data, with a line per arm; returns the SVG's path.
+    """Draws accuracy against the share of the training data, with a line for each arm.
 
-    Whiskers are 95 % intervals; crosses in an arm's colour are its collapsed runs.
+    Whiskers show 95 % intervals, and crosses in an arm's colour show its collapsed runs.
+
+    Returns:
+        The path of the SVG file.
     """
     made, axis = figure()
     fractions = sorted({p.fraction for p in comparison.points})
@@ -65,7 +68,10 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
 
 
 def _tick(comparison: Comparison, fraction: float) -> str:
-    """Returns `25%`, with `375 labels` below it if all arms have this number."""
+    """Returns the label of a fraction on the axis, such as `25%`.
+
+    If all arms were trained on the same number of labels, such as `375 labels`, a second line shows it.
+    """
     labels = {f"{p.labels:.0f}" for p in comparison.points if p.fraction == fraction}
     return f"{100 * fraction:g}%" + (f"\n{labels.pop()} labels" if len(labels) == 1 else "")
 
@@ -93,9 +99,12 @@ def _lines(axis, comparison: Comparison) -> None:
 
 
 def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path | None:
-    """Draws validation accuracy and label loss against the step, at the largest fraction.
+    """Draws validation accuracy and label loss against the step, for each arm at its largest fraction.
 
-    A thin line is a run, a thick one the mean of an arm's runs. Returns None if no run has metrics.
+    A thin line shows a single run, and a thick line the mean of an arm's runs.
+
+    Returns:
+        The path of the SVG file; None if no run has metrics.
     """
     largest = {arm: comparison.of_arm(arm)[-1] for arm in comparison.arms}
     if not any(r.lines for p in largest.values() for r in p.runs):
@@ -129,7 +138,11 @@ def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path 
 def size_figure(
     comparisons: Sequence[Comparison], split: str, stem: pathlib.Path
 ) -> pathlib.Path | None:
-    """Draws accuracy at the largest fraction against model size; returns None if all sizes are equal."""
+    """Draws the accuracy of each arm at its largest fraction against the size of the model.
+
+    Returns:
+        The path of the SVG file; None, without a figure, if all models have the same size.
+    """
     by_arm: dict[str, list[tuple[int, Point]]] = defaultdict(list)
     for comparison in comparisons:
         for arm in comparison.arms:
@@ -157,7 +170,7 @@ def size_figure(
 
 
 def _rounded(size: int) -> str:
-    """Returns a short text: `248M` for 247,577,856."""
+    """Returns a number of parameters in a short form, such as `248M` for 247,577,856."""
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if size >= unit:
             return f"{size / unit:.3g}{letter}"

@@ -1,4 +1,4 @@
-"""Accuracies from the paper, for comparison with measured ones."""
+"""Lists accuracies from the paper, for comparison with measured accuracies."""
 
 from stepdistill_jax.data.prepared import PAPER_SUFFIX
 from stepdistill_jax.experiments.comparison import Point
@@ -16,7 +16,11 @@ ACCURACY = {
 
 
 def paper_accuracy(point: Point) -> float | None:
-    """Returns the paper's accuracy for the dataset, arm and size of a point with all data, else None."""
+    """Returns the paper's accuracy for the dataset and arm of a point.
+
+    The result is None if the paper does not report one, if the runs used only a part of the data, or if
+    their model does not have the size of T5 base.
+    """
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:
         return None

@@ -1,4 +1,4 @@
-"""Plots runs, with colours that colour-blind readers can distinguish and lines that print in grey."""
+"""Plots runs. Colour-blind readers can distinguish the colours, and the line styles differ in grey print."""
 
 import importlib
 import os
@@ -22,12 +22,13 @@ def learning_curves(
     *,
     chance: float | None = None,
 ) -> None:
-    """Draws validation accuracy and the label's training loss against the step, as a PNG.
+    """Draws validation accuracy and the label's training loss against the step, and writes a PNG file.
 
     Args:
-        runs: lines of `metrics.jsonl` for each run, by the name to show.
-        path: path of the PNG.
-        chance: accuracy of always answering the commonest label, drawn as a thin line.
+        runs: {name to show: lines of the run's `metrics.jsonl`}.
+        path: path of the PNG file.
+        chance: accuracy of always answering the commonest label, which is drawn as a thin line; None
+            draws no line.
     """
     made, accuracy, loss = learning_axes("label loss on train, nats per token")
     for i, (name, lines) in enumerate(runs.items()):
@@ -44,13 +45,13 @@ def learning_curves(
 
 
 def plot_curves(workdir: os.PathLike | str) -> Any:
-    """Returns a `matplotlib.figure.Figure` of a run: validation accuracy, and each objective's loss.
+    """Returns a `matplotlib.figure.Figure` of a run, with validation accuracy and each objective's loss.
 
-    Lines are training losses, averaged over 20 steps; markers are validation losses. A notebook shows the
-    figure if it is the last value of a cell; `.savefig(PATH)` writes it to a file.
+    Lines show training losses, averaged over 20 steps, and markers show validation losses. A notebook
+    displays the figure if it is the last value of a cell. `.savefig(PATH)` writes it to a file.
 
     Raises:
-        InputError: see `read_metrics`.
+        InputError: the metrics cannot be read; see `read_metrics`.
     """
     importlib.import_module("matplotlib.pyplot")  # registers the display of figures in a notebook
     lines = read_metrics(workdir)
@@ -75,20 +76,23 @@ def plot_curves(workdir: os.PathLike | str) -> Any:
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of the lines that have a number under `key`."""
+    """Returns the steps and the values of the metric `key`, from the lines that have it."""
     found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
-    """Returns means over the last `window` values; `smoothed([1, 2, 4], 2)` is [1.0, 1.5, 3.0]."""
+    """Returns, for each value, the mean of the last `window` values up to it.
+
+    Example: `smoothed([1, 2, 4], 2)` is [1.0, 1.5, 3.0].
+    """
     return [
         sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))
     ]
 
 
 def look_of(i: int) -> dict[str, Any]:
-    """Returns colour, line style and marker of the i-th curve; curves differ even without colour."""
+    """Returns colour, line style and marker of the i-th curve, which differ from those of other curves."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "ls": STYLES[i % len(STYLES)],
@@ -97,12 +101,15 @@ def look_of(i: int) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """Escapes dollar signs, since matplotlib would read the text between them as mathematics."""
+    """Escapes dollar signs, since matplotlib typesets the text between two of them as mathematics."""
     return text.replace("$", r"\$")
 
 
 def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
-    """Writes STEM.png and STEM.svg and returns the SVG's path; the same plot gives the same bytes."""
+    """Writes a figure to STEM.png and STEM.svg, and returns the path of STEM.svg.
+
+    The same figure always gives the same bytes.
+    """
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "stepdistill"}):
@@ -112,7 +119,7 @@ def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
 
 
 def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
-    """Returns a figure with axes for validation accuracy and for a loss against the step."""
+    """Returns a new figure, its axes for validation accuracy, and its axes for a loss, against the step."""
     from matplotlib.ticker import MaxNLocator
 
     made, (accuracy, loss) = figure(2)
@@ -124,9 +131,9 @@ def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
 
 
 def figure(columns: int = 1) -> tuple[Any, Any]:
-    """Returns a figure and its axes (one, or an array of them).
+    """Returns a new figure and its axes, which are a single object or an array of `columns` objects.
 
-    It is created without pyplot, so it opens no window and need not be closed.
+    The figure is created without pyplot. It therefore opens no window and need not be closed.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""`stepdistill report`: compares runs on an HTML page, and in plots and tables for a paper."""
+"""Defines `report`, which compares runs on an HTML page and writes plots and tables for a paper."""
 
 import base64
 import dataclasses
@@ -50,7 +50,7 @@ class Report:
         page: path of the HTML file.
         files: paths of all written files, the page first.
         comparisons: result of `comparison.compare`.
-        left_out: runs that are in no table, as dicts with the keys `run` and `why`.
+        left_out: a dict for each run that is in no table, with `run`, its folder, and `why`, the reason.
     """
 
     page: pathlib.Path
@@ -68,21 +68,26 @@ def report(
     examples: int = 500,
     data_dir: os.PathLike | str | None = None,
 ) -> Report:
-    """Compares runs, and writes `report.html` and each plot and table as separate files.
+    """Compares runs, and writes the page `report.html` as well as a file for each plot and table.
 
-    The page needs no network and no other file. The same runs produce the same bytes.
+    The page contains all plots, so it needs neither a network nor other files. The same runs always give
+    the same bytes.
 
     Args:
-        runs: workdirs, folders of `sweep`, or folders that contain some of these.
-        output: folder, created if missing; files of an earlier report are replaced.
-        split: split on which answers are compared.
-        baseline: arm that the others are compared with; None means the default of `compare`.
-        examples: number of rows to show with their answers, evenly spread over the split.
-        data_dir: folder of prepared datasets; without the dataset there are no tests and no examples.
+        runs: workdirs, folders of `sweep`, or folders that contain such folders.
+        output: folder for the files, which is created if it is missing. Files of an earlier report in it
+            are replaced.
+        split: split whose answers are compared.
+        baseline: name of the arm with which the other arms are compared; None means the default of
+            `compare`.
+        examples: number of rows that the page shows with the arms' answers. They are spread evenly over
+            the split.
+        data_dir: folder of prepared datasets. If the runs' dataset is not there, the report has neither
+            tests nor examples.
 
     Raises:
-        InputError: a path contains no runs, no run has answers on the split, no run has the baseline
-            arm, or the folder cannot be written.
+        InputError: a path contains no runs; no run has answers on the split; no run belongs to the arm
+            `baseline`; or the folder cannot be written.
     """
     whole("examples", examples, 0)
     folder = local_path(output, "`output`")
@@ -122,7 +127,11 @@ def report(
 
 
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns suffixes of file names: "" for a single comparison, else their names, unique by a number."""
+    """Returns a suffix of file names for each comparison.
+
+    The suffix is empty if there is only one comparison. Otherwise, it is made from the comparison's name; a
+    1-based index is added if the name is empty or not unique.
+    """
     if len(comparisons) == 1:
         return [""]
     names = [re.sub(r"[^A-Za-z0-9.]+", "-", c.name).strip("-.")[:80] for c in comparisons]
@@ -135,7 +144,7 @@ def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
 def _write_comparison(
     comparison: Comparison, folder: pathlib.Path, suffix: str, split: str
 ) -> tuple[list[pathlib.Path], dict[str, Any]]:
-    """Writes a comparison's files; returns their paths, and the values for the page."""
+    """Writes the files of a comparison; returns their paths, and the comparison's values for the page."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = accuracy_figure(comparison, split, folder / f"accuracy{suffix}")
     learning = learning_figure(comparison, folder / f"learning{suffix}")
@@ -176,9 +185,10 @@ def _write_comparison(
 
 
 def headline(comparison: Comparison) -> list[str]:
-    """Returns sentences that say how little data each arm needs to reach the baseline's full accuracy.
+    """Returns the main results in sentences.
 
-    They also name arms that need a teacher at test time.
+    For each arm, a sentence says how much data it needs to reach the accuracy that the baseline has with
+    all data. Further sentences name the arms that need a teacher at test time.
     """
     sentences = []
     base, point = comparison.baseline, comparison.of_arm(comparison.baseline)[-1]
@@ -203,7 +213,10 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
-    """Returns a sentence that says how much data an arm needs to reach the baseline's accuracy on `data`."""
+    """Returns sentences that say how much data an arm needs to reach the baseline's accuracy.
+
+    `data` names, in words, the share of the data that the baseline was trained on.
+    """
     base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
     theirs = (
         f"the accuracy that {base} has with {data} ({enough.target:.4f}, with"
@@ -227,7 +240,11 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """Returns a sentence per share, naming the arms that are significantly better from this share on."""
+    """Returns a sentence for each share of the data.
+
+    The sentence names the arms that are significantly better than the baseline with this share of the data
+    or more.
+    """
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
         if enough.tested:
@@ -248,7 +265,10 @@ def _better(found: Sequence[Enough]) -> list[str]:
 
 
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
-    """Returns rows with the answers of one run per arm: the first seed of its largest fraction."""
+    """Returns up to `count` rows for the page, with the answers of one run per arm.
+
+    The run of an arm is the one with the first seed, at the arm's largest fraction.
+    """
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]
     if not chosen or not count:
@@ -293,12 +313,19 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 
 
 def _embedded(figure: pathlib.Path) -> str:
-    """Returns an SVG as a data URI: an image runs no script and shares no names with the page."""
+    """Returns an SVG file as a data URI.
+
+    The page shows it as an image, so that the SVG can run no script and its names cannot clash with names
+    on the page.
+    """
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
 
 def _page(**values: Any) -> str:
-    """Returns the HTML text. Texts from data are escaped; a digest allows the page's only script."""
+    """Returns the HTML of the page.
+
+    Strings from the data are escaped. The page's security policy allows only its own script, by a digest.
+    """
     import jinja2
 
     environment = jinja2.Environment(

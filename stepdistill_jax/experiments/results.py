@@ -1,4 +1,4 @@
-"""Reads the results of runs (settings, answers on a split, metrics, cost) without weights or devices."""
+"""Reads the results of runs: settings, answers on a split, metrics and cost. It needs no weights or devices."""
 
 import dataclasses
 import functools
@@ -34,11 +34,12 @@ class Gold:
     """A split of a prepared dataset.
 
     Attributes:
-        key: digest of ids, inputs and labels; datasets that differ only in rationales share it.
+        key: digest of the rows' ids, inputs and labels. Datasets that differ only in their rationales have
+            the same key.
         examples: rows of the split, in order.
-        metric: metric that compares labels.
+        metric: name of the metric that compares labels.
         fingerprint: fingerprint of the dataset.
-        labels: labels of the task, if they are few.
+        labels: labels of the task if they are a closed set; else empty.
     """
 
     key: str
@@ -48,7 +49,7 @@ class Gold:
     labels: Sequence[str] = ()
 
     def right(self, labels: Sequence[str]) -> np.ndarray:
-        """Returns [rows] bool: whether each label is right."""
+        """Returns whether each label is right, as a bool array [rows]."""
         matches = metric_fn(self.metric)
         return np.array(
             [matches(got, e.label) for got, e in zip(labels, self.examples, strict=True)], bool
@@ -56,9 +57,9 @@ class Gold:
 
     @functools.cached_property
     def teacher(self) -> float | None:
-        """The teacher's accuracy over all rows; None if it has answered no row.
+        """Accuracy of the teacher's labels over all rows; None if no row has a teacher's label.
 
-        A row without an answer counts as wrong, as in the paper.
+        As in the paper, a row without a teacher's label counts as wrong.
         """
         if not any(e.llm_label for e in self.examples):
             return None
@@ -67,24 +68,28 @@ class Gold:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunResult:
-    """A run with answers on the split.
+    """A run that has answers on the split.
 
     Attributes:
         workdir: folder of the run.
-        arm, fraction, seed: values of the sweep; else derived from the run's objectives and config.
-        grid: VALUE by NAME in a sweep's grid.
+        arm: name of the arm, from the sweep. For a run outside a sweep, it is derived from its objectives.
+        fraction: share of the train split that the run was trained on.
+        seed: random seed of the run.
+        grid: {setting: value} for the settings in the sweep's grid; empty outside a sweep.
         config: the config in `run.json`.
         gold: the split that the run answered; None if its dataset is not prepared here.
-        labels: number of labelled examples trained on.
-        parameters: number of the model's parameters.
-        step: step of the model that answered.
-        accuracy, rows: accuracy on the split, and its number of rows.
+        labels: number of labelled examples that the run was trained on.
+        parameters: number of parameters of the model.
+        step: step of the checkpoint that answered.
+        accuracy: accuracy on the split.
+        rows: number of rows in the split.
         majority: accuracy of always answering the commonest label; None if it was not saved.
         collapsed: whether all answers are the same.
-        answers: the model's labels, in the order of the rows; None without `gold`.
-        right: [rows] bool, whether each answer is right; None without `gold`.
-        rationales: the model's rationales, if they were decoded.
-        explained: their quality (`RationaleCounts.summary` and `unfinished`), if it was saved.
+        answers: the model's labels, in the order of the rows; None if `gold` is None.
+        right: whether each answer is right, a bool array [rows]; None if `gold` is None.
+        rationales: the model's rationales, in the order of the rows; None if they were not decoded.
+        explained: quality of the rationales (`RationaleCounts.summary` and `unfinished`); None if it was
+            not saved.
         lines: lines of `metrics.jsonl`.
     """
 
@@ -110,23 +115,29 @@ class RunResult:
 
     @property
     def task(self) -> str:
-        """Task that the run was trained on."""
+        """Name of the task that the run was trained on."""
         return self.config["task"]
 
     @property
     def gold_key(self) -> str:
-        """Key that comparable runs share."""
+        """Key of the rows that the run answered. Only runs with the same key can be compared."""
         return self.task if self.gold is None else self.gold.key
 
     @property
     def rationale_token_accuracy(self) -> float | None:
-        """Share of rationale tokens predicted right in the validation at `step`, with teacher forcing."""
+        """Token accuracy of the rationale, with teacher forcing, in the validation at `step`.
+
+        It is None if it was not measured.
+        """
         key = f"eval/validation/accuracy/{RATIONALE}"
         found = [line[key] for line in self.lines if line["step"] == self.step and key in line]
         return found[-1] if found else None
 
     def verdict(self, row: int) -> tuple[str | None, str | None]:
-        """Returns `named_answer` of a row's label and rationale; (None, None) without them."""
+        """Returns the result of `named_answer` for a row's label and rationale.
+
+        The result is (None, None) if the run has no rationales or its dataset is not prepared here.
+        """
         if self.gold is None or self.answers is None or self.rationales is None:
             return None, None
         return named_answer(
@@ -138,9 +149,10 @@ class RunResult:
 
     @functools.cached_property
     def cost(self) -> tuple[float, float]:
-        """(seconds, FLOPs) of the training steps, including compilation, without validation and saving.
+        """Seconds and FLOPs of all training steps, with compilation but without validation and saving.
 
-        A logged step of `batch_size` examples at r examples/s took batch_size / r seconds.
+        Metrics have the rate r of each logged step, in examples per second. The step took batch_size / r
+        seconds.
         """
         seconds = flops = 0.0
         for line in self.lines:
@@ -154,7 +166,7 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A workdir, and its entry in the sweep's `sweep.json` ({} without a sweep)."""
+    """A workdir, and its entry in `sweep.json`, which is empty if the run belongs to no sweep."""
 
     workdir: pathlib.Path
     cell: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -166,12 +178,16 @@ def read_runs(
     split: str,
     data_dir: os.PathLike | str | None = None,
 ) -> tuple[list[RunResult], list[dict[str, str]]]:
-    """Returns all runs below `paths` with answers on `split`; and `run` and `why` of each other run.
+    """Reads all runs in the folders `paths`.
 
     Args:
-        paths: workdirs, folders of `sweep`, or folders that contain some of these.
-        split: split of the datasets.
-        data_dir: folder of the prepared datasets.
+        paths: workdirs, folders of `sweep`, or folders that contain such folders.
+        split: split whose answers are read.
+        data_dir: folder of prepared datasets.
+
+    Returns:
+        The runs that have answers on the split, and a dict for each other run. The dict has `run`, the
+        folder of the run, and `why`, the reason to leave it out.
 
     Raises:
         InputError: a path contains no run, a file is damaged, or no run has answers on the split.
@@ -203,7 +219,7 @@ def read_runs(
 
 
 def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
-    """Returns every workdir below `paths` once, in the order of `paths`.
+    """Returns all workdirs in the folders `paths`, in the order of `paths` and without repetitions.
 
     Raises:
         InputError: a folder is missing or contains no workdir.
@@ -212,10 +228,10 @@ def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
     for given in paths:
         path = local_path(given, "report")
         if not path.is_dir():
-            raise InputError(f"{path}: no such folder; expected a workdir or a sweep's folder")
+            raise InputError(f"{path}: no such folder; pass a workdir or the folder of a sweep")
         here = list(_below(path, DEPTH))
         if not here:
-            raise InputError(f"{path}: neither is nor contains a run or a sweep")
+            raise InputError(f"{path}: the folder is neither a run nor a sweep, and contains none")
         for run in here:
             found.setdefault(run.workdir.resolve(), run)
     return list(found.values())
@@ -227,7 +243,7 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
     elif (path / SWEEP).is_file():  # it has each cell's arm and grid, which folders do not
         cells = read_object(path / SWEEP).get("cells")
         if not isinstance(cells, dict) or not all(isinstance(x, dict) for x in cells.values()):
-            raise InputError(f"{path / SWEEP}: not written by `sweep`; move it away")
+            raise InputError(f"{path / SWEEP}: the file was not written by `sweep`; move it away")
         for name, cell in cells.items():
             if (path / name / RUN).is_file():
                 yield Found(path / name, cell)
@@ -237,7 +253,7 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
 
 
 def _read(found: Found, split: str, gold_of) -> RunResult | str:
-    """Returns the run, or the reason to leave it out."""
+    """Returns the results of a run, or the reason to leave the run out."""
     workdir, cell = found.workdir, found.cell
     described = read_run(workdir)
     config = described["config"]
@@ -245,10 +261,10 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     evaluation = workdir / EVALUATION / f"{split}.json"
     kept = read_object(evaluation) if evaluation.is_file() else {}
     if "tasks" in kept:
-        return f"answers several tasks, which report cannot compare; {evaluation} has the results of each"
+        return f"it answers several tasks, which report cannot compare; {evaluation} has the results of each"
     gold = gold_of(task)
     if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
-        return f"answered {task} before it was prepared again: evaluate it again"
+        return f"it was evaluated before {task} was prepared again; evaluate it again"
     step = kept.get("step")
     if step is None:  # not evaluated by `sweep`; `evaluate` uses the best step
         try:
@@ -263,16 +279,18 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     if gold is not None:
         if not file.is_file():
             return (
-                f"has no answers on {split}:"
+                f"it has no answers on {split}:"
                 f" run `stepdistill evaluate {workdir} --task {task} --split {split}`"
             )
         answers = _column(file, gold, "label")
         if answers is None:
-            return f"{file.name} has answers to other rows than {task}'s {split}: evaluate it again"
+            return (
+                f"the rows in {file.name} are not those of {task}'s {split}; evaluate the run again"
+            )
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
     elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
-        return f"no dataset {task} with a split {split} is prepared here"
+        return f"its dataset {task}, with a split {split}, is not prepared here"
     return RunResult(
         workdir=workdir,
         arm=str(cell.get("arm") or arm_of(config["objectives"])),
@@ -299,7 +317,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """Returns a field of each row; None if the rows' ids differ from `gold`'s ids."""
+    """Returns the field `name` of each row in a file; None if its rows do not have the ids of `gold`."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None
@@ -307,12 +325,13 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 
 
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the name of the arm with these objectives, whatever their weights; else the objectives' names.
+    """Returns the name of the arm that has these objectives, regardless of their weights.
 
-    A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the same.
+    If no arm has them, the result is made from the objectives' names. A label objective without a prompt
+    prefix, as in `paper/exact.gin`, counts as the same objective.
 
-    Example: objectives `label` and `rationale` are `step_by_step`, or `label+rationale` if one of their
-    templates differs from the arm's.
+    Example: the arm of the objectives `label` and `rationale` is `step_by_step`. If one of their templates
+    differs from the templates of that arm, the result is `label+rationale`.
     """
 
     def shape(items) -> list[tuple]:

@@ -1,4 +1,4 @@
-"""Computes confidence intervals and tests for few seeds and many rows."""
+"""Computes confidence intervals and significance tests for few seeds and many rows."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,12 @@ CHUNK = 200  # draws at once; [CHUNK, rows] row counts are in memory
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Returns the mean, and the ends of its 95 % interval by Student's t (None for a single value).
+    """Returns the mean, and the lower and upper end of its 95 % interval by Student's t.
 
-    The interval covers other seeds on the same rows: mean +- t(0.975, n - 1) s / sqrt(n). Example:
-    `mean_interval([0.6, 0.7, 0.8])` is (0.7, 0.452, 0.948), rounded: s = 0.1, t = 4.303.
+    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). It covers
+    the choice of other seeds, but not of other rows. Both ends are None if there is only one value.
+
+    Example: `mean_interval([0.6, 0.7, 0.8])` is (0.7, 0.452, 0.948), rounded, with s = 0.1 and t = 4.303.
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -26,19 +28,22 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 
 
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Returns accuracies on rows drawn with replacement, [draws, runs]; all runs share the drawn rows.
+    """Returns the accuracy of each run in each draw of rows, [draws, runs].
+
+    In each draw, as many rows as there are in total are drawn at random with replacement. All runs share
+    the drawn rows.
 
     Args:
-        right: [runs, rows] bool, whether an answer is right.
+        right: whether each answer of each run is right, a bool array [runs, rows].
         draws: number of draws.
-        seed: random seed; the same seed draws the same rows.
+        seed: random seed. The same seed draws the same rows.
     """
     rng, rows = np.random.default_rng(seed), right.shape[1]
     answers = right.T.astype(np.float32)
     found = []
     for start in range(0, draws, CHUNK):
         # A draw is a count per row: of rows 0, 1, 2, drawing 2, 0, 2 gives counts [1, 0, 2]. The
-        # accuracies are one product, [draws, rows] @ [rows, runs] / rows.
+        # accuracies are one matmul, [draws, rows] @ [rows, runs] / rows.
         chosen = rng.integers(rows, size=(min(CHUNK, draws - start), rows))
         counts = np.stack([np.bincount(c, minlength=rows) for c in chosen])
         found.append(counts.astype(np.float32) @ answers / rows)
@@ -48,18 +53,19 @@ def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndar
 def paired_difference(
     first: np.ndarray, second: np.ndarray, *, seed: int = 1
 ) -> tuple[float, float, float]:
-    """Returns the 95 % interval of the second arm's mean accuracy minus the first's, and a two-sided p.
+    """Tests the difference of two arms: the second arm's mean accuracy minus the first arm's.
 
-    A paired bootstrap (Efron and Tibshirani 1993) draws rows for both arms together, and runs (seeds) for
-    each arm separately. So the interval covers other test sets and other seeds; with one run per arm, it
-    covers only other test sets.
+    A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws the runs
+    (seeds) of each arm separately. The interval therefore covers the choice of other test rows and other
+    seeds. If each arm has only one run, it covers only the choice of other test rows.
 
     Args:
-        first, second: [draws, runs] results of `resample`, from the same draws.
+        first: accuracies of the first arm's runs from `resample`, [draws, runs].
+        second: accuracies of the second arm's runs in the same draws, [draws, runs].
         seed: random seed of the drawn runs.
 
     Returns:
-        Low end, high end, p.
+        The lower end and the upper end of the 95 % interval of the difference, and the two-sided p value.
     """
     rng = np.random.default_rng(seed)
 
@@ -75,11 +81,14 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p values corrected for the number of tests: each bounds the chance of any false alarm.
+    """Returns p values that are corrected for the number of tests (Holm 1979, Scand. J. Statist. 6:65).
 
-    Holm 1979, Scandinavian Journal of Statistics 6:65: the k-th smallest of n values (k from 0) is
-    multiplied by n - k, and raised to the corrected value before it if that is higher.
-    `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06]: 3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
+    If differences with a corrected p of at most 5 % are called significant, the probability of one or more
+    false alarms among all tests is at most 5 %.
+
+    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the corrected value before it
+    is larger, it is set to that value. Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from
+    3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

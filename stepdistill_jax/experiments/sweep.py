@@ -1,4 +1,4 @@
-"""Trains and evaluates arms x fractions x seeds x a grid, one run after another in one process."""
+"""Trains and evaluates a run for each combination of arm, fraction, seed and grid values, one by one."""
 
 import dataclasses
 import datetime
@@ -44,10 +44,11 @@ class Cell:
 
     Attributes:
         arm: name of the arm.
-        fraction, seed: share of the data and seed in the config.
-        grid: VALUE as typed, by NAME, for other settings that differ between cells.
+        fraction: share of the train split in the config.
+        seed: random seed in the config.
+        grid: {setting: value as typed} for other settings that differ between cells.
         config: config of the run.
-        text: gin text to save as `config.gin`.
+        text: gin text of the config, which is saved as `config.gin`.
     """
 
     arm: str
@@ -59,17 +60,20 @@ class Cell:
 
     @property
     def path(self) -> str:
-        """Workdir relative to the sweep's folder: `step_by_step/0.25/3`, `ARM/NAME=VALUE/0.25/3`."""
+        """Workdir of the cell, relative to the sweep's folder.
+
+        Examples: `step_by_step/0.25/3`, or `step_by_step/LEARNING_RATE=0.001/0.25/3` with a grid.
+        """
         return cell_path(self.arm, self.fraction, self.seed, self.grid)
 
     @property
     def name(self) -> str:
-        """Name for people: `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
+        """Name of the cell in messages, such as `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
         return cell_name(self.arm, self.fraction, self.seed, self.grid)
 
 
 def cell_path(arm: str, fraction: float, seed: int, grid: Mapping[str, str]) -> str:
-    """Returns `Cell.path`; characters that are not safe in a folder's name become `-`."""
+    """Returns `Cell.path`. Characters that are not safe in a folder's name are replaced by `-`."""
     values = ",".join(f"{k}={re.sub(r'[^A-Za-z0-9._+-]+', '-', v)}" for k, v in grid.items())
     return "/".join([arm, *([values] if values else []), repr(float(fraction)), str(seed)])
 
@@ -91,30 +95,33 @@ def sweep(
 ) -> dict[str, Any]:
     """Trains and evaluates the cells that are not done yet, in order.
 
-    A cell is done once its last step and its evaluation are saved in its workdir, so a sweep that was
-    killed at any point continues exactly. Cells that differ only in seed, fraction or a number that is
-    not a constant of the compiled program are compiled once.
+    A cell is done when its last step and its evaluation are saved in its workdir. A sweep that is killed
+    at any point can therefore be continued by the same call. Cells share a compiled program if they differ
+    only in their seed, their fraction, or numbers that are not constants of the program.
 
     Args:
-        cells: cells to train, on one task or several.
-        workdir: folder for `sweep.json` and a workdir per cell.
-        data_dir: folder of the prepared dataset.
-        split: split on which each run's best step is evaluated, into `evaluation/SPLIT.json` and
-            `predictions/`; None evaluates nothing.
-        with_rationale: whether to also decode the split's rationales, if the arm gives them, and to save
-            their quality as `rationale` in `evaluation/SPLIT.json`.
-        retries: number of retries of a failed cell, after all other cells.
-        asked: the command's arguments, saved in `sweep.json`.
+        cells: cells to train. They may have different tasks.
+        workdir: folder for `sweep.json` and the workdirs of the cells.
+        data_dir: folder of prepared datasets.
+        split: split on which the best step of each run is evaluated; None evaluates nothing. The results
+            are saved in the run's workdir, in `evaluation/SPLIT.json` and `predictions/`.
+        with_rationale: whether to also decode rationales, for the arms that write them. Their quality is
+            saved as `rationale` in `evaluation/SPLIT.json`.
+        retries: number of times to retry a failed cell, after all other cells.
+        asked: the arguments of the command, which are saved in `sweep.json`.
 
     Returns:
-        `workdir`; `cells`, `done` and `skipped`, the numbers of all cells, of cells that are done, and of
-        cells that were done before this call; `failed_cells`, dicts of `cell`, `workdir`, `error`;
-        `seconds`.
+        `workdir`: folder of the sweep.
+        `cells`: number of all cells.
+        `done`: number of cells that are done now.
+        `skipped`: number of cells that were done before this call.
+        `failed_cells`: a dict with `cell`, `workdir` and `error` for each failed cell.
+        `seconds`: seconds that this call took.
 
     Raises:
-        InputError: a cell's workdir holds another run, two cells share a folder, or a task lacks the
-            split; raised before the first cell trains.
-        SystemExit: with status 75, after a signal; finished work is saved.
+        InputError: a cell's workdir contains another run, two cells have the same workdir, or a task
+            lacks the split. It is raised before the first cell is trained.
+        SystemExit: a signal arrived. The exit status is 75, and finished work is saved.
     """
     if jax.process_count() > 1:
         raise InputError(
@@ -170,7 +177,7 @@ def _run(
     retries: int,
     record: "_Record",
 ) -> None:
-    """Calls `work` for each remaining cell, and retries failed cells after all others."""
+    """Calls `work` for each cell in `left`, and retries failed cells after all others."""
     waiting, ended, spent = [(cell, 1) for cell in left], 0, 0.0
     while waiting:
         cell, attempt = waiting.pop(0)
@@ -206,7 +213,10 @@ def _evaluate(
     with_rationale: bool,
     datasets: Mapping[str, str | None],
 ) -> None:
-    """Writes the best step's answers, then `evaluation/SPLIT.json`, which marks it as evaluated."""
+    """Evaluates the best step of a run, and writes its answers and then `evaluation/SPLIT.json`.
+
+    A run counts as evaluated once that file exists.
+    """
     config, path = cell.config, workdir / EVALUATION / f"{split}.json"
     if not is_remote(path):
         check_result(path)
@@ -257,17 +267,19 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
 def _check_cells(
     cells: Sequence[Cell], folder: pathlib.Path, data_dir: pathlib.Path, split: str | None
 ) -> dict[str, str | None]:
-    """Checks the cells; returns the fingerprint of each task's dataset (None for a SeqIO task)."""
+    """Checks the cells; returns {task: fingerprint of its dataset}, where a SeqIO task has None."""
     if (folder / RUN).is_file():
-        raise InputError(f"`workdir` {folder}: expected a folder of runs, got a run")
+        raise InputError(
+            f"`workdir` {folder}: expected a folder of runs, but this is the folder of a single run"
+        )
     if not cells:
         raise InputError("sweep: no cells; expected at least one arm, fraction and seed")
     paths: dict[str, Cell] = {}
     for cell in cells:
         if (other := paths.setdefault(cell.path, cell)) is not cell:
             raise InputError(
-                f"sweep: {other.name} and {cell.name} would share {folder / cell.path}; name each"
-                " arm, fraction, seed and value once"
+                f"sweep: {other.name} and {cell.name} would share the folder {folder / cell.path}; list"
+                " each arm, fraction, seed and value only once"
             )
     datasets = {}
     for task, module in {(c.config.task, c.config.task_module): None for c in cells}:
@@ -285,7 +297,7 @@ def _check_cells(
 def _check_workdirs(
     cells: Sequence[Cell], folder: pathlib.Path, datasets: Mapping[str, str | None]
 ) -> None:
-    """Refuses, before any training, a cell whose workdir holds a run with another config or data."""
+    """Refuses a cell whose workdir contains a run with another config or with other data."""
     for cell in cells:
         workdir = folder / cell.path
         if not (workdir / RUN).is_file():
@@ -296,20 +308,20 @@ def _check_workdirs(
         now["config"] = json.loads(json.dumps(cell.config.to_json(), default=str))
         if found := differences(before, now):
             raise InputError(
-                f"{workdir}: holds a run with other settings ({'; '.join(found)}); use the same settings"
-                " to continue this sweep, or another `workdir`"
+                f"{workdir}: the folder contains a run with other settings ({'; '.join(found)}); use the"
+                " same settings to continue this sweep, or choose another `workdir`"
             )
         for file in sorted((workdir / EVALUATION).glob("*.json")):
             old, new = read_object(file).get("dataset"), datasets[cell.config.task]
             if old and new and old != new:
                 raise InputError(
-                    f"{file}: was evaluated before {cell.config.task} was prepared again; use another"
-                    " `workdir`"
+                    f"{file}: this evaluation was made before {cell.config.task} was prepared again; choose"
+                    " another `workdir`"
                 )
 
 
 class _Record:
-    """Maintains `sweep.json`: the arguments of all starts so far, and each cell's state."""
+    """Maintains `sweep.json`, which records the arguments of all calls so far and the state of each cell."""
 
     def __init__(self, folder: pathlib.Path, cells: Sequence[Cell], asked: Mapping[str, Any]):
         self._path = folder / SWEEP
@@ -317,7 +329,9 @@ class _Record:
         try:
             self._asked, self._cells = list(kept["asked"]), dict(kept["cells"])
         except (KeyError, TypeError, ValueError):
-            raise InputError(f"{self._path}: not written by `sweep`; move it away") from None
+            raise InputError(
+                f"{self._path}: the file was not written by `sweep`; move it away"
+            ) from None
         if not any({**earlier, "at": None} == {"at": None, **asked} for earlier in self._asked):
             self._asked.append({"at": _now(), **asked})
         for cell in cells:
@@ -327,11 +341,11 @@ class _Record:
             self._cells[cell.path] = {**new, **known, **names, "grid": dict(cell.grid)}
 
     def of(self, cell: Cell) -> dict[str, Any]:
-        """Returns a cell's entry."""
+        """Returns the entry of a cell."""
         return self._cells[cell.path]
 
     def note(self, cell: Cell, **values: Any) -> None:
-        """Updates a cell's entry; `seconds` are added up over its starts."""
+        """Updates the entry of a cell. `seconds` is added to the seconds of earlier attempts."""
         entry = self._cells[cell.path]
         if "seconds" in values:
             values["seconds"] = round(entry.get("seconds", 0.0) + values["seconds"], 1)
@@ -339,7 +353,7 @@ class _Record:
         entry |= values
 
     def write(self) -> None:
-        """Writes the file, atomically."""
+        """Writes the file atomically."""
         write_json(self._path, {"asked": self._asked, "cells": self._cells})
 
 

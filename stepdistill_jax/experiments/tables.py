@@ -1,4 +1,4 @@
-"""Makes the tables of a report, as rows from which CSV and HTML are written."""
+"""Makes the tables of a report, which are then written as CSV and as HTML."""
 
 import csv
 import dataclasses
@@ -24,13 +24,13 @@ USUAL_SETTINGS += ("INPUT_LENGTH", "TARGET_LENGTH", "DTYPE", "DATA_FRACTION", "S
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table whose cells are texts.
+    """A table whose cells are strings.
 
     Attributes:
-        name: stem of the file's name.
+        name: name of the CSV file, without `.csv`.
         head: names of the columns.
-        rows: texts of the cells; an empty text means unknown.
-        numbers: indices of right-aligned columns.
+        rows: the cells of each row. An empty string means that the value is unknown.
+        numbers: indices of the columns that contain numbers, which are right-aligned.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Table:
         return path
 
     def csv(self) -> str:
-        """Returns the table as CSV with a header; a spreadsheet takes no cell for a formula."""
+        """Returns the table as CSV with a header. No cell can be read as a formula by a spreadsheet."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
@@ -54,7 +54,7 @@ class Table:
 
 
 def _no_formula(cell: str) -> str:
-    """Returns `cell`, with an apostrophe in front if a spreadsheet would take it for a formula."""
+    """Returns `cell`, preceded by an apostrophe if a spreadsheet would read the cell as a formula."""
     cell = escaped(cell)  # csv does not quote a carriage return, which would begin a new row
     try:
         float(cell)
@@ -64,7 +64,10 @@ def _no_formula(cell: str) -> str:
 
 
 def accuracy_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table with a row per arm and fraction, and the paper's accuracies if there are any."""
+    """Returns a table of accuracies, with a row for each arm and fraction.
+
+    If the paper reports an accuracy for one of the rows, the table has a column for the paper.
+    """
     head = ("arm", "fraction", "labels", "runs", "accuracy", "95% low", "95% high", "collapsed")
     head += ("accuracy without these",)
     rows = [
@@ -89,7 +92,7 @@ def accuracy_table(comparison: Comparison, name: str) -> Table:
 
 
 def tests_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of the tests, with a row per pair of arms and fraction."""
+    """Returns a table of the significance tests, with a row for each pair of arms at each fraction."""
     head = ("fraction", "first", "second", "second - first", "95% low", "95% high", "p", "p (Holm)")
     head += ("only first right", "only second right")
     rows = [
@@ -111,9 +114,10 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 
 
 def rationale_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of the quality of decoded rationales by arm and fraction, and a teacher's row.
+    """Returns a table of the quality of decoded rationales, with a row for each arm and fraction.
 
-    Values are means over the runs. Counts are shown as shares of the rows; token accuracy is from
+    A last row shows the teacher's rationales if their quality is known. Values are means over the runs of
+    an arm. Counts are shown as shares of the rows. The column `token accuracy` was measured in the run's
     validation.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
@@ -148,7 +152,7 @@ def rationale_table(comparison: Comparison, name: str) -> Table:
 
 
 def cost_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of each arm's cost at its largest fraction: means over its runs."""
+    """Returns a table of the training cost of each arm at its largest fraction, as means over its runs."""
     head = ("arm", "fraction", "parameters", "steps", "seconds of steps", "TFLOP of steps")
     rows = []
     for arm in comparison.arms:
@@ -168,7 +172,11 @@ def cost_table(comparison: Comparison, name: str) -> Table:
 
 
 def settings_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of settings: `USUAL_SETTINGS`, and all that differ from their defaults or by arm."""
+    """Returns a table of settings.
+
+    It lists `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from their defaults or
+    between arms.
+    """
     default = flat_settings(with_defaults({}))
     by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)
     for run in comparison.runs:
@@ -198,7 +206,7 @@ def settings_table(comparison: Comparison, name: str) -> Table:
 
 
 def _sort_key(value: str) -> tuple[float, str]:
-    """Returns a sort key that puts numbers first, in order of size, and then texts."""
+    """Returns a sort key that puts numbers first, ordered by size, and other strings after them."""
     try:
         return float(value), value
     except ValueError:
@@ -206,7 +214,7 @@ def _sort_key(value: str) -> tuple[float, str]:
 
 
 def runs_table(comparisons: Sequence[Comparison], split: str) -> Table:
-    """Returns a table of all runs, for the reader's own computations."""
+    """Returns a table with a row for each run, from which readers can compute other figures."""
     head = ("comparison", "arm", "fraction", "seed", "labels", "parameters", "best step")
     head += (f"accuracy on {split}", "rows", "collapsed", "seconds", "TFLOP", "workdir")
     rows = [(c.name, *_run(run)) for c in comparisons for p in c.points for run in p.runs]
@@ -232,7 +240,7 @@ def _run(run: RunResult) -> tuple[str, ...]:
 
 
 def _mean(values: Sequence[float | None], form: str = ".4f") -> str:
-    """Returns the mean as text; empty if a value is unknown."""
+    """Returns the mean as a formatted string, which is empty if one of the values is unknown."""
     known = [value for value in values if value is not None]
     return format(sum(known) / len(known), form) if len(known) == len(values) else ""
 

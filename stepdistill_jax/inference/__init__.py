@@ -1,7 +1,7 @@
 """Gets labels from a trained model, without TensorFlow and without training code.
 
-The imports are not lazy: a function with the name of its module (`predict`) can be called as
-`inference.predict(...)` only if the name is bound after the module has been imported.
+The imports are not lazy. Importing the module `inference.predict` binds the name `predict` to the module;
+the import statement below then binds the name to the function, so that `inference.predict(...)` works.
 """
 
 from stepdistill_jax.decoding.beam import beam_search

@@ -1,4 +1,4 @@
-"""Counts right answers, and answers that cannot be right; no other code counts them."""
+"""Counts the answers that are right, and those that are not valid labels. No other module counts them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,15 @@ from stepdistill_jax.inference.calibration import Calibration
 
 
 class AccuracyCounts:
-    """Counts over rows in any order, in bounded memory; averages are taken only at the end."""
+    """Counts right and invalid answers, over rows in any order and in bounded memory."""
 
     def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):
-        """Sets the metric that compares answers, and the task's labels if they are few.
+        """Starts all counts at zero.
 
-        `temperature` is the temperature of the probabilities of choices.
+        Args:
+            metric: name of the metric that compares an answer with the gold label.
+            labels: the task's labels if they are a closed set; else empty.
+            temperature: temperature of the probabilities that `add` receives.
         """
         self._calibration = Calibration(temperature)
         self._matches = metric_fn(metric)
@@ -35,7 +38,7 @@ class AccuracyCounts:
             prediction: the model's label.
             label: the gold label; empty if unknown.
             choices: the row's own choices, if it has any.
-            probabilities: probability of each allowed answer, if answers were restricted.
+            probabilities: {answer: probability} over the allowed answers; None if any answer was allowed.
         """
         self.rows += 1
         if label:
@@ -54,11 +57,14 @@ class AccuracyCounts:
             self._distinct.add(prediction)
 
     def summary(self) -> dict[str, Any]:
-        """Returns `rows`, and `accuracy` and `majority_baseline` over the rows with a label, if any.
+        """Returns the counts and averages of all rows.
 
-        `invalid_labels` is the number of answers that are not allowed, or None if any answer is allowed.
-        `collapsed` is true if there are two or more rows and all have the same answer. With choices, the
-        results of `Calibration` are added.
+        `rows` is the number of rows. `accuracy` and `majority_baseline` are computed over the rows that
+        have a gold label, and are absent if no row has one. `rows_with_label` is present only if some
+        rows have a gold label and others do not. `invalid_labels` is the number of answers that are not
+        valid labels, or None if it is not known which answers are valid. `collapsed` is true if there are two or more rows
+        and all have the same answer. If answers were restricted to choices, the dict also has the keys
+        of `Calibration.summary`.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:
@@ -73,7 +79,7 @@ class AccuracyCounts:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """Returns the summary as a line for people; more lines show the task's metrics and anything unusual.
+    """Returns the summary as one readable line; further lines show the task's metrics and anything unusual.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.

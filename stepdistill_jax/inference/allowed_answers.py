@@ -1,4 +1,7 @@
-"""Restricts answers to `choices`: reads and encodes the allowed answers, and turns scores into output."""
+"""Restricts answers to those that the option `choices` allows.
+
+This module reads and encodes the allowed answers, and turns their scores into output fields.
+"""
 
 import functools
 import os
@@ -25,12 +28,13 @@ _KEPT = 2**16  # labels whose ids are cached: many rows have the same labels
 
 
 class Allowed:
-    """The answers that each row may have, and their ids.
+    """The answers that are allowed for each row, and the ids of these answers.
 
     Attributes:
-        labels: the allowed labels if all rows share them; empty if each row has its own.
+        labels: the allowed labels if they are the same for all rows; empty if each row has its own choices.
         temperature: temperature of the probabilities.
-        key: digest that changes when the answers, or the output written for them, may change.
+        key: digest of the allowed answers and the temperature. Two runs with equal keys restrict answers
+            in the same way.
     """
 
     def __init__(
@@ -46,23 +50,26 @@ class Allowed:
         """Reads the labels, unless each row has its own.
 
         Args:
-            choices: `row` (each row's field `choices`), `labels` (the task's labels), a file (one label
-                per line, or a JSON list if its name ends in .json), or the labels themselves.
+            choices: `row` for each row's field `choices`, `labels` for the task's labels, the path of a
+                file, or a list of labels. The file has one label per line, or contains a JSON list if
+                its name ends in .json.
             labels: labels of the task; empty if they are not a closed set.
-            objective: the label's objective; its target template is what the model was trained to write.
+            objective: objective whose target is the label. The model was trained to write its target
+                template.
             vocabulary: vocabulary of the model.
             most_ids: largest number of ids in an answer, the end of sequence included; training
                 truncated longer answers.
             temperature: temperature of the probabilities; scores do not depend on it.
 
         Raises:
-            InputError: the file does not exist; there are fewer than two labels; or a label is repeated,
-                has the same ids as another, or is longer than the model was trained to write.
+            InputError: the model writes more than the label; the file cannot be read; there are fewer
+                than two labels; or a label is repeated, has the same ids as another label, or has more
+                than `most_ids` ids.
         """
         if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
                 f"`choices`: the model writes {objective.target_template!r}, so a label alone has no"
-                " probability"
+                " probability by which it could be chosen; leave `choices` out"
             )
         self._objective, self._vocabulary, self._most_ids = objective, vocabulary, most_ids
         self.temperature = float(temperature)
@@ -78,35 +85,37 @@ class Allowed:
         self.key = digest([ROW if choices == ROW else self.labels, self.temperature])
 
     def of(self, row: Example) -> tuple[str, ...]:
-        """Returns the labels of a row, each once, in the order given."""
+        """Returns the labels that are allowed for a row, in their given order, without repetitions."""
         return self.labels or _each_once(row.choices)
 
     def ids(self, row: Example) -> list[tuple[int, ...]]:
-        """Returns the ids of each label, with the end of sequence."""
+        """Returns the ids of each label in `of(row)`, each list with its end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
     def check(self, row: Example) -> None:
         """Refuses a row without choices, or with choices that the model cannot tell apart.
 
         Raises:
-            InputError: the message is the reason, without the row's place.
+            InputError: the row is refused. The message gives the reason, but not the file and line.
         """
         if self.labels:
             return
         if not row.choices:
-            raise InputError("no field 'choices', which `choices=row` scores (or it is empty)")
+            raise InputError("the field 'choices' is missing or empty, but `choices=row` needs it")
         self.ids(row)
 
     def answer(self, row: Example, scores: np.ndarray) -> dict[str, Any]:
-        """Returns the output fields of a row; all numbers but the score have 6 significant digits.
+        """Returns the output fields of a row.
 
         Args:
             row: the question.
-            scores: [labels of the row], natural logs of their probabilities.
+            scores: natural log of the probability of each label in `of(row)`, [labels].
 
         Returns:
-            `label`, the first label with the highest score; `score` of that label; `probability`, its
-            share of the sum over all allowed labels; `choices`, the share of each.
+            `label` is the label with the highest score, and the first one if several have it. `score` is
+            the score of that label, rounded to 6 decimals. `choices` maps each allowed label to its
+            probability, rounded to 6 significant digits: a softmax of the scores at `temperature`.
+            `probability` is the probability of `label`.
         """
         labels, scores = self.of(row), np.asarray(scores, np.float64)
         best = int(scores.argmax())
@@ -121,7 +130,7 @@ class Allowed:
         }
 
     def _encode(self, label: str) -> tuple[int, ...]:
-        """Encodes a label as training encodes a target, but never truncates it."""
+        """Returns the ids of a label, encoded like a target in training, but never truncated."""
         target = self._objective.target_template.format_map({self._objective.label_field: label})
         return (*self._vocabulary.encode(target), EOS_ID)
 
@@ -139,17 +148,17 @@ class Allowed:
             if ids in found:
                 raise InputError(
                     f"the labels {found[ids]!r} and {label!r} have the same ids in the model's"
-                    " vocabulary, so it cannot tell them apart"
+                    " vocabulary, so the model cannot tell them apart"
                 )
             found[ids] = label
         return list(found)
 
 
 def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowed | None:
-    """Returns the answers that `options.choices` allows for this model and task; None allows any.
+    """Returns the answers that `options.choices` allows for this model and task; None if any is allowed.
 
     Raises:
-        InputError: see `Allowed`.
+        InputError: the labels are unsuitable; see `Allowed`.
     """
     if options.choices is None:
         return None
@@ -165,7 +174,7 @@ def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowe
 
 
 def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
-    """Removes labels that repeat an earlier one, as in some questions of CommonsenseQA."""
+    """Returns the labels without repetitions. Some questions of CommonsenseQA repeat a label."""
     found: dict[str, str] = {}
     for label in labels:
         found.setdefault(normalize(label), label)
@@ -173,12 +182,12 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns (source of the labels for messages, the labels as they are written there)."""
+    """Returns the name of the labels' source, for messages, and the labels as the source has them."""
     if choices == LABELS:
         if not of_task:
             raise InputError(
-                "`choices=labels`: the task has no closed set of labels; pass a file of labels, or `row`"
-                " if rows have the field 'choices'"
+                "`choices=labels`: the task has no closed set of labels; pass a file of labels, or pass"
+                " `row` if rows have the field 'choices'"
             )
         return "`choices=labels`", list(of_task)
     if isinstance(choices, str | os.PathLike):
@@ -187,7 +196,10 @@ def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
 
 
 def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
-    """Checks that there are two or more labels, none blank or repeated; `name` is their source."""
+    """Returns the labels as stripped strings, after checking that they are valid.
+
+    There must be two or more labels, and none may be blank or repeated. `name` is the labels' source.
+    """
     labels = [as_text(x, f"label {i}", name).strip() for i, x in enumerate(labels, 1)]
     first: dict[str, int] = {}
     for number, label in enumerate(labels, 1):
@@ -206,7 +218,8 @@ def _read_file(path: os.PathLike | str) -> list[Any]:
     local = local_path(path, "`choices`")
     if not local.exists():
         raise InputError(
-            f"`choices` {path}: no such file; `row` uses each row's own choices, `labels` uses the task's labels"
+            f"`choices` {path}: there is no such file; pass `row` to use each row's own choices, or"
+            " `labels` to use the task's labels"
         )
     check_file(local, "a file of labels")
     if local.suffix == ".json":
@@ -217,7 +230,9 @@ def _read_file(path: os.PathLike | str) -> list[Any]:
     try:
         lines = local.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        raise InputError(
+            f"{path}: the file is not UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: the file cannot be read ({error.strerror})") from None
     return [line for line in lines if line.strip()]

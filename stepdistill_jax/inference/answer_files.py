@@ -1,4 +1,4 @@
-"""Names and writes files of decoded answers in a workdir's `predictions/`, one row per line."""
+"""Names and writes the files of decoded answers in a workdir's folder `predictions/`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 def answers_name(
     task: str, split: str, step: int | None, options: DecodeOptions, with_rationale: bool = False
 ) -> str:
-    """Returns the name, without `.jsonl`, of the file for answers decoded with these options."""
+    """Returns the name, without `.jsonl`, of the file for answers that these options produce."""
     name = f"{task}-{split}-{step}"
     name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
     name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"
@@ -26,10 +26,11 @@ def answers_name(
 
 
 def write_answers(workdir: os.PathLike | str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes `predictions/NAME.jsonl` of a workdir atomically, replacing an older one.
+    """Writes the rows to `predictions/NAME.jsonl` in a workdir, atomically, replacing an older file.
 
     Raises:
-        OSError: the file cannot be written, for example on a full disk; names it.
+        OSError: the file cannot be written, for example because the disk is full. The message names
+            the file.
     """
     with atomic_write(as_path(workdir) / PREDICTIONS / f"{name}.jsonl") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

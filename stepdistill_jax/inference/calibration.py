@@ -12,10 +12,13 @@ _SMALLEST = np.log(np.finfo(np.float64).tiny)
 
 
 class Calibration:
-    """Adds up, over rows in any order, what the calibration needs; each row has a known gold label."""
+    """Accumulates the sums that measure calibration, over rows in any order.
+
+    Each row must have a known gold label.
+    """
 
     def __init__(self, temperature: float = 1.0):
-        """Takes the temperature of the probabilities that will be added."""
+        """Starts without rows. `temperature` is that of the probabilities passed to `add`."""
         self._temperature = temperature
         self._count, self._sure, self._right = np.zeros((3, BINS))
         self._losses = np.zeros(len(TEMPERATURES))
@@ -26,7 +29,7 @@ class Calibration:
 
         Args:
             probabilities: probability of each allowed label; they sum to 1.
-            is_gold: whether each allowed label is right; all False if the gold label is not allowed.
+            is_gold: whether each allowed label equals the gold label; all False if no allowed label does.
         """
         p, gold = np.asarray(probabilities, np.float64), np.asarray(is_gold, bool)
         best = int(p.argmax())
@@ -43,13 +46,18 @@ class Calibration:
         self._losses += _surprise(logs * self._temperature / TEMPERATURES[:, None], gold)
 
     def summary(self) -> dict[str, Any]:
-        """Returns `expected_calibration_error`, `log_loss`, `best_temperature` and `gold_not_a_choice`, or {}.
+        """Returns the measures of calibration; {} if no row was added.
 
-        The calibration error is the mean over rows of |share of right answers - mean probability| of
-        the row's bin, with 15 bins of equal width (Guo et al. 2017, arXiv:1706.04599, section 2).
-        `log_loss` is the mean of -log of the gold label's probability (nats). `best_temperature`, from
-        0.05 to 100, minimises it on these rows (section 4.2). Both cover the rows whose gold label is
-        allowed and are None without such rows; `gold_not_a_choice` counts the other rows.
+        Returns:
+            `expected_calibration_error`: rows are sorted into 15 bins of equal width by the probability
+            of their answer. Each bin has a gap, |share of right answers - mean probability|; the error
+            is the mean of the gaps, weighted by the number of rows (Guo et al. 2017, arXiv:1706.04599,
+            section 2).
+            `log_loss`: mean of -log(probability of the gold label), in nats, over the rows whose gold
+            label is allowed; None if there are no such rows.
+            `best_temperature`: the temperature, between 0.05 and 100, with the smallest log loss on the
+            same rows (section 4.2); None if there are no such rows.
+            `gold_not_a_choice`: number of rows whose gold label is not allowed.
         """
         rows = self._count.sum()
         if not rows:
@@ -65,5 +73,8 @@ class Calibration:
 
 
 def _surprise(logs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """Returns -log of the gold labels' share: logs [..., labels], up to a constant -> [...]."""
+    """Returns -log of the probability of the gold labels, [...].
+
+    `logs` are the log probabilities of all labels up to a constant per row, [..., labels].
+    """
     return np.logaddexp.reduce(logs, axis=-1) - np.logaddexp.reduce(logs[..., gold], axis=-1)

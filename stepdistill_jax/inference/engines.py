@@ -39,11 +39,12 @@ class Engine(Protocol):
 
     Attributes:
         path: directory of the model.
-        vocabulary, task_info: vocabulary and task of the model.
-        step: step of the checkpoint; None if the directory holds only one model.
+        vocabulary: vocabulary of the model.
+        task_info: contents of `stepdistill.json`; None if the directory lacks that file.
+        step: step of the checkpoint; None if `path` is not a workdir, but a directory of a single model.
         batch_size: number of rows decoded at once.
         identity: digest of everything in the model that affects its answers.
-        device: kind of the device.
+        device: kind of device, such as `cpu`.
     """
 
     path: pathlib.Path
@@ -63,14 +64,14 @@ class Engine(Protocol):
         on_progress: Callable[[int], None] | None = None,
         decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
-        """Returns the answers to `rows`, in their order.
+        """Returns the answers to `rows`, in the order of `rows`.
 
         Args:
-            rows: ids of each input with its end of sequence; none is empty.
+            rows: ids of each input with its end of sequence; no input is empty.
             max_decode_len: largest number of tokens in an answer, the end of sequence included.
             on_progress: called with the number of rows of each finished batch.
-            decoder_prefix: ids that the decoder reads before the answer; they are not part of the answer
-                or its score.
+            decoder_prefix: ids that the decoder reads before the answer. They belong neither to the
+                answer nor to its score.
         """
         ...
 
@@ -80,12 +81,15 @@ class Engine(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Returns the log probability of each row's given answers; see `choices.ChoiceScorer`."""
+        """Returns an array for each row: the log probabilities of the row's given answers.
+
+        See `choices.ChoiceScorer`.
+        """
         ...
 
 
 def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -> Engine:
-    """Opens a workdir or model directory with the engine that reads it.
+    """Opens a model with the engine that reads its directory.
 
     Args:
         path: workdir, model directory or CTranslate2 directory.
@@ -99,7 +103,8 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
     converted = is_ctranslate2(path)
     if options.engine == "jax" and converted:
         raise InputError(
-            f"`engine=jax`: {path} is a CTranslate2 directory; use the directory that it was made from"
+            f"`engine=jax`: {path} is a CTranslate2 directory, which this engine cannot read; use the"
+            " directory that it was made from"
         )
     if options.engine == "ctranslate2" and not converted and as_path(path).is_dir():
         raise InputError(
@@ -108,14 +113,14 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
         )
     if options.quantization and converted:
         raise InputError(
-            f"`quantization`: {path} is a CTranslate2 directory, whose export set the quantization"
-            " (`stepdistill export --format ctranslate2 --quantization int8`); leave it out"
+            f"`quantization`: {path} is a CTranslate2 directory, and its quantization was chosen when it was"
+            " exported (`stepdistill export --format ctranslate2 --quantization int8`); leave this option out"
         )
     return (CTranslate2Engine if converted else JaxEngine)(path, options)
 
 
 class JaxEngine:
-    """Engine for our decoder; with several processes, all must make the same calls."""
+    """Engine that runs our decoder. If there are several processes, all must make the same calls."""
 
     def __init__(self, path: os.PathLike | str, options: DecodeOptions):
         """Opens a workdir or model directory; see `open_engine`."""
@@ -137,9 +142,9 @@ class JaxEngine:
 
     @property
     def identity(self) -> str:
-        """Digest of parameters, configuration and vocabulary, as they are in memory.
+        """Digest of the parameters, configuration and vocabulary in memory.
 
-        `stepdistill.json` is left out: its prompts and lengths are options of a run.
+        The digest does not cover `stepdistill.json`, since its prompts and lengths are options of a run.
         """
         config = dataclasses.asdict(self._config)
         if config["logits_softcap"] is None:  # so that older, unfinished outputs can be continued
@@ -172,9 +177,10 @@ class JaxEngine:
         return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
-        """Returns the batch size, halved while the rows still fit, since padding rows take time.
+        """Returns the batch size for a number of rows: `batch_size`, halved while all rows still fit.
 
-        Halving keeps the number of shapes, and so of compiled programs, small.
+        A smaller batch saves the time that padding rows take. Halving keeps the number of different
+        shapes small, and a program is compiled for each shape.
         """
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
@@ -183,25 +189,25 @@ class JaxEngine:
 
 
 class CTranslate2Engine:
-    """CTranslate2 with one worker per core that this process may use, all on one copy of the weights.
+    """Engine that runs CTranslate2, with one worker for each core that this process may use.
 
-    Each worker has one thread. Threads that share a matrix product wait for the slowest one: when another
-    program kept a core busy, two threads were six times slower than one.
+    All workers share one copy of the weights, and each worker has one thread. Several threads in a worker
+    would share each matmul and wait for the slowest thread: when another program kept a core busy, a
+    worker with two threads was six times slower than one with a single thread.
     """
 
     device: str = "cpu"
     step: int | None = None
 
     def __init__(self, path: os.PathLike | str, options: DecodeOptions):
-        """Opens a CTranslate2 directory; see `open_engine`. Reads the complete file of weights."""
+        """Opens a CTranslate2 directory and reads all of its weights; see `open_engine`."""
         if options.step not in ("best", "last"):
             raise InputError(
-                f"`step` {options.step}: {path} is a CTranslate2 directory, which holds only one model"
+                f"`step` {options.step}: {path} is a CTranslate2 directory, which contains only one model;"
+                " leave this option out"
             )
         if options.layout != "data":
-            raise InputError(
-                "`layout`: CTranslate2 runs on the cores of a single CPU; leave it out"
-            )
+            raise InputError("`layout`: CTranslate2 runs only on CPU cores; leave this option out")
         if jax.process_count() > 1:
             raise InputError(
                 f"{path}: CTranslate2 runs in a single process, but this job has {jax.process_count()};"
@@ -230,7 +236,9 @@ class CTranslate2Engine:
             )
         except (RuntimeError, ValueError) as error:
             message = " ".join(str(error).split())
-            raise InputError(f"{self.path}: CTranslate2 cannot open it ({message})") from None
+            raise InputError(
+                f"{self.path}: CTranslate2 cannot open this directory ({message})"
+            ) from None
 
     def decode(
         self,
@@ -242,16 +250,15 @@ class CTranslate2Engine:
         """Implements `Engine.decode`.
 
         Raises:
-            InputError: a row has only its end of sequence, which CTranslate2 does not decode; or there is
-                a decoder prefix and a length penalty, since CTranslate2 counts the prefix as part of
-                the answer.
+            InputError: a row consists of only its end of sequence, for which CTranslate2 decodes nothing;
+                or there are a decoder prefix and a length penalty, since CTranslate2 counts the prefix
+                as part of the answer's length.
         """
         prefix = [self._names[i] for i in decoder_prefix]
         if prefix and self._penalty:
             raise InputError(
-                f"{self.path}: with a length penalty, CTranslate2 counts a rationale's decoder"
-                " prefix as part of its length; set `length_penalty=0`, or use the directory that"
-                " this one was made from"
+                f"{self.path}: CTranslate2 would apply the length penalty also to the decoder prefix of"
+                " rationales; set `length_penalty=0`, or use the directory that this one was made from"
             )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
@@ -272,9 +279,9 @@ class CTranslate2Engine:
                 ids = [self._ids[name] for name in result.hypotheses[0]]
                 if not ids:
                     raise InputError(
-                        f"{self.path}: CTranslate2 has no answer to an empty prompt (an empty input"
-                        " under an empty prefix); leave such rows out, or use the directory that"
-                        " this one was made from"
+                        f"{self.path}: a row's prompt is empty (an empty input and an empty prefix), and"
+                        " CTranslate2 gives no answer to it; leave such rows out, or use the directory"
+                        " that this one was made from"
                     )
                 ids = ids[len(prefix) :]
                 decoded.ids[place], decoded.finished[place] = ids, ids[-1] == EOS_ID
@@ -289,15 +296,15 @@ class CTranslate2Engine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Implements `Engine.score`; encodes an input once for each of its answers.
+        """Implements `Engine.score`. It encodes an input again for each of the input's answers.
 
         Raises:
-            InputError: an answer without its end of sequence, which CTranslate2 always adds.
+            InputError: an answer lacks the end of sequence, which CTranslate2 always adds.
         """
         if any(ids[-1] != EOS_ID for of_row in answers for ids in of_row):
             raise InputError(
-                f"{self.path}: CTranslate2 scores targets with an end of sequence, but some have none;"
-                " use the directory that this one was made from"
+                f"{self.path}: CTranslate2 can score only targets that end with an end of sequence, but"
+                " some targets have none; use the directory that this one was made from"
             )
         scores = [np.zeros(len(of_row), np.float32) for of_row in answers]
 
@@ -323,9 +330,10 @@ class CTranslate2Engine:
         return scores
 
     def _pairs(self, rows, answers) -> Iterator[list[tuple[int, int]]]:
-        """Yields batches of (row, answer) with inputs of similar length, the longest first.
+        """Yields batches of pairs (index of a row, index of one of its answers).
 
-        A batch has at most `CHUNK_TOKENS` answer tokens, padding included.
+        The inputs of a batch have similar lengths, and the batch with the longest inputs comes first. The
+        answers of a batch have at most `CHUNK_TOKENS` tokens, padding included.
         """
         pairs, longest = [], 0
         for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
@@ -343,7 +351,7 @@ class CTranslate2Engine:
     def _start(
         self, rows: list[Sequence[int]], max_decode_len: int, prefix: list[str]
     ) -> list[Any]:
-        """Queues one batch; returns a pending result for each row."""
+        """Puts one batch into CTranslate2's queue, and returns a pending result for each row."""
         return self._translator.translate_batch(
             [[self._names[i] for i in row] for row in rows],
             target_prefix=[prefix] * len(rows) if prefix else None,
@@ -366,7 +374,9 @@ class NotFinite(InputError):
 def require_finite(model: Engine, scores: np.ndarray) -> None:
     """Raises `NotFinite` if a score is NaN or infinite."""
     if not np.isfinite(scores).all():
-        raise NotFinite(f"{model.path}: the model gives NaN; its weights are damaged")
+        raise NotFinite(
+            f"{model.path}: the model gives NaN or infinite scores; its weights are damaged"
+        )
 
 
 def usable_cores() -> int:

@@ -48,7 +48,7 @@ RESULT = Made("evaluate", b'{\n  "task": "', ("task", "split", "rows"))
 
 
 def check_result(output: os.PathLike | str, choices: Any = None) -> None:
-    """Refuses an output file that must not be overwritten, before any work (`check_outputs`)."""
+    """Refuses an output file that must not be overwritten; see `check_outputs`."""
     inputs = [choices] if isinstance(choices, os.PathLike | str) else []
     check_outputs({local_path(output, "`output`"): RESULT}, inputs, "`output`")
 
@@ -69,33 +69,35 @@ def evaluate(
     The rows of a prepared dataset are read without TensorFlow. Any other task is tokenised through
     SeqIO, as for training, and its own metrics are computed as well.
 
-    A workdir keeps the answers in `predictions/TASK-SPLIT-STEP.jsonl`. Options are added to the name
-    before `.jsonl`, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`, `-rationale`.
+    If `path` is a workdir, the answers are saved there, in `predictions/TASK-SPLIT-STEP.jsonl`. Options
+    that are set are appended to the name, before `.jsonl` and in this order: `-beamsN`, `-penaltyX`,
+    `-choices`, `-int8`, `-rationale`.
 
     Args:
         path: workdir or model directory.
-        task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture; it also determines
-            how labels are compared.
+        task: name of a prepared dataset, a task registered by `add_task`, or a SeqIO task or mixture. The
+            task also determines how labels are compared.
         split: split of the task.
         output: JSON file for the result; None writes no file.
         with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
         data_dir: folder of prepared datasets and tokens; None means the default folder.
-        task_module: module that registers the task; None means the module that the model was trained
-            with, if it was trained on this task.
-        **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`, which are the
-            model's own.
+        task_module: module that registers the task. If it is None and the model was trained on this
+            task, the module is the one used in training.
+        **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`, for which the model's
+            own values are used.
 
     Returns:
-        For a mixture whose labels come from several tasks: `task`, `split`, the number of `rows` of all
-        tasks, and `tasks`, {NAME: result}.
-        Otherwise the keys of `predict`, and `task`, `split`, `step`, `num_beams`, `length_penalty`. With
-        rationales, also `rationale`: the keys of `RationaleCounts.summary`, and `unfinished`
-        (rationales that reached their maximum length without an end of sequence). If a SeqIO task has
-        its own metrics, also `metrics`, their values by name.
+        For a mixture whose labels come from several tasks, the result has `task`, `split`, `rows` (the
+        number of rows of all tasks) and `tasks` (each task's own result, by name).
+        Otherwise, the result has the keys that `predict` returns, and `task`, `split`, `step`,
+        `num_beams` and `length_penalty`. If rationales were requested, it also has `rationale`, a dict
+        with the keys of `RationaleCounts.summary` and `unfinished`, the number of rationales that
+        reached their maximum length without an end of sequence. If a SeqIO task has its own metrics, the
+        result also has `metrics`, {name: value}.
 
     Raises:
-        InputError: the model, step, task, split or module does not exist, an option is bad, or
-            rationales are requested for a SeqIO task or from a model that was not trained to write them.
+        InputError: the model, step, task, split or module does not exist; an option is bad; or
+            rationales are requested for a SeqIO task, or from a model that was not trained to write them.
     """
     chosen = decode_options(evaluate, options, without=("max_decode_len", "prefix"))
     if output is not None:
@@ -121,8 +123,8 @@ def evaluate(
         result = each[names[0]] if len(names) == 1 else {"rows": rows, "tasks": each}
     elif with_rationale:
         raise InputError(
-            f"`with_rationale`: {task} is a SeqIO task, and only its labels can be compared; leave it"
-            " out, or prepare the rows as a dataset (stepdistill prepare jsonl)"
+            f"`with_rationale`: {task} is a SeqIO task, whose rationales cannot be evaluated; leave this"
+            " option out, or prepare the rows as a dataset (stepdistill prepare jsonl)"
         )
     else:
         data = on_all_processes(
@@ -146,7 +148,10 @@ def evaluate(
 
 
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
-    """Refuses a dataset's validation rows if the model's run drew other rows for it (`paper_exact`).
+    """Refuses a dataset's validation split if the model was trained on some of its rows.
+
+    A dataset that was prepared with `paper_exact` may draw its validation rows at random from the train
+    rows. A run with a `data_fraction` below 1 then draws other validation rows than a run with all data.
 
     Raises:
         InputError: the model was trained on some of these rows.
@@ -155,8 +160,8 @@ def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str)
     share = config.get("data_fraction") if isinstance(config, dict) else None
     if split in dataset.drawn[1:] and share not in (None, 1.0):
         raise InputError(
-            f"`split`: the model was trained on {share} of {dataset.name}, including some rows of this"
-            " validation split, since its run drew a different one; evaluate test"
+            f"`split`: the model was trained on {share} of {dataset.name}, and its run drew a different"
+            " validation split, so it was trained on some rows of this one; evaluate the split test"
         )
 
 
@@ -171,7 +176,8 @@ def _check_each(
     """Refuses a mixture if one of its tasks cannot be evaluated, before any task is decoded.
 
     Raises:
-        InputError: a task lacks the split, or is not prepared although fields of its rows are needed.
+        InputError: a task lacks the split; or a task is not a prepared dataset, but the options need
+            fields that only rows of prepared datasets have.
     """
     for name in names:
         found = find_task(name, data_dir=data_dir, task_module=task_module)
@@ -179,7 +185,7 @@ def _check_each(
         if split not in splits:
             raise InputError(
                 f"mixture {mixture!r}: {name} has no split {split!r} (it has {', '.join(splits)});"
-                " evaluate its other tasks one by one"
+                " evaluate the other tasks one by one"
             )
         if rows_of_files and not isinstance(found, PreparedDataset):
             raise InputError(
@@ -189,7 +195,10 @@ def _check_each(
 
 
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
-    """Returns a model's objectives, and which of them came from plain tasks of its mixture."""
+    """Returns the names of the model's objectives, and the run's setting `task_objectives`.
+
+    The setting tells which objective each task of the run's mixture gave; it is None if it is unknown.
+    """
     if info is None:
         return ["label"], None
     config = info.provenance.get("config")
@@ -198,7 +207,10 @@ def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
 
 
 def _own_module(info: TaskInfo | None, task: str) -> str | None:
-    """Returns the module that registered the model's own task; None if `task` is a different task."""
+    """Returns the module that registered the model's own task.
+
+    The result is None if the model was trained without a module, or on another task than `task`.
+    """
     if info is None or info.task != task:
         return None
     config = info.provenance.get("config")
@@ -213,7 +225,10 @@ def _evaluate_dataset(
     options: DecodeOptions,
     with_rationale: bool,
 ) -> dict[str, Any]:
-    """Returns the result of `predict` on a split; a workdir keeps the answers."""
+    """Returns the result of `predict` on a split of a prepared dataset.
+
+    If `path` is a workdir, the answers are saved there.
+    """
     source = on_all_processes(lambda: dataset.file(split))
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     name = answers_name(dataset.name, split, found, options, with_rationale)
@@ -246,7 +261,10 @@ def _evaluate_dataset(
 def _evaluate_part(
     path: os.PathLike | str, part: Part, split: str, options: DecodeOptions
 ) -> dict[str, Any]:
-    """Returns the result of `evaluate_tokens` on a SeqIO task; a workdir keeps the answers."""
+    """Returns the result of `evaluate_tokens` on a split of a SeqIO task.
+
+    If `path` is a workdir, the answers are saved there.
+    """
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     if found is not None:
         options = dataclasses.replace(options, step=found)
@@ -263,7 +281,7 @@ def _evaluate_part(
 
 
 def _told(step: int | None, options: DecodeOptions) -> dict[str, Any]:
-    """Returns the step and the search options that a result contains."""
+    """Returns the part of a result that names the step and the search options."""
     return {
         "step": step,
         "num_beams": options.num_beams,
@@ -291,24 +309,28 @@ def evaluate_tokens(
     task_metrics: TaskMetrics | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Decodes inputs that are already ids (a user's own SeqIO task), and compares the labels.
+    """Decodes the labels of inputs that are already ids, and compares them with the gold labels.
+
+    A user's own SeqIO task gives such inputs.
 
     Args:
         path: workdir or model directory.
         inputs: ids of each row with its end of sequence; inputs longer than in training are truncated.
-        labels: the gold answer of each row.
-        metric: how answers are compared.
-        allowed: the possible labels if they are few; `choices=labels` means these. Rows cannot have
-            their own choices.
-        options: options of decoding; None means `DecodeOptions()`.
-        task_metrics: the task's own metrics, for the same rows; None if it has none.
-        keep: function that is called before the metrics, with a row for each input: `id` (its number,
-            from 1), `label`, `score`, the other fields that `predict` writes, `target` (its label), and,
-            if a metric reads it, `target_score` (natural log of the probability of the target).
+        labels: the gold label of each row.
+        metric: name of the metric that compares an answer with the gold label.
+        allowed: the task's labels if they are a closed set; else empty. The option `choices=labels`
+            restricts answers to them.
+        options: options of decoding, except `choices=row`; None means `DecodeOptions()`.
+        task_metrics: the task's own metrics, for the same rows; None if the task has none.
+        keep: function that is called before the task's metrics are computed. Its argument has a dict for
+            each input, with `id` (the 1-based index of the input, as a string), `label`, `score`, the
+            other fields that `predict` writes, and `target` (the gold label). If a metric reads scores
+            of targets, the dict also has `target_score`, the natural log of the target's probability.
 
     Returns:
-        The keys of `predict`, and `step`, `num_beams`, `length_penalty`. If the task has metrics, also
-        `metrics`, their values by name; None stands for NaN or infinity.
+        The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`. If the task has
+        its own metrics, the result also has `metrics`, {name: value}, where None stands for NaN or
+        infinity.
 
     Raises:
         InputError: the model or step does not exist, an option is bad, or a metric fails.
@@ -316,7 +338,7 @@ def evaluate_tokens(
     options = options or DecodeOptions()
     if options.choices == ROW:
         raise InputError(
-            "`choices=row`: rows of a SeqIO task have no field 'choices'; pass a file of labels"
+            "`choices=row`: rows of a SeqIO task have no field 'choices'; pass a file of labels instead"
         )
     model = open_engine(path, options)
     prompting = dataclasses.replace(prompting_for(model, options), labels=tuple(allowed))

@@ -44,35 +44,42 @@ def export(
 ) -> dict[str, Any]:
     """Writes the model of one step for other programs.
 
-    `hf`: configuration, weights, tokenizer, task and model card in Hugging Face's layout; `predict`
-    writes the same bytes for `model_dir` as for the workdir at that step. `jax`: the label decoder as a
-    `jax.export` program with its weights next to it, for a process that has only jax; its `README.md`
-    shows how to run it. `ctranslate2`: a directory for CTranslate2, which decodes faster on CPUs;
-    `predict` reads it, and its `README.md` shows how to use it without this package.
+    The format `hf` is a directory in Hugging Face's layout, with configuration, weights, tokenizer, task
+    and model card. `predict` writes the same bytes for it as for the workdir at that step.
+
+    The format `jax` is the label decoder as a `jax.export` program, with the weights in separate files. A
+    process that has only jax can run it; the `README.md` in the folder shows how.
+
+    The format `ctranslate2` is a directory for CTranslate2, which decodes faster on CPUs. `predict` reads
+    this directory, and its `README.md` shows how to use it without this package.
 
     Args:
-        workdir: folder of a training run, or, except for `hf`, a model directory.
-        model_dir: folder to write, which must be absent or empty; it appears complete or not at all.
-        step: `best`, `last` or a number.
+        workdir: folder of a training run. The formats `jax` and `ctranslate2` also accept a model
+            directory.
+        model_dir: folder to write, which must be absent or empty. If the export fails, no folder is left.
+        step: checkpoint of the workdir: `best`, `last` or a step number.
         format: `hf`, `jax` or `ctranslate2`.
-        quantization: type of the weights for `ctranslate2`: `float32` (also None) or `int8`.
+        quantization: type of the weights for `ctranslate2`: `float32` or `int8`; None means `float32`.
 
     Returns:
-        `model_dir`, `step`, `format`, `parameters`, `files`.
+        `model_dir`, `step`, `format`, `parameters` (the number of parameters) and `files` (the sorted
+        names of the files and folders in `model_dir`).
 
     Raises:
-        InputError: the format or quantization is unknown, `workdir` is not a workdir or lacks the step,
-            `model_dir` is not empty, or `transformers` would read the vocabulary differently.
+        InputError: the format or quantization is unknown; `workdir` is not a workdir or lacks the step;
+            `model_dir` is not empty; or `transformers` would read the vocabulary differently.
     """
     one_of("format", format, FORMATS)
     if quantization is not None and format != "ctranslate2":
-        raise InputError(f"`quantization`: only for `format=ctranslate2`; {format} is float32")
+        raise InputError(
+            f"`quantization`: only `format=ctranslate2` accepts it; the weights of {format} are float32"
+        )
     check_quantization(quantization)
     target = local_path(model_dir, "MODEL_DIR")
     target = target if target.name else target.absolute()  # `.`
     _check_target(target)
     if format == "hf" and not is_workdir(workdir):
-        raise InputError(f"{workdir}: not a workdir (it has no checkpoints to export)")
+        raise InputError(f"{workdir}: this is not a workdir (it has no checkpoints to export)")
     model = load_model(workdir, step)
     write = {
         "hf": _write_hf,
@@ -96,10 +103,10 @@ def export(
 
 def _check_target(target: pathlib.Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise InputError(f"{target}: is a file or link; choose a new folder")
+        raise InputError(f"{target}: this is a file or link; choose a new folder")
     if target.is_dir() and any(target.iterdir()):
         raise InputError(
-            f"{target}: is not empty; choose a new folder, since nothing is overwritten"
+            f"{target}: the folder is not empty, and nothing is overwritten; choose a new folder"
         )
     check_writable(target, folder=True)
 
@@ -167,7 +174,7 @@ def _metrics(model: LoadedModel) -> dict[str, Any]:
 
 
 def _task_info(model: LoadedModel) -> TaskInfo | None:
-    """Returns the contents of `stepdistill.json`: the model's task, and the exported step."""
+    """Returns the contents of the new `stepdistill.json`: the model's own, and the exported step."""
     info = model.task_info
     if info is None or model.step is None:
         return info

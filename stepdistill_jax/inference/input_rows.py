@@ -1,4 +1,4 @@
-"""Reads the input rows of `predict` and `serve`; errors name the line."""
+"""Reads the input rows of `predict` and `serve`."""
 
 import dataclasses
 import os
@@ -18,11 +18,13 @@ WINDOW_CHARS = (
 
 
 def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
-    """Returns the question of a row. The input may be blank; the id is kept as given.
+    """Returns the question of a row.
+
+    The input may be blank. The id keeps its type, which may be a number.
 
     Args:
         row: a row in the generic format.
-        more: names of other fields that a prompt contains; rows may lack them.
+        more: names of further fields to read, since a prompt contains them; the row may lack them.
 
     Raises:
         InputError: a field is missing or has the wrong type.
@@ -37,12 +39,12 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
 
 
 def _rename(row: JsonRow) -> str:
-    """Returns what to do about a row without an input, for the error message."""
+    """Returns the end of the error message for a row without an input: what the user should do."""
     if is_csv(row.path):
         return "; its first line names the columns, and one of them must be 'input'"
     if len(row.fields) == 1:
         return f"; rename {next(iter(row.fields))!r} to 'input'"
-    return "; rows use the names that prepare writes: input, and if known id, label, choices"
+    return "; rows need the field input, and may have the fields id, label and choices"
 
 
 def read_questions(
@@ -50,11 +52,13 @@ def read_questions(
     check_row: Callable[[Example], None] | None = None,
     more: Sequence[str] = (),
 ) -> Iterator[Example | BadRow]:
-    """Yields each question of a file, or the error of its row.
+    """Yields, for each row of a file, its question, or a `BadRow` if the row is unusable.
 
     Args:
-        path: path of the file: JSON lines, or CSV or TSV by its suffix.
-        check_row: function that raises InputError for an unusable row; its message is only the reason.
+        path: path of the file. A file that ends in .csv or .tsv is read as CSV or TSV, and any other file
+            as JSON lines.
+        check_row: function that raises InputError for an unusable row. The message of that error gives
+            only the reason.
         more: see `question`.
 
     Raises:
@@ -76,7 +80,10 @@ def read_questions(
 
 
 def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
-    """Returns the next `most_rows` rows, or fewer once they have 16 Mi characters; empty at the end."""
+    """Returns the next `most_rows` rows, or fewer if their texts already have 16 Mi characters.
+
+    The list is empty after the last row.
+    """
     window, chars = [], 0
     for row in rows:
         window.append(row)
@@ -102,17 +109,18 @@ class InputFile:
         check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
     ):
-        """Counts the good rows, so a bad row is found before any row is decoded.
+        """Reads the whole file once and counts its good rows, before any row is decoded.
 
         Args:
             path: path of the file.
-            on_error: `stop` at a bad row, or `skip` it.
+            on_error: what to do at a bad row: `stop` or `skip`.
             check_row: see `read_questions`.
-            reads: fields that prompts contain in addition to the input.
+            reads: names of the fields that prompts contain in addition to the input.
 
         Raises:
-            InputError: the file cannot be read, none of its rows is good, or no row has a field of
-                `reads`. With `stop`, also for the first bad row; names file and line.
+            InputError: the file cannot be read; none of its rows is good; a field of `reads` is missing
+                from all rows; or a row is bad and `on_error` is `stop`. The message for a bad row names
+                the file and line.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
@@ -131,13 +139,13 @@ class InputFile:
             raise InputError(f"{first_bad}{none}")
         if absent and self.total:
             raise InputError(
-                f"{self.path}: no row has a text in the field {min(absent)!r}, which this model reads"
-                " in addition to the input (a teacher must also write it at test time)"
+                f"{self.path}: the field {min(absent)!r} is missing or empty in all rows, but this model reads"
+                " it in addition to the input (a teacher must also write it at test time)"
             )
         self.digest = sha256(path)
 
     def rows(self) -> Iterator[Example | BadRow]:
-        """Yields each question of the file, or the error of its row."""
+        """Yields, for each row of the file, its question, or a `BadRow` if the row is unusable."""
         return read_questions(self.path, self._check_row, self._reads)
 
     def _stat(self) -> tuple[int, ...] | None:
@@ -148,10 +156,13 @@ class InputFile:
         return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def check(self, rows: int | None = None) -> None:
-        """Refuses a file that has changed; cheap while its size and modification time are the same.
+        """Refuses a file that has changed since it was opened.
+
+        Without `rows`, the file's bytes are compared only if its size or modification time has changed.
 
         Args:
-            rows: after the last row, the number of good rows read; then all bytes are compared.
+            rows: number of good rows that were read, to be passed after the last row. The bytes of the
+                file are then always compared.
 
         Raises:
             InputError: the file was replaced, changed or removed.
@@ -162,7 +173,7 @@ class InputFile:
         if rows not in (None, self.total) or stamp is None or sha256(self.path) != self.digest:
             then = "" if rows in (None, self.total) else f", then {rows}"
             raise InputError(
-                f"{self.path}: the file changed while it was read ({self.total} good rows at first{then});"
+                f"{self.path}: the file changed while it was read (it had {self.total} good rows at first{then});"
                 " start again when the file is complete"
             )
         self._stamp = stamp

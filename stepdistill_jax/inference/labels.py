@@ -15,11 +15,11 @@ class Labels(NamedTuple):
     """Labels of rows, in row order.
 
     Attributes:
-        answers: the output fields of each row except its id.
+        answers: the output fields of each row, without the row's id.
+        ids: ids of each answer, as decoded or chosen.
+        scores: natural log of each answer's probability, [rows].
         unfinished: number of answers that reached the maximum length without an end of sequence.
         unparsed: number of answers in which no label was found.
-        ids: ids of each answer, as decoded or chosen.
-        scores: [rows], natural log of each answer's probability.
     """
 
     answers: list[dict[str, Any]]
@@ -42,7 +42,8 @@ def label_rows(
     Args:
         model: engine opened by `open_engine`.
         prompting: result of `prompting_for`.
-        allowed: result of `allow`: the label is the likeliest allowed answer. None decodes the label.
+        allowed: result of `allow`. If it is None, the label is decoded; otherwise, the label is the
+            likeliest allowed answer.
         rows: the questions.
         inputs: ids of each question's prompt (`encode_input`).
         on_progress: called with the number of rows of each finished batch.
@@ -75,13 +76,17 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Decodes an objective other than the label's; returns each row's text, and how many are unfinished.
+    """Decodes the rationales of rows, or another objective that is not the label's.
 
     Args:
         model: engine opened by `open_engine`.
         prompting: result of `prompting_for`, with the rationale.
         objective: index of the objective in `prompting.objectives`.
         inputs: ids of each row's prompt for that objective.
+
+    Returns:
+        The decoded text of each row, and the number of texts that reached the maximum length without an
+        end of sequence.
 
     Raises:
         NotFinite: the model gives NaN.
@@ -100,10 +105,10 @@ def score_targets(
     targets: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Returns the natural logs of the targets' probabilities, [rows] float32; 0 for a target without ids.
+    """Returns the natural log of each target's probability, [rows] float32; 0 for a target without ids.
 
     Args:
-        score: `Engine.score`, or a `ChoiceScorer` with its parameters.
+        score: `Engine.score`, or a `ChoiceScorer` that is already bound to the parameters.
         inputs: ids of each row's prompt.
         targets: ids of each row's target, with its end of sequence.
         on_progress: called with the number of rows of each finished batch.

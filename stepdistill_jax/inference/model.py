@@ -36,11 +36,12 @@ class LoadedModel:
 
     Attributes:
         path: directory of the model.
-        config, params: configuration and parameters. Activations are float32 whatever type the model was
-            trained with, and adapters are merged.
+        config: configuration of the model. Its activations are float32, even if the model was trained with
+            another type.
+        params: parameters of the model, with LoRA adapters merged into them.
         vocabulary: vocabulary of the model.
-        task_info: contents of `stepdistill.json`; None without that file.
-        step: step of the checkpoint; None if the directory holds only one model.
+        task_info: contents of `stepdistill.json`; None if the directory lacks that file.
+        step: step of the checkpoint; None if `path` is not a workdir, but a directory of a single model.
     """
 
     path: pathlib.Path
@@ -54,17 +55,18 @@ class LoadedModel:
 def load_model(
     path: os.PathLike | str, step: str | int = "best", *, mesh: Mesh | None = None
 ) -> LoadedModel:
-    """Opens a workdir at a step, or a model directory.
+    """Loads a checkpoint of a workdir, or the model of a model directory.
 
     Args:
-        path: a folder with `checkpoints/`, or one in Hugging Face's layout.
-        step: `best` by validation, `last`, or a number; a model directory has only one.
-        mesh: devices of the parameters; None means the default device. If it has devices of several
-            processes, all must call this; process 0 chooses the step.
+        path: a workdir, which contains `checkpoints/`, or a directory in Hugging Face's layout.
+        step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
+        mesh: devices for the parameters; None means the default device. If the mesh has devices of
+            several processes, all these processes must call this function, and process 0 chooses the
+            step.
 
     Raises:
-        InputError: the folder is not a model, there is no such step, the step's files are damaged (names
-            a good step), or the weights do not fit the configuration.
+        InputError: the folder contains no model, it lacks the step, the step's files are damaged (the
+            message then suggests a good step), or the weights do not fit the configuration.
     """
     path = as_path(path)
     found = on_process_0(
@@ -99,8 +101,8 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
         resolve_step(path, found)
     elif step not in ("best", "last"):
         raise InputError(
-            f"`step` {step}: {path} is a model directory, which holds only one model; leave it out, or use"
-            " the workdir"
+            f"`step` {step}: {path} is a model directory, which contains only one model; leave this option"
+            " out, or use the workdir"
         )
     else:
         local_path(path, "model directory")
@@ -108,17 +110,21 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
 
 
 def _weights(path: pathlib.Path, found: int | None) -> str:
-    """Returns a digest that identifies the weights; empty in a store, which all processes share."""
+    """Returns a digest by which several processes check that they read the same weights.
+
+    The digest is empty for a single process, and for a remote path, from which all processes read the
+    same files.
+    """
     if jax.process_count() == 1 or is_remote(path):
         return ""
     return sampled_digest(path if found is None else path / FOLDER / str(found) / "params")
 
 
 def device_mesh(layout: str | Layout) -> Mesh | None:
-    """Returns the mesh of a layout over all devices of all processes; None for a single device.
+    """Returns the mesh of a layout over all devices of all processes; None if there is only one device.
 
     Raises:
-        InputError: the layout is unknown, or does not fit the devices.
+        InputError: the layout is unknown, or does not fit the number of devices.
     """
     mesh = make_mesh(layout)
     return mesh if mesh.size > 1 else None
@@ -127,8 +133,8 @@ def device_mesh(layout: str | Layout) -> Mesh | None:
 def params_fingerprint(params: Any) -> str:
     """Returns a checksum of all parameters, which is the same for a checkpoint and its export.
 
-    It is computed on the parameters' devices and does not depend on how they are sharded. With several
-    processes, all must call it.
+    The checksum is computed on the devices of the parameters, and does not depend on the sharding of the
+    parameters. If there are several processes, all must call this function.
     """
     sums = [_checksum(x) for x in jax.tree.leaves(params)]
     return digest([np.asarray(x).tolist() for x in sums])
@@ -136,9 +142,10 @@ def params_fingerprint(params: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Returns the sums of h and of h^2, [2] uint32; h mixes the bits of an element with its position.
+    """Returns the sum of h and the sum of h^2 over all elements, modulo 2^32, [2] uint32.
 
-    Sums of integers modulo 2^32 are exact in any order, and so for any sharding of the array.
+    h is a hash of an element's bits and its position in the array. Sums of integers modulo 2^32 do not
+    depend on the order of the terms, so they are the same for any sharding of the array.
     """
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -1,4 +1,4 @@
-"""Defines `DecodeOptions`: which checkpoint answers, how it decodes, and on which devices."""
+"""Defines `DecodeOptions`, which select a checkpoint, how it decodes, and on which devices."""
 
 import dataclasses
 import inspect
@@ -18,29 +18,30 @@ QUANTIZATIONS = ("int8",)  # for the JAX engine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """The options that `predict`, `evaluate` and `serve` share; each takes them by keyword.
+    """The options that `predict`, `evaluate` and `serve` share, and that each accepts as keywords.
 
     Attributes:
-        step: checkpoint of a workdir: `best` by validation, `last` or a number.
+        step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
         batch_size: number of rows decoded at once, on all devices together; None means 64 for each
             device that decodes separate rows.
-        layout: how the devices of all processes share the work (`sharding.LAYOUTS`): with `data`, each
-            device has the complete model and decodes separate rows; `tensor` splits a model that does
-            not fit one device.
-        max_decode_len: largest number of ids in a label, its end of sequence included; None means
-            `max_decode_len` of `stepdistill.json` (64 without that file).
-        num_beams: number of answers searched at once (`inference.beam_search`); 1 takes the likeliest
-            token at each step.
-        length_penalty: with beams, a score is divided by the answer's length to this power; None means 1.
-        choices: the allowed answers: `row` (each row's `choices`), `labels` (the task's labels), a file
-            of labels, or a list. Each answer is scored exactly instead of decoded, and the likeliest is
-            the label (`inference.allowed_answers`). None allows any answer.
-        choices_temperature: temperature of the probabilities of choices, such as the `best_temperature`
-            of a validation split.
-        prefix: text before the input; None means the model's own template.
-        engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine of the directory.
-        quantization: `int8` keeps the JAX engine's kernels in memory as int8 with a scale for each
-            output (`models.quantized`); None keeps them as float32.
+        layout: how the devices of all processes share the work (`sharding.LAYOUTS`). With `data`, each
+            device stores the complete model and decodes separate rows. `tensor` splits a model that does
+            not fit on one device.
+        max_decode_len: largest number of ids in a label, its end of sequence included. None means
+            `max_decode_len` of `stepdistill.json`, or 64 if the directory lacks that file.
+        num_beams: number of beams of beam search (`inference.beam_search`). 1 means greedy decoding,
+            which chooses the likeliest token at each step.
+        length_penalty: exponent of the answer's length, by which beam search divides a score; None means 1.
+        choices: the allowed answers: `row` for each row's `choices`, `labels` for the task's labels, the
+            path of a file of labels, or a list. Nothing is decoded then: each allowed answer is scored
+            exactly, and the likeliest is the label (`inference.allowed_answers`). None allows any answer.
+        choices_temperature: temperature of the probabilities of choices. `evaluate` on a validation split
+            suggests a value, `best_temperature`.
+        prefix: text that replaces the model's own prompt and precedes the input; None means the model's
+            own prompt.
+        engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine that reads the directory.
+        quantization: type of the JAX engine's kernels in memory: `int8` with a scale for each output
+            (`models.quantized`), or None for float32.
     """
 
     step: str | int = "best"
@@ -56,7 +57,7 @@ class DecodeOptions:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        """Makes the checks that need no model.
+        """Checks the options, as far as that is possible without the model.
 
         Raises:
             InputError: an option is out of range, or two options exclude each other.
@@ -68,13 +69,18 @@ class DecodeOptions:
         search(self.num_beams, self.length_penalty)  # checks both
         number("choices_temperature", self.choices_temperature, least=0.01, most=100)
         if self.choices is None and self.choices_temperature != 1:
-            raise InputError("`choices_temperature`: needs `choices`")
+            raise InputError(
+                "`choices_temperature`: this option has an effect only with `choices`; add `choices`, or leave it out"
+            )
         if self.choices is not None and self.num_beams != 1:
             raise InputError(
-                "`num_beams`: `choices` scores all allowed labels instead of searching; leave it out"
+                "`num_beams`: with `choices`, all allowed labels are scored and nothing is searched; leave"
+                " `num_beams` out"
             )
         if self.choices is not None and self.max_decode_len is not None:
-            raise InputError("`max_decode_len`: `choices` decodes no label; leave it out")
+            raise InputError(
+                "`max_decode_len`: with `choices`, nothing is decoded; leave `max_decode_len` out"
+            )
         if self.engine is not None:
             one_of("engine", self.engine, ENGINES)
         if self.quantization is not None:
@@ -84,12 +90,12 @@ class DecodeOptions:
 def decode_options(
     function: Callable, given: Mapping[str, Any], without: Sequence[str] = ()
 ) -> DecodeOptions:
-    """Returns the `DecodeOptions` of a function's `**options`.
+    """Returns the `DecodeOptions` that a caller of a function passed as `**options`.
 
     Args:
-        function: function that takes the options in addition to its own keyword arguments.
-        given: its `**options`.
-        without: fields that the function does not accept.
+        function: function that accepts the options in addition to its own keyword arguments.
+        given: the `**options` that the function received.
+        without: fields of `DecodeOptions` that the function does not accept.
 
     Raises:
         TypeError: a name is unknown; the message suggests the nearest option.

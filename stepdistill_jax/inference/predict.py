@@ -1,6 +1,7 @@
-"""Predicts labels for a file of inputs; finished rows are kept, and a restart continues after them.
+"""Predicts labels for a file of inputs. If a run is stopped, a restart continues after its finished rows.
 
-Several processes read the same input and decode each batch together; process 0 writes.
+If there are several processes, all read the same input and decode each batch together, and process 0
+writes the output.
 """
 
 import contextlib
@@ -64,39 +65,44 @@ def predict(
 
     Args:
         path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
-        input: a regular file of JSON lines, or of CSV or TSV by its suffix, with the fields of
-            `prepare jsonl`: `input`, and if known `id`, `label`, `choices`. If `input` is empty, the
-            model is given only the prefix. An input longer than in training is truncated and counted.
-        output: JSON lines with `id`, `label`, `score` (natural log of the probability of the answer, its
-            end of sequence included, rounded to 6 digits), and `rationale` if requested. With choices,
-            also `probability` and `choices` (`inference.allowed_answers`). If the model writes more
-            than a label, the label is parsed from its answer, and the other fields of the target are
-            added (`prompting.read_answer`). The file is `.partial` until it is complete; only then does
-            it replace a file of that name. A stopped run continues where it was. The result then has
-            the same bytes, or, on other devices or in other batches, the same labels and scores within
-            1e-5.
+        input: path of a regular file. A file that ends in .csv or .tsv is read as CSV or TSV, and any
+            other file as JSON lines. Each row has the field `input`, and optionally `id`, `label` and
+            `choices`, as for `prepare jsonl`. If a row's input is empty, the model reads only the
+            prefix. An input longer than in training is truncated and counted.
+        output: path of the file of JSON lines to write. Each line has `id`, `label` and `score`, the
+            natural log of the probability of the answer with its end of sequence, rounded to 6 decimals.
+            It also has `rationale` if rationales are requested, and `probability` and `choices` if
+            answers are restricted to choices (`inference.allowed_answers`). If the model writes more than
+            a label, the label is parsed from its answer, and the other fields of the target are added
+            (`prompting.read_answer`).
+            The file's name ends in `.partial` until the file is complete and replaces any older output.
+            A restarted run continues after the finished rows. The file then has the same bytes as
+            without the stop; on other devices or in other batches, labels are the same, and scores
+            differ by at most 1e-5.
         task: prepared dataset that determines the metric and the possible labels; None means the
             model's own task.
-        with_rationale: also decodes the objective `rationale`, for inspection; the label does not
-            depend on it.
-        on_error: `stop` at a bad row, or `skip` it. Skipped rows are counted in the result and listed
-            with line and reason in OUTPUT.skipped.jsonl.
+        with_rationale: also decodes the objective `rationale`, for inspection. The label does not depend
+            on the rationale.
+        on_error: what to do at a bad row: `stop` or `skip`. Skipped rows are counted in the result and
+            listed, with their line numbers and the reasons, in OUTPUT.skipped.jsonl.
         data_dir: folder in which `task` is prepared.
         **options: fields of `DecodeOptions`.
 
     Returns:
-        `rows`, `accuracy` and `majority_baseline` (only if rows have labels), `invalid_labels`,
-        `unfinished` (rows that reached `max_decode_len` without an end of sequence), `rows_per_second`
-        (compilation included), `collapsed`, `cut_inputs`, `skipped`; with choices and labels, also the
-        keys of `Calibration.summary`; with rationales, `unfinished_rationales`. If the model writes
-        more than a label, also `unparsed` (answers without a label). If it reads more than the input,
-        `reads` (these fields) and `incomplete_inputs` (rows that lack one of them).
+        The keys of `AccuracyCounts.summary`, and: `unfinished`, the number of answers that reached
+        `max_decode_len` without an end of sequence; `cut_inputs`, the number of truncated inputs;
+        `skipped`, the number of skipped rows; `rows_per_second`, with the time for compilation included.
+        If rationales are requested, `unfinished_rationales`. If the model writes more than a label,
+        `unparsed`, the number of answers in which no label was found. If the model reads more than the
+        input, `reads`, the names of these fields, and `incomplete_inputs`, the number of rows that lack
+        one of them.
 
     Raises:
-        InputError: an option or the model is bad; a row is bad (names file and line); the input changed
-            in the meantime; or another run is writing the output. An older output is kept. An error on
-            one of several processes is raised on all.
-        SystemExit: with status 75, if one of several processes received a SIGTERM; a restart continues.
+        InputError: an option or the model is bad; a row is bad (the message names the file and line); the
+            input changed in the meantime; or another run is writing the output. An older output is kept.
+            If there are several processes, an error on one of them is raised on all.
+        SystemExit: one of several processes received a SIGTERM. The exit status is 75, and a restart
+            continues.
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
@@ -227,14 +233,15 @@ def decode_window(
     update: Callable[[int], None] | None,
     allowed: Allowed | None,
 ) -> list[dict[str, Any]]:
-    """Returns the output fields of each row of a window, and adds to the summary's counts.
+    """Returns the output fields of each row of a window, and updates the summary's counts.
 
     Args:
         model: engine opened by `open_engine`.
         prompting: result of `prompting_for`.
-        window: the rows.
-        counts: counts by name (`cut_inputs`, `unfinished`, ...); `unparsed` is counted only if present.
-        update: called with the number of rows of each batch whose labels are decoded.
+        window: rows that are decoded together.
+        counts: {name: count} to which this function adds, such as `cut_inputs` and `unfinished`.
+            `unparsed` is counted only if it is already a key.
+        update: called after each batch of labels, with the number of its rows.
         allowed: result of `allow`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Defines `load`, which gives the labels of a trained model in Python, as `predict` does for files."""
+"""Defines `load`, which opens a trained model in Python. Its labels are those that `predict` writes to files."""
 
 import collections
 import dataclasses
@@ -37,15 +37,15 @@ def load(path: os.PathLike | str, **options: Any) -> "Predictor":
 
 
 class Predictor:
-    """A trained model. Several threads may share it: their calls run one after another.
+    """A trained model. Several threads may share it; their calls run one after another.
 
-    The first call for a number of rows and a length of text compiles a program, which later calls
-    reuse.
+    The model is compiled for each new shape, which depends on the number of rows and their lengths. Later
+    calls with the same shape reuse the compiled program.
 
     Attributes:
         path: directory of the model.
         step: step of the checkpoint; None if the directory holds only one model.
-        labels: labels of the task if they are few; else empty.
+        labels: labels of the task if they are a closed set; else empty.
     """
 
     def __init__(self, engine: Engine, options: DecodeOptions):
@@ -64,21 +64,22 @@ class Predictor:
         choices: os.PathLike | str | Sequence[str] | None = None,
         choices_temperature: float = 1.0,
     ) -> list[dict[str, Any]]:
-        """Returns the fields that `inference.predict` writes for each row: `id`, `label`, `score`, ...
+        """Returns a dict for each row, with the fields that `inference.predict` writes (`id`, `label`, ...).
 
         Args:
-            rows: texts, or objects with the fields of `predict`'s input (`input`, `choices`, ...). A
-                row without an `id` gets its number, starting at "1".
-            with_rationale: also decodes a rationale, for inspection; the label does not depend on it.
-            choices: the allowed answers, as in `DecodeOptions`: `row`, `labels`, a file or a list.
-                They add `probability` and `choices` to the result.
+            rows: a list of strings, or of dicts with the fields that `inference.predict` reads (`input`,
+                `choices`, ...). The id of a row without `id` is its 1-based index, such as "1".
+            with_rationale: also decodes a rationale, for inspection. The label does not depend on the
+                rationale.
+            choices: the allowed answers, as in `DecodeOptions`: `row`, `labels`, a file or a list. If
+                they are given, the results also have `probability` and `choices`.
             choices_temperature: temperature of the probabilities.
 
         Raises:
-            InputError: an option is bad, or a row is; names the row's number.
+            InputError: an option or a row is bad. The message for a bad row gives the row's 1-based index.
         """
         if isinstance(rows, str | Mapping):
-            raise InputError("`rows`: expected a list of texts or objects, got one; pass [ROW]")
+            raise InputError("`rows`: expected a list of rows, but got a single row; pass [ROW]")
         given = {"choices": choices, "choices_temperature": choices_temperature}
         options = dataclasses.replace(self._options, **given)
         prompting = prompting_for(self._engine, options, with_rationale=with_rationale)
@@ -98,7 +99,7 @@ def _fields(row: Any, number: int) -> Mapping[str, Any]:
     if isinstance(row, str):
         return {"input": row}
     if not isinstance(row, Mapping):
-        raise InputError(f"row {number}: expected a text or an object, got {type(row).__name__}")
+        raise InputError(f"row {number}: expected a string or a dict, but got {type(row).__name__}")
     return row
 
 
@@ -114,22 +115,25 @@ def checked_row(
 
     Args:
         fields: fields of the row, as in `predict`'s input.
-        number: number of the row in its call, from 1.
+        number: 1-based index of the row in its call, for messages.
         prompting: result of `prompting_for`.
         allowed: result of `allow`.
-        most_choices: largest number of the row's choices; None allows any number.
+        most_choices: largest number of choices that the row may have; None allows any number.
 
     Raises:
-        InputError: a field is missing or has the wrong type, or choices cannot be scored.
+        InputError: a field is missing or has the wrong type, there are too many choices, or a choice
+            cannot be scored.
     """
     where = f"row {number}"
     row = question(JsonRow(fields, where, number), prompting.reads)
     if absent := prompting.lacks(row):
-        raise InputError(f"{where}: no field {absent[0]!r}, which this model also reads")
+        raise InputError(
+            f"{where}: the field {absent[0]!r} is missing or empty, but this model needs it"
+        )
     if allowed is None:
         return row
     if most_choices is not None and not allowed.labels and len(row.choices) > most_choices:
-        raise InputError(f"{where}: more than {most_choices} choices")
+        raise InputError(f"{where}: there are more than {most_choices} choices")
     try:
         allowed.check(row)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Determines how a model is prompted: its prompts, lengths, and the comparison of its answers."""
+"""Determines a model's prompts and lengths, and how its answers are parsed and compared."""
 
 import dataclasses
 import os
@@ -34,12 +34,15 @@ class Prompting:
     """Prompts and lengths of a model, and how its answers are compared.
 
     Attributes:
-        objectives: the label's objective, and the rationale's if rationales are requested.
-        prefix: text that, followed by the input, replaces the label objective's template; None keeps it.
+        objectives: the label's objective, followed by the rationale's objective if rationales are
+            requested and the model has one.
+        prefix: text before the input. If it is set, prefix and input replace the label objective's input
+            template; None keeps the template.
         input_length: largest number of ids in an input, the end of sequence included; longer inputs are
             truncated.
         decode_lengths: largest number of ids in an answer, for each objective.
-        metric, labels: metric and labels of the task.
+        metric: name of the task's metric.
+        labels: the task's labels if they are a closed set; else empty.
         input_pair: whether a row needs a second input text.
     """
 
@@ -53,13 +56,13 @@ class Prompting:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Fields of a row that the model reads in addition to the input."""
+        """Names of the fields that the model reads in addition to the input."""
         shown = [o.read_beside_input for o in self.objectives[self.prefix is not None :]]
         pair = [(INPUT_PAIR,)] if self.input_pair else []
         return tuple(dict.fromkeys(name for names in pair + shown for name in names))
 
     def lacks(self, row: Example) -> tuple[str, ...]:
-        """Returns the fields of `reads` that are missing from a row."""
+        """Returns the names in `reads` whose fields are missing or empty in a row."""
         texts = row.texts
         return tuple(name for name in self.reads if not texts.get(name))
 
@@ -83,12 +86,14 @@ def prompting_for(
     with_rationale: bool = False,
     data_dir: os.PathLike | str | None = None,
 ) -> Prompting:
-    """Returns the prompting that `stepdistill.json` describes, or the paper's without that file.
+    """Returns the prompting that the model's `stepdistill.json` describes.
+
+    A model without that file is prompted with the prefixes and lengths of the paper.
 
     Args:
         model: the model to prompt.
-        options: options whose `max_decode_len` and `prefix`, if set, replace the model's own.
-        task: prepared dataset whose metric and labels replace the model's own.
+        options: options of decoding. If `max_decode_len` or `prefix` is set, it replaces the model's own.
+        task: prepared dataset whose metric and labels replace the model's own; None keeps these.
         with_rationale: whether to prompt for a rationale, too.
         data_dir: folder in which `task` is prepared.
 
@@ -104,7 +109,7 @@ def prompting_for(
         found = [o for o in objectives[1:] if o.name == RATIONALE]
         if not gives_rationale(objectives):
             raise InputError(
-                f"`with_rationale`: {model.path} has no objective named {RATIONALE!r}"
+                f"`with_rationale`: the model {model.path} has no objective named {RATIONALE!r}"
                 f" (it has {', '.join(o.name for o in objectives)})"
             )
         chosen += found
@@ -129,7 +134,7 @@ def prompting_for(
 def rationale_prompting_for(
     model: LoadedModel | Engine, options: DecodeOptions | None = None
 ) -> Prompting | None:
-    """Returns `prompting_for` with the rationale; None if the model has no separate rationale."""
+    """Returns the prompting for label and rationale; None if the model has no objective of that name."""
     objectives = model.task_info.objectives if model.task_info else BARE_OBJECTIVES
     if not any(o.name == RATIONALE for o in objectives[1:]):
         return None
@@ -137,11 +142,17 @@ def rationale_prompting_for(
 
 
 def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
-    """Parses a decoded answer; returns its output fields, and whether its label was found.
+    """Parses a decoded answer.
 
-    The fields are `label` and the target's other fields. If the target's words are not in the text, it
-    is unknown where the label begins: then `label` is empty, and the full text becomes the `rationale`,
-    or `text` if the target has no rationale.
+    Args:
+        objective: the label's objective, whose target template tells where the label is.
+        text: the decoded answer.
+
+    Returns:
+        The output fields, and whether a label was found. The output fields are `label` and the other
+        fields of the target template. If the fixed words of the template are not in the text, no label
+        can be found: `label` is then empty, and the complete text is in `rationale`, or in `text` if the
+        template has no rationale.
     """
     if (found := objective.parse(text)) is not None:
         return {name: found[name] for name in found if name not in WRITTEN}, True
@@ -150,7 +161,7 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
 
 
 def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
-    """Returns `read_answer` with a `score`, which is rounded to the 6 digits that are written."""
+    """Returns the result of `read_answer`, with `score`, rounded to 6 decimals, among its fields."""
     found, parsed = read_answer(objective, text)
     # + 0.0: a rounded -0.0 would be written as such
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed
@@ -159,13 +170,14 @@ def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[s
 def encode_input(
     vocabulary: Vocabulary, text: str, input_length: int, input_pair: str = ""
 ) -> tuple[list[int], bool]:
-    """Returns (ids, whether they were truncated), truncated as in training batches.
+    """Returns the ids of a prompt, truncated as in training, and whether they were truncated.
 
     Args:
         vocabulary: vocabulary of the model.
         text: a prompt.
-        input_length: largest number of ids, bos and the end of sequence included.
-        input_pair: the row's second text, which the encoder reads after the first and its end.
+        input_length: largest number of ids, the beginning and end of sequence included.
+        input_pair: the row's second input text, which the encoder reads after `text` and its end of
+            sequence; empty if there is none.
     """
     texts = [text, input_pair] if input_pair else [text]
     ids = vocabulary.framing.input_ids(*map(vocabulary.encode, texts))

@@ -1,4 +1,4 @@
-"""Compares a model's own rationales with the dataset's, and with the model's labels."""
+"""Compares a model's rationales with the rationales of the dataset, and with the model's own labels."""
 
 import re
 from collections import Counter
@@ -18,8 +18,8 @@ _NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 def named_label(rationale: str, labels: Sequence[str]) -> str | None:
     """Returns the label that the rationale names last; None if it names none.
 
-    It compares complete words, ignores case, and allows an English plural's s. If one label is part of
-    another, the longer one counts.
+    A label counts only as complete words. Case is ignored, and an English plural ending (s or es) is
+    allowed. Where two labels start at the same word, the longer one counts.
 
     Example: `named_label("Of these, only wooded areas have beavers.", ["zoo", "wooded area"])` is
     "wooded area".
@@ -43,18 +43,18 @@ def named_number(rationale: str) -> str | None:
 def named_answer(
     rationale: str, label: str, *, metric: str, labels: Sequence[str]
 ) -> tuple[str | None, str | None]:
-    """Returns the answer that a rationale leads to, judged only by its text, and whether it is the label.
+    """Returns the answer that a rationale names last, and whether this answer agrees with the label.
 
     Args:
-        rationale: a text.
+        rationale: the rationale of a row.
         label: the label of the same row.
-        metric: metric of the task: under `value_match`, the last number is compared with the label's
-            value.
-        labels: the possible labels of the row or task; only these can be named.
+        metric: name of the task's metric. With `value_match`, the answer is the last number in the
+            rationale; with any other metric, it is one of `labels`.
+        labels: the possible labels of the row or task.
 
     Returns:
-        (answer named last or None, one of VERDICTS). (None, None) if the possible labels are unknown, as
-        in a task of free text.
+        The answer, or None if the rationale names none; and one of `VERDICTS`, or None if the possible
+        labels are unknown, as in a task of free text.
     """
     if metric == "value_match":
         named = named_number(rationale)
@@ -69,17 +69,22 @@ def named_answer(
 
 
 def references(example: Example) -> list[str]:
-    """Returns all rationales of a dataset's row."""
+    """Returns the texts of all rationales that the dataset has for a row."""
     if example.rationales:
         return [r.text for r in example.rationales]
     return [example.rationale] if example.rationale else []
 
 
 class RationaleCounts:
-    """Computes results over rows in any order, in bounded memory."""
+    """Measures the quality of rationales over rows in any order, in bounded memory."""
 
     def __init__(self, metric: str, labels: Sequence[str] = ()):
-        """`metric` compares answers; `labels` are the task's labels if they are few."""
+        """Starts all counts at zero.
+
+        Args:
+            metric: name of the metric that compares an answer with a label.
+            labels: the task's labels if they are a closed set; else empty.
+        """
         # imported here, since rouge_score imports NLTK, which takes a second
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics.chrf import CHRF
@@ -93,7 +98,7 @@ class RationaleCounts:
         self._disagreements: list[dict[str, Any]] = []
 
     def add(self, example: Example, label: str, rationale: str) -> None:
-        """Counts the label and the rationale that a model gave for a row."""
+        """Adds the label and the rationale that a model gave for a row of the dataset."""
         self._rows += 1
         self._empty += not rationale.strip()
         self._words += len(rationale.split())
@@ -111,14 +116,21 @@ class RationaleCounts:
             self._teacher[named_answer(example.rationale, example.llm_label, **options)[1]] += 1
 
     def summary(self) -> dict[str, Any]:
-        """Returns the `rationale` part of an `evaluate` result, without `unfinished`.
+        """Returns the entry `rationale` of an `evaluate` result, without `unfinished`.
 
-        Keys: `rows`; `empty`, rationales without text; `mean_words`, separated by white space;
-        `references`, rows with a rationale in the dataset. Over these rows, each compared with its best
-        reference: `rouge_l`, the mean F1 (0 to 1), and `chrf`, the mean sentence chrF2 (0 to 100); None
-        without such rows. `consistent`, `inconsistent`, `names_no_label`: counts of the verdicts of
-        `named_answer`; None if the possible labels are unknown. `teacher`: the same three counts for the
-        teacher's rationales and labels, or None. `disagreements`: the first inconsistent rows.
+        Returns:
+            `rows`: number of rows.
+            `empty`: number of rationales without text.
+            `mean_words`: mean number of words of a rationale, separated by white space.
+            `references`: number of rows that have a rationale in the dataset.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference, each compared with its
+            most similar reference; None if there are no such rows.
+            `chrf`: mean sentence chrF2 (0 to 100) over the same rows; None if there are none.
+            `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of
+            `named_answer`; None if the possible labels are unknown.
+            `teacher`: the same three counts for the teacher's rationales and labels; None if there are no
+            such rows.
+            `disagreements`: the first rows whose verdict is `inconsistent`.
         """
         return {
             "rows": self._rows,
@@ -134,13 +146,13 @@ class RationaleCounts:
 
 
 def _counts(verdicts: Counter[str | None]) -> dict[str, int] | None:
-    """Returns the number of rows for each verdict; None if no row could be judged."""
+    """Returns {verdict: number of rows}; None if no row has a verdict."""
     counts = {verdict: verdicts[verdict] for verdict in VERDICTS}
     return counts if any(counts.values()) else None
 
 
 def in_words(figures: dict[str, Any]) -> str:
-    """Returns the results as lines for people, with the first disagreements.
+    """Returns the results as readable lines, followed by the first disagreements.
 
     Example of the first line: `rationales: ROUGE-L 0.412  chrF 38.2  (1221 rows with a reference)
     24.1 words on average  empty 0  unfinished 3`.

@@ -1,4 +1,4 @@
-"""Logs the first rows that `on_error=skip` leaves out, and lists all of them next to the output."""
+"""Handles the rows that `on_error=skip` leaves out: logs the first ones, and lists all in a file."""
 
 import contextlib
 import json
@@ -20,16 +20,19 @@ _MOST_CHARS = 500  # characters of a message, which may quote the names of all f
 
 
 def skipped_of(output: os.PathLike | str) -> pathlib.Path:
-    """Returns the path of the list next to an output; its lines have `line` and `error`."""
+    """Returns the path of the list of skipped rows, next to the output.
+
+    Each line of the list is a JSON object with `line` and `error`.
+    """
     output = local_path(output, "output")
     return output.with_name(output.name + ".skipped.jsonl")
 
 
 class SkippedRows:
-    """Counts bad rows; process 0 also logs and lists them.
+    """Counts bad rows. Process 0 also logs them and writes the list.
 
-    A resumed run reads the input from its start, so the list is always rewritten. It gets its final
-    name together with the output, and exists only if rows were skipped.
+    A resumed run reads the input from its start, and so writes the complete list again. The list gets its
+    final name together with the output. If no row was skipped, there is no list.
 
     Attributes:
         count: number of bad rows so far.
@@ -41,23 +44,25 @@ class SkippedRows:
         self.count = 0
 
     def add(self, bad: BadRow) -> None:
-        """Counts a bad row, and lists it."""
+        """Counts a bad row, and adds it to the list."""
         self.count += 1
         if jax.process_index() != 0:
             return
         if self.count <= SHOWN:
             log(f"skipped: {' '.join(str(bad).split())[:_MOST_CHARS]}")
         elif self.count == SHOWN + 1:
-            log(f"skipped: more rows, which {self.path.name} will list")
+            log(
+                f"skipped: further rows, which are not logged here; {self.path.name} will list all of them"
+            )
         if self._file is None:
             self._file = StreamedFile(self.path)
         row = {"line": bad.line, "error": bad.reason[:_MOST_CHARS]}
         self._file.write(json.dumps(row).encode() + b"\n")
 
     def finish(self) -> None:
-        """Renames the list to its final name, or removes the list of an older output.
+        """Gives the list its final name, or removes an older list if no row was skipped.
 
-        Process 0 calls it right before the output gets its final name.
+        Process 0 calls this right before the output gets its final name.
         """
         if self._file is None:
             self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Exports the label decoder with `jax.export`, as StableHLO that runs in a process with only jax."""
+"""Exports the label decoder with `jax.export`, as a StableHLO program that needs only jax to run."""
 
 import importlib.util
 import os
@@ -23,7 +23,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> jax.export.Exported:
-    """Exports `greedy_decode` of a model, with its loop, for any batch, length and platform.
+    """Exports the greedy decoder of a model, for any batch size and input length and for all `PLATFORMS`.
 
     The parameters are arguments, not constants, since a serialized program is limited to 2 GB.
 
@@ -33,9 +33,9 @@ def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> 
         max_decode_len: largest number of tokens in an answer, the end of sequence included.
 
     Returns:
-        A function of (params, encoder_input_tokens) that returns ids, scores and finished of
-        `greedy_decode`. `params` is a dict by path, with dots: `encoder.encoder_norm.scale`.
-        `encoder_input_tokens` is [batch, length] int32.
+        A program with the arguments `params` and `encoder_input_tokens`, whose result is that of
+        `greedy_decode`: ids, scores and finished. `params` is a dict whose keys are the parameters' paths
+        with dots, such as `encoder.encoder_norm.scale`. `encoder_input_tokens` is [batch, length] int32.
     """
 
     def decode_labels(flat, encoder_input_tokens):
@@ -51,19 +51,22 @@ def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> 
 def write_decoder(
     directory: os.PathLike | str, params: Any, config: ModelConfig, *, max_decode_len: int
 ) -> tuple[jax.export.Exported, int]:
-    """Writes `label_decoder.jax_export` and, next to it, a file in `params/` for each parameter.
+    """Writes the program `label_decoder.jax_export` and, in `params/`, a file for each parameter array.
 
-    The files are numpy's, so they can be mapped into memory; each is read back and compared.
+    The parameter files are .npy files, which can be mapped into memory. Each is read back and compared.
 
     Returns:
-        The exported program, and the number of parameters.
+        The exported program, and the total number of parameters.
 
     Raises:
         InputError: `flatbuffers` is not installed.
         OSError: a file reads back differently from what was written.
     """
     if not importlib.util.find_spec("flatbuffers"):  # jax.export does not declare it
-        raise InputError("`format=jax`: jax.export needs one more package: pip install flatbuffers")
+        raise InputError(
+            "`format=jax`: jax.export needs the package flatbuffers, which is not installed; run"
+            " pip install flatbuffers"
+        )
     directory = pathlib.Path(directory)
     exported = export_decoder(params, config, max_decode_len=max_decode_len)
     with atomic_write(directory / DECODER, "wb") as f:
@@ -76,7 +79,7 @@ def write_decoder(
             np.save(f, array)
         again = np.load(path, mmap_mode="r")
         if not np.array_equal(again.view(np.uint8), array.view(np.uint8)):
-            raise OSError(f"{path}: reads back differently from what was written")
+            raise OSError(f"{path}: the file reads back differently from what was written")
     return exported, sum(x.size for x in flat.values())
 
 
@@ -84,8 +87,9 @@ _README = """\
 # The label decoder of {task} as StableHLO
 
 `{decoder}` is a program of `jax.export`: the greedy decoder of a model of {parameters} parameters, with encoder, cache and
-the loop over tokens. `{params}/` has its parameters, one numpy file each. To run it, you need jax and the small package with
-which `jax.export` reads files (`pip install jax flatbuffers`), but not the package that wrote it (`stepdistill-jax` {version}).
+the loop over tokens. The folder `{params}/` contains the parameters, with a numpy file for each array. To run the program, you
+need jax and the small package flatbuffers, with which `jax.export` reads files (`pip install jax flatbuffers`). You do not need
+the package that wrote it (`stepdistill-jax` {version}).
 
 ```python
 import pathlib
@@ -106,12 +110,12 @@ for row, ids in zip(batch, rows):
 ids, scores, finished = map(np.asarray, decode(params, batch))
 ```
 
-- `ids` [rows, {max_decode_len}] int32: the answer, its end of sequence (1), then 0.
+- `ids` [rows, {max_decode_len}] int32: the ids of the answer, the end of sequence (1), and zeros as padding.
 - `scores` [rows] float32: natural log of the probability of these ids, the end of sequence included.
 - `finished` [rows] bool: false if the answer has {max_decode_len} ids without an end of sequence.
 
-The batch may have any number of rows and any length. Each new shape compiles once, so pad to few lengths ({length}).
-A row of zeros is padding and adds no decoding step.
+The batch may have any number of rows and any length. The program is compiled once for each new shape, so pad the rows to a few
+fixed lengths ({length}). A row of zeros is padding and adds no decoding step.
 
 ## Converting text to ids and back
 
@@ -119,9 +123,9 @@ A row of zeros is padding and adds no decoding step.
 
 ## Where it runs
 
-Lowered for {platforms}. Written by jax {jax} (calling convention {convention}). `jax.export` guarantees that a program runs on
-versions of jax and jaxlib that were built up to 6 months after the versions that wrote it, and up to 3 weeks before. For later
-versions, export it again from the checkpoint or a model directory: `stepdistill export ... --format jax`.
+The program runs on {platforms}. It was written by jax {jax} (calling convention {convention}). `jax.export` guarantees that a
+program runs on versions of jax and jaxlib that were built up to 6 months after the versions that wrote it, and up to 3 weeks
+before. For later versions, export the model again from the checkpoint or a model directory: `stepdistill export ... --format jax`.
 """
 
 _SPIECE = """\
@@ -148,13 +152,13 @@ def decoder_readme(
     input_length: int,
     max_decode_len: int,
 ) -> str:
-    """Returns the `README.md` of an exported decoder. Its Python code runs unchanged.
+    """Returns the text of an exported decoder's `README.md`. The Python code in it runs unchanged.
 
     Args:
-        exported: the program.
+        exported: the exported program.
         vocabulary: vocabulary of the model.
-        task: name of the dataset.
-        prompt: an example of an input, with its prefix.
+        task: name of the model's task.
+        prompt: an example of a prompt.
         num_parameters: number of parameters.
         input_length: largest number of ids in an input during training.
         max_decode_len: largest number of ids in an answer.

@@ -1,4 +1,4 @@
-"""Answers the rows of requests as `predict` does: with the same prompts, ids, labels and scores."""
+"""Answers the rows of requests, with the same prompts, ids, labels and scores as `predict`."""
 
 import contextlib
 import dataclasses
@@ -28,19 +28,19 @@ MAX_CHOICES = 256  # per row; each choice delays the requests of other clients
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A row of a request, and its prompt's token ids."""
+    """A row of a request, and the token ids of its prompt."""
 
     row: Example
     ids: list[int]
 
     @property
     def length(self) -> int:
-        """Number of ids."""
+        """Number of token ids."""
         return len(self.ids)
 
 
 class Answerer:
-    """Labels rows with an engine. Rationales are for inspection; the label does not need them."""
+    """Labels rows with an engine, and writes rationales on request. A label does not depend on a rationale."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class Answerer:
         Args:
             engine: result of `open_engine`.
             prompting: result of `prompting_for`, without the rationale.
-            allowed: the allowed answers, if choices are scored.
-            explaining: prompting with the rationale; None if the model has no separate rationale.
+            allowed: result of `allow`; None if any answer is allowed.
+            explaining: prompting with the rationale; None if the model has no separate objective for it.
         """
         self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining
@@ -67,25 +67,25 @@ class Answerer:
         return self._explaining is not None
 
     def question(self, row: dict[str, Any], number: int) -> Question:
-        """Returns the question of a JSON object; a long input is truncated, as in training.
+        """Returns the question of a JSON object. A long input is truncated, as in training.
 
         Args:
-            row: object with the fields of `predict`'s input.
-            number: number of the row in its request, from 1.
+            row: JSON object with the fields that `predict` reads.
+            number: 1-based index of the row in its request, for messages.
 
         Raises:
-            InputError: a field is missing or has a wrong type, choices cannot be scored, or the row
-                has `choices` although the server scores its own labels.
+            InputError: a field is missing or has a wrong type; a choice cannot be scored; or the row has
+                `choices` although the server scores its own labels.
         """
         checked = checked_row(row, number, self._prompting, self._allowed, most_choices=MAX_CHOICES)
         if checked.choices and self._allowed and self._allowed.labels:
             raise InputError(
-                f"row {number}: leave out `choices`; this server scores its own labels"
+                f"row {number}: this server scores its own labels; leave the field `choices` out"
             )
         return self._question(self._prompting, 0, checked)
 
     def rationale_question(self, row: dict[str, Any]) -> Question:
-        """Returns the question for a JSON object's rationale; see `question`."""
+        """Returns the question that asks for a JSON object's rationale; see `question`."""
         assert self._explaining is not None
         return self._question(self._explaining, 1, checked_row(row, 1, self._explaining, None))
 
@@ -99,18 +99,21 @@ class Answerer:
         return Question(row, ids)
 
     def answers(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """Returns the row that `predict` would write for each question.
+        """Returns, for each question, the row that `predict` would write.
 
         Raises:
-            InputError: the engine cannot answer one of them.
-            ArithmeticError: the model's output is NaN.
+            InputError: the engine cannot answer one of the questions.
+            ArithmeticError: the model gives NaN.
         """
         with self._errors_for_clients():
             found = self._asked(questions)
         return [{"id": q.row.id, **answer} for q, answer in zip(questions, found, strict=True)]
 
     def explanation(self, question: Question) -> dict[str, Any]:
-        """Returns the row's id, and the rationale that `predict` would write; raises as `answers` does."""
+        """Returns the row's id and the rationale that `predict` would write.
+
+        The errors are those of `answers`.
+        """
         with self._errors_for_clients():
             return {"id": question.row.id, RATIONALE: self._explained(question)}
 
@@ -145,10 +148,11 @@ class Answerer:
         return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
-        """Yields functions that compile, when called, every program that rows of any length need.
+        """Yields functions that compile all programs when they are called, one for each shape.
 
-        They do not cover rows with their own choices, whose shapes are unknown before. CTranslate2
-        compiles nothing. A function raises InputError if the model's output is NaN.
+        After that, rows of any length can be answered without compiling. The programs for rows with their
+        own choices are not compiled, since their shapes are not known in advance. CTranslate2 compiles
+        nothing; its only function answers one row. A function raises InputError if the model gives NaN.
         """
         unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):
@@ -171,7 +175,7 @@ class Answerer:
                 count = min(2 * count, self.batch_size)
 
     def info(self) -> dict[str, Any]:
-        """Returns facts about the model for clients."""
+        """Returns the facts about the model that clients may read at `/info`."""
         engine, prompting = self._engine, self._prompting
         return {
             # the folder's name only: clients must not learn the model's path

@@ -1,4 +1,4 @@
-"""Implements the HTTP service: routes, answers, and refusals with their status."""
+"""Implements the HTTP service: its routes, and its answers to requests and to errors."""
 
 import asyncio
 import contextlib
@@ -43,9 +43,9 @@ class Limits:
     """Limits that protect the service from its clients.
 
     Attributes:
-        max_wait_secs: longest time that a row waits for others while the engine is idle.
-        max_queue: highest number of unanswered rows, and of unanswered requests.
-        timeout_secs: longest time from a request's head to its answer.
+        max_wait_secs: longest time that a row waits for other rows while the engine is idle.
+        max_queue: largest number of unanswered rows, and also of unanswered requests.
+        timeout_secs: longest time from the arrival of a request's head to its answer.
     """
 
     max_wait_secs: float
@@ -54,19 +54,20 @@ class Limits:
 
 
 class Service:
-    """An application for uvicorn, and its state; it starts to warm up when uvicorn starts it.
+    """The application that uvicorn runs, and its state. When uvicorn starts the application, it warms up.
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.
         answered: number of answered rows.
-        open: number of unanswered requests.
-        unanswered: number of requests that were still running when the grace time ended.
-        failure: the error that ended the service, raised by the warm-up or outside any request.
-        on_failure: function that is called after this error.
+        open: number of requests in progress.
+        unanswered: number of requests that were still in progress when the grace time ended.
+        failure: the error that ended the service; None if there was none. An error in the warm-up, or
+            one that belongs to no request, ends the service.
+        on_failure: function that is called after such an error.
     """
 
     def __init__(self, answerer: Answerer, limits: Limits):
-        """Sets up the routes and the queue; uvicorn starts the service."""
+        """Sets up the routes and the queue. The service starts when uvicorn starts it."""
         self.state = STARTING
         self.answered = self.open = self.unanswered = 0
         self.failure: Exception | None = None
@@ -100,8 +101,9 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or runs the service during uvicorn's lifespan.
 
-        An answer is sent after the request's body has ended. The connection is closed if the body is
-        longer than `MOST_READ_BYTES`, has not ended within `timeout_secs`, or if the server is stopping.
+        An answer is sent only after the end of the request's body. The connection is closed if the body
+        is longer than `MOST_READ_BYTES`, if it does not end within `timeout_secs`, or if the server is
+        stopping.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)
@@ -193,12 +195,16 @@ class Service:
             return _error(503, "the server has stopped")
         except Exception:
             log(f"a request failed:\n{traceback.format_exc()}")
-            return _error(500, "the server failed; see its log")
+            return _error(500, "the server failed; its log has the error")
         finally:
             self.open -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """Returns the body of a request, or refuses the request."""
+        """Returns the body of a request.
+
+        Raises:
+            Refused: the model is warming up, there are too many requests, or the body is too large.
+        """
         if not self._warm:
             raise Refused(503, "the model is warming up", **{"Retry-After": "5"})
         if self.open > self._limits.max_queue:
@@ -215,10 +221,14 @@ class Service:
 
     async def _explanation(self, request: Request, body: bytes) -> dict[str, Any]:
         if not self._answerer.explains:
-            raise Refused(404, "this model was not trained to write a separate rationale")
+            raise Refused(
+                404, "this model was not trained to write a rationale apart from the label"
+            )
         rows, alone = rows_of(parse_json_line(body))
         if not alone:
-            raise InputError('expected one row {"input": ...}: rows are explained one at a time')
+            raise InputError(
+                'expected a single row {"input": ...}, since rows are explained one at a time'
+            )
         question = await asyncio.to_thread(self._answerer.rationale_question, rows[0])
         return await unless_left(request, asyncio.ensure_future(self._explained(question)))
 
@@ -228,16 +238,16 @@ class Service:
             return await self.batcher.in_thread(self._answerer.explanation, question)
 
     def _questions(self, body: bytes) -> tuple[list[Question], bool]:
-        """Returns the questions of a body, and whether it is a single row."""
+        """Returns the questions in a body, and whether the body is a single row instead of a list."""
         rows, alone = rows_of(parse_json_line(body))
         if len(rows) > self._limits.max_queue:
             raise Refused(
-                413, f"expected at most {self._limits.max_queue} rows at once, got {len(rows)}"
+                413, f"expected at most {self._limits.max_queue} rows in a request, got {len(rows)}"
             )
         return [self._answerer.question(row, i) for i, row in enumerate(rows, 1)], alone
 
     async def _answers(self, request: Request, questions: list[Question]) -> list[dict[str, Any]]:
-        """Waits for the answers; if the client disconnects, its rows leave the queue."""
+        """Waits for the answers. If the client disconnects, its rows are removed from the queue."""
         if not questions:
             return []
         try:

@@ -1,4 +1,4 @@
-"""Gathers the rows of many clients into batches, which one thread decodes outside the event loop."""
+"""Gathers the rows of many clients into batches. A separate thread decodes the batches one by one."""
 
 import asyncio
 import concurrent.futures
@@ -16,8 +16,8 @@ SHORTEST_LANE = 32
 def lane_length(length: int) -> int:
     """Returns the smallest of 32, 64, 96, 128, 192, 256, 384, ... that is at least `length`.
 
-    Rows of one lane length share batches. There are fewer lane lengths than padded lengths of the engine,
-    so that batches fill up and few shapes have to be compiled. Example: 65 to 96 ids give 96.
+    Rows with the same lane length share batches. There are only a few lane lengths, so that batches fill up
+    and few shapes have to be compiled. Example: the lane length of 65 to 96 ids is 96.
     """
     power = SHORTEST_LANE
     while power < length:
@@ -28,12 +28,12 @@ def lane_length(length: int) -> int:
 
 
 class QueueFull(Exception):
-    """The queue has no room for these rows."""
+    """Raised when the queue has no room for the submitted rows."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Waiting:
-    """A waiting row, its time of arrival, and the future of its answer."""
+    """A waiting row, its time of arrival, and the future that will contain its answer."""
 
     row: Any
     arrived: float
@@ -42,7 +42,10 @@ class _Waiting:
 
 @dataclasses.dataclass(eq=False)
 class _Lane:
-    """The waiting rows of one `lane_length`, in order of arrival, and the engine's time spent on them."""
+    """The waiting rows of one `lane_length`, in order of arrival.
+
+    `seconds` is the engine's time that the lane has used so far.
+    """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
     seconds: float = 0.0
@@ -56,10 +59,12 @@ class Batcher:
     """Decodes submitted rows in batches of similar length.
 
     An idle engine starts as soon as a batch is full or a row has waited for `max_wait_secs`. While a
-    batch runs, rows for the next one gather. Each `lane_length` has its own lane. The lanes share the
-    engine's time (start-time fair queueing, Goyal et al. 1996): the lane that has used the least time is
-    served next, and a lane gets no credit for the time when it was empty. So a short row among hundreds
-    of long ones waits only for the running batch, not for all long rows.
+    batch runs, the queue gathers rows for the next one.
+
+    There is a lane for each `lane_length`, and the lanes share the engine's time (start-time fair queueing,
+    Goyal et al. 1996). The lane that has used the least time is served next. A lane gains no advantage
+    from the time when it was empty. Therefore a short row among hundreds of long rows waits only for the
+    running batch, not for all the long rows.
 
     Attributes:
         rows: number of rows that are neither answered nor cancelled.
@@ -75,17 +80,18 @@ class Batcher:
         max_queue: int,
         on_batch: Callable[[int, float], None] = lambda rows, seconds: None,
     ):
-        """Creates an empty queue; `run` decodes.
+        """Creates an empty queue. Its rows are decoded while `run` is running.
 
         Args:
-            decode: function that returns the answers of rows, in their order; called from one thread.
-                An error that it raises becomes the answer of all rows of the batch. After an InputError,
-                each row is decoded alone, so that only the rows that cause it get it.
-            length: function that returns the number of ids of a row's input.
-            batch_size: highest number of rows of a batch.
-            max_wait_secs: longest time that a row waits for others while the engine is idle.
-            max_queue: highest value of `rows`.
-            on_batch: function that is called with the rows and seconds of each batch.
+            decode: function that returns the answers to rows, in the order of the rows. It is called from
+                a single thread. If it raises an InputError, each row of the batch is decoded alone, so
+                that only the rows that cause the error fail. Any other error becomes the answer to all
+                rows of the batch.
+            length: function that returns the number of ids in a row's input.
+            batch_size: largest number of rows in a batch.
+            max_wait_secs: longest time that a row waits for other rows while the engine is idle.
+            max_queue: largest value of `rows`.
+            on_batch: function that is called after each batch, with its number of rows and its seconds.
         """
         self.max_queue = max_queue
         self.rows = 0
@@ -100,14 +106,14 @@ class Batcher:
         self._working: concurrent.futures.Future | None = None
 
     def submit(self, rows: Sequence[Any]) -> list[asyncio.Future]:
-        """Puts all of `rows` into the queue, or none of them.
+        """Puts rows into the queue; if there is no room for all of them, none is put there.
 
         Returns:
-            A future for each row, whose result is the answer or an exception. Cancelling it removes the
-            row from the queue.
+            A future for each row, whose result is the answer or an exception. Cancelling the future
+            removes the row from the queue.
 
         Raises:
-            QueueFull: the queue would hold more than `max_queue` rows.
+            QueueFull: there would be more than `max_queue` unanswered rows.
         """
         if self.rows + len(rows) > self.max_queue:
             raise QueueFull
@@ -135,7 +141,7 @@ class Batcher:
         return await asyncio.wrap_future(self._working)
 
     async def run(self) -> None:
-        """Decodes until it is cancelled."""
+        """Decodes batches until it is cancelled."""
         while True:
             lane = await self._next_lane()
             batch = list(lane.waiting.values())[: self._batch_size]
@@ -151,7 +157,7 @@ class Batcher:
                     one.answer.set_result(answer)
 
     async def _next_lane(self) -> _Lane:
-        """Waits until a batch may start, and returns the lane whose turn it is."""
+        """Waits until a batch may start, and returns the lane that is served next."""
         loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
@@ -167,12 +173,12 @@ class Batcher:
                 pass
 
     def _starts(self, lane: _Lane) -> float:
-        """Returns the loop's time at which the lane's batch may start; 0 for a full batch."""
+        """Returns the time, on the event loop's clock, at which the lane's batch may start; 0 if it is full."""
         full = len(lane.waiting) >= self._batch_size
         return 0.0 if full else lane.first.arrived + self._max_wait
 
     async def _decoded(self, rows: list[Any]) -> tuple[Sequence[Any], float]:
-        """Returns the answers, and the seconds that decoding took."""
+        """Decodes a batch; returns its answers and the seconds that this took."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:
@@ -183,7 +189,7 @@ class Batcher:
         return answers, loop.time() - began
 
     def _decode_each(self, rows: list[Any]) -> Sequence[Any]:
-        """Decodes rows; after an InputError one by one, so that only bad rows fail. Runs in the thread."""
+        """Decodes rows in the engine's thread. After an InputError, it decodes each row alone."""
         try:
             return self._decode(rows)
         except InputError as error:
@@ -192,6 +198,6 @@ class Batcher:
             return [answer for row in rows for answer in self._decode_each([row])]
 
     def close(self) -> bool:
-        """Stops taking work; returns whether the thread is still working."""
+        """Accepts no more work, and returns whether the engine's thread is still working."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         return self._working is not None and not self._working.done()

@@ -17,10 +17,15 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Metrics:
-    """The metrics of one service, in their own registry."""
+    """The metrics of one service, in a registry of their own."""
 
     def __init__(self, waiting: Callable[[], int], ready: Callable[[], bool]):
-        """Registers the metrics; each time they are read, `waiting` and `ready` are called."""
+        """Registers the metrics.
+
+        Args:
+            waiting: function that returns the number of unanswered rows, called when metrics are read.
+            ready: function that returns whether requests are answered, called when metrics are read.
+        """
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "stepdistill_requests",

@@ -1,4 +1,4 @@
-"""Loads the page at `/`, one HTML file, and makes headers that allow only its own script."""
+"""Loads the web page at `/`, and makes HTTP headers that allow only the page's own script and style."""
 
 import base64
 import hashlib

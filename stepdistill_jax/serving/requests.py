@@ -1,4 +1,4 @@
-"""Reads requests within limits, and notices clients that disconnect."""
+"""Reads requests up to a limit of size, and detects clients that disconnect."""
 
 import asyncio
 from typing import Any
@@ -21,13 +21,13 @@ class Refused(Exception):
     """
 
     def __init__(self, status: int, reason: str, **headers: str):
-        """Sets the response; `reason` is the message to the client."""
+        """Sets the response. `reason` is the message for the client."""
         super().__init__(reason)
         self.status, self.headers = status, headers
 
 
 def head_bytes(scope: Scope) -> int:
-    """Returns the size of a request's head, without the spaces around the values of its headers."""
+    """Returns the size of a request's head in bytes, without the spaces around header values."""
     query = scope["query_string"]
     line = [
         scope["method"].encode(),
@@ -58,7 +58,7 @@ async def read_body(request: Request) -> bytes:
 
 
 def rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
-    """Returns the rows of a body, and whether it is a single row.
+    """Returns the rows in a body, and whether the body is a single row instead of a list.
 
     Raises:
         InputError: the body is neither a row nor {"rows": [...]}.
@@ -75,7 +75,7 @@ def rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
 
 
 async def unless_left(request: Request, answered: asyncio.Future) -> Any:
-    """Returns the result of `answered`, which is cancelled if the client disconnects.
+    """Waits for `answered` and returns its result. If the client disconnects, `answered` is cancelled.
 
     Raises:
         ClientDisconnect: the client has disconnected.

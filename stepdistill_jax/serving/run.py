@@ -1,4 +1,4 @@
-"""`serve`: opens the model, listens, and answers until a signal arrives."""
+"""Defines `serve`, which opens a model and answers requests until a signal arrives."""
 
 import contextlib
 import os
@@ -29,26 +29,31 @@ def serve(
 ) -> dict[str, Any]:
     """Answers rows over HTTP, as `predict` does for files, until SIGTERM or Ctrl-C.
 
-    In the main thread, it handles signals. After the first signal it accepts no more connections, and
-    answers the requests in progress. A second signal ends the process at once, with status 128 + the
-    signal's number.
+    After the first signal, the server accepts no more connections, and answers the requests in progress.
+    A second signal ends the process at once, with status 128 + the signal's number. Signals are handled
+    only if `serve` is called in the main thread.
 
     Args:
-        path: workdir, or model directory in Hugging Face's layout or CTranslate2's.
-        host, port: address to listen on; port 0 means any free port, which is logged.
-        max_wait_ms: longest time that a row waits for others while the engine is idle, ms.
-        max_queue: highest number of unanswered rows; requests beyond it are refused with status 503.
+        path: workdir, or model directory in Hugging Face's or CTranslate2's layout.
+        host: host name or IP address to listen on.
+        port: port to listen on; 0 means any free port, which is logged.
+        max_wait_ms: longest time that a row waits for other rows while the engine is idle, in ms.
+        max_queue: largest number of unanswered rows. Requests with further rows are refused with status
+            503.
         timeout_secs: seconds after which a request ends with status 504.
-        grace_secs: seconds to finish the requests in progress when a signal arrives.
+        grace_secs: seconds after a signal in which requests in progress are still answered.
         **options: fields of `DecodeOptions`.
 
     Returns:
-        `rows`, the number of answered rows; `unanswered`, the number of requests for which `grace_secs`
-        was too short; `busy`, whether the engine is still working on a request that nobody waits for.
+        `rows` is the number of answered rows. `unanswered` is the number of requests that were still in
+        progress after `grace_secs`. `busy` tells whether the engine is still working on a request whose
+        client no longer waits.
 
     Raises:
-        InputError: an option or the model is bad, the extra is missing, or the address cannot be opened.
-        Exception: the warm-up failed, for example on damaged weights or a device out of memory.
+        InputError: an option or the model is bad, a library of the extra `[serve]` is missing, or the
+            server cannot listen at the address.
+        Exception: the warm-up failed, for example because weights are damaged or a device has too little
+            memory.
     """
     number("max_wait_ms", max_wait_ms, least=0, below=1e6)
     whole("max_queue", max_queue, 1, 10**6 - 1)
@@ -63,7 +68,7 @@ def serve(
         from stepdistill_jax.serving import app, server
     except ImportError as error:
         raise InputError(
-            f"serve: {error.name or error} cannot be imported; pip install 'stepdistill-jax[serve]'"
+            f"serve: {error.name or error} cannot be imported; run pip install 'stepdistill-jax[serve]'"
         ) from None
     with (
         StopSignals(server.stopped_before_listening) as signals,

@@ -1,4 +1,4 @@
-"""Runs uvicorn on a socket until a signal stops it."""
+"""Runs uvicorn on a socket until a signal arrives."""
 
 import asyncio
 import contextlib
@@ -23,13 +23,13 @@ KEEP_ALIVE_SECS = (
 
 
 def stopped_before_listening(name: str) -> NoReturn:
-    """Exits with status 0 at a signal before the server listens: nothing is lost."""
+    """Exits with status 0. It is called at a signal that arrives before the server listens."""
     log(f"{name}: stopped before it was listening")
     raise SystemExit(0)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket bound to an address; connections are refused until `run` listens.
+    """Returns a socket that is bound to an address. Connections are refused until `run` starts to listen.
 
     Raises:
         InputError: the address does not exist or is in use.
@@ -50,7 +50,7 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise InputError(
-                f"port {port} on {host} is in use; choose another with `port` (0: any free port)"
+                f"port {port} on {host} is in use; choose another one with `port` (0 means any free port)"
             ) from None
         reason = getattr(error, "strerror", None) or error
         raise InputError(
@@ -60,7 +60,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(service: Service, listener: socket.socket, grace_secs: float, signals: StopSignals) -> None:
-    """Serves until a signal arrives, and at most `grace_secs` longer."""
+    """Serves until a signal arrives, and then answers requests in progress for up to `grace_secs`."""
     server = _Server(
         uvicorn.Config(
             service,
@@ -102,7 +102,10 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `StopSignals`: uvicorn would raise them again after it has stopped."""
+    """A uvicorn server that leaves signals to `StopSignals`.
+
+    uvicorn itself would raise a signal again after it has stopped.
+    """
 
     @contextlib.contextmanager
     def capture_signals(self):
@@ -112,9 +115,9 @@ class _Server(uvicorn.Server):
 class _Protocol(H11Protocol, asyncio.BufferedProtocol):
     """Parses HTTP with h11, and reads 4 KiB at a time.
 
-    h11 limits the size of an incomplete head; httptools does not. asyncio would read 256 KiB at a time. A
-    client that sends them in chunks of one byte would cause 40,000 events of h11 in a row, and no other
-    client would be served for seconds.
+    h11 is used because it limits the size of an incomplete request head, unlike httptools. By default,
+    asyncio reads 256 KiB at a time. If a client sent them in chunks of one byte, h11 would handle 40,000
+    events in a row, and no other client would be served for seconds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -1,7 +1,7 @@
 """Asks a large model for the rationales and labels of questions.
 
-In this package, `annotate` is the function, not its module. Import the module's other names with
-`from stepdistill_jax.teacher.annotate import ...`.
+`teacher.annotate` is the function `annotate`, which hides the module of the same name. Import other names
+of that module with `from stepdistill_jax.teacher.annotate import ...`.
 """
 
 from stepdistill_jax.teacher.annotate import annotate

@@ -1,4 +1,4 @@
-"""Asks a teacher for the rationales and labels of a file's questions."""
+"""Asks a teacher for rationales and labels for the questions in a file."""
 
 import asyncio
 import contextlib
@@ -36,30 +36,43 @@ def annotate(
     read: Sequence[os.PathLike | str] = (),
     **settings: Any,
 ) -> dict[str, Any]:
-    """Asks a teacher about each row, and writes the rows with its rationales, in the same order.
+    """Asks a teacher about each row, and writes the rows with the teacher's rationales, in input order.
 
-    Every complete, readable answer is saved in an SQLite file as soon as it arrives. A second run, after
-    a kill or with a changed file, asks only for the missing answers.
+    Every complete, readable answer is saved in an SQLite file, the cache, as soon as it arrives. If the run
+    is killed or the input changes, a second run asks only for the answers that are missing from the cache.
 
     Args:
-        input: JSON lines {"input", "id"?, "label"?, "choices"?, ...}.
-        output: file in the generic format of `prepare jsonl`, with `rationale`, `rationales`,
-            `llm_label` and `provenance`. It grows as OUTPUT.partial and is renamed when it is complete;
-            OUTPUT.defects.jsonl lies next to it.
-        read: further files that the settings were read from, which must not be overwritten.
-        settings: fields of `Settings`; at least `task` and `model` (or `teacher`).
+        input: path of a file of JSON lines. Each row has `input`, and optionally `id`, `label`, `choices`
+            and other fields.
+        output: path of the file to write. Its rows have the format that `prepare jsonl` reads, with the
+            fields `rationale`, `rationales`, `llm_label` and `provenance`. The file is named
+            OUTPUT.partial until it is complete. OUTPUT.defects.jsonl, next to it, lists the defects of
+            answers.
+        read: further files from which the settings were read, and which must not be overwritten.
+        settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
     Returns:
-        `rows`, `with_rationale`, `requests` (number of answered requests), `to_ask` (answers missing from
-        the cache), `asked_again`, `truncated`, `prompt_tokens`, `completion_tokens`, `cost` (None
-        without prices), `defects` (counts by name), `first_defects`, `rows_per_second`, `stopped` (None,
-        or why the run ended before the last row). If rows have gold labels, also `with_label`, the
-        number of these rows, and `teacher_accuracy`, the share of them that the teacher labelled
-        correctly; an unusable answer counts as wrong. With `dry_run`, returns `prompt` and the estimate;
-        with `batch_file`, the result of `write_batch` or `read_batch`.
+        `rows`: number of rows written.
+        `with_rationale`: number of rows with a usable answer.
+        `requests`: number of requests that were answered.
+        `to_ask`: number of answers that were missing from the cache at the start.
+        `asked_again`: number of requests that repeated a question after an unreadable answer.
+        `truncated`: number of answers that were truncated at the token limit.
+        `prompt_tokens`, `completion_tokens`: tokens used.
+        `cost`: money spent; None if the prices are unknown.
+        `defects`: {defect: number of answers}.
+        `first_defects`: {defect: the first row with it}.
+        `rows_per_second`: rows written per second.
+        `stopped`: why the run ended before the last row; None if it did not.
+        If rows have gold labels, the result also has `with_label`, the number of these rows, and
+        `teacher_accuracy`, the share of these rows that the teacher labelled correctly. A row without a
+        usable answer counts as wrong.
+        With `dry_run`, the result has `prompt` (that of the first row), `first_prompt_tokens`,
+        `parameters` and the result of `estimated`. With `batch_file`, it is the result of `write_batch`
+        or `read_batch`.
 
     Raises:
-        InputError: settings or rows are bad, or the server refuses the request.
+        InputError: a setting or row is bad, or the server refuses the request.
     """
     chosen = Settings(**settings)
     input, output = local_path(input, "input"), local_path(output, "output")
@@ -84,7 +97,9 @@ def annotate(
             if action == "read":
                 return read_batch(prompting, input, cache, paths)
             if len(paths) > 1:
-                raise InputError(f"`batch_file` write: expected one FILE, got {len(paths)}")
+                raise InputError(
+                    f"`batch_file` write: expected a single FILE, but got {len(paths)} of them"
+                )
             return write_batch(prompting, input, cache, paths[0], inputs)
         return asyncio.run(_annotate(prompting, input, output, cache))
     finally:
@@ -92,17 +107,18 @@ def annotate(
 
 
 def defects_of(output: pathlib.Path) -> pathlib.Path:
-    """Returns the path of an output's list of defects."""
+    """Returns the path of the list of defects that belongs to an output."""
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
 
 
 def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
-    """Estimates tokens and cost of the answers that are missing from the cache.
+    """Estimates the tokens and the cost of the answers that are missing from the cache.
 
     Returns:
-        `rows`, `answers`, `prompt_tokens` and `completion_tokens` (at 4 characters per token, with
-        answers as long as the exemplars'), `cost` (None without prices), and `most_completion_tokens`
-        and `most_cost`, for answers of `max_tokens` each.
+        `rows` is the number of rows, and `answers` the number of missing answers. `prompt_tokens`,
+        `completion_tokens` and `cost` are estimates, with 4 characters per token and answers as long as
+        the exemplars' answers. `most_completion_tokens` and `most_cost` assume answers of `max_tokens`
+        tokens each. The costs are None if the prices are unknown.
     """
     settings = prompting.settings
     budget = Budget(price_input=settings.price_input, price_output=settings.price_output)
@@ -122,7 +138,7 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
 
 
 def in_words(estimate: dict[str, Any]) -> str:
-    """Returns the estimate as a line: `200 rows, 150 answers to request, about 61,200 tokens, ...`."""
+    """Returns the estimate as a line, such as `200 rows, 150 answers to request, about 61,200 tokens, ...`."""
     tokens = estimate["prompt_tokens"] + estimate["completion_tokens"]
     line = (
         f"{estimate['rows']} rows, {estimate['answers']} answers to request, about {tokens:,} tokens"
@@ -183,8 +199,8 @@ async def _annotate(
                 await run_until_signal(run.all(read_questions(input, settings.choices)))
                 if run.counts.rows != estimate["rows"]:
                     raise InputError(
-                        f"{input}: the file changed while it was read ({estimate['rows']} rows at first,"
-                        f" then {run.counts.rows}); start again when the file is complete"
+                        f"{input}: the file changed while it was read (it had {estimate['rows']} rows at"
+                        f" first, then {run.counts.rows}); start again when the file is complete"
                     )
                 if not run.counts.with_rationale:
                     answers = "a usable answer" if run.counts.requests else "an answer"

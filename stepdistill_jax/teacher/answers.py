@@ -1,4 +1,4 @@
-"""Reads the rationale and label in a teacher's answer, and names the defects of unusable answers."""
+"""Reads the rationale and label in a teacher's answer, and names the defects of an answer."""
 
 import dataclasses
 import re
@@ -26,14 +26,14 @@ _OPENING = re.compile(r"\A\s*(?:A|Explanation):\s*")
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One answer of a teacher, unprocessed.
+    """An answer of a teacher, before its rationale and label are read.
 
     Attributes:
-        text: raw text.
-        finish_reason: `stop`, `length`, ... as the server reports it.
-        prompt_tokens, completion_tokens: the server's counts, or estimates.
-        time: time of arrival, UTC, ISO 8601.
-        parameters: fields of the request other than model and messages.
+        text: the raw text.
+        finish_reason: why the answer ended, as the server reports it: `stop`, `length`, ...
+        prompt_tokens, completion_tokens: tokens that the server reports; estimates if it reports none.
+        time: time of arrival in UTC, in the format of ISO 8601.
+        parameters: fields of the request other than the model and the messages.
     """
 
     text: str
@@ -46,12 +46,13 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """The rationale and label in an answer; `usable` needs both.
+    """The rationale and label that were read from an answer.
 
     Attributes:
-        rationale, label: empty if they cannot be read.
-        problems: keys of KINDS.
-        usable: whether the answer is complete and readable.
+        rationale: the rationale; empty if it cannot be read.
+        label: the label; empty if it cannot be read.
+        problems: names of the answer's defects, which are keys of `KINDS`.
+        usable: whether the answer has both a rationale and a label.
     """
 
     rationale: str = ""
@@ -61,21 +62,25 @@ class Reading:
 
 
 def metric_name(task: str) -> str:
-    """Returns the metric that compares a task's labels: SVAMP's are equations, compared by value."""
+    """Returns the name of the metric that compares a task's labels.
+
+    The labels of SVAMP are equations, which are compared by their values.
+    """
     return "value_match" if task == "svamp" else "text_match"
 
 
 def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = False) -> Reading:
-    """Reads an answer by the rules of its task.
+    """Reads the rationale and label of an answer according to the rules of its task.
 
-    Example: under `anli` the text "Rome is in Italy. So the answer is entailment." has the
+    Example: for the task `anli`, the answer "Rome is in Italy. So the answer is entailment." has the
     rationale "Rome is in Italy." and the label "entailment".
 
     Args:
         task: one of `prompts.TASKS`.
-        answer: the teacher's answer; reasoning up to `</think>` is ignored.
+        answer: the teacher's answer. Everything up to `</think>` in its text is ignored.
         row: the question.
-        label_given: whether the prompt contained the label: an answer with another one is unusable.
+        label_given: whether the prompt contained the gold label. An answer with another label is then
+            unusable.
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)
@@ -92,7 +97,7 @@ def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = 
 
 
 def _parse(task: str, text: str, row: Example) -> tuple[str, str, tuple[str, ...]]:
-    """Returns (rationale, label, problems); a text that cannot be read is empty."""
+    """Returns (rationale, label, problems). The rationale or label is empty if it cannot be read."""
     if task in _PARSERS:
         parsed = _PARSERS[task](text)
         return parsed.rationale, parsed.repaired, parsed.problems

@@ -1,4 +1,4 @@
-"""Writes requests in OpenAI's batch format, and reads its results into the cache."""
+"""Writes requests in OpenAI's batch format, and saves the results of a batch in the cache."""
 
 import itertools
 import json
@@ -30,17 +30,19 @@ def write_batch(
     path: os.PathLike | str,
     inputs: Sequence[os.PathLike | str | None] = (),
 ) -> dict[str, Any]:
-    """Writes a request for each answer missing from the cache.
+    """Writes a request for each answer that is missing from the cache.
 
     Args:
         prompting: prompts and parameters of the requests.
-        input: file of questions.
-        cache: cache of answers; an answer in it needs no request.
-        path: path of the first file; when a file is full, PATH-2, PATH-3, ... follow.
+        input: path of the file of questions.
+        cache: cache of answers.
+        path: path of the first file of requests. If all requests do not fit into one file, further files
+            follow, with the numbers 2, 3, ... in their names (`numbered`).
         inputs: files that must not be overwritten, as in `check_outputs`.
 
     Returns:
-        `rows`, `requests`, `files`.
+        `rows` (the number of questions), `requests` (the number of requests) and `files` (the paths of
+        the files written).
     """
     estimate = Estimate()
     rows = check_questions(
@@ -61,14 +63,14 @@ def write_batch(
                 line = next(lines, None)
             if not count:
                 raise InputError(
-                    f"{input}: a request of {len(line or b'')} bytes is too long for a batch"
+                    f"{input}: a request of {len(line or b'')} bytes is too long for a batch; shorten the row"
                 )
         files.append(str(name))
     return {"rows": estimate.rows, "requests": estimate.answers, "files": files}
 
 
 def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
-    """Returns the path of the n-th file: `requests.jsonl`, `requests-2.jsonl`, ..."""
+    """Returns the path of the file with a 1-based number: `requests.jsonl`, `requests-2.jsonl`, ..."""
     return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
@@ -85,17 +87,22 @@ def _request(prompting: Prompting, prompt: str, key: str) -> bytes:
 def read_batch(
     prompting: Prompting, input: os.PathLike | str, cache: AnswerCache, paths: list[str]
 ) -> dict[str, Any]:
-    """Saves the usable results in the cache.
+    """Reads the results of a batch, and saves the usable answers in the cache.
 
     Args:
-        prompting: the same prompting as when the requests were written, since keys depend on prompts.
-        input: file of questions.
+        prompting: prompting with the same prompts and parameters as when the requests were written,
+            since the keys of answers depend on these.
+        input: path of the file of questions.
         cache: cache for the answers.
-        paths: files of results.
+        paths: paths of the files of results.
 
     Returns:
-        The numbers of `results` in the files, `failed` results, `kept` answers, and `other` results
-        that belong to no row of the input or were kept before; `defects`, the defects of answers by name.
+        `results`: number of results in the files.
+        `failed`: number of results without an answer.
+        `kept`: number of usable answers, now saved in the cache.
+        `other`: number of results whose question is not in the input, or whose answer was already in the
+        cache.
+        `defects`: {defect: number of answers}.
     """
     failed: list[str] = []
     results = cache.fetch(
@@ -134,7 +141,7 @@ def _results(path: str, prompting: Prompting, failed: list[str]) -> Iterator[tup
         response, key = row.get("response") or {}, row.get("custom_id")
         if not isinstance(key, str) or "response" not in row:
             raise InputError(
-                f"{where}: not a result of a batch: expected `custom_id` and `response`, got"
+                f"{where}: not a result of a batch: it needs `custom_id` and `response`, but has"
                 f" {JsonRow(row, where).names}"
             )
         try:

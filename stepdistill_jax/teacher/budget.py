@@ -1,4 +1,4 @@
-"""Counts the tokens and money of a run, and enforces its limits."""
+"""Counts the tokens and money that a run uses, and enforces the run's limits."""
 
 import asyncio
 import contextlib
@@ -10,21 +10,25 @@ from stepdistill_jax.teacher.prompts import estimate_tokens
 
 
 class BudgetReached(Exception):
-    """The next request might exceed a limit; the message names it."""
+    """Raised when the next request might exceed a limit. The message is that limit."""
 
 
 @dataclasses.dataclass
 class Budget:
-    """Tokens and money of one run.
+    """The tokens and money that one run uses, and its limits.
 
-    A request is sent only if it stays within the limits even with the longest answer, together with all
-    requests in progress. Prompts count 4 characters per token, or the highest ratio of tokens to
-    characters that the server has reported so far.
+    Before a request is sent, the tokens that it may use at most are added to those already used and to
+    those that the requests in progress may use at most. The request is sent only if the sum is within the
+    limits. The tokens of a prompt are estimated from its characters: as one per 4 characters, or at the
+    highest ratio of tokens to characters that the server has reported so far if that gives more.
 
     Attributes:
-        max_tokens, max_cost: limits; None means no limit.
-        price_input, price_output: money per million tokens; None if unknown.
-        prompt_tokens, completion_tokens: tokens used so far.
+        max_tokens: largest number of tokens; None means no limit.
+        max_cost: largest amount of money; None means no limit.
+        price_input: price of a million prompt tokens; None if it is unknown.
+        price_output: price of a million answer tokens; None if it is unknown.
+        prompt_tokens: prompt tokens used so far.
+        completion_tokens: answer tokens used so far.
     """
 
     max_tokens: int | None = None
@@ -35,7 +39,7 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Initialises the record of requests in progress."""
+        """Starts without requests in progress."""
         self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
@@ -47,13 +51,14 @@ class Budget:
 
     @property
     def cost(self) -> float | None:
-        """Money used so far; None without prices."""
+        """Money spent so far; None if the prices are unknown."""
         return self.price(self.prompt_tokens, self.completion_tokens)
 
     def price(self, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """Returns the price of tokens; None without prices.
+        """Returns the price of tokens; None if the prices are unknown.
 
-        Example: at 2 and 10 per million, 500,000 and 100,000 tokens cost 2.0.
+        Example: with prices of 2 and 10 per million tokens, 500,000 prompt tokens and 100,000 answer
+        tokens cost 2.0.
         """
         if self.price_input is None or self.price_output is None:
             return None
@@ -61,10 +66,12 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
-        """Reserves the tokens of a request; waits until it fits, however long its answer is.
+        """Returns a context in which the tokens of a request, with the longest answer, are reserved.
+
+        If they do not fit within the limits, it waits until requests in progress have ended.
 
         Raises:
-            BudgetReached: it does not fit, however little the requests in progress use.
+            BudgetReached: the tokens do not fit, although no other request is in progress.
         """
         reservation = Reservation(self, prompt, longest_answer)
         await reservation.renew()
@@ -74,7 +81,7 @@ class Budget:
             await self._close(reservation)
 
     def spend(self, prompt: str, answer: Answer) -> None:
-        """Counts an answer, readable or not."""
+        """Counts the tokens of an answer, whether it is readable or not."""
         self._count(prompt, answer.prompt_tokens, answer.completion_tokens)
 
     def _count(self, prompt: str, prompt_tokens: int, completion_tokens: int) -> None:
@@ -84,7 +91,7 @@ class Budget:
         self._tokens_per_character = max(self._tokens_per_character, ratio)
 
     def _most(self, prompt: str, longest_answer: int) -> tuple[int, int]:
-        """Returns the most tokens that a request may use, as (prompt, answer)."""
+        """Returns the largest numbers of prompt tokens and answer tokens that a request may use."""
         learned = int(self._tokens_per_character * len(prompt)) + 1
         return max(estimate_tokens(len(prompt)), learned), longest_answer
 
@@ -109,17 +116,19 @@ class Budget:
 
 
 class Reservation:
-    """Reserved tokens of one question, which may be sent more than once."""
+    """The tokens that are reserved for one question, which may be sent in several attempts."""
 
     def __init__(self, budget: Budget, prompt: str, longest_answer: int):
-        """Creates an empty reservation; `renew` reserves the tokens."""
+        """Creates a reservation without tokens. `renew` reserves the tokens."""
         self._budget, self._prompt, self._longest = budget, prompt, longest_answer
 
     async def renew(self) -> None:
-        """Reserves the tokens, again after a failed attempt; waits until the next attempt fits.
+        """Reserves the tokens for the next attempt, unless they are still reserved.
+
+        If they do not fit within the limits, it waits until requests in progress have ended.
 
         Raises:
-            BudgetReached: it does not fit, however little the requests in progress use.
+            BudgetReached: the tokens do not fit, although no other request is in progress.
         """
         budget = self._budget
         if (budget.max_tokens is None and budget.max_cost is None) or id(self) in budget._open:
@@ -133,11 +142,13 @@ class Reservation:
             budget._open[id(self)] = budget._most(self._prompt, self._longest)
 
     async def lose(self, used: tuple[int, int] | None) -> None:
-        """Counts an attempt without an answer.
+        """Counts the tokens of an attempt that gave no answer.
+
+        If the attempt used any tokens, this also ends the reservation.
 
         Args:
-            used: tokens of prompt and answer. None (unknown) counts all reserved tokens: the server may
-                have produced an answer that we did not wait for.
+            used: prompt and answer tokens that were used. None means unknown: all reserved tokens are
+                then counted, since the server may have written an answer that did not arrive.
         """
         budget = self._budget
         if used == (0, 0):

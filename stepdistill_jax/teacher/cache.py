@@ -1,4 +1,4 @@
-"""Keeps paid answers in an SQLite file, which several processes may use at once."""
+"""Saves the answers that were paid for in an SQLite file, which several processes may use at once."""
 
 import dataclasses
 import json
@@ -31,16 +31,16 @@ _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, paramet
 
 
 class AnswerCache:
-    """Complete, readable answers by key; failures are never saved.
+    """The complete, readable answers, stored under their keys. Other answers are not saved.
 
-    When `put` returns, the answer is in the system's write cache, so it survives a kill of the process.
+    When `put` returns, the operating system has the answer, so a kill of the process does not lose it.
     """
 
     def __init__(self, path: os.PathLike | str):
         """Opens or creates the file.
 
         Raises:
-            InputError: the file cannot be written, or is not a cache of this version.
+            InputError: the file cannot be written, or it is not a cache that this version can read.
         """
         self.path = pathlib.Path(path)
         try:
@@ -54,8 +54,8 @@ class AnswerCache:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, SCHEMA):
                 raise InputError(
-                    f"`cache` {path}: expected schema {SCHEMA}, got {version} of another version; choose"
-                    " another file"
+                    f"`cache` {path}: expected schema {SCHEMA}, got schema {version}, which another version"
+                    " of this package wrote; choose another file"
                 )
             self._db.execute(_TABLE.format(name="answers"))
             self._db.execute(f"PRAGMA user_version={SCHEMA}")
@@ -67,24 +67,25 @@ class AnswerCache:
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> InputError:
-        """Returns the error for a file that is not SQLite's or is damaged, or for a full disk."""
+        """Returns the error to raise for an exception of SQLite: the file is bad, or cannot be used now."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
             return InputError(
-                f"`cache` {self.path}: {error}; the saved answers are safe: start again when this is fixed"
+                f"`cache` {self.path}: {error}; the saved answers are safe; remove the cause, and start again"
             )
         return InputError(
-            f"`cache` {self.path}: cannot be used as an SQLite file ({error}); move it away, or choose"
-            " another file"
+            f"`cache` {self.path}: the file cannot be used as an SQLite file ({error}); move it away, or"
+            " choose another file"
         )
 
     def get(self, key: str) -> Answer | None:
-        """Returns the answer for a key, or None."""
+        """Returns the saved answer for a key; None if there is none."""
         return self._get("answers", key)
 
     def put(self, key: str, model: str, answer: Answer) -> Answer:
-        """Saves a complete, readable answer; returns the saved one.
+        """Saves a complete, readable answer, unless another process has already saved one for the key.
 
-        If another process has already saved an answer for the key, that one is returned.
+        Returns:
+            The answer that is saved for the key.
         """
         try:
             done = self._insert("IGNORE INTO answers", key, model, answer)
@@ -93,7 +94,7 @@ class AnswerCache:
         return answer if done.rowcount else self.get(key) or answer
 
     def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
-        """Stores a batch's answers, readable or not, until the process ends; returns their number."""
+        """Stores all answers of a batch until the process ends, and returns their number."""
         count = 0
         self._db.execute("BEGIN")
         try:
@@ -107,7 +108,7 @@ class AnswerCache:
         return count
 
     def fetched(self, key: str) -> Answer | None:
-        """Returns an answer stored by `fetch`, or None."""
+        """Returns the answer that `fetch` stored for a key; None if there is none."""
         return self._get("fetched", key)
 
     def close(self) -> None:

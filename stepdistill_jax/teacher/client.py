@@ -1,4 +1,4 @@
-"""Asks an OpenAI-compatible server, and sends a question again after errors that may pass."""
+"""Asks an OpenAI-compatible server, and sends a question again after a temporary error."""
 
 import asyncio
 import collections
@@ -32,12 +32,12 @@ NO_KEY = "none"  # key for local servers, which need none
 
 
 class Teacher(Protocol):
-    """A model that can be asked."""
+    """A model that answers questions."""
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Returns one answer, complete or not; `reservation` counts failed attempts."""
+        """Returns one answer, which may be incomplete. `reservation` counts failed attempts."""
         ...
 
     async def close(self) -> None:
@@ -46,16 +46,16 @@ class Teacher(Protocol):
 
 
 class ServerError(Exception):
-    """Raised when no attempt got an answer; the message is the error of the last attempt."""
+    """Raised when all attempts failed. The message is the error of the last attempt."""
 
 
 class SentAgain(Exception):
     """Raised when an attempt failed and another one may succeed.
 
     Attributes:
-        status: HTTP status; 0 without a response.
-        wait: seconds to wait at the server's request; None without one.
-        used: tokens of prompt and answer that are charged anyway; None if unknown.
+        status: HTTP status of the response; 0 if there was no response.
+        wait: seconds that the server asks us to wait; None if it does not.
+        used: prompt and answer tokens that are charged although there is no answer; None if unknown.
     """
 
     def __init__(
@@ -71,15 +71,15 @@ class SentAgain(Exception):
 
 
 def now() -> str:
-    """Returns the time in UTC, ISO 8601, to the second."""
+    """Returns the current time in UTC, to the second, in the format of ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 class ChatClient:
-    """Asks `chat/completions` of a server.
+    """Asks a server through its endpoint `chat/completions`.
 
-    The key goes only from the environment to the HTTP client: it is removed from every message and
-    answer that leaves this class.
+    The API key is read from the environment and passed only to the HTTP client. It is removed from every
+    message and answer that leaves this class.
     """
 
     def __init__(self, settings: Settings):
@@ -102,13 +102,13 @@ class ChatClient:
         self._key = os.environ.get(settings.api_key_env, "").strip()
         if not self._key and settings.server is None:
             raise InputError(
-                f"${settings.api_key_env} is not set: the key is read from the environment"
-                " (`api_key_env` names another variable; `base_url` another server)"
+                f"${settings.api_key_env} is not set, but the key is read from this environment variable"
+                " (set `api_key_env` to use another variable, or `base_url` to use another server)"
             )
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(
-                f"${settings.api_key_env} contains a character that is not printable ASCII, as an HTTP"
-                " header requires; copy the key again"
+                f"${settings.api_key_env} contains a character that is not printable ASCII, which an HTTP"
+                " header cannot contain; copy the key again"
             )
         self._secret = Secret(self._key)
         self._httpx, self._verify = httpx, httpx.create_ssl_context()
@@ -122,23 +122,24 @@ class ChatClient:
         self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """Returns `text` without the key, in any encoding."""
+        """Returns `text` with the key removed, in any usual encoding of the key."""
         return self._secret.hide(text)
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Returns the first answer that arrives; sends the prompt again after errors that may pass.
+        """Sends a prompt, again after each temporary error, and returns the first answer that arrives.
 
         Args:
             prompt: the user's message.
             parameters: additional fields of the request.
-            reservation: counts the tokens of failed attempts, and delays attempts to stay within budget.
+            reservation: reservation of the budget, which counts the tokens of failed attempts. It delays
+                an attempt that might exceed a limit.
 
         Raises:
             BudgetReached: another attempt might exceed a limit.
-            InputError: the server refuses the request; the message quotes the server.
-            ServerError: the server does not answer.
+            InputError: the server refuses the request. The message quotes the server.
+            ServerError: all attempts failed.
         """
         start, failures = time.monotonic(), collections.Counter()
         while True:
@@ -166,10 +167,10 @@ class ChatClient:
             await client.close()
 
     def _new_client(self) -> Any:
-        """Returns a client with one connection, for one request at a time.
+        """Returns a client with a single connection, for one request at a time.
 
-        A pool checks every connection for every request (httpcore 1.0). With 64 requests at once, that
-        takes as long as everything else together.
+        A client with a pool of connections checks all of them for every request (httpcore 1.0). For 64
+        simultaneous requests, these checks take as long as everything else together.
         """
         client = self._openai.AsyncOpenAI(
             api_key=self._key or NO_KEY,
@@ -213,12 +214,16 @@ class ChatClient:
         return self._read(prompt, content, parameters)
 
     def _used_by(self, error: Exception) -> tuple[int, int] | None:
-        """Returns the tokens used by an attempt without an answer: None, or 0 without a connection."""
+        """Returns the tokens that a failed attempt used: none if it did not connect, else None (unknown)."""
         unmade = (self._httpx.ConnectError, self._httpx.ConnectTimeout)
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
     def _read(self, prompt: str, content: bytes, parameters: dict) -> Answer:
-        """Returns the answer in a response's body; raises SentAgain if there is none."""
+        """Returns the answer in the body of a response.
+
+        Raises:
+            SentAgain: the body contains no answer.
+        """
         body = None
         try:
             body = json.loads(content)
@@ -273,7 +278,7 @@ class ChatClient:
         return wait
 
     def _report(self, message: str, wait: float) -> None:
-        """Logs the run's first refusal, and each long wait once, although it delays many requests."""
+        """Logs the run's first wait, and each long wait, but only once for all requests that it delays."""
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:
@@ -283,7 +288,7 @@ class ChatClient:
 
 
 def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
-    """Returns the text, finish reason and usage in a response's body.
+    """Returns the text, the finish reason and the usage in the body of a response.
 
     Raises:
         KeyError, IndexError, TypeError, AttributeError, ValueError: the body is not a completion.
@@ -300,13 +305,13 @@ def completion(body: Any) -> tuple[str, str, dict[str, Any]]:
 
 
 def token_count(value: Any, otherwise: int) -> int:
-    """Returns a server's token count, or `otherwise` if it is not a sensible number."""
+    """Returns the token count that a server reports, or `otherwise` if it is not a plausible number."""
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value if is_count and 0 <= value <= MOST_TOKENS else otherwise
 
 
 def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
-    """Returns the (prompt, completion) tokens that a body reports; None if it reports none."""
+    """Returns the numbers of prompt and answer tokens that a body reports; None if it reports none."""
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None
@@ -317,7 +322,10 @@ def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Returns the seconds in `retry-after-ms` or `Retry-After` (seconds or a date); None without them."""
+    """Returns the seconds to wait according to the headers; None if they do not say.
+
+    The headers are `retry-after-ms`, and `Retry-After` with seconds or a date.
+    """
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:

@@ -1,4 +1,4 @@
-"""Runs a teacher without a server, from a transformers directory: sequence to sequence or causal."""
+"""Runs a teacher without a server: a sequence-to-sequence or causal model in a transformers directory."""
 
 import asyncio
 import pathlib
@@ -13,17 +13,17 @@ NEXT_QUESTIONS = ("\nQ:", "\nPremise:")  # a causal model writes these after a c
 
 
 class LocalTeacher:
-    """Generates answers with torch; questions that wait at the same time form a batch."""
+    """Generates answers with torch. Questions that are waiting at the same time are answered in a batch."""
 
     def __init__(self, directory: str, batch_size: int):
         """Loads the model and its tokenizer from disk.
 
         Args:
-            directory: folder that `save_pretrained` wrote, with the tokenizer.
-            batch_size: highest number of prompts per batch.
+            directory: folder with the model and the tokenizer, as `save_pretrained` writes them.
+            batch_size: largest number of prompts in a batch.
 
         Raises:
-            InputError: torch is missing, or the directory holds no model that can be loaded.
+            InputError: torch is missing, or the model in the directory cannot be loaded.
         """
         try:
             import torch
@@ -34,7 +34,7 @@ class LocalTeacher:
                 " 'stepdistill-jax[torch]'"
             ) from None
         if not pathlib.Path(directory, "config.json").is_file():
-            raise InputError(f"`teacher` hf:{directory}: no config.json there")
+            raise InputError(f"`teacher` hf:{directory}: there is no config.json in this folder")
         try:
             # Python code in the directory is never run
             how = {"local_files_only": True, "trust_remote_code": False}
@@ -50,7 +50,9 @@ class LocalTeacher:
                 directory, padding_side="left", **how
             )
         except Exception as error:  # torch, safetensors and tokenizers raise errors of many types
-            raise InputError(f"`teacher` hf:{directory}: cannot be loaded ({error})") from None
+            raise InputError(
+                f"`teacher` hf:{directory}: the model cannot be loaded ({error})"
+            ) from None
         if torch.cuda.is_available():
             self._model = self._model.to("cuda")
         if self._tokenizer.pad_token is None:
@@ -63,7 +65,7 @@ class LocalTeacher:
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Returns one answer, generated together with other waiting questions, in one attempt."""
+        """Returns one answer, which is generated in a batch with other waiting questions."""
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, parameters, future))
         if self._worker is None or self._worker.done():
@@ -96,7 +98,7 @@ class LocalTeacher:
         """Returns one answer per prompt.
 
         Args:
-            prompts: texts, to which the tokenizer's chat template is applied if it has one.
+            prompts: the users' messages. If the tokenizer has a chat template, it is applied to each.
             parameters: `max_tokens`, `temperature` (0 means greedy), `top_p`, `top_k`.
         """
         import torch
@@ -126,7 +128,10 @@ class LocalTeacher:
         ]
 
     def _ends(self, prompt_length: int) -> list[Any] | None:
-        """Returns the stopping criterion of a causal model, which stops when it begins another question."""
+        """Returns a stopping criterion that ends an answer when it begins another question.
+
+        Only a causal model needs one; the result for other models is None.
+        """
         import torch
 
         if not self._causal:
@@ -176,6 +181,6 @@ class LocalTeacher:
 
 
 def fingerprint(directory: str) -> list[list[Any]]:
-    """Returns name, size and modification time of a model's files, to tell models apart."""
+    """Returns the name, size and modification time of each file, which distinguish this model from others."""
     files = sorted(p for p in pathlib.Path(directory).glob("*") if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

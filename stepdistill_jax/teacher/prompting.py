@@ -1,4 +1,4 @@
-"""Makes the prompts of a run's rows and the cache keys of their answers."""
+"""Makes the prompts of a run's rows, and the keys of their answers in the cache."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,13 +16,14 @@ LIMITS = ("max_tokens", "max_completion_tokens")
 
 @dataclasses.dataclass(frozen=True)
 class Prompting:
-    """Prompts, requests and readings of one run.
+    """Makes the prompts and keys of one run, and reads the answers.
 
     Attributes:
         settings: settings of the run.
-        prompter: writer of the prompts.
+        prompter: object that writes the prompts.
         parameters: additional fields of each request.
-        identity: value that distinguishes this teacher from others with the same name.
+        identity: fingerprint of a local teacher's files, which distinguishes it from other teachers with
+            the same name; None for a server.
     """
 
     settings: Settings
@@ -31,7 +32,7 @@ class Prompting:
     identity: Any = None
 
     def prompt(self, row: Example) -> str:
-        """Returns the text that the teacher reads."""
+        """Returns the row's prompt, the complete text that the teacher reads."""
         return self.prompter.prompt(row)
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
@@ -39,10 +40,10 @@ class Prompting:
         return [{"role": "user", "content": prompt}]
 
     def key(self, prompt: str, sample: int) -> str:
-        """Returns the key of an answer: a digest of prompt, model, parameters and the sample's number.
+        """Returns the key of an answer: a digest of prompt, teacher, parameters and index of the sample.
 
-        It does not depend on the token limit: a complete answer would be the same under a higher limit,
-        so raising the limit must not make us pay for it again.
+        The key does not depend on the token limit. A complete answer would be the same with a higher
+        limit, so a run with a higher limit must not pay for the answer again.
         """
         return digest(
             {
@@ -63,7 +64,7 @@ class Prompting:
         return read_answer(self.settings.task, answer, row, label_given=self.settings.label_given)
 
     def known(self, cache: AnswerCache, key: str, row: Example) -> tuple[Answer, Reading] | None:
-        """Returns an answer in the cache, if the run's parser finds it usable."""
+        """Returns the answer for a key in the cache; None if it is missing or not usable for the row."""
         answer = cache.get(key)
         if answer is None:
             return None
@@ -71,7 +72,7 @@ class Prompting:
         return (answer, reading) if reading.usable else None
 
     def provenance(self, prompt: str) -> dict[str, Any]:
-        """Returns a row's provenance: teacher, task and prompt; the answers are added later."""
+        """Returns the provenance of a row: teacher, task and prompt. The answers are added later."""
         found: dict[str, Any] = {
             "model": self.settings.name,
             "task": self.settings.task,
@@ -84,12 +85,13 @@ class Prompting:
 
 @dataclasses.dataclass
 class Estimate:
-    """Counts of a file, taken before the first answer is paid for.
+    """Counts of a file's rows and answers, made before the first answer is paid for.
 
     Attributes:
         rows: number of rows.
-        kept: number of answers in the cache, counted for every row, also for rows with the same prompt.
-        answers: number of answers missing from the cache.
+        kept: number of answers that are in the cache. If several rows have the same prompt, their
+            answers are counted for each of these rows.
+        answers: number of answers that are missing from the cache.
         characters: number of characters in the prompts of the missing answers.
         first_prompt: prompt of the first row.
     """
@@ -102,7 +104,7 @@ class Estimate:
 
 
 def load_prompting(settings: Settings) -> Prompting:
-    """Loads template, exemplars and parameters for the settings.
+    """Loads the template and the exemplars that the settings name, and returns the run's prompting.
 
     Raises:
         InputError: a setting cannot be used.
@@ -125,9 +127,10 @@ def load_prompting(settings: Settings) -> Prompting:
 def unanswered(
     prompting: Prompting, rows: Iterator[Example], cache: AnswerCache | None, estimate: Estimate
 ) -> Iterator[tuple[Example, str, str]]:
-    """Yields (row, prompt, key) for each answer missing from the cache; adds the counts to `estimate`.
+    """Yields (row, prompt, key) for each answer that is missing from the cache, and updates `estimate`.
 
-    Rows with the same prompt share their answers, so a key is yielded once (memory: 32 bytes per key).
+    Rows with the same prompt share their answers, so each key is yielded only once. To know the keys that
+    were yielded, the function stores 32 bytes for each.
     """
     seen: set[bytes] = set()
     for row in rows:

@@ -1,4 +1,7 @@
-"""Writes few-shot prompts, from a jinja template and exemplars for each paper's task, or a generic template."""
+"""Writes few-shot prompts.
+
+Each task of the paper has its own jinja template and exemplars; other rows use a generic template.
+"""
 
 import dataclasses
 import os
@@ -26,8 +29,8 @@ class Prompter:
     """Writes the prompts of rows.
 
     Attributes:
-        task: one of TASKS.
-        exemplars: rows with rationale and label, shown before the question.
+        task: one of `TASKS`.
+        exemplars: rows with rationale and label, which the prompt shows before the question.
         instructions: text that replaces the template's instructions; empty keeps them.
         label_given: whether the prompt contains the gold label and asks for its rationale.
     """
@@ -72,7 +75,7 @@ class Prompter:
 
     @property
     def answer_tokens(self) -> int:
-        """Estimated tokens of an answer as long as the exemplars' answers; 60 without exemplars."""
+        """Estimated number of tokens in an answer: the mean of the exemplars' answers, or 60 without exemplars."""
         if not self.exemplars:
             return 60
         lengths = [len(e.rationale) + len(self._answer(e)) + 20 for e in self.exemplars]
@@ -80,14 +83,18 @@ class Prompter:
 
 
 def estimate_tokens(characters: int) -> int:
-    """Estimates the tokens of a text at CHARACTERS_PER_TOKEN, rounded up: `estimate_tokens(10)` is 3."""
+    """Returns the estimated number of tokens in a text, one for every 4 characters, rounded up.
+
+    Example: `estimate_tokens(10)` is 3.
+    """
     return -(-characters // CHARACTERS_PER_TOKEN)
 
 
 def with_choices(row: Example, *, lettered: bool) -> str:
-    """Returns the input, followed by the choices unless it already lists them.
+    """Returns the row's input, followed by the list of its choices unless the input already has the list.
 
-    `lettered` writes them as in the paper's CQA files: `Answer Choices:` and a line `(a) ...` for each.
+    If `lettered` is set, the list is written as in the paper's CQA files: the line `Answer Choices:`, and
+    a line such as `(a) ...` for each choice.
     """
     by_letter = [f"({x}) {choice}" for x, choice in zip(LETTERS, row.choices, strict=False)]
     if not row.choices or "\n".join(by_letter) in row.input:
@@ -105,13 +112,14 @@ def load_prompter(
     choices: Sequence[str] = (),
     label_given: bool = False,
 ) -> Prompter:
-    """Loads the template of a task with its exemplars.
+    """Loads the template and the exemplars of a task.
 
     Args:
-        task: one of TASKS.
-        exemplars: file of JSON lines {"input", "rationale", "label", "choices"?} that replace the task's.
-        instructions: text that replaces the template's instructions.
-        choices: choices of exemplars without their own.
+        task: one of `TASKS`.
+        exemplars: file of JSON lines that replace the task's own exemplars. Each line has `input`,
+            `rationale`, `label`, and optionally `choices`.
+        instructions: text that replaces the template's instructions; empty keeps them.
+        choices: choices for exemplars without the field `choices`.
         label_given: see `Prompter`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reads questions for a teacher: rows of the generic format, with or without a label."""
+"""Reads the questions for a teacher, which are rows of the generic format with or without a label."""
 
 import dataclasses
 import os
@@ -24,12 +24,12 @@ def read_questions(
 
     Args:
         path: path of the file.
-        choices: choices of rows without their own.
-        needs: see `read_example`.
-        ids: if given, refuses duplicate ids, as `prepare jsonl` does.
+        choices: choices for rows without the field `choices`.
+        needs: the fields that every row must have; see `read_example`.
+        ids: object that refuses duplicate ids, as `prepare jsonl` does; None allows them.
 
     Raises:
-        InputError: a row is bad, or there are no rows; names file, line and field.
+        InputError: a row is bad, or there are no rows. The message names the file, line and field.
     """
     for row in read_rows(path):
         found = read_example(row, needs=needs)
@@ -43,11 +43,13 @@ def read_questions(
 def check_questions(
     path: os.PathLike | str, choices: Sequence[str], *, label_given: bool
 ) -> Iterator[Example]:
-    """Yields the rows of `read_questions`, after checks that must precede the first paid answer.
+    """Yields the rows of a file like `read_questions`, but with all checks.
+
+    A run reads the complete file with this function before it pays for the first answer.
 
     Raises:
-        InputError: see `read_questions`; also if an id is repeated, or, with `label_given`, a row has no
-            label.
+        InputError: a row is bad (see `read_questions`), an id is repeated, or `label_given` is set and a
+            row has no label.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())

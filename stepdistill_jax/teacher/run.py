@@ -1,4 +1,7 @@
-"""Asks about many rows at once and writes them in order, within bounds of requests and memory."""
+"""Asks about many rows at once, and writes them in order.
+
+The number of simultaneous requests and the number of rows in memory are limited.
+"""
 
 import asyncio
 import collections
@@ -26,21 +29,33 @@ DEFECT_TEXT = 200  # characters of an answer in the list of defects
 
 
 class Stopped(Exception):
-    """Raised when a run ends early; its answers are saved, and the same command continues.
+    """Raised when a run ends early. Its answers are saved, and the same command continues the run.
 
     Attributes:
         hopeless: whether to cancel the requests in progress instead of waiting for them.
     """
 
     def __init__(self, reason: str, *, hopeless: bool = False):
-        """Sets the message, `reason`."""
+        """Sets `reason` as the message."""
         super().__init__(reason)
         self.hopeless = hopeless
 
 
 @dataclasses.dataclass
 class Counts:
-    """Counts of a run. `defects` counts the defects of the rows' final answers, by name."""
+    """Counts of a run.
+
+    Attributes:
+        rows: number of rows written.
+        with_rationale: number of rows with a usable answer.
+        with_label: number of rows whose gold label the teacher was not given.
+        right: number of these rows that the teacher labelled correctly.
+        requests: number of requests that were answered.
+        truncated: number of answers that were truncated at the token limit.
+        asked_again: number of requests that repeated a question after an unreadable answer.
+        defects: {defect: number of answers}, over the final answers of the rows.
+        first_defects: {defect: the first row with it}.
+    """
 
     rows: int = 0
     with_rationale: int = 0
@@ -54,7 +69,7 @@ class Counts:
 
 
 class Run:
-    """One pass over the rows."""
+    """Asks the teacher about the rows of one run."""
 
     def __init__(
         self,
@@ -68,11 +83,18 @@ class Run:
         *,
         kept: int = 0,
     ):
-        """Prepares a run without sending anything; without a teacher, all answers must be in the cache.
+        """Prepares a run without sending anything.
 
         Args:
-            prompting, teacher, cache, budget, output, defects, bar: the objects that the run uses.
-            kept: number of the file's answers in the cache; they count as usable.
+            prompting: prompting of the run.
+            teacher: the teacher to ask; None if all answers are in the cache.
+            cache: cache of answers.
+            budget: limits of the run.
+            output: file for the rows.
+            defects: file for the list of defects.
+            bar: progress bar.
+            kept: number of answers that are in the cache. They count as usable when the share of
+                unusable answers is computed.
         """
         self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
@@ -87,13 +109,14 @@ class Run:
         self.counts = Counts()
 
     async def all(self, rows: Iterator[Example]) -> None:
-        """Asks about every row and writes it.
+        """Asks about every row, and writes the rows in order.
 
-        A window of rows is in progress, four for each simultaneous request, so that a slow answer to
-        its first row does not block the others.
+        A row is written only after all rows before it. So that a slow answer does not block other
+        requests, up to four times as many rows are in progress as there may be requests (at least 64).
 
         Raises:
-            Stopped: a limit was reached, or the server is down; answers in progress have been saved.
+            Stopped: a limit was reached, or the server is down. If a limit was reached, the answers to
+                requests in progress are saved first.
             InputError: the server refuses a request, or too many answers are unusable.
         """
         most = max(64, 4 * self._settings.concurrency)
@@ -152,7 +175,7 @@ class Run:
         return samples  # type: ignore[return-value]
 
     async def _shared(self, key: str, row: Example, prompt: str) -> Sample:
-        """Returns the answer of a key, which is asked for once for all rows with this prompt."""
+        """Returns the answer for a key. It is requested only once for all rows with the same prompt."""
         task = self._under_way.get(key)
         if task is None:
             # another row with this prompt may have got the answer since `_begin` looked
@@ -165,7 +188,7 @@ class Run:
         return await task
 
     async def _ask(self, key: str, row: Example, prompt: str) -> Sample:
-        """Asks a question; the first one is sent alone, since it reveals errors that all would get."""
+        """Asks a question. The run's first question is sent alone, to find errors that all would get."""
         if self._probe is not None:
             await self._probe.wait()
             return await self._answer(key, row, prompt)
@@ -206,7 +229,7 @@ class Run:
         async with self._slots:
             self._check_stop()
             if self._teacher is None:  # all answers were in the cache when the file was counted
-                self._end(InputError("the input changed while it was being read; start again"))
+                self._end(InputError("the input file changed while it was being read; start again"))
             try:
                 request = self._budget.request(prompt, self._settings.max_tokens)
                 async with request as reservation:
@@ -300,10 +323,10 @@ async def _ready(sample: Sample) -> Sample:
 
 
 async def run_until_signal(work: Any) -> None:
-    """Awaits `work`; SIGTERM cancels it.
+    """Awaits `work`, and cancels it at a SIGTERM.
 
     Raises:
-        SystemExit: with status 75, after SIGTERM.
+        SystemExit: SIGTERM arrived. The exit status is 75.
     """
     task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
     codes: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED}  # asyncio handles Ctrl-C

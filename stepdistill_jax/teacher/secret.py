@@ -1,4 +1,4 @@
-"""Removes a key from a server's text, in any usual encoding."""
+"""Removes an API key from the text of a server, in any usual encoding of the key."""
 
 import base64
 import html
@@ -10,17 +10,18 @@ _ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one o
 
 
 class Secret:
-    r"""Hides a key in any usual encoding of a text.
+    r"""Finds an API key in texts and replaces it, in any usual encoding of the key.
 
-    Each character may appear as itself, after backslashes (JSON writes `/` as `\/`, `repr` doubles
-    backslashes), as `\u002f` or `\x2f`, percent-encoded (also twice), as an HTML entity, or after zero
-    bytes (UTF-16). The complete key may be in hex or base64, alone or after other text (`Bearer KEY`).
+    Each character of the key may appear as itself; after backslashes, since JSON writes `/` as `\/` and
+    `repr` doubles backslashes; as `\u002f` or `\x2f`; percent-encoded once or twice; as an HTML entity; or
+    after zero bytes, as in UTF-16. The complete key may also appear in hex or base64, alone or after other
+    text (`Bearer KEY`).
 
     Example: `Secret("sk-a/b+c").hide(r"bad key sk-a\/b+c")` is "bad key ***".
     """
 
     def __init__(self, key: str):
-        """Prepares the encodings of `key` (printable ASCII); a key that is too short is not hidden."""
+        """Prepares to find `key`, which is printable ASCII. A key of fewer than 6 characters is not hidden."""
         self._literals: list[str] = []
         self._altered = None
         if len(key) < SHORTEST:

@@ -1,4 +1,4 @@
-"""Defines the settings of `annotate`: teacher, prompt and limits."""
+"""Defines the settings of `annotate`: the teacher, the prompt and the limits."""
 
 import dataclasses
 import os
@@ -15,37 +15,42 @@ SAMPLING_TEMPERATURE = 0.7  # default with several samples
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `annotate`, named like the command's flags.
+    """The arguments of `annotate`, whose names are those of the command's flags.
 
     Attributes:
-        task: `cqa`, `svamp`, `esnli`, `anli`, or `generic` for any other rows.
-        model: name of the model on the server; None with `teacher`.
-        teacher: `hf:DIR`, a local transformers directory instead of a server.
-        base_url: URL of an OpenAI-compatible server; None means $OPENAI_BASE_URL, else OpenAI's.
-        api_key_env: environment variable that holds the key; only the client reads it.
-        exemplars: file of JSON lines with `input`, `rationale`, `label` that replace the task's exemplars.
-        instructions: text that replaces the template's instructions.
-        choices: allowed answers of rows without their own.
-        samples: answers per row; if there are several, the majority's label is kept.
-        temperature: sampling temperature; None means 0 for one sample and 0.7 for several, `default`
-            sends none.
-        max_tokens: limit of an answer's tokens, including a model's reasoning.
-        reasoning_effort: field of the request for reasoning models; None sends none.
+        task: `cqa`, `svamp`, `esnli` or `anli`; or `generic` for any other rows.
+        model: name of the model on the server; None if `teacher` is set.
+        teacher: `hf:DIR`, where DIR is a local transformers directory that is used instead of a server.
+        base_url: URL of an OpenAI-compatible server; None means $OPENAI_BASE_URL, or OpenAI's server if
+            that variable is not set.
+        api_key_env: name of the environment variable that contains the API key.
+        exemplars: file of JSON lines that replace the task's exemplars. Each line has `input`,
+            `rationale` and `label`.
+        instructions: text that replaces the template's instructions; empty keeps them.
+        choices: allowed answers for rows without the field `choices`.
+        samples: number of answers per row. If there are several, the commonest label is used.
+        temperature: sampling temperature. None means 0 for one sample and 0.7 for several; `default`
+            leaves the temperature out of the request.
+        max_tokens: largest number of tokens in an answer, including a model's reasoning.
+        reasoning_effort: field of the request for reasoning models; None leaves it out.
         parameters: additional fields of the request (`{"top_p": 0.9}`).
-        label_given: whether the prompt contains the gold label and asks for its rationale.
-        concurrency: requests at once; for a local teacher, prompts per batch.
-        retries: how often to ask again for an unreadable answer. Before the run's first usable answer,
-            only its first question is asked again.
-        attempts: how often to send a request before a server error counts as its answer.
-        timeout: seconds for a request.
-        max_truncated: share of truncated or otherwise unusable answers above which the run stops, after
-            20 answers. Answers in the cache count as usable.
-        max_tokens_total, max_cost: limits of this run, in tokens and in money.
-        price_input, price_output: money per million tokens.
-        cache: SQLite file; None means `teacher_cache.sqlite` next to the output.
+        label_given: whether the prompt contains the gold label and asks only for a rationale.
+        concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
+        retries: number of times to ask again after an unreadable answer. Before the run's first usable
+            answer, only its first question is asked again.
+        attempts: number of times to send a request to a failing server, before the question stays
+            without an answer.
+        timeout: time limit of a request, in seconds.
+        max_truncated: largest share of truncated or otherwise unusable answers. The run stops if it has
+            asked 20 questions or more and the share is larger. Answers in the cache count as usable.
+        max_tokens_total: largest number of tokens that this run may use; None means no limit.
+        max_cost: largest amount of money that this run may spend; None means no limit.
+        price_input: price of a million prompt tokens; None if it is unknown.
+        price_output: price of a million answer tokens; None if it is unknown.
+        cache: SQLite file of answers; None means `teacher_cache.sqlite` next to the output.
         batch_file: ("write", FILE) or ("read", FILE, ...), for OpenAI's batch format.
-        dry_run: whether to only show the first prompt and the estimated cost, and send nothing.
-        backoff: scale of the waits between attempts, seconds.
+        dry_run: whether to send nothing, and only show the first prompt and the estimated cost.
+        backoff: longest wait before the second attempt, in seconds. The wait doubles with each attempt.
     """
 
     task: str
@@ -80,10 +85,10 @@ class Settings:
         """Checks the fields.
 
         Raises:
-            InputError: a field has a bad value; names it.
+            InputError: a field has a bad value. The message names the field.
         """
         if (self.model is None) == (self.teacher is None):
-            raise InputError("pass either `model` (of a server) or `teacher=hf:DIR`")
+            raise InputError("pass either `model`, a model on a server, or `teacher=hf:DIR`")
         if self.teacher is not None and not self.teacher.startswith(LOCAL):
             raise refused("teacher", f"{LOCAL}DIR", self.teacher)
         keep(self, whole, "samples", "max_tokens", "concurrency", "attempts", least=1)
@@ -100,7 +105,8 @@ class Settings:
             keep(self, number, "temperature", least=0)
         if self.samples > 1 and self.temperature == 0:
             raise InputError(
-                f"`samples={self.samples}` and `temperature=0`: every sample would be the same"
+                f"`samples={self.samples}` and `temperature=0`: every sample would be the same; raise the"
+                " temperature, or ask for one sample"
             )
         self._check_texts()
         self._check_prices()
@@ -110,7 +116,9 @@ class Settings:
         ):
             raise refused("batch_file", "write FILE, or read FILE...", " ".join(self.batch_file))
         if self.batch_file and self.teacher:
-            raise InputError("`batch_file` is for servers; leave it out with `teacher=hf:DIR`")
+            raise InputError(
+                "`batch_file`: batches are only for servers; leave this option out, or use `model`"
+            )
 
     def _check_texts(self) -> None:
         texts = [("choices", choice) for choice in self.choices]
@@ -119,7 +127,9 @@ class Settings:
             try:
                 (text or "").encode()
             except UnicodeEncodeError:
-                raise InputError(f"`{name}`: not valid UTF-8 or Unicode ({text!a})") from None
+                raise InputError(
+                    f"`{name}`: the text is not valid UTF-8 or Unicode ({text!a})"
+                ) from None
         try:
             urlsplit(self.server or "")
         except ValueError as error:
@@ -133,7 +143,7 @@ class Settings:
             )
         if self.max_cost is not None and prices[0] is None:
             raise InputError(
-                "`max_cost` needs the prices per million tokens: `price_input` and `price_output`"
+                "`max_cost` needs the prices per million tokens; set `price_input` and `price_output`, too"
             )
 
     def _check_parameters(self) -> None:
@@ -148,13 +158,15 @@ class Settings:
         }
         for name in self.parameters:
             if name in taken:
-                raise InputError(f"`parameters` {name}: set it with {taken[name]}")
+                raise InputError(f"`parameters` {name}: set this field with {taken[name]} instead")
             if name == "stream":
-                raise InputError("`parameters` stream: not supported; answers arrive in one piece")
+                raise InputError(
+                    "`parameters` stream: streaming is not supported; leave this field out"
+                )
 
     @property
     def name(self) -> str:
-        """The teacher's name: `gpt-x`, `hf:flan-t5-xl`."""
+        """Name of the teacher, such as `gpt-x` or `hf:flan-t5-xl`."""
         if self.teacher is None:
             return str(self.model)
         directory = os.path.abspath(self.teacher.removeprefix(LOCAL))
@@ -162,16 +174,16 @@ class Settings:
 
     @property
     def source(self) -> str:
-        """The rationales' `source`: the teacher's name, and whether it knew the label."""
+        """Source of the rationales: the teacher's name, and whether the teacher was given the label."""
         return f"{self.name} (label given)" if self.label_given else self.name
 
     @property
     def server(self) -> str | None:
-        """The server's URL; None means OpenAI's."""
+        """URL of the server; None means OpenAI's server."""
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
     def request_parameters(self) -> dict[str, Any]:
-        """Returns the fields of a request other than model and messages."""
+        """Returns the fields of a request other than the model and the messages."""
         temperature = self.temperature
         if temperature is None:
             temperature = SAMPLING_TEMPERATURE if self.samples > 1 else 0.0
@@ -183,7 +195,10 @@ class Settings:
         return found | {self._limit_name(): self.max_tokens}
 
     def _limit_name(self) -> str:
-        """Returns the name of the token limit: OpenAI needs the newer name, many servers the older one."""
+        """Returns the name of the field for the token limit.
+
+        OpenAI's server needs `max_completion_tokens`, while many other servers know only `max_tokens`.
+        """
         host = urlsplit(self.server).hostname or "" if self.server else "api.openai.com"
         newer = any(host == h or host.endswith("." + h) for h in ("openai.com", "openai.azure.com"))
         return "max_completion_tokens" if newer and not self.teacher else "max_tokens"

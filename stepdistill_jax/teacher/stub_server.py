@@ -1,7 +1,7 @@
 """Runs a server that imitates a teacher, to try `annotate` without a model or a key.
 
-`python -m stepdistill_jax.teacher.stub_server` listens at http://127.0.0.1:8399/v1. Tests replace its
-replies by errors, slow replies and broken ones.
+`python -m stepdistill_jax.teacher.stub_server` listens at http://127.0.0.1:8399/v1. In tests, the server
+also sends errors, slow replies and broken replies.
 """
 
 import argparse
@@ -28,14 +28,15 @@ class Reply:
 
     Attributes:
         text: content of the answer.
-        finish_reason: its `finish_reason`.
-        status, headers: HTTP status and headers.
-        body: the complete body, instead of a completion with `text`.
-        delay: seconds before the reply.
-        cut: bytes of the body after which the connection is closed; None sends all of it.
-        drip: seconds after each byte of the body.
+        finish_reason: `finish_reason` of the answer.
+        status: HTTP status.
+        headers: additional HTTP headers.
+        body: the complete body; None means a completion whose content is `text`.
+        delay: seconds to wait before the reply.
+        cut: number of bytes of the body after which the connection is closed; None sends the whole body.
+        drip: seconds to wait after each byte of the body; 0 sends the body in one piece.
         endless: whether to repeat the body, in chunks, until the client disconnects.
-        tokens: (prompt, completion) of `usage`; None counts 4 characters per token.
+        tokens: numbers of prompt and answer tokens to report; None means one for every 4 characters.
     """
 
     text: str = ""
@@ -51,7 +52,10 @@ class Reply:
 
 
 def by_rule(request: dict[str, Any]) -> Reply:
-    """Returns a well-formed answer to a prompt's last question; the question's digest chooses the label."""
+    """Returns a well-formed answer to the last question of a prompt.
+
+    The label is the right one if the prompt gives it; otherwise, a hash of the question selects it.
+    """
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")
     question = re.split(r"^Premise:|^Q:", prompt, flags=re.MULTILINE)[-1].strip()
@@ -75,16 +79,16 @@ def by_rule(request: dict[str, Any]) -> Reply:
 
 
 class StubServer:
-    """Serves `chat/completions` from its own thread.
+    """A server of `chat/completions` that runs in its own thread.
 
     Attributes:
         requests: number of requests so far.
-        most_at_once: highest number of simultaneous requests.
+        most_at_once: largest number of simultaneous requests so far.
         last_head: request line and headers of the latest request.
     """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Reply] = by_rule, port: int = 0):
-        """Sets the replies and the port (0: any free port); `serve` starts listening."""
+        """Sets the function that makes replies, and the port; 0 means any free port."""
         self._reply, self._port = reply, port
         self.requests = self.most_at_once = self._open = 0
         self.last_head = ""
@@ -92,7 +96,7 @@ class StubServer:
 
     @property
     def url(self) -> str:
-        """The server's `base_url`."""
+        """URL of the server, for the setting `base_url`."""
         return f"http://127.0.0.1:{self._port}/v1"
 
     @contextlib.contextmanager
@@ -102,7 +106,7 @@ class StubServer:
         thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), daemon=True)
         thread.start()
         if not ready.wait(10) or self._loop is None:
-            raise OSError(f"cannot listen on port {self._port}")
+            raise OSError(f"the server cannot listen on port {self._port}")
         try:
             yield self
         finally:
@@ -128,7 +132,7 @@ class StubServer:
             writer.close()
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answers one request on a connection; returns whether the connection stays open."""
+        """Answers one request on a connection, and returns whether the connection stays open."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         length = re.search(r"^content-length: *(\d+)", head, re.IGNORECASE | re.MULTILINE)
         request = json.loads(await reader.readexactly(int(length[1])) if length else b"{}")

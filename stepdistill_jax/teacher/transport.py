@@ -1,4 +1,4 @@
-"""Makes an HTTP client that limits the size of responses. Import it only where httpx is needed."""
+"""Makes an HTTP client that limits the size of responses. This module imports httpx."""
 
 import ssl
 from collections.abc import AsyncIterator
@@ -12,15 +12,16 @@ UNCOMPRESSED = "identity"
 
 
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
-    """Returns a client with one connection that refuses compressed and endless responses.
+    """Returns a client with a single connection, which refuses compressed responses and too long ones.
 
-    It requests no compression, so one limit applies to the bytes on the wire and in memory. The limit
-    covers the bodies of redirects and errors, which httpx reads itself. It is a hook, not a transport:
-    a client with its own transport ignores the proxies of the environment.
+    The client asks for uncompressed responses, so that the limit of 4 MiB applies both to the bytes that
+    are sent and to those in memory. The limit also covers the bodies of redirects and errors, which httpx
+    reads itself. It is implemented as a hook instead of a transport, since a client with its own transport
+    ignores the proxies that environment variables set.
 
     Args:
-        timeout: seconds for each read or write. Connecting gets half of it: the caller ends the request
-            after `timeout`, and then still knows whether anything was sent.
+        timeout: seconds for each read or write. Connecting may take only half of that time: the caller
+            ends the request after `timeout` seconds, and must know then whether anything was sent.
         verify: TLS settings.
     """
     return httpx.AsyncClient(

@@ -1,4 +1,4 @@
-"""Turns a row's answers into a row of the output: the majority's label, and a rationale for it."""
+"""Turns the answers to a row into a row of the output, with the commonest label and a rationale for it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,7 +12,10 @@ Sample = tuple[Answer, Reading]
 
 
 def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
-    """Returns the commonest label as first written, and its share; in a tie, the first label.
+    """Returns the commonest label, and its share of all labels.
+
+    Labels that the metric finds equal are counted together, and the first of them is returned. If two
+    labels are equally common, the one that appears first is returned.
 
     Example: `vote(["(84 / 2)", "(4 * 2)", "42"], "value_match")` is ("(84 / 2)", 2 / 3).
     """
@@ -41,16 +44,17 @@ def output_row(
 
     Args:
         row: the question.
-        samples: its answers, in order.
+        samples: the answers to the question, in order.
         task: task whose metric compares labels.
         source: source of the rationales.
-        label_given: whether the teacher knew the label; then there is no vote and no `llm_label`.
+        label_given: whether the teacher was given the label. There is then no vote, and the teacher's
+            label is not written.
         provenance: provenance of the row, to which the answers are added.
 
     Returns:
-        `id`, `input` and the row's other fields; `rationale`, `rationales` and `llm_label` if an answer
-        was usable (else the row's own `llm_label`); `weight`, multiplied by the majority's share if
-        there are several samples; `provenance`.
+        A dict with `id`, `input`, the row's other fields and `provenance`. If an answer is usable, the
+        dict also has the new `rationale`, `rationales` and `llm_label`. If there are several samples, the
+        row's `weight` is multiplied by the share of the commonest label.
     """
     result: dict[str, Any] = {"id": row.id, "input": row.input}
     if row.label:

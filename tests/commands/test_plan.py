@@ -127,7 +127,10 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
             "--devices must be a whole number of at least 1, not 0",
         ),
         (["demo_step_by_step", "--devices", "8", "--layout", "fdsp"], "did you mean 'fsdp'"),
-        (["demo_step_by_step", "--devices", "8", "--topology", "v5e:4x4"], "leave one of them out"),
+        (
+            ["demo_step_by_step", "--devices", "8", "--topology", "v5e:4x4"],
+            "leave one of the two flags out",
+        ),
         (["demo_step_by_step", "--devices", "64"], "already has 8 CPU devices"),
         (
             ["demo_step_by_step", "--topology", "cuda:9"],

@@ -55,7 +55,7 @@ def test_the_papers_figures_stand_beside_runs_of_its_kind(runs, tmp_path):
     ("flags", "part"),
     [
         (["nowhere"], "no such folder"),
-        (["RUNS", "--baseline", "labels"], "no run of 'labels'"),
+        (["RUNS", "--baseline", "labels"], "no run of the arm 'labels'"),
         (["RUNS", "--examples", "-1"], "--examples"),
         (["RUNS", "--split", "validation"], "validation"),
         ([], "required"),

@@ -371,8 +371,8 @@ def test_runs_that_cannot_be_compared_are_left_out_and_named(tmp_path, make_run,
     why = {pathlib.Path(e["run"]).name: e["why"] for e in done.left_out}
     assert list(why) == ["c", "d", "e", "f", "b"]
     assert "several tasks" in why["f"] and str(mixture) in why["f"]
-    assert "stepdistill evaluate" in why["c"] and "other rows" in why["d"]
-    assert "prepared again" in why["e"] and f"settings of {runs['a']}" in why["b"]
+    assert "stepdistill evaluate" in why["c"] and "are not those of" in why["d"]
+    assert "prepared again" in why["e"] and f"settings as {runs['a']}" in why["b"]
     assert all(text in (tmp_path / "out/report.html").read_text() for text in why)
 
 
@@ -436,7 +436,7 @@ def test_an_arm_is_known_by_its_objectives_whatever_they_weigh():
     ("paths", "options", "part"),
     [
         (["nowhere"], {}, "nowhere: no such folder"),
-        (["empty"], {}, "neither is nor contains a run or a sweep"),
+        (["empty"], {}, "the folder is neither a run nor a sweep"),
         (["run"], {"baseline": "label_olny"}, "did you mean"),
         (["run"], {"split": "validation"}, "no other run has answers on validation"),
         (["run"], {"examples": -1}, "`examples`"),

@@ -200,7 +200,7 @@ def test_an_evaluation_of_an_older_version_is_of_the_run_as_it_then_was(
 @pytest.mark.slow
 def test_a_run_is_no_sweeps_folder(swept, delivery_data_dir):
     workdir = swept[0] / "label_only/0.5/0"
-    with pytest.raises(InputError, match="expected a folder of runs, got a run"):
+    with pytest.raises(InputError, match="expected a folder of runs, but this is"):
         module.sweep([cell(0)], workdir=workdir, data_dir=delivery_data_dir)
 
 

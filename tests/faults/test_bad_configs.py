@@ -112,7 +112,7 @@ def test_a_long_or_deep_value_is_refused(refused, everything, value):
 def test_large_files_and_many_includes_are_refused(refused, tmp_path):
     path = tmp_path / "large.gin"
     path.write_text("include 'train.gin'\n" + "# nothing\n" * 100_000)
-    refused(path, "large.gin: larger than 256 KiB")
+    refused(path, "large.gin: the file is larger than 256 KiB")
     for i in range(300):  # one inside another
         (tmp_path / f"chain{i}.gin").write_text(f"include 'chain{i + 1}.gin'\n")
     refused(tmp_path / "chain0.gin", "expected at most 200 includes in total")

@@ -280,19 +280,35 @@ FLAGS = (
     ("prepare", ("--data-dir", "x" * 5000), "cannot be written"),
     ("prepare", ("--report", "in.jsonl"), "--report in.jsonl/mine.html: cannot be written"),
     ("annotate", ("--choices", "[" * 100_000), "--choices: broken JSON"),
-    ("annotate", ("--choices", '["a", 1]'), "--choices: expected texts"),
-    ("annotate", ("--choices", '["a", "\\ud800"]'), "--choices: not valid UTF-8 or Unicode"),
-    ("annotate", ("--choices", "a,\udcff"), "--choices: not valid UTF-8 or Unicode"),
-    ("annotate", ("--parameter", "x=" + "[" * 100_000), "--parameter x: unreadable JSON"),
-    ("annotate", ("--instructions", "\udcff"), "--instructions: not valid UTF-8 or Unicode"),
-    ("annotate", ("--instructions", "@latin1"), "--instructions @latin1: cannot be read"),
+    ("annotate", ("--choices", '["a", 1]'), "--choices: expected a list of strings"),
+    (
+        "annotate",
+        ("--choices", '["a", "\\ud800"]'),
+        "--choices: the text is not valid UTF-8 or Unicode",
+    ),
+    ("annotate", ("--choices", "a,\udcff"), "--choices: the text is not valid UTF-8 or Unicode"),
+    (
+        "annotate",
+        ("--parameter", "x=" + "[" * 100_000),
+        "--parameter x: the value has too many nested",
+    ),
+    (
+        "annotate",
+        ("--instructions", "\udcff"),
+        "--instructions: the text is not valid UTF-8 or Unicode",
+    ),
+    ("annotate", ("--instructions", "@latin1"), "--instructions @latin1: the file cannot be read"),
     ("annotate", ("--base-url", "http://[::1"), "--base-url http://[::1: Invalid IPv6 URL"),
     ("annotate", ("--temperature", "nan"), "--temperature must be a number of at least 0"),
     ("annotate", ("--max-truncated", "inf"), "--max-truncated must be a number of at least 0"),
     ("annotate", ("--exemplars", "forty.jsonl", "--task", "cqa"), "expected at most 26 choices"),
     ("annotate", ("--exemplars", "in.jsonl"), "no field 'rationale'"),
     ("annotate", ("--exemplars", "empty"), "no rows in it"),
-    ("annotate", ("--cache", "places"), "--cache places: cannot be used as an SQLite file"),
+    (
+        "annotate",
+        ("--cache", "places"),
+        "--cache places: the file cannot be used as an SQLite file",
+    ),
 )
 
 

@@ -145,7 +145,9 @@ def test_a_model_that_reads_rationales_is_shown_those_of_the_rows(opened, source
 def test_rows_that_all_lack_what_the_model_reads_are_refused(opened, write_rows, tmp_path):
     opened(rationale_input(), ["no"])
     bare = write_rows([{"input": "wet ?"}])
-    with pytest.raises(InputError, match=r"in\.jsonl: no row has a text in the field 'rationale'"):
+    with pytest.raises(
+        InputError, match=r"in\.jsonl: the field 'rationale' is missing or empty in all"
+    ):
         predict("m", bare, tmp_path / "out.jsonl")
     assert predict("m", bare, tmp_path / "out.jsonl", prefix="predict: ")["rows"] == 1
 
@@ -169,5 +171,5 @@ def test_a_service_parses_labels_and_refuses_rows_without_what_is_read():
     engine = Texts(rationale_input(), ["no"])
     answerer = Answerer(engine, prompting_for(engine))
     assert answerer.question({"input": "wet ?", "rationale": "sun"}, 1)
-    with pytest.raises(InputError, match="row 1: no field 'rationale', which this model reads"):
+    with pytest.raises(InputError, match="row 1: the field 'rationale' is missing or empty"):
         answerer.question({"input": "wet ?"}, 1)

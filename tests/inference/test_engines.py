@@ -325,10 +325,14 @@ def refusals(model_dir, folder):
             "`engine` must be one of jax, ctranslate2",
         ),
         "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such model directory"),
-        "a step": ((folder,), {"step": 3}, "`step` 3: .*holds only one model"),
-        "a layout": ((folder,), {"layout": "tensor"}, "`layout`: CTranslate2 runs on the cores"),
+        "a step": ((folder,), {"step": 3}, "`step` 3: .*contains only one model"),
+        "a layout": (
+            (folder,),
+            {"layout": "tensor"},
+            "`layout`: CTranslate2 runs only on CPU cores",
+        ),
         "beams": ((folder,), {"num_beams": 0}, "`num_beams`"),
-        "nothing to read": ((folder,), {"prefix": ""}, "no answer to an empty prompt"),
+        "nothing to read": ((folder,), {"prefix": ""}, "prompt is empty"),
     }
 
 
@@ -351,7 +355,7 @@ def test_a_model_that_ctranslate2_cannot_open_is_named(converted, source, tmp_pa
     config["stepdistill"]["sha256"] = hashlib.sha256(model).hexdigest()
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        InputError, match=r"copy: CTranslate2 cannot open it \(.*payload size"
+        InputError, match=r"copy: CTranslate2 cannot open this directory \(.*payload size"
     ) as error:
         predict(folder, source, tmp_path / "out.jsonl")
     assert "\n" not in str(error.value)
@@ -392,7 +396,7 @@ def test_without_the_package_the_command_to_install_it_is_named(
 
 
 def test_a_quantization_is_of_this_format_only(model_dir, workdir, tmp_path):
-    with pytest.raises(InputError, match="`quantization`: only for `format=ctranslate2`"):
+    with pytest.raises(InputError, match="`quantization`: only `format=ctranslate2` accepts"):
         export(workdir, tmp_path / "new", quantization="int8")
     with pytest.raises(InputError, match=r"float16 gives NaN"):
         export(model_dir, tmp_path / "new", format="ctranslate2", quantization="float16")

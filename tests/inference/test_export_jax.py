@@ -164,7 +164,7 @@ def test_a_model_directory_without_a_task_is_a_source_too(model_dir, tmp_path, c
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "# The label decoder of bare" in readme and "[rows, 64] int32" in readme
     assert not (tmp_path / "out" / "stepdistill.json").exists()
-    with pytest.raises(InputError, match="holds only one model"):
+    with pytest.raises(InputError, match="contains only one model"):
         export(bare, tmp_path / "other", format="jax", step=3)
 
 

@@ -252,7 +252,7 @@ def test_a_bad_row_is_named_by_file_and_line_before_anything_is_decoded(
         (
             "q.jsonl",
             '{"id": 1, "question": "a"}',
-            "names that prepare writes: input, and if known id",
+            "rows need the field input, and may have the fields id",
         ),
         (
             "q.csv",
@@ -343,7 +343,7 @@ def test_an_input_that_changes_while_it_is_read_gives_no_output(
 
     monkeypatch.setattr(predict_module, "decode_window", changes)
     with pytest.raises(
-        InputError, match=r"in\.jsonl: the file changed while it was read \(90 good rows"
+        InputError, match=r"in\.jsonl: the file changed while it was read \(it had 90 good rows"
     ):
         predict(model_dir, source, out)
     assert windows == [40], "it is noticed before the next window"

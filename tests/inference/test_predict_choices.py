@@ -156,8 +156,8 @@ def test_the_rationale_is_decoded_beside_the_choice(
 
 
 BAD_ROWS = {
-    "no choices": ({}, "no field 'choices', which `choices=row` scores"),
-    "an empty list": ({"choices": []}, "no field 'choices'"),
+    "no choices": ({}, "the field 'choices' is missing or empty, but `choices=row` needs it"),
+    "an empty list": ({"choices": []}, "the field 'choices' is missing or empty"),
     # neither letter is in the vocabulary
     "the same ids": ({"choices": ["中", "a", "文"]}, "the labels '中' and '文' have the same ids"),
     "too long": ({"choices": ["a", "smooth " * 30]}, "the label 'smooth smooth"),
@@ -216,15 +216,15 @@ def test_a_bad_file_of_labels_is_refused(model_dir, write_rows, tmp_path, name, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"choices": "no_such_file"}, "no such file; `row` uses each row's own"),
-        ({"choices": "row", "num_beams": 2}, "`num_beams`: `choices` scores all"),
-        ({"choices": "row", "max_decode_len": 3}, "`max_decode_len`: `choices` decodes no label"),
+        ({"choices": "no_such_file"}, "no such file; pass `row` to use each row's own"),
+        ({"choices": "row", "num_beams": 2}, "`num_beams`: with `choices`, all"),
+        ({"choices": "row", "max_decode_len": 3}, "`max_decode_len`: with `choices`, nothing"),
         (
             {"choices": "labels", "choices_temperature": 0.0},
             "`choices_temperature` must be a number of at least 0.01 and",
         ),
         ({"choices": "labels", "choices_temperature": float("nan")}, "`choices_temperature`"),
-        ({"choices_temperature": 2.0}, "needs `choices`"),
+        ({"choices_temperature": 2.0}, "an effect only with `choices`"),
         ({"choices": ["a"]}, "at least two labels"),
     ],
     ids=str,

@@ -67,7 +67,7 @@ def test_choices_are_scored_as_predict_scores_them(engine, predicted, questions)
     assert model.predict(rows, choices="row", choices_temperature=2.0) == want
     texts = [row["input"] for row in rows]
     assert model.predict(texts, choices=three, choices_temperature=2.0) == want
-    with pytest.raises(InputError, match="row 2: no field 'choices'"):
+    with pytest.raises(InputError, match="row 2: the field 'choices' is missing"):
         model.predict([rows[0], "no choices here"], choices="row")
 
 
@@ -101,13 +101,13 @@ def test_a_workdir_is_opened_at_its_best_step_or_another(workdir):
 @pytest.mark.parametrize(
     ("rows", "options", "part"),
     [
-        ("a text", {}, "`rows`: expected a list of texts or objects, got one"),
-        ({"input": "a"}, {}, "`rows`: expected a list of texts or objects, got one"),
-        (["a", 3], {}, "row 2: expected a text or an object, got int"),
+        ("a text", {}, "`rows`: expected a list of rows, but got a single row"),
+        ({"input": "a"}, {}, "`rows`: expected a list of rows, but got a single row"),
+        (["a", 3], {}, "row 2: expected a string or a dict, but got int"),
         (["a", {"question": "b"}], {}, "row 2: no field 'input' (found: question)"),
         ([{"input": 1.5}], {}, "row 1: the field 'input' must be text"),
         (["a"], {"choices": ["yes"]}, "`choices`: expected at least two labels, got 1"),
-        (["a"], {"choices_temperature": 2}, "`choices_temperature`: needs `choices`"),
+        (["a"], {"choices_temperature": 2}, "`choices_temperature`: .* only with `choices`"),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(rows, options, part, engine):

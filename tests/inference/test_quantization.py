@@ -45,5 +45,5 @@ def test_what_is_no_quantization_of_this_engine_is_said(model_dir, tmp_path):
         DecodeOptions(quantization="int4")
     pytest.importorskip("ctranslate2")
     export(model_dir, tmp_path / "converted", format="ctranslate2")
-    with pytest.raises(InputError, match="whose export set the quantization"):
+    with pytest.raises(InputError, match="its quantization was chosen when it was exported"):
         open_engine(tmp_path / "converted", DecodeOptions(quantization="int8"))

@@ -216,7 +216,7 @@ def test_choices_are_scored_as_predict_scores_them(
             own = found.ask({"rows": [{"input": "a"}, rows[0]]})
             assert own.status_code == 400
             assert own.json()["error"].startswith(
-                "row 2: leave out `choices`; this server scores its own labels"
+                "row 2: this server scores its own labels; leave the field `choices` out"
             )
             rows = [{name: row[name] for name in row if name != "choices"} for row in rows]
         for got, want in zip(
@@ -232,8 +232,8 @@ def test_choices_are_scored_as_predict_scores_them(
         many = found.ask({"input": "a", "choices": [f"number {i}" for i in range(300)]})
     if choices == "row":
         assert (response.status_code, many.status_code) == (400, 400)
-        assert response.json()["error"].startswith("row 2: no field 'choices'")
-        assert many.json() == {"error": "row 1: more than 256 choices"}
+        assert response.json()["error"].startswith("row 2: the field 'choices' is missing")
+        assert many.json() == {"error": "row 1: there are more than 256 choices"}
     else:
         assert (response.status_code, many.status_code) == (200, 400)
 
@@ -354,7 +354,9 @@ def test_a_model_without_rationales_says_so(echo):
     service, _ = echo
     response = service.ask({"input": "a"}, "/explain")
     assert response.status_code == 404 and "no rationale" not in response.text
-    assert response.json() == {"error": "this model was not trained to write a separate rationale"}
+    assert response.json() == {
+        "error": "this model was not trained to write a rationale apart from the label"
+    }
     assert service.client.get("/info").json()["rationale"] is False
 
 
@@ -559,7 +561,7 @@ def test_a_failure_is_500_without_its_traceback_and_the_log_has_it(capfd):
     with running(Echo(fails=fails)) as found:
         response = found.ready().ask({"input": "bad"})
         assert response.status_code == 500
-        assert response.json() == {"error": "the server failed; see its log"}
+        assert response.json() == {"error": "the server failed; its log has the error"}
         assert found.ask({"input": "good"}).status_code == 200
     err = capfd.readouterr().err
     assert "secret of the engine" in err and "Traceback" in err
@@ -739,7 +741,7 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_read(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(
-            InputError, match=f"port {port} on 127.0.0.1 is in use; .* `port` .0: any"
+            InputError, match=f"port {port} on 127.0.0.1 is in use; .* `port` .0 means any"
         ):
             serve(tmp_path / "no model", port=port)
     with pytest.raises(InputError, match="no such model directory"):
