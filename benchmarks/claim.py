@@ -1,4 +1,4 @@
-"""Tests the paper's claim and its controls on the embedded dataset, and writes docs/lab/experiments.md.
+"""Tests the paper's claim and its controls on the built-in dataset, and writes docs/lab/experiments.md.
 
     python benchmarks/claim.py --workdir runs/claim
 
@@ -171,7 +171,7 @@ def page(comparison: Comparison, took: str) -> str:
     lines = [
         "# The claim, and what controls make of it",
         "",
-        "`make experiments` (`benchmarks/claim.py`) writes this page. Each run trains a tiny T5 from scratch on the embedded dataset"
+        "`make experiments` (`benchmarks/claim.py`) writes this page. Each run trains a tiny T5 from scratch on the built-in dataset"
         f" `delivery`: {size_of(comparison, ARMS, took)}",
         "",
         "The recipe is the demo's, not the paper's: weight 1 for the label and 3 for the other objectives together (the paper has 0.5"

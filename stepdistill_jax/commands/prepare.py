@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         metavar="NAME",
         help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own"
-        " rows, also CSV and TSV), delivery (embedded in the package), or gsm_symbolic"
+        " rows, also CSV and TSV), delivery (built into the package), or gsm_symbolic"
         " (word problems; needs the extra [gsm])",
     )
     parser.add_argument(

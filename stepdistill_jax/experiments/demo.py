@@ -1,4 +1,4 @@
-"""Trains arms on the embedded dataset from scratch and compares them, in about two minutes."""
+"""Trains arms on the built-in dataset from scratch and compares them, in about two minutes."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""Run by processes of a job: `train` on the embedded dataset; its summary goes to a file."""
+"""Run by processes of a job: `train` on the built-in dataset; its summary goes to a file."""
 
 import json
 import pathlib

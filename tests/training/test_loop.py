@@ -1,4 +1,4 @@
-"""Runs of a tiny model on the embedded dataset, in processes of their own where they are hurt."""
+"""Runs of a tiny model on the built-in dataset, in processes of their own where they are hurt."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""The embedded dataset: short reports of deliveries, labelled by a hidden rule of two steps.
+"""The built-in dataset: short reports of deliveries, labelled by a hidden rule of two steps.
 
 From 1,500 examples a tiny model learns the rule with rationales, but not from labels alone.
 """
