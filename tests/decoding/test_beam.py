@@ -145,7 +145,9 @@ def test_options_that_make_no_sense_are_refused(small, options, message):
 
 def test_a_length_penalty_for_one_beam_is_refused():
     for length_penalty in (0.6, 1.0):
-        with pytest.raises(InputError, match=r"`length_penalty`: a single beam .* `num_beams=2`"):
+        with pytest.raises(
+            InputError, match=r"`length_penalty`: .* a single beam; .* `num_beams=2`"
+        ):
             search(1, length_penalty)
 
 

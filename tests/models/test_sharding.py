@@ -119,7 +119,7 @@ def test_a_process_is_a_slice_where_devices_know_none(slice_index):
         ),
         (
             "hybrid",
-            "keeps a copy in each slice, and there is one slice",
+            "hybrid needs several slices, .* found one slice of 8 devices",
         ),
         ("fdsp", "one of data, fsdp, fsdp_tensor, tensor, hybrid, not .*mean 'fsdp'"),
     ],
@@ -131,7 +131,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_the_nearest(layout, message)
 
 
 def test_several_processes_of_one_slice_are_one_slice():
-    with pytest.raises(InputError, match="there is one slice"):
+    with pytest.raises(InputError, match="found one slice"):
         make_mesh("hybrid", slices(1))
 
 
