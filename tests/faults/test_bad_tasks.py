@@ -483,7 +483,7 @@ def test_a_slice_of_a_tfds_split_without_rows(tmp_path, registries):
             ],
         )
     with pytest.raises(
-        InputError, match=r"split 'train' of source Tfds.* has no rows; give another"
+        InputError, match=r"split 'train' of source Tfds.* has no rows; choose another"
     ):
         load_task("mine_9", split="train", data_dir=tmp_path)
     assert load_task("mine_11", split="train", data_dir=tmp_path).stores[0].num_examples == 12

@@ -102,7 +102,7 @@ def stored(folder, name, split="train", **options):
 
 def test_each_dataset_is_two_tasks_and_a_mixture(seqio, folder, capsys):
     assert register_prepared(folder) == ("delivery", "tickets")
-    assert "blind: not registered with SeqIO: no train split" in capsys.readouterr().err
+    assert "blind: not registered with SeqIO: it has no train split" in capsys.readouterr().err
     for name in ("delivery", "tickets"):
         mixture = seqio.get_mixture_or_task(name)
         tasks = {task.name: task for task in seqio.get_subtasks(mixture)}

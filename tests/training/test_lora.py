@@ -189,7 +189,7 @@ def test_the_gin_part_trains_adapters_and_its_ranks_can_be_set(tmp_path):
     assert load_config(tmp_path / "operative.gin")[0] == config
     with pytest.raises(InputError, match=r"lora\.query"):
         load_config("demo_step_by_step", ["lora.query=many"], **part)
-    with pytest.raises(InputError, match="rank above 0"):
+    with pytest.raises(InputError, match="rank must be above 0"):
         load_config("demo_step_by_step", ["lora.query=0", "lora.value=0"], **part)
     assert load_config("demo_step_by_step")[0].lora is None
 
