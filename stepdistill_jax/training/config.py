@@ -133,7 +133,7 @@ class TrainConfig:
         row_input_length, row_target_length (tokens): input and target length of a packed row. `auto`
             chooses the lengths with which a step costs the fewest FLOPs.
         train_steps (steps): number of updates of the run.
-        eval_every (steps): number of steps between two validations. The last step is always validated.
+        eval_every (steps): steps between two validations. The last step is always validated.
         checkpoint_every (steps): number of steps between two checkpoints. Each new best step and the last
             step are saved as well.
         learning_rate: peak learning rate of the optimizer's schedule.

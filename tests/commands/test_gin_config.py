@@ -121,7 +121,7 @@ def test_the_last_set_of_a_name_wins():
     [
         ("BATCH_SIEZ=3", ["BATCH_SIEZ", "did you mean 'BATCH_SIZE'"]),
         ("batch_size=3", ["did you mean 'BATCH_SIZE'"]),
-        ("FOO=3", ["demo_step_by_step.gin", "no FOO", "TRAIN_STEPS"]),
+        ("FOO=3", ["demo_step_by_step.gin", "has no setting FOO", "TRAIN_STEPS"]),
         ("MODEL_DIR=x", ["--workdir"]),
         ("MIXTURE_OR_TASK_NAME=x", ["here it is TASK"]),
         (
@@ -566,7 +566,7 @@ def test_our_optimizer_takes_a_schedule_by_name_or_as_a_reference(schedule):
         ("optimizer.schedule = 'cosin'", ["mine.gin:9: optimizer.schedule must be one of", "did you mean 'cosine'"]),
         ("optimizer.schedule = @cosin()", ["mine.gin:9", "did you mean 'cosine'"]),
         ("optimizer.schedule = @cosine()\ncosine.warmup_steps = -1", ["mine.gin:10: cosine.warmup_steps must be a whole number of at least 0, not -1"]),
-        ("optimizer.schedule = @cosine()\noptimizer.warmup_steps = 4", ["mine.gin:10: optimizer.warmup_steps: set cosine.warmup_steps"]),
+        ("optimizer.schedule = @cosine()\noptimizer.warmup_steps = 4", ["mine.gin:10: optimizer.warmup_steps: @cosine() does not use it; set cosine.warmup_steps"]),
         ("optimizer.schedule = @constant()\nconstant.end_value = 4", ["mine.gin:10", "constant has no parameter 'end_value'"]),
         ("train.optimizer = @optax.sgd()\noptimizer.clip_norm = 2.0", ["mine.gin:10: nothing uses optimizer.clip_norm"]),
     ],

@@ -123,7 +123,7 @@ def test_verify_says_what_was_compared_and_names_a_damaged_store(
         (["delivery", "--split", "dev"], "no split 'dev'"),
         (["delivery", "--set", "SEED=1"], "need a config"),
         (["delivery", "--module", "no_such_tasks"], "no module 'no_such_tasks'"),
-        ([], "expected a config or a task"),
+        ([], "expected the name of a config or a task"),
     ],
 )
 def test_bad_names_are_one_line_and_exit_2(capsys, delivery_data_dir, argv, message):

@@ -61,7 +61,7 @@ def test_the_line_of_a_setting(capsys):
     _, text = listed(capsys, "EVAL_EVERY")
     assert text.splitlines()[1:3] == [
         "  EVAL_EVERY = 250  [steps]",
-        "      number of steps between two validations. The last step is always validated.",
+        "      steps between two validations. The last step is always validated.",
     ]
 
 

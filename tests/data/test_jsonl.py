@@ -273,7 +273,10 @@ def test_more_fields_are_kept_where_they_are_named(tmp_path):
         ),
         (["input_pair"], "`fields` input_pair: this name is reserved"),
         (["page", "page"], "`fields` page,page: list each name once"),
-        (["pages"], r"no row of .* in the field 'pages' \(not read: page\); did you mean 'page'"),
+        (
+            ["pages"],
+            r"no row of .* has a text in the field 'pages' \(fields that were not read: page\); did you mean 'page'",
+        ),
     ],
 )
 def test_more_fields_that_cannot_be_kept_are_refused(tmp_path, more, message):

@@ -205,7 +205,7 @@ def test_a_label_that_comes_first_is_parsed_again(label, rationale):
 def test_a_first_target_without_words_between_its_fields_is_refused():
     mixed = Objective("label", "{input}", "{rationale} {label}")
     with pytest.raises(
-        InputError, match=r"'\{rationale\} \{label\}': expected words between two fields"
+        InputError, match=r"'\{rationale\} \{label\}': expected words between any two fields"
     ):
         resolve(mixed)
     assert resolve((*step_by_step(), Objective("other", "{input}", "{rationale} {label}")))

@@ -291,7 +291,7 @@ def test_an_export_of_commonsense_qa_gives_the_papers_rows(tmp_path, cqa_source)
     ("changes", "message"),
     [
         ({"answerKey": "E"}, r"test\.jsonl:1: the field 'answerKey' is 'E', but the choices are A, B, C"),
-        ({"choices": ["zoo"]}, r"test\.jsonl:1: with 'answerKey', the field 'choices' must be an object"),
+        ({"choices": ["zoo"]}, r"test\.jsonl:1: in a row with 'answerKey', the field 'choices' must be an object"),
         ({"choices": {"label": ["A"], "text": []}}, r"test\.jsonl:1: in choices: 1 labels, but 0 texts"),
     ],
 )  # fmt: skip

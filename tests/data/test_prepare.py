@@ -242,7 +242,7 @@ def test_inputs_of_train_that_are_asked_again_are_told(tmp_path):
         ({"name": "jsonl", "source": "x"}, r"`new_name`"),
         ({"name": "jsonl", "source": "x", "new_name": "My Task"}, r"lower_snake_case"),
         ({"name": "jsonl", "source": "x", "new_name": "../up"}, r"lower_snake_case"),
-        ({"name": "jsonl", "source": "x", "new_name": "cqa"}, r"'cqa' belongs to"),
+        ({"name": "jsonl", "source": "x", "new_name": "cqa"}, r"'cqa' is reserved for"),
         ({"name": "cqa"}, r"`source`"),
         ({"name": "delivery", "source": "x"}, r"leave `source` out"),
         ({"name": "svamp", "source": "x", "field_map": {"input": "q"}}, r"`field_map`"),

@@ -204,7 +204,7 @@ def unfit_tasks():
         "two vocabularies": (features({"targets": other}), ("share a vocabulary", "give both")),
         "an unknown vocabulary": (
             features(vocabulary=seqio.FullCodepointVocabulary()),
-            ("got FullCodepointVocabulary", "`stepdistill prepare` trains"),
+            ("is a FullCodepointVocabulary", "`stepdistill prepare` trains"),
         ),
         "ids of two dimensions": (features(rank=2), ("int32 of rank 2", "tokenise it")),
         "floats": (features(dtype=tf.float32), ("float32 of rank 1", "tokenise it")),

@@ -90,7 +90,7 @@ def test_what_is_no_rationale_is_kept_as_text(opened, source, tmp_path, read_row
 
 def test_a_field_of_a_template_takes_no_place_in_an_answer(opened, source, tmp_path, read_rows_of):
     odd = Objective("label", "{input}", "{id} {score} - {choices} , {label}")
-    with pytest.raises(InputError, match="expected words between two fields"):
+    with pytest.raises(InputError, match="expected words between any two fields"):
         resolve(odd)
     opened((Objective("label", "{input}", "{id} : {choices} , {label}"),), ["7 : x , no"] * 3)
     assert predict("m", source, tmp_path / "out.jsonl")["accuracy"] == 2 / 3

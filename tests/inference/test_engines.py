@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_and_other_weights_begin_anew(
         predict(converted["float32"], source, out)
     predict(converted["float32"], source, out, batch_size=7)
     assert windows == [60, 60, 60, 30]
-    assert "60 rows are done" in capsys.readouterr().err
+    assert "60 rows that are done" in capsys.readouterr().err
     before, after = ([json.loads(x) for x in p.read_text().splitlines()] for p in (whole, out))
     for row, want in zip(after, before, strict=True):
         assert row["score"] == pytest.approx(want["score"], abs=1e-5)
@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_and_other_weights_begin_anew(
         predict(converted["float32"], source, out)
     predict(converted["int8"], source, out)
     assert windows == [60, 60, 60, 60, 30]
-    assert "60 rows are done" not in capsys.readouterr().err
+    assert "60 rows that are done" not in capsys.readouterr().err
 
 
 def test_rows_of_another_config_are_not_continued(converted, source, small_windows, tmp_path):

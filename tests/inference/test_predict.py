@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     summary = predict(model_dir, source, out, batch_size=32)
     assert windows == [40] * 4 + [40] * 4 + [20], "three windows were done, and not decoded again"
     assert out.read_bytes() == whole.read_bytes()
-    assert "120 rows are done" in capsys.readouterr().err
+    assert "120 rows that are done" in capsys.readouterr().err
     for name in set(summary) - {"rows_per_second"}:
         assert summary[name] == want_summary[name]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
@@ -133,7 +133,7 @@ module.predict(*sys.argv[1:])
     assert not out.exists()
     small_windows(40)
     predict(model_dir, source, out)
-    assert "160 rows are done" in capsys.readouterr().err
+    assert "160 rows that are done" in capsys.readouterr().err
     predict(model_dir, source, whole)
     assert out.read_bytes() == whole.read_bytes()
 

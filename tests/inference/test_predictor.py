@@ -107,7 +107,11 @@ def test_a_workdir_is_opened_at_its_best_step_or_another(workdir):
         (["a", {"question": "b"}], {}, "row 2: no field 'input' (found: question)"),
         ([{"input": 1.5}], {}, "row 1: the field 'input' must be text"),
         (["a"], {"choices": ["yes"]}, "`choices`: expected at least two labels, got 1"),
-        (["a"], {"choices_temperature": 2}, "`choices_temperature`: .* only with `choices`"),
+        (
+            ["a"],
+            {"choices_temperature": 2},
+            "`choices_temperature`: .* has an effect only with `choices`",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_one_line(rows, options, part, engine):

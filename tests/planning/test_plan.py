@@ -452,7 +452,7 @@ def test_a_model_that_is_elsewhere_is_assumed_whatever_its_rules(delivery_data_d
     found = workload(config, data_dir=delivery_data_dir)
     assert found.model.vocab_size == 32128
     (assumption,) = found.assumptions
-    assert "`init_from` /not/here is not here" in assumption
+    assert "`init_from` /not/here does not exist here" in assumption
 
 
 def test_more_devices_than_the_process_has_are_refused():

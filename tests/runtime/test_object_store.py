@@ -135,7 +135,7 @@ def test_a_workdir_in_s3_is_refused_in_one_line(command, monkeypatch, tmp_path, 
 
 
 def test_what_is_missing_is_said(monkeypatch):
-    with pytest.raises(InputError, match=r"^gs://: expected gs://BUCKET"):
+    with pytest.raises(InputError, match=r"^gs://: the bucket is missing; expected gs://BUCKET"):
         as_path("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
@@ -247,7 +247,7 @@ def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_read(store)
     with pytest.raises(InputError, match=r"^`workdir` gs://other/a: cannot be written \(Perm.*\)"):
         check_workdir(as_path("gs://other/a"))
     put("config.json", {})
-    with pytest.raises(InputError, match=r"has config\.json and no run\.json"):
+    with pytest.raises(InputError, match=r"has config\.json but no run\.json"):
         check_workdir(as_path(RUN))
     config = TrainConfig(task="any").to_json()
     put("run.json", {"config": config, "examples": 1, "parameters": 1})

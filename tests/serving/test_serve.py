@@ -332,7 +332,7 @@ def test_a_batch_of_labels_goes_between_two_rationales():
 @pytest.mark.parametrize(
     ("body", "status", "part"),
     [
-        ({"rows": [{"input": "a"}]}, 400, "one row"),
+        ({"rows": [{"input": "a"}]}, 400, "a single row"),
         ({"question": "a"}, 400, "row 1: no field 'input'"),
         (b"{", 400, "broken JSON"),
         (b"[]" * 2**20, 413, "at most"),
@@ -727,7 +727,7 @@ def test_a_stop_answers_what_is_under_way_and_takes_nothing_more():
         ({"grace_secs": -1.0}, "`grace_secs`"),
         ({"port": 0, "num_beams": 0}, "`num_beams`"),
         ({"port": 0, "max_decode_len": 0}, "`max_decode_len`"),
-        ({"port": 0, "choices": "none.txt"}, "`choices` none.txt: no such file"),
+        ({"port": 0, "choices": "none.txt"}, "`choices` none.txt: there is no such file"),
         ({"choices_temperature": 2.0}, "`choices_temperature`"),
         ({"port": 0, "step": "4"}, "`step` 4"),
     ],

@@ -138,7 +138,7 @@ def test_each_rationale_that_a_prompt_reads_is_a_row(tmp_path):
 def test_a_field_that_the_dataset_has_not_is_named(data_dir):
     objectives = (*step_by_step(), Objective("other", "rewrite: {input}", "{agian}"))
     with pytest.raises(
-        InputError, match=r"objective other names the field \{agian\}, and"
+        InputError, match=r"objective other names the field \{agian\}, but"
     ) as error:
         load(data_dir, objectives)
     assert "input, label, rationale, llm_label, why_not, again; did you mean 'again'?" in str(

@@ -200,9 +200,7 @@ def test_an_unknown_task_or_split_is_named_with_what_there_is(delivery_data_dir)
     assert "did you mean 'delivery'" in message
     assert "`task_module`" in message
     assert "\n" not in message
-    with pytest.raises(
-        InputError, match=r"no split 'dev' \(the splits are train, validation, test\)"
-    ):
+    with pytest.raises(InputError, match=r"no split 'dev' \(it has train, validation, test\)"):
         load_task("delivery", split="dev", data_dir=delivery_data_dir)
     assert has_split("delivery", "test", data_dir=delivery_data_dir)
     assert not has_split("delivery", "dev", data_dir=delivery_data_dir)
@@ -606,7 +604,7 @@ def test_plain_tasks_that_no_encoder_decoder_can_train_are_named(seqio, tmp_path
     columns = seqio.map_over_dataset(lambda line: {"question": line, "targets": line})
     for name, first, features, message in [
         ("load_no_inputs", empty, {"inputs": feature, "targets": feature}, "row 1: 'inputs' is empty"),
-        ("load_targets_only", empty, {"targets": feature}, "needs the features inputs and targets"),
+        ("load_targets_only", empty, {"targets": feature}, "an encoder-decoder needs inputs and targets"),
         ("load_columns", columns, {"inputs": feature, "targets": feature}, r"task 'load_columns', split 'train'.*expected output feature.*inputs"),
     ]:  # fmt: skip
         seqio.TaskRegistry.add(

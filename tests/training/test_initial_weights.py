@@ -301,7 +301,7 @@ def test_the_macro_takes_pairs_and_reads_back(tmp_path):
     assert load_config(tmp_path / "operative.gin")[0] == found
     overrides = ["INIT_FROM=models/base", 'INIT_RULES=[("decoder/.*", None)]']
     assert load_config("demo_step_by_step", overrides)[0].init_rules == (("decoder/.*", None),)
-    with pytest.raises(InputError, match="INIT_RULES: needs `init_from`"):
+    with pytest.raises(InputError, match="INIT_RULES: also set `init_from`"):
         load_config("demo_step_by_step", overrides[1:])
 
 

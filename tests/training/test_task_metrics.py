@@ -285,7 +285,10 @@ def like_ours(targets, predictions):
     "metric, message",
     [
         (broken, r"metric broken, .* failed: TypeError"),
-        (like_ours, r"its metric 'label_accuracy' has the name of a metric that every validation"),
+        (
+            like_ours,
+            r"its metric 'label_accuracy' has the same name as a metric that every validation",
+        ),
     ],
 )
 def test_a_bad_metric_ends_a_run_before_its_first_step(add, tmp_path, metric, message):

@@ -121,5 +121,7 @@ def test_a_model_directory_keeps_the_schedule(tmp_path):
     raw = json.loads(path.read_text())
     raw["objectives"][1]["weight"] = {"shape": "linear"}
     path.write_text(json.dumps(raw))
-    with pytest.raises(InputError, match=r"stepdistill\.json: .*a schedule must have end_value"):
+    with pytest.raises(
+        InputError, match=r"stepdistill\.json: .*a schedule must have the fields end_value"
+    ):
         read_task_info(tmp_path)
