@@ -28,7 +28,7 @@ TEXT_FEATURES = ("id", "input", "label", "rationale", "llm_label")
 
 @functools.cache
 def tensorflow() -> types.ModuleType:
-    """Returns TensorFlow, from which all accelerators are hidden: JAX needs their memory.
+    """Hides all accelerators from TensorFlow, since JAX needs their memory, and returns TensorFlow.
 
     Raises:
         InputError: TensorFlow cannot be imported, or already uses an accelerator.
@@ -64,7 +64,7 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
 def _quiet() -> Iterator[None]:
     """Hides what native code writes to standard error, but shows it if the block raises.
 
-    Whatever its log level, TensorFlow logs about oneDNN and CUDA while it loads and looks for devices.
+    TensorFlow, whatever its log level, writes lines about oneDNN and CUDA while it loads and looks for devices.
     """
     sys.stderr.flush()
     saved = os.dup(2)
