@@ -218,7 +218,7 @@ def build_in_subprocess(
 
 
 def _main(arguments: str) -> int:
-    """Runs in the process of `build_in_subprocess`, whose standard input closes when the parent ends."""
+    """Runs in the process that `build_in_subprocess` starts. Its standard input closes when the parent ends."""
 
     def end_with_the_other() -> None:
         os.read(0, 1)  # not sys.stdin: a buffer's lock that is held at exit would be fatal

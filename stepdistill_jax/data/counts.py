@@ -148,7 +148,7 @@ class SplitCounts:
 
 
 def shared_inputs(splits: Mapping[str, SplitCounts]) -> list[str]:
-    """Returns a note about each evaluation split some of whose inputs are also in the training data."""
+    """Returns a note about each evaluation split that shares inputs with the training data."""
     if "train" not in splits:
         return []
     trained_on = [

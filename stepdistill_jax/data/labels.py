@@ -42,7 +42,7 @@ def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
 
     Kinds for closed sets of labels: `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
     Kinds for all datasets: `duplicate_rows`, and `different_labels`, whose count is a number of inputs. The
-    message is one line, which tells the problem, its count, its first places, and what to do.
+    message is one line, which states the problem, the count, the first places, and what to do.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}

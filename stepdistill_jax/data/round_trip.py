@@ -20,7 +20,7 @@ def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[s
         splits: names of the splits.
 
     Returns:
-        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row of which
+        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which
         only whitespace changes is counted in `changed_whitespace_rows`, not in `changed_rows`.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)

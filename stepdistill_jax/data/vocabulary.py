@@ -93,9 +93,9 @@ class SentencePieceVocabulary:
 
     Attributes:
         path: path of the file.
-        framing: the special ids around an input. They are T5's, except for a vocabulary of Gemma's kind (BPE
-            with bos and byte fallback), whose framing the `tokenizer_config.json` next to it determines. Without
-            that file, an input gets only a bos, as by default in transformers.
+        framing: the special ids around an input. For a vocabulary of Gemma's kind (BPE with bos and byte
+            fallback), the `tokenizer_config.json` next to it determines them; without that file, an input gets
+            only a bos, as by default in transformers. For any other vocabulary, they are T5's.
     """
 
     def __init__(self, path: os.PathLike | str):

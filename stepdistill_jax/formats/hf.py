@@ -230,7 +230,7 @@ def save_params(
         directory: folder of the model, which must exist.
         params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
         config: configuration of the model.
-        max_shard_size: limit for the bytes of tensors in a file. A larger tensor gets its own file.
+        max_shard_size: limit for the bytes of tensors in a file. A tensor that is larger gets a separate file.
 
     Returns:
         The number of parameters.

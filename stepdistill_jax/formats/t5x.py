@@ -52,7 +52,7 @@ _NAMES = {
 def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
     """Returns the folder of a T5X checkpoint, or None.
 
-    The folder is `directory`, the newest `checkpoint_STEP` in `directory`, or the folder `state` in either.
+    The folder is `directory`, the newest `checkpoint_STEP` in it, or a folder `state` in one of these two.
     """
     directory = pathlib.Path(directory)
     steps = {
