@@ -1,7 +1,7 @@
-"""Reads original files, prepares datasets and opens prepared ones. Importing it does not load TensorFlow.
+"""Reads original files, prepares datasets and opens prepared ones.
 
-In this package, the function `prepare` hides the module of the same name. Import the module's other
-names with `from stepdistill_jax.data.prepare import ...`.
+Importing this package does not load TensorFlow. In this package, the function `prepare` hides the module of
+the same name. Import the module's other names with `from stepdistill_jax.data.prepare import ...`.
 """
 
 from stepdistill_jax.data.prepare import ensure_prepared, prepare

@@ -10,7 +10,7 @@ RELATIVE_TOLERANCE = 1e-6
 
 
 def evaluate(text: str) -> float | None:
-    """Evaluates numbers joined by `+ - * /` and parentheses; returns None for any other text.
+    """Evaluates an expression of numbers, `+ - * /` and parentheses. Returns None for any other text.
 
     Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0; `evaluate("1 / 0")` and
     `evaluate("2 apples")` are None. A sign before a number or a parenthesis is allowed.
@@ -32,7 +32,7 @@ def evaluate(text: str) -> float | None:
 
 
 def equal(left: float, right: float) -> bool:
-    """Returns whether two values agree within a relative 1e-6 (an absolute 1e-9 near zero)."""
+    """Returns whether two values differ by at most a relative 1e-6, or by at most 1e-9 near zero."""
     return math.isclose(left, right, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
 
 
@@ -52,9 +52,9 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive-descent parser: a sum of products of signed numbers or parentheses.
+    """Recursive-descent parser of arithmetic expressions.
 
-    sum = product (("+" | "-") product)*;  product = factor (("*" | "/") factor)*;
+    Grammar: sum = product (("+" | "-") product)*;  product = factor (("*" | "/") factor)*;
     factor = ("+" | "-")* (NUMBER | "(" sum ")").
     """
 

@@ -1,4 +1,4 @@
-"""Collects rows that cannot be used. `prepare` lists all of them with the defects before it stops."""
+"""Collects the rows that cannot be used, so that `prepare` can list all of them, not only the first."""
 
 import os
 import pathlib
@@ -45,7 +45,7 @@ class BadRows:
         ]
 
     def warnings(self, total: int) -> list[dict[str, Any]]:
-        """Returns a list like that of `data.labels.warnings`: one warning about skipped rows, or none."""
+        """Returns a list with one warning about the skipped rows, as from `data.labels.warnings`, or []."""
         if not self.count:
             return []
         places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]
@@ -53,7 +53,7 @@ class BadRows:
         return [{"kind": BAD_ROW, "count": self.count, "examples": places, "message": message}]
 
     def of(self, total: int) -> str:
-        """Returns `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""
+        """Returns a summary such as `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""
         cannot = "row cannot" if total == 1 else "rows cannot"
         return f"{self.count:,} of {total:,} {cannot} be used, the first at {translated(str(self.first[0]))}"
 
@@ -63,7 +63,7 @@ class UnusableRows(InputError):
 
     Attributes:
         rows: the bad rows.
-        path: file that lists all defects.
+        path: file that lists these rows and all defects.
         notices: warnings about the good rows, one line each.
     """
 
@@ -100,7 +100,7 @@ def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
 
 
 def remove_list(directory: pathlib.Path) -> None:
-    """Removes the defects list that an earlier, failed run left for `directory`."""
+    """Removes the list of defects that an earlier run, which failed, left for `directory`."""
     path = failed_list(directory)
     if path.is_file() and not path.is_symlink() and LIST.wrote(path):
         path.unlink()

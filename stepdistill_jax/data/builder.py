@@ -28,7 +28,7 @@ TEXT_FEATURES = ("id", "input", "label", "rationale", "llm_label")
 
 @functools.cache
 def tensorflow() -> types.ModuleType:
-    """Returns TensorFlow, from which all accelerators are hidden: JAX needs their memory.
+    """Hides all accelerators from TensorFlow, since JAX needs their memory, and returns TensorFlow.
 
     Raises:
         InputError: TensorFlow cannot be imported, or already uses an accelerator.
@@ -64,7 +64,7 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
 def _quiet() -> Iterator[None]:
     """Hides what native code writes to standard error, but shows it if the block raises.
 
-    Whatever its log level, TensorFlow logs about oneDNN and CUDA while it loads and looks for devices.
+    TensorFlow, whatever its log level, writes lines about oneDNN and CUDA while it loads and looks for devices.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -218,7 +218,7 @@ def build_in_subprocess(
 
 
 def _main(arguments: str) -> int:
-    """Runs in the process of `build_in_subprocess`, whose standard input closes when the parent ends."""
+    """Runs in the process that `build_in_subprocess` starts. Its standard input closes when the parent ends."""
 
     def end_with_the_other() -> None:
         os.read(0, 1)  # not sys.stdin: a buffer's lock that is held at exit would be fatal

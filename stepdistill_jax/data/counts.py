@@ -1,4 +1,4 @@
-"""Counts the rows of a split one by one, in 40 bytes of memory per row.
+"""Counts the rows of a split one by one, which takes 40 bytes of memory per row.
 
 Comparing all rows at the end (`data.labels`) takes another 80 bytes per row.
 """
@@ -32,7 +32,7 @@ class SplitCounts:
 
     Attributes:
         rows, with_rationale: number of all rows, and of rows with a rationale.
-        right: for each teacher metric that applies, number of rows whose answer is right.
+        right: for each teacher metric that applies, number of rows in which the teacher's answer is right.
         defects: number of defects of each kind.
         first_defects: `file:row` of the first defect of each kind.
         examples: (row id, defect) of the first three defects of each kind.
@@ -42,7 +42,8 @@ class SplitCounts:
         human: number of rows with an explanation written by a person.
         texts, characters: approximate number of texts, and of characters, to train a vocabulary on.
         label_rows: {gold label: [number of rows with it, 0-based index of the first such row]}. None if
-            there are more than 1,000 labels, or more than 50 of which one has over 200 characters.
+            there are more than 1,000 labels, or if there are more than 50 and any of them has over 200
+            characters.
         hashes: for each row, a 64-bit hash of its input, of its question (input, choices and further
             texts), of its label (0 if there is none), and of the whole row without its id.
     """
@@ -88,7 +89,7 @@ class SplitCounts:
         self._note(row)
 
     def _note(self, row: CheckedExample) -> None:
-        """Keeps the row's hashes, which `data.labels` compares, and its place in the source."""
+        """Keeps the row's hashes, which `data.labels` compares, and the row's place in the source."""
         example, at = row.example, len(self._places)
         text = example.input + example.input_pair
         question = (example.input, sorted(example.more.items()), example.choices)
@@ -147,7 +148,7 @@ class SplitCounts:
 
 
 def shared_inputs(splits: Mapping[str, SplitCounts]) -> list[str]:
-    """Returns a note for each evaluation split with inputs that are also in the training data."""
+    """Returns a note about each evaluation split that shares inputs with the training data."""
     if "train" not in splits:
         return []
     trained_on = [

@@ -39,7 +39,7 @@ def each_csv_row(
     """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow` if it is broken.
 
     Cells are quoted as in Python's `csv`. A blank cell is read as null, and a row of only blank cells is
-    ignored. A row that spans several lines gets the line number of the first. Semicolons separate the
+    ignored. A row that spans several lines gets the line number of its first line. Semicolons separate the
     cells if the header of a CSV file has semicolons and no comma, as in spreadsheets of some countries.
     A first line such as `sep=;` sets the separator.
 
@@ -101,7 +101,7 @@ def _rows(
 
 
 def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str | None:
-    """Returns the cells of the next row, or its problem if it is broken, or None after the last row.
+    """Returns the next row's cells, or a text that says how the row is broken, or None after the last row.
 
     Afterwards, `lines.row` contains the lines of this row.
     """
@@ -123,7 +123,7 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
 
 
 class _Lines:
-    """Feeds lines to a CSV reader. If a row's quote never closes, its lines after the first are fed again."""
+    """Feeds lines to a CSV reader. If a quote never closes, all lines of its row but the first are fed again."""
 
     def __init__(self, lines: Iterator[_Line]):
         self._lines, self._again = lines, collections.deque[_Line]()
@@ -179,7 +179,7 @@ def _header(path: os.PathLike | str, line: int, cells: list[str]) -> list[str]:
 
 
 def _value(cell: str, number: bool) -> Any:
-    """Returns null for a blank cell, a float for a number in a column of numbers, else the text."""
+    """Returns None for a blank cell, a float for a number in a column of numbers, and else the text."""
     if not cell.strip():
         return None
     if number:

@@ -58,5 +58,5 @@ class Defect:
 
     @property
     def where(self) -> str:
-        """`file:row`; `row 3` if there is no file."""
+        """Place of the defect: `file:row`, or e.g. `row 3` if there is no file."""
         return place(self.file, self.row)

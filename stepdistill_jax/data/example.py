@@ -28,12 +28,12 @@ class Example:
         input: the question, as the model reads it after the objective's prefix.
         label: the gold answer; empty if unknown.
         rationale: the teacher's explanation, which is trained on.
-        rationales: all explanations, `rationale` first; empty if there is no other.
+        rationales: all explanations, with `rationale` first; empty if there is none besides `rationale`.
         llm_label: the teacher's own answer.
-        weight: loss weight of each of the example's tokens, above 0.
+        weight: loss weight of each target token of the example; above 0.
         choices: the allowed answers, in order; empty if any answer is allowed.
         more: {field: text} of the fields named in `prepare(fields=...)`, for objectives to use.
-            `input_pair` is a second input text: the encoder reads both, each followed by an end of
+            `input_pair` is a second input text. The encoder reads both texts, each followed by an end of
             sequence.
     """
 
@@ -83,7 +83,7 @@ class Example:
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Example":
-        """Returns the example of a row that `to_json` wrote, without checking it."""
+        """Returns the example that `to_json` converted to `row`, without checking the row."""
         return cls(
             **{name: value for name, value in row.items() if name in _AS_THEY_STAND},
             rationales=tuple(Rationale(**r) for r in row.get("rationales", ())),

@@ -18,7 +18,7 @@ def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) 
     matter. For a single dataset, the result is the vocabulary of that dataset.
 
     Raises:
-        InputError: a dataset has no train split, or its files have changed.
+        InputError: a dataset has no train split, or a file of a dataset has changed.
     """
     if len(datasets) == 1:
         return os.fspath(datasets[0].spiece_model)

@@ -41,8 +41,8 @@ def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
 
     Kinds for closed sets of labels: `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
-    Kinds for all datasets: `duplicate_rows`, and `different_labels`, which counts inputs. The message
-    is one line, which tells the problem, its count, its first places, and what to do.
+    Kinds for all datasets: `duplicate_rows`, and `different_labels`, whose count is a number of inputs. The
+    message is one line, which states the problem, the count, the first places, and what to do.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -174,7 +174,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
 
 
 def _place(splits: Mapping[str, SplitCounts], number: int) -> str:
-    """Returns the place of the row `number`, counted from 0 over all splits."""
+    """Returns the place of a row. `number` is its 0-based index over all splits."""
     for counts in splits.values():
         if number < counts.rows:
             return counts.place(number)

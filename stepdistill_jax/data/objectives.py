@@ -17,24 +17,24 @@ MAX_PREFIX = 200  # characters; a prefix may come from a model directory, which 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """One (input, target) pair made from an example's fields, and the weight of its loss.
+    """Says how to make an (input, target) pair from an example's fields, and how to weight its loss.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): `predict: x -> label`, `explain: x -> rationale`.
 
     Example: `Objective("label", "predict: {input}", "{label}", 0.5)`.
 
     Attributes:
-        name: key of its metrics (`loss/<name>`) and of its SeqIO task (`TASK_<name>`).
+        name: name of the objective in metrics (`loss/<name>`) and in its SeqIO task (`TASK_<name>`).
         input_template: text with `{field}` for fields of an example: input, label, rationale,
             llm_label, or a further field that the dataset keeps (`fields` of `prepare`).
-        target_template: the same for the target. An example is skipped if a field of either template
-            is empty, except that the input template allows an empty `input`. If the target of the
+        target_template: text of the same form, for the target. An example is skipped if a field of either
+            template is empty, except that the input template allows an empty `input`. If the target of the
             first objective has several fields, the words between them are used to find the label in
             decoded text.
         weight: factor of this objective's mean cross-entropy in the loss, at least 0; or a `Schedule`
             that gives the factor for each step.
         decoder_prefix: text that the decoder reads before the target, without loss on its tokens.
-            It distinguishes objectives that share one encoding of the input.
+            The prefix distinguishes objectives that share one encoding of the input.
 
     Raises:
         InputError: the weight is not a number of at least 0; the name is not lower_snake_case; a
@@ -82,7 +82,7 @@ class Objective:
             )
 
     def render(self, fields: Mapping[str, str], *, keep_empty: bool = False) -> tuple[str, str]:
-        """Returns the (input, target) text of an example.
+        """Returns the input and the target text of an example.
 
         The target is "" if one of the fields in `needed` is empty, unless `keep_empty` is set.
         """
@@ -256,7 +256,7 @@ ARMS: dict[str, Callable[..., tuple[Objective, ...]]] = {
 
 
 def share_encoding(objectives: Sequence[Objective]) -> bool:
-    """Returns whether all objectives have the same input, so that it is encoded once for all.
+    """Returns whether all objectives have the same input, which is then encoded only once.
 
     Returns False if the input contains the rationale, since an example may have several rationales.
     """
@@ -301,13 +301,13 @@ def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
 
 
 def gives_rationale(objectives: Sequence[Objective]) -> bool:
-    """Returns whether a rationale can be decoded, with its own objective or as part of the answer."""
+    """Returns whether the model can write a rationale, as a separate target or as part of the answer."""
     others = any(o.name == "rationale" for o in objectives[1:])
     return others or "rationale" in fields_of(objectives[0].target_template)
 
 
 def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives for validation. In the first target, `label` replaces `llm_label`."""
+    """Returns the objectives for validation. In the first one's target, `label` replaces `llm_label`."""
     first = objectives[0]
     if first.label_field != "llm_label":
         return tuple(objectives)

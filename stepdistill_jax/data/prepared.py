@@ -41,7 +41,7 @@ class PreparedDataset:
         fields: names of further texts that rows may have (`Example.more`).
         paper_exact: whether rows are read as the paper's published code reads them. If so, a
             blank rationale or label is trained on, too.
-        draws_validation: whether that code draws the validation split from the share of the training
+        draws_validation: whether the published code draws the validation split from the share of the training
             rows that a run uses.
         files: {path within `directory`: sha256} of each file that `prepare` wrote. Empty if an early
             version, which stored no digests, prepared the dataset.
@@ -66,7 +66,7 @@ class PreparedDataset:
         return ("train", "validation") if self.draws_validation else ("train",)
 
     def check(self, *names: str) -> None:
-        """Compares the named files with their digests, or all files if none is named.
+        """Checks that the named files, or all files if none is named, still have the stored digests.
 
         Args:
             names: keys of `files`, or folders that contain such files.

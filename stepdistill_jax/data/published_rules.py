@@ -25,7 +25,7 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
         neox: whether GPT-NeoX wrote the text. Its texts may have no answer.
 
     Raises:
-        ValueError: a text by PaLM does not have the marker exactly once. The published code fails, too.
+        ValueError: a text by PaLM does not contain the marker exactly once. The published code fails on it, too.
     """
     own = _own(text, NEXT_QUESTION, neox)
     if neox and own.count(CHOICE_MARKER) != 1:
@@ -46,7 +46,11 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 
 
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
-    """Reads `RATIONALE Answer: LABEL`. If the pair has no answer, that of an invented pair is taken."""
+    """Reads `RATIONALE Answer: LABEL`.
+
+    If the text gives no answer for its own premise and hypothesis, the answer of the next pair, which the
+    teacher made up, is used.
+    """
     rationale = _own(text, ESNLI_MARKER, neox)
     answers = text.split(f"{ESNLI_MARKER} ")
     label = answers[1].split("Premise")[0].rstrip() if len(answers) > 1 else BLANK

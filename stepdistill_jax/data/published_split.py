@@ -36,8 +36,8 @@ def drawn_splits(
 
     Args:
         rows: number of rows in the training file.
-        fraction: share of these rows to use (`subsample` in that code).
-        seed: seed of the run (`run` in that code).
+        fraction: share of these rows to use (`subsample` in the published code).
+        seed: seed of the run (`run` in the published code).
         validation: whether to draw validation rows. If False, the second array is empty, since the split
             has its own file.
 

@@ -156,7 +156,7 @@ def split(
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
     """Returns ("truncated",) if a text without a complete answer does not end like a sentence.
 
-    Returns () for a text that runs on, since there the invented question breaks off, not the answer.
+    Returns () for a text that runs on, since what breaks off there is the invented question, not the answer.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()
@@ -164,10 +164,10 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 
 
 def in_parentheses(text: str) -> str:
-    r"""Returns the text from the first `(` to the last `)` of a line, or "" if no line has both in order.
+    r"""Returns the text from the first `(` to the last `)` of one line, or "" if there is no such line.
 
-    The first line that has both counts. The result equals the first match of the regular expression `\(.*\)`,
-    which takes quadratic time if no parenthesis closes.
+    The line is the first in which a `)` follows a `(`. The result equals the first match of the regular
+    expression `\(.*\)`, which takes quadratic time if no parenthesis closes.
     """
     for line in text.split("\n"):
         first, last = line.find("("), line.rfind(")")

@@ -112,7 +112,7 @@ def _list(notes: Sequence[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    """Returns an HTML table. Cells are HTML, and columns with an index in `numbers` are right-aligned."""
+    """Returns an HTML table. Cells are HTML. Columns whose index is in `numbers` are right-aligned."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         classes = [' class="n"' if i in numbers else "" for i in range(len(row))]

@@ -13,14 +13,14 @@ CACHED_TEXTS = 10_000  # labels, which recur
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Counts, for each split, unknown pieces and rows whose texts change by encoding and decoding.
+    """Counts the unknown pieces of each split, and the rows in which encoding and decoding changes a text.
 
     Args:
         folder: folder with SPLIT.jsonl and the vocabulary.
         splits: names of the splits.
 
     Returns:
-        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row of which
+        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which
         only whitespace changes is counted in `changed_whitespace_rows`, not in `changed_rows`.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)

@@ -30,8 +30,9 @@ _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 class JsonRow:
     """A JSON object whose fields are read with a type check. Errors name the file, the line and the field.
 
-    An integer can be read as text, which is its digits. Other numbers, true and false cannot, since each
-    can be written in more than one way (1e3 or 1000.0, true or True). A field that is null is absent.
+    An integer can also be read as text: its digits. Other numbers, true and false cannot be read as text,
+    since each can be written in more than one way (1e3 or 1000.0, true or True). A field that is null
+    counts as absent.
 
     Attributes:
         fields: the object.
@@ -145,7 +146,7 @@ class BadRow(InputError):
 
 
 def place(path: os.PathLike | str, line: int) -> str:
-    """Returns `file:line`, or `row 3` if there is no file."""
+    """Returns `file:line`, or e.g. `row 3` if there is no file."""
     return f"{os.fspath(path)}:{line}" if os.fspath(path) else f"row {line}"
 
 
@@ -216,7 +217,7 @@ def read_example(
     more: Sequence[str] = (),
     names: Mapping[str, str] = {},
 ) -> Example:
-    """Returns the example of a row in the generic format; a missing id is replaced by the row's number.
+    """Returns the example of a row in the generic format. The row's number replaces a missing id.
 
     All texts but the input are stripped.
 
@@ -259,7 +260,7 @@ def read_example(
 
 
 class UniqueIds:
-    """Finds ids that occur twice in a file. It keeps the hash and line of each id: 100 bytes per row."""
+    """Finds ids that occur twice in a file. Stores a hash and a line for each id, in 100 bytes per row."""
 
     def __init__(self):
         self._lines: dict[int, int] = {}

@@ -63,7 +63,7 @@ class Schedule:
         return cls(**raw)
 
     def __format__(self, spec: str) -> str:
-        """Returns `linear 1 to 0 over steps 0 to 1000`; `spec` formats the two values."""
+        """Returns e.g. `linear 1 to 0 over steps 0 to 1000`. `spec` is the format of the two weights."""
         values = f"{self.init_value:{spec}} to {self.end_value:{spec}}"
         end = self.transition_begin + self.transition_steps
         return f"{self.shape} {values} over steps {self.transition_begin} to {end}"
@@ -101,5 +101,5 @@ def end_value(weight: Weight) -> float:
 
 
 def described(weight: Weight) -> float | str:
-    """Returns a constant weight as it is, and a schedule in words."""
+    """Returns a number unchanged. For a schedule, returns its description in words."""
     return str(weight) if isinstance(weight, Schedule) else weight

@@ -82,7 +82,7 @@ class LabelCounts:
     MOST = 100_000  # counters; about 15 MB
 
     def __init__(self, metric: str):
-        """`metric` decides which labels are equal."""
+        """`metric` is the name of the metric that decides which labels are equal."""
         self._key = _value_key if metric_fn(metric) is value_match else normalize
         self._counts: dict[int, int] = {}
         self.rows = 0
@@ -102,7 +102,7 @@ class LabelCounts:
 
 
 def _value_key(label: str) -> str:
-    """Returns a key that labels of equal value share: 6 significant digits, as exact as `value_match`."""
+    """Returns a key that is the same for labels of equal value, compared by 6 significant digits."""
     value = arithmetic.evaluate(label)
     return f"text {normalize(label)}" if value is None else f"value {value + 0.0:.6g}"
 

@@ -28,7 +28,7 @@ def train_vocabulary(
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
         path: the `spiece.model` to write.
-        vocab_size: largest number of pieces. A small amount of text gives fewer.
+        vocab_size: largest number of pieces. There are fewer pieces if there is little text.
 
     Raises:
         InputError: all texts are empty, or the trainer accepts none of them.
@@ -81,7 +81,7 @@ def _only(kept: Set[str], text: str) -> str:
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
     """Returns texts that contain each frequent word once alone and once among other words.
 
-    The trainer considers only strings that different characters follow. Without these texts, a word
+    The trainer considers a string only if different characters follow it. Without the returned texts, a word
     that always has the same neighbour, as in generated text and in labels, would be split into letters.
     """
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))

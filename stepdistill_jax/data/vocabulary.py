@@ -32,7 +32,7 @@ class Framing:
     bos_id: int = 0
 
     def input_ids(self, *texts: Sequence[int]) -> list[int]:
-        """Returns the ids of an input, one or more texts with eos between them.
+        """Returns the ids of an input, which consists of one or more texts with eos between them.
 
         Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] with T5's framing, and [2, 5, 6, 1, 7] with a
         bos of id 2 and no eos at the end.
@@ -50,7 +50,7 @@ T5_FRAMING = Framing()
 
 
 def truncate(ids: Sequence[int], length: int) -> list[int]:
-    """Returns at most `length` ids. If the ids end with eos, so does the result; `batches` does the same.
+    """Returns at most `length` ids. If `ids` ends with eos, the result ends with eos, too, as in `batches`.
 
     Example: `truncate([5, 6, 7, 1], 3)` is [5, 6, 1], and `truncate([5, 6, 7], 2)` is [5, 6].
     """
@@ -93,9 +93,9 @@ class SentencePieceVocabulary:
 
     Attributes:
         path: path of the file.
-        framing: T5's framing, except for a vocabulary of Gemma's kind (BPE with bos and byte fallback).
-            The `tokenizer_config.json` next to such a vocabulary determines its framing. Without that
-            file, an input gets only a bos, as by default in transformers.
+        framing: the special ids around an input. For a vocabulary of Gemma's kind (BPE with bos and byte
+            fallback), the `tokenizer_config.json` next to it determines them; without that file, an input gets
+            only a bos, as by default in transformers. For any other vocabulary, they are T5's.
     """
 
     def __init__(self, path: os.PathLike | str):
@@ -148,7 +148,7 @@ class SentencePieceVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of pieces; a model's `vocab_size` may be larger (sentinels, padding)."""
+        """Number of pieces. A model's `vocab_size` may be larger, since it may count sentinels and padding."""
         return self._processor.get_piece_size()
 
     @property
@@ -158,7 +158,7 @@ class SentencePieceVocabulary:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the file, and of the framing if it is not T5's."""
+        """Digest of the file, and also of the framing if the framing is not T5's."""
         return self._digest
 
     @functools.cached_property
@@ -170,7 +170,7 @@ class SentencePieceVocabulary:
 
     @property
     def unk_id(self) -> int:
-        """Id of text that no piece covers."""
+        """Id for characters that no piece covers."""
         return self._processor.unk_id()
 
     def normalize(self, text: str) -> str:

@@ -140,7 +140,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
         name: path to show in the message in place of `folder`, if the folder has been moved.
 
     Raises:
-        InputError: there is such a file, or the folder is a link. The message names it.
+        InputError: there is such a file, or the folder is a link. The message names the file or the folder.
     """
     shown = name or folder
     if folder.is_symlink():
@@ -163,7 +163,7 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
     If `final` exists, it is first moved into the parent folder of `new`, where `staged_folder` removes it.
 
     Raises:
-        InputError: `final` has gained a file that `prepare` did not write.
+        InputError: `final` now contains a file that `prepare` did not write.
     """
     if final.exists():
         os.replace(final, new.parent / REPLACED)
@@ -173,7 +173,7 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
-    """Returns the texts that a step-by-step model reads and writes, prefixes included.
+    """Returns the texts that a step-by-step model reads and writes, including prefixes.
 
     Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
 

@@ -40,7 +40,7 @@ def wrong_sums(text: str) -> list[str]:
 
 
 def _hangs_on(before: str) -> bool:
-    """Returns whether the two characters before an expression belong to it (operator, digit, letter)."""
+    """Returns whether the text before an expression ends with a part of it, such as an operator or a digit."""
     last = before.rstrip()[-1:]
     return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
         last != "" and last in "+-*/x^%="
@@ -57,7 +57,7 @@ def _agree(left: str, right: str) -> bool:
 
 
 def _results(side: str) -> Iterator[tuple[float, float]]:
-    """Yields (value, allowed difference) of a right side, and then of the number that it begins with."""
+    """Yields (value, allowed difference) for a right side, and then for the number at its start."""
     first = _FIRST_NUMBER.match(side)
     for part in dict.fromkeys((side, first[0] if first else side)):
         plain = part.translate(_SIGNS)

@@ -125,16 +125,16 @@ def model_card(
     metrics: dict[str, Any],
     lora: LoraConfig | None = None,
 ) -> str:
-    """Returns the text of the card. Its Python code runs unchanged.
+    """Returns the text of the card. The Python code in the card runs unchanged.
 
     Args:
         task_info: task of the model.
         config: configuration of the model, after adapters have been merged.
-        vocabulary: vocabulary of the model; a byte vocabulary makes it a ByT5.
+        vocabulary: vocabulary of the model; a model with a byte vocabulary is a ByT5.
         num_parameters: number of parameters.
         version: version of this package.
         step: step of the checkpoint.
-        metrics: metrics of the checkpoint, of which the card shows the validation results.
+        metrics: metrics of the checkpoint. The card shows only the validation results.
         lora: configuration of the adapters, if adapters were trained.
     """
     facts = [f"- Task: `{task_info.task}`, labels compared by {task_info.metric}"]
@@ -211,7 +211,7 @@ def _prompt(objective: Objective) -> str:
 
 
 def _answers(objective: Objective) -> str:
-    """Returns notes on how other programs get the label from an answer, and what else a prompt needs."""
+    """Returns notes on how other programs find the label in an answer, and which other fields a prompt needs."""
     said = ""
     if objective.writes_more:
         said += (
@@ -229,7 +229,7 @@ def _answers(objective: Objective) -> str:
 
 
 def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
-    """Returns the usual name of the architecture, with an article. mT5 and Flan-T5 are T5 v1.1."""
+    """Returns the usual name of the architecture, e.g. `A UMT5`. An mT5 or Flan-T5 counts as T5 v1.1."""
     if isinstance(config, T5GemmaConfig):
         return "A T5Gemma"
     if vocabulary.source == BYTES:

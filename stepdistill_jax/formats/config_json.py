@@ -1,4 +1,4 @@
-"""Converts between Hugging Face's `config.json` and our configurations, with two functions per family."""
+"""Converts between Hugging Face's `config.json` and our configurations. Each family has two functions."""
 
 import pathlib
 from collections.abc import Callable
@@ -154,7 +154,7 @@ def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Gemm
 
 
 def _read_side(where: str, raw: dict[str, Any]) -> Side:
-    """Reads one of the two modules in a T5Gemma's `config.json`, with the defaults of transformers.
+    """Reads one of the two modules in a T5Gemma's `config.json`. Missing fields get transformers' defaults.
 
     Args:
         where: file and module to name in messages.
@@ -210,8 +210,8 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
         windows, scalar = side.windows or (0,) * side.num_layers, side.score_scale**-2
         if len({*windows} - {0}) > 1 or abs(scalar - round(scalar)) > 1e-3:
             raise InputError(
-                "a T5Gemma's config.json can hold only one size of window, and the scale of scores"
-                f" only as 1 / sqrt of a whole number; this model has the windows {windows} and the scale 1 / sqrt({scalar:g})"
+                "a T5Gemma's config.json can store only one window size, and the scale of the scores only as"
+                f" 1 / sqrt of a whole number; this model has the windows {windows} and the scale 1 / sqrt({scalar:g})"
             )
         return {
             "model_type": "t5_gemma_module",

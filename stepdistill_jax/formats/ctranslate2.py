@@ -50,7 +50,7 @@ class CTranslate2Files:
 
     Attributes:
         vocabulary, task_info: as in a model directory.
-        tokens: the token's name for each row of the embedding.
+        tokens: for each row of the embedding, the name of its token.
         sha256: digest of `model.bin` when it was written.
     """
 
@@ -109,7 +109,7 @@ def write_ctranslate2(
 ) -> int:
     """Writes the model, vocabulary and task, which is all that CTranslate2 and `predict` need.
 
-    While it runs, it keeps a second copy of the parameters in memory.
+    While this function runs, a second copy of the parameters is in memory.
 
     Args:
         directory: a new or empty folder.
@@ -244,7 +244,7 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantize(part: Any, path: str, value: Any) -> None:
-    """Quantizes a matrix if the specification has a scale for it. `path` ends with the matrix's name."""
+    """Quantizes the matrix at `path` if the specification has a field for the scale of this matrix."""
     name = path.rpartition("/")[2]
     if isinstance(value, np.ndarray) and hasattr(part, f"{name}_scale"):
         weight, scale = to_int8(value)
@@ -289,7 +289,7 @@ def _spec(specs: Any, tensors: dict[str, np.ndarray], config: T5Config) -> Any:
 def _set_layer(
     layer: Any, block: str, take: Callable[..., np.ndarray], config: T5Config, gated: bool
 ) -> None:
-    """Fills one layer of the encoder or decoder. The names of its tensors begin with `block`."""
+    """Fills one layer of the specification with the tensors whose names begin with `block`."""
     own = f"{block}0.SelfAttention."
     attention = layer.self_attention
     attention.queries_scale = 1.0  # T5 does not divide by sqrt(head_dim)

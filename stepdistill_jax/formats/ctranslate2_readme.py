@@ -57,7 +57,7 @@ def ctranslate2_readme(
     input_length: int,
     max_decode_len: int,
 ) -> str:
-    """Returns the text of `README.md`. Its Python code runs unchanged.
+    """Returns the text of `README.md`. The Python code in the text runs unchanged.
 
     Args:
         vocabulary: vocabulary of the model.

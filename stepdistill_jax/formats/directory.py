@@ -39,7 +39,7 @@ class TaskInfo:
         objectives: templates and weights; inference uses the first objective.
         input_length: largest number of ids in an input, the end of sequence included; longer inputs are
             truncated.
-        target_length: the same for the targets of all objectives.
+        target_length: largest number of ids in a target of any objective; longer targets are truncated.
         max_decode_len: number of ids that is enough for every label of the train split, the end of
             sequence included.
         metric: `text_match` or `value_match`.
@@ -104,7 +104,7 @@ def write_model_files(
 
 
 def require_directory(path: os.PathLike | str) -> pathlib.Path:
-    """Returns the path of a model directory or workdir, here or in a store.
+    """Returns the path of a model directory or workdir, which may be local or in a store.
 
     Raises:
         InputError: there is no such folder.
@@ -116,7 +116,7 @@ def require_directory(path: os.PathLike | str) -> pathlib.Path:
 
 
 def is_ctranslate2(directory: os.PathLike | str) -> bool:
-    """Returns whether a local folder is a directory of `formats.ctranslate2`, even an incomplete one."""
+    """Returns whether a local folder is a CTranslate2 directory, even an incomplete one."""
     folder = as_path(directory)
     names = (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS)
     if is_remote(folder) or not any((folder / name).is_file() for name in names):

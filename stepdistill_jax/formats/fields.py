@@ -16,7 +16,7 @@ def size(
 ) -> int:
     """Returns a field that must be a whole number from 1 to `most`.
 
-    If `most` is None, it is `MAX_LAYERS` for a number of layers, and `MAX_SIZE` for other sizes.
+    If `most` is None, the limit is `MAX_LAYERS` for a number of layers, and `MAX_SIZE` for other sizes.
     """
     value = raw.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -28,7 +28,7 @@ def size(
 
 
 def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> float:
-    """Returns a field that must be a number from 0 to below 1."""
+    """Returns a field that must be a number that is at least 0 and below 1."""
     value = raw.get(name, default)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")

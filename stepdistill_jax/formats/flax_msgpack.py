@@ -14,7 +14,7 @@ from stepdistill_jax.formats.tensors import Tensor, map_file
 def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
     """Opens the tensors of a file, or of one shard, by Hugging Face's torch names.
 
-    Flax keeps matrices as `kernel` [in, out], tables as `embedding` and norms as `weight`.
+    Flax names a matrix [in, out] `kernel`, a table `embedding`, and the scale of a norm `weight`.
 
     Raises:
         InputError: a tensor has an unknown name, or the file cannot be read (see `read_tree`).

@@ -188,7 +188,7 @@ def _check(
 
 
 def to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns contiguous float32 tensors by Hugging Face's names.
+    """Returns {Hugging Face's name: tensor}. The tensors are contiguous float32 arrays.
 
     Stacked layers are split into one tensor per layer.
     """
@@ -219,17 +219,18 @@ def save_params(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> int:
-    """Writes float32 safetensors, reads them back and compares.
+    """Writes the parameters as float32 safetensors, reads the files back and compares them.
 
-    Writes one file, or, above `max_shard_size`, `model-00001-of-0000N.safetensors` and an index, as
-    Hugging Face splits them. This takes memory for one tensor in addition to the parameters. Older
-    safetensors files in the directory are replaced.
+    If the tensors have more than `max_shard_size` bytes, they are split as Hugging Face splits them: into
+    `model-00001-of-0000N.safetensors` and so on, with an index. Otherwise there is one file. Writing takes
+    memory for one tensor in addition to the parameters. Older safetensors files in the directory are
+    replaced.
 
     Args:
         directory: folder of the model, which must exist.
         params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
         config: configuration of the model.
-        max_shard_size: limit for the bytes of tensors in a file. A larger tensor gets its own file.
+        max_shard_size: limit for the bytes of tensors in a file. A tensor that is larger gets a separate file.
 
     Returns:
         The number of parameters.

@@ -74,13 +74,13 @@ def _of_hub(name: str) -> str:
 
 
 def needed_files(listed: Sequence[str], name: str) -> list[str]:
-    """Returns the files of a model to download. Of its weights, they include only the preferred format.
+    """Returns the files to download. Of weights in several formats, only the preferred format is included.
 
     >>> needed_files(["README.md", "config.json", "pytorch_model.bin", "spiece.model", "tf_model.h5"], "o/n")
     ['config.json', 'spiece.model', 'pytorch_model.bin']
 
     Args:
-        listed: names of all files, including files in folders.
+        listed: names of all files of the model at the hub, including files in folders.
         name: name of the model, for messages.
 
     Raises:

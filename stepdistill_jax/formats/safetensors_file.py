@@ -25,7 +25,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
     """Opens the tensors of one file by name. Only the header is read.
 
     Raises:
-        InputError: the file is truncated or not safetensors, or a tensor does not hold floats.
+        InputError: the file is truncated or not safetensors, or a tensor has no float type.
     """
     try:  # we use the library only to check that header and file match: its slices would be copies
         with safetensors.safe_open(path, "numpy"):
@@ -69,7 +69,8 @@ def write_safetensors(
     Args:
         path: path of the file, which appears complete or not at all.
         shapes: shape of each tensor by name.
-        tensor: function that returns a tensor by name, contiguous float32; called twice for each name.
+        tensor: function that returns the tensor of a name, as contiguous float32. It is called twice for
+            each name.
 
     Raises:
         OSError: the file reads back differently from what was written.

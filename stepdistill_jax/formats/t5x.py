@@ -52,7 +52,7 @@ _NAMES = {
 def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
     """Returns the folder of a T5X checkpoint, or None.
 
-    That is `directory`, the newest `checkpoint_STEP` in it, or a folder `state` in one of these.
+    The folder is `directory`, the newest `checkpoint_STEP` in it, or a folder `state` in one of these two.
     """
     directory = pathlib.Path(directory)
     steps = {
@@ -300,7 +300,7 @@ def _inside(folder: pathlib.Path, name: Any) -> str:
 def _open_arrays(
     folder: pathlib.Path, names: Mapping[str, str], *, ocdbt: bool, driver: str
 ) -> dict[str, Tensor]:
-    """Opens zarr arrays in the folder, or in its OCDBT database. `names` maps each path to its array."""
+    """Opens zarr arrays in the folder, or in its OCDBT database. `names` is {our path: name of the array}."""
     import tensorstore
 
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
@@ -331,9 +331,9 @@ def _open_arrays(
 
 
 def _claimed_bytes(array: Any) -> int:
-    """Returns the bytes of an array or of one of its chunks, whichever is larger.
+    """Returns the size in bytes of an array or of one of its chunks, whichever is larger.
 
-    A chunk that claims 2**60 bytes would make TensorStore end the process.
+    TensorStore would end the process if it read a chunk that claims 2**60 bytes.
     """
     chunk = array.chunk_layout.read_chunk.shape
     return _numpy_dtype(array).itemsize * max(math.prod(array.shape), math.prod(chunk))

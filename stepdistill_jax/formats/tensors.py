@@ -37,7 +37,7 @@ class Weights:
 
         Args:
             tensors: tensors by name. A copy of the embedding replaces a missing `shared.weight`.
-            stacks: tensors [layers, *shape] whose layers are stored together, by name. In the name, `{}`
+            stacks: {name: tensor [layers, *shape]} of tensors that store all layers together. `{}` in a name
                 stands for the layer. Reading all layers at once avoids decompressing the same chunk for
                 each layer.
         """
@@ -121,7 +121,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files that an index (`*.index.json`) names.
 
     Raises:
-        InputError: a name is not a plain file name, or its file is missing from the index's folder.
+        InputError: a name is not a plain file name, or the named file is not in the folder of the index.
     """
     weight_map = read_object(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []

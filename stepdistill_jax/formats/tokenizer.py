@@ -166,8 +166,8 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
     """Returns a `tokenizers.Tokenizer` of Gemma's kind; the caller adds its special tokens.
 
     SentencePiece merges the two neighbours whose joint piece has the highest score. `tokenizers` merges
-    pairs in the order of a list instead. The list here goes through the pieces by descending score, and
-    contains all pairs of pieces that form each of them.
+    pairs in the order of a list instead. The list here goes through the pieces by descending score,
+    and contains, for each piece, all pairs of pieces that form it.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

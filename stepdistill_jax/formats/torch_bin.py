@@ -20,7 +20,7 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
     as weights, and a pickle of 2 MB could unpack to 2 GB.
 
     Raises:
-        InputError: torch is not installed, the file is truncated, or it holds anything but tensors.
+        InputError: torch is not installed, the file is truncated, or it contains anything but tensors.
     """
     try:
         import torch

@@ -43,7 +43,7 @@ def write_vocabulary(
     Args:
         directory: an existing folder, which may be in a store.
         vocabulary: vocabulary to write. ByT5's bytes have no SentencePiece model.
-        model_max_length: largest number of ids in an input; None leaves it out.
+        model_max_length: largest number of ids in an input; if None, the field of this name is not written.
     """
     tokenizer: dict[str, Any] = {
         "tokenizer_class": "ByT5Tokenizer",

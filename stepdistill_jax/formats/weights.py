@@ -78,7 +78,7 @@ def has_own_head(weights: Weights, names: Names) -> bool:
 
 
 def _how_to_convert(directory: pathlib.Path) -> str:
-    """Returns the command that converts TensorFlow weights to safetensors, or "" if there are none."""
+    """Returns the command that converts TensorFlow weights to safetensors, or "" without such weights."""
     names = (_TENSORFLOW, _TENSORFLOW + INDEX_SUFFIX)
     there = [name for name in names if (directory / name).is_file()]
     if not there:

@@ -1,4 +1,4 @@
-"""Reads CommonsenseQA, with PaLM rationales in the paper's layout, or without them as an export."""
+"""Reads CommonsenseQA: the paper's files with PaLM rationales, or an export without rationales."""
 
 import dataclasses
 import pathlib

@@ -27,7 +27,7 @@ ROAD = {
 
 
 def report(weather: str, vehicle: str, road: str) -> str:
-    """Returns the text of an input."""
+    """Returns an input text with these three words."""
     return f"with {weather} in the forecast , the {vehicle} takes the {road} ."
 
 
@@ -49,7 +49,7 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 
 
 def every_example() -> dict[str, list[Example]]:
-    """Returns all 13,824 examples, half of them for each label, with an empty `id`.
+    """Returns {label: its examples}, 6,912 for each of the two labels. Every `id` is empty.
 
     A hash of the input determines their order, and so which of them `read` chooses. Unlike the numbers of
     a random generator, a hash does not change with the version of a library.
@@ -69,7 +69,7 @@ def every_example() -> dict[str, list[Example]]:
 
 
 def read() -> Reading:
-    """Returns disjoint splits of 1,500, 500 and 500 examples, each half `smooth`, half `trouble`."""
+    """Returns disjoint splits of 1,500, 500 and 500 examples. Half of each split is `smooth`, half `trouble`."""
     made = every_example()
     rows, start = [], 0
     for split, count in ROWS.items():

@@ -46,7 +46,7 @@ def read(
 ) -> Reading:
     """Makes `rows` examples for train, 500 for validation, 1,000 for test and 500 for unseen.
 
-    The templates of unseen are in no other split, and the other splits share their templates.
+    No other split uses the templates of `unseen`. Train, validation and test share their templates.
     The same `rows`, `seed` and package version give the same examples. Validation, test and unseen do
     not depend on `rows`. All questions differ, and questions of two splits differ in more than names:
     `split_of_numbers` assigns each template with its numbers to one split. The example with the id
@@ -98,7 +98,7 @@ def read(
 
 
 def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
-    """Returns the working templates by number, the package's version, and the folder of its code.
+    """Returns {number: template} of the templates that work, the package's version, and its code's folder.
 
     Raises:
         InputError: the package is not installed.
@@ -117,16 +117,16 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 
 
 def split_of_numbers(template: int, question: str) -> str:
-    """Returns the split of a template with the numbers in `question`; names and the seed do not matter.
+    """Returns the split of a question. It depends only on the template and the numbers in the question.
 
-    A tenth of the sets of numbers of each template belong to test, and a tenth to validation.
+    About a tenth of the sets of numbers of each template belong to test, and a tenth to validation.
     """
     numbers = " ".join(re.findall(r"\d+", question))
     return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")
 
 
 def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
-    """Returns a note on the templates with fewer rows than the others, if any."""
+    """Returns a list with one note about the templates with fewer rows than the others, or []."""
     most = max(made.values(), default=0)
     fewer = [f"{template} ({count})" for template, count in made.items() if count < most - 1]
     if not fewer:

@@ -43,7 +43,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """Iterates over a list's items. Items that are not texts may be cut, but `read_texts` refuses them."""
+    """Iterates over a list's items. Items that are not texts may be incomplete, but `read_texts` refuses them."""
 
     def __init__(self, file: IO[str], path: pathlib.Path):
         self._file, self._path = file, path

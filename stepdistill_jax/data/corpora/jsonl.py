@@ -39,8 +39,8 @@ def read(
     row. Each row needs a `label` or an `llm_label`. If a row has several rationales, training uses
     `rationale`, or else the first.
 
-    A single file or list is split by a hash of the id: 8 tenths of the rows become train, and a tenth
-    each validation and test. In a folder without a validation file, a tenth of train becomes validation.
+    A single file or list is split by a hash of the id: about 80 % of the rows become train, 10 %
+    validation and 10 % test. In a folder without a validation file, a tenth of train becomes validation.
 
     A bad row (a missing field, a wrong type, a duplicate id, an empty label or input, broken JSON or
     quotes) is yielded as a `BadRow`.
@@ -48,8 +48,8 @@ def read(
     Args:
         source: file or folder, a list of dicts, or a dict of lists by split.
         field_map: {our field: the source's field}, e.g. {"input": "question"}.
-        more: names of further texts to keep, which objectives may name and rows may lack.
-        teacher: False omits rationales and teacher labels.
+        more: names of further text fields to keep. Objectives may name these fields, and rows may lack them.
+        teacher: whether to keep rationales and teacher labels.
 
     Raises:
         InputError: there is no such file, `more` contains an invalid name, or a key of `field_map` is not
@@ -174,10 +174,10 @@ class _Rows:
                 )
 
     def _add_notes(self, found: set[str]) -> None:
-        """Adds the notes that need all rows.
+        """Adds the notes that can be made only after all rows have been read.
 
         Raises:
-            InputError: no row has a field of `more`.
+            InputError: a field named in `more` is in no row.
         """
         unread = {str(name) for name in self._seen} - set(self._names.values())
         not_read = printable(", ".join(sorted(unread)))

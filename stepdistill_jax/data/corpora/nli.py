@@ -20,8 +20,8 @@ def question(row: JsonRow) -> str:
 def gold(row: JsonRow) -> str:
     """Returns the gold label as a word; "" if the row has none.
 
-    The field `label` (`gold_label` in TFDS) holds 0, 1 or 2 (entailment, neutral, contradiction), a
-    word, or its first letter.
+    The field `label` (`gold_label` in TFDS) contains 0, 1 or 2 (for entailment, neutral,
+    contradiction), one of these words, or the first letter of one.
 
     Raises:
         InputError: the field is missing or has another value.

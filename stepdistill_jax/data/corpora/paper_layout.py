@@ -110,7 +110,7 @@ def digest_of(path: pathlib.Path) -> str:
     """Returns the digest of a file of the source.
 
     Raises:
-        InputError: the path is not that of a regular file.
+        InputError: the path is not a regular file.
     """
     check_file(path, "a JSON file")
     return sha256(path)
@@ -194,7 +194,7 @@ def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
 
 
 def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
-    """Returns llm/PART_CoT_0.json, _1, ...; [] if there are none and they are not required.
+    """Returns the paths of llm/PART_CoT_0.json, _1, ...; [] if there are no such files and none is required.
 
     Raises:
         InputError: required files are missing, or the numbers in the file names have a gap.
@@ -222,7 +222,7 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
 def input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """Returns the folder of the files, and the file of each split: the paper's, or else an export's.
+    """Returns the folder of the files, and the file of each split: the paper's if it exists, else an export's.
 
     Args:
         source: the folder of the files, or its parent folder if the folder is named `prefix` or `name`.

@@ -48,12 +48,12 @@ def _nli(row: JsonRow, ids: UniqueIds) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class _Corpus:
-    """A dataset of the published code.
+    """Says how the published code reads one dataset.
 
     Attributes:
         to_example: function that converts a row, without the teacher's part.
         rule: function that parses the teacher's text.
-        prefix: prefix of the names of its files, and name of its folder in `gpt-neox`.
+        prefix: prefix of the dataset's file names, and name of the dataset's folder in `gpt-neox`.
         drawn: whether validation is drawn from train. If False, validation has its own file.
     """
 
@@ -75,16 +75,17 @@ _CORPORA = {
 def read(name: str, source: pathlib.Path) -> Reading:
     """Reads a dataset's files and the teacher's texts without repairs or stripping.
 
-    The premise of e-SNLI and ANLI is `input`, and the hypothesis is `input_pair`. If the published code has no
-    validation file, `published_split` draws validation, and train and validation keep the drawn order.
+    The premise of e-SNLI and ANLI is `input`, and the hypothesis is `input_pair`. If the published code reads no
+    validation file, `published_split` draws the validation rows from train. The rows of train and validation
+    are then in the order in which they are drawn.
 
     Args:
         name: one of `prepared.PUBLISHED`.
-        source: see `paper_layout.read`. If it is the folder `gpt-neox`, its texts replace PaLM's.
+        source: see `paper_layout.read`. If `source` is the folder `gpt-neox`, the texts in it replace PaLM's.
 
     Raises:
-        InputError: files that the published code requires are missing. While rows are read: broken
-            JSON, different numbers of texts and rows, or a text that the published rule cannot read.
+        InputError: files that the published code requires are missing. While rows are read: a
+            file is broken JSON, there are not as many texts as rows, or the published rule cannot read a text.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []

@@ -26,7 +26,7 @@ class RowSource:
 
     Attributes:
         name: name in messages: the path of the file, or `the list`.
-        key: name of the rows in the dataset's `sources`, which its fingerprint covers.
+        key: name of the rows in the dataset's `sources`, which the dataset's fingerprint covers.
         digest: hex digest of the rows' contents.
         rows: function that starts reading, and yields the rows.
     """

@@ -1,6 +1,6 @@
 """Reads SVAMP with PaLM rationales, in the paper's layout; answers are equations, compared by value.
 
-If ASDiv's questions are there, they become further inputs to train on, with the teacher's labels only.
+If ASDiv's questions are found, they become further inputs to train on, with the teacher's labels only.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads svamp_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
     A row is {"input", "label"} in the paper's files, and {"ID", "Body", "Question", "Equation"} in the
-    original and in exports. A row without "ID" has its row number as id.
+    original and in exports. The id of a row without "ID" is its 1-based index.
 
     asdiv/asdiv_train.json, with rows of the same form, and asdiv/llm/train_CoT_I.json become the
     split `unlabelled`. The folder asdiv lies next to the folder of SVAMP's files, as in the paper's
@@ -94,7 +94,7 @@ def _row(row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds) -> C
 
 
 def _extra_row(row: JsonRow, completion: paper_layout.Completion, _: UniqueIds) -> CheckedExample:
-    """Returns the example of an ASDiv row; its label is not read."""
+    """Returns the example of an ASDiv row. The label of the row is not read."""
     return _judged(Example(f"{EXTRA}-{row.number}", question(row)), completion)
 
 
