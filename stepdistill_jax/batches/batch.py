@@ -73,7 +73,7 @@ class Batches:
 
     A step takes `batch_size` examples. An example has one row for each objective for which it has a
     target. If it has several rationales, it has one row for each of them, or only for one that is drawn
-    in each epoch (`TaskData.sample_rationales`). In each epoch, the order of the examples is a
+    anew in each epoch (`TaskData.sample_rationales`). In each epoch, the order of the examples is a
     permutation that depends only on (seed, epoch).
 
     The examples of a step are split into `num_shards` shards of consecutive examples, of about equal
@@ -128,13 +128,13 @@ class Batches:
             `pairs`, all objectives share one), in which row i belongs to the i-th example of the step. The
             rows of a group are as long as the longest row that the data has for the group. Encodings are
             not shared.
-        row_multiple: the number of rows of a batch is a multiple of this number, which is the number of
-            devices that share a batch times the number of microbatches.
+        row_multiple: the row count of a batch is a multiple of this number. The number is the product
+            of the number of devices over which a batch is sharded and the number of microbatches.
         data_fraction: share of the examples to use. The examples of a smaller share are a subset of those
             of a larger share.
-        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` chooses them).
-            (0, 0) means `input_length` and `target_length`; with `pairs`, each is raised to the length of
-            the longest example if that is greater.
+        row_lengths: input length and target length of a packed row (`batches/row_lengths.py` chooses
+            them). (0, 0) means `input_length` and `target_length`. With `pairs`, each of the two is
+            raised to the length of the longest example if that is greater.
         pairs: whether all targets of an example are in the same packed row, so that a loss can compare
             them.
         loss_mean: `token` or `example`. With `example`, the loss weight of each target token is divided
@@ -297,15 +297,16 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """The number of which a block's row count must be a multiple.
+        """A block's row count must be a multiple of this number.
 
-        With it, the row count of a batch is a multiple of `row_multiple`. Example: with 4 shards and a
-        `row_multiple` of 6, this number is 3. A batch then has 4 blocks of 3k rows each, so 12k rows.
+        Then the row count of the batch is a multiple of `row_multiple`. Example: with 4 shards and a
+        `row_multiple` of 6, this number is 3. A batch has 4 blocks, so its row count is a
+        multiple of 12.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the number of rows of a batch, after rounding up, whose fullest shard needs `num_rows` rows."""
+        """Returns the row count of a batch, rounded up, if its fullest shard needs `num_rows` rows."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
@@ -332,8 +333,8 @@ class Batches:
         """Packs up to `count` random shards and returns the number of packed rows that each of them needs.
 
         The shards do not depend on `seed` or `data_fraction`, except that `seed` decides which rationales
-        are sampled. To bound the time, all probes together pack about `count` x 1,024 rows at most. If the
-        shards are large, this allows fewer than `count` of them, but at least `count` / 16 are packed.
+        are sampled. To bound the time, all these shards together have about `count` x 1,024 rows at
+        most. So if shards are large, fewer than `count` are packed, but at least `count` / 16.
         """
         size = self._shard_size
         # 128 shards of 256 examples with 3 tables: 98,304 rows <= 131,072, so all 128. Of 512 examples: 85
@@ -413,7 +414,7 @@ class Batches:
         return tuple(self._packed(drawn, tables, lengths) for tables, lengths in each)
 
     def batch_rows(self, fullest: int) -> int:
-        """Returns the number of rows of each group if the fullest shard needs `fullest` rows."""
+        """Returns the row count of each group of a batch if the fullest shard needs `fullest` rows."""
         # padded: a row for each example. Packed: the smallest row count into which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)
@@ -478,15 +479,17 @@ class Batches:
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
         """Returns the places and the sizes of the units to pack.
 
-        With `pairs`, a unit is a complete example; without, it is one encoding and its targets.
+        With `pairs`, a unit is a complete example. Without `pairs`, a unit is one encoding and its
+        targets.
         """
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store; place i is example i.
+        """Returns the encodings of all examples of a store. The example at place i is example i of the store.
 
-        They include all rationales of an example. With `pairs` and sampled rationales, an example has one
-        rationale, as in a step, and it is as long as the example's longest.
+        All rationales of an example are included. With `pairs` and sampled rationales, an example
+        counts as having one rationale, as in a step, which is as long as the example's longest
+        rationale.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):
