@@ -49,7 +49,7 @@ class Packed(NamedTuple):
     """One group of a shard, packed or padded, before its arrays are made.
 
     Attributes:
-        rows: the group's rows, listed table by table; [] if the group has no rows.
+        rows: the group's rows, listed table by table. The list is empty if the group has no rows.
         encodings: the encodings that these rows read; None if the group has no rows.
         packing: positions of these encodings in the packed rows; None if the group has no rows.
     """
@@ -109,8 +109,8 @@ class Batches:
     If the data has several parts, `decoder_task_ids` has the index, from 1, of each target token's part.
 
     With `pairs`, all rows of an example are adjacent in one packed or padded row. The examples of a
-    packed row are numbered from 1, those with several targets first, and `decoder_example_ids` has the
-    number of each target token's example:
+    packed row are numbered from 1: first those with several targets, then the others.
+    `decoder_example_ids` has the number of each target token's example:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -124,10 +124,10 @@ class Batches:
         target_length: maximum number of tokens of a target together with its decoder prefix. Longer
             targets are truncated in the same way.
         seed: seed of the order, and of the choice of examples for `data_fraction`.
-        pack: whether to pack the rows. If False, they are padded: each objective has its own group (with
-            `pairs`, all objectives share one), in which row i belongs to the i-th example of the step. The
-            rows of a group are as long as the longest row that the data has for the group. Encodings are
-            not shared.
+        pack: whether to pack the rows. If False, they are padded. Each objective then has its own
+            group, except that all objectives share one group with `pairs`. Row i of a group belongs to
+            the i-th example of the step. The rows of a group are as long as the longest row that the
+            data has for the group. Encodings are not shared.
         row_multiple: the row count of a batch is a multiple of this number. The number is the product
             of the number of devices over which a batch is sharded and the number of microbatches.
         data_fraction: share of the examples to use. The examples of a smaller share are a subset of those
@@ -139,9 +139,9 @@ class Batches:
             them.
         loss_mean: `token` or `example`. With `example`, the loss weight of each target token is divided
             by the number of tokens of its target.
-        shuffle: True for training. If False, the batches take each example once and in order, as an
-            evaluation does, in `num_steps` steps. The last step may have fewer examples, but its arrays
-            have the same shapes.
+        shuffle: whether the order is random, as in training. If False, the batches take each example
+            once and in order, as in an evaluation. They then have `num_steps` steps. The last step may
+            have fewer examples, but its arrays have the same shapes.
     """
 
     data: TaskData
@@ -378,8 +378,9 @@ class Batches:
     def _groups(self) -> list[list[TokenTable]]:
         """The tables of each group.
 
-        Packed batches and batches with `pairs` have one group, with all tables. Other padded batches have
-        a group for each objective and variant, in which an example has at most one row.
+        Packed batches and batches with `pairs` have one group, with all tables. Other padded batches
+        have a group for each objective and variant (index of a rationale). An example has at most one
+        row in such a group.
         """
         if self.pack or self.pairs:
             return [list(self._tables)]
@@ -421,7 +422,7 @@ class Batches:
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
 
     def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
-        """Returns the arrays of the given shards: for each group, one block of rows after the other.
+        """Returns, for each group, the arrays of the given shards: one block of rows after the other.
 
         Args:
             shards: some or all shards of one step.
@@ -469,7 +470,10 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Returns the encodings of rows, given (input lengths, decoder lengths, places) for each table."""
+        """Returns the encodings of `rows`.
+
+        Each item of `rows` describes the rows of a table: (input lengths, decoder lengths, places).
+        """
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice

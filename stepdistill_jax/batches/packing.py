@@ -154,15 +154,15 @@ class Packing:
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     """Packs rows by first-fit decreasing on two lengths: fills one packed row after the other.
 
-    The rows wait in two lists, the longest row first. The target list has the rows that use a larger share
-    of a packed row's target columns than of its input columns, such as most rationales, sorted by target
-    length. The input list has all other rows, such as most labels, sorted by input length. If a larger
-    share of the packed row's target columns than of its input columns is free, the next row is the first
-    of the target list that fits, and otherwise the first of the input list that fits. If no row of that
-    list fits, the next row comes from the other list. So inputs and targets fill up together. On rows like
-    CQA's, this needs 15% fewer packed rows than a single list sorted by the larger share, which would pack
-    the rationales together. Once only about two more rows fit into a packed row, the pair that fills it
-    best is chosen, which saves another 3%.
+    The rows wait in two lists. The target list contains the rows that use a larger share of a packed row's
+    target columns than of its input columns, such as most rationales, and is sorted by target length. The input
+    list contains all other rows, such as most labels, and is sorted by input length. In either list, the
+    longest row comes first. The next row comes from the target list if the packed row has a larger share of its
+    target columns free than of its input columns. Otherwise, the next row comes from the input list. It is the
+    first row of the list that fits. If no row of this list fits, the next row comes from the other list. So
+    inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a single list
+    sorted by the larger share, which would pack the rationales together. Once only about two more rows fit into
+    a packed row, the pair that fills it best is chosen, which saves another 3%.
 
     Example: with the capacity (4, 4), the sizes (3, 1), (1, 1), (1, 3) are put into the packed rows 0, 1, 0.
     The row of size (3, 1) comes first, and the row of size (1, 3) fills the rest of its packed row.
@@ -384,8 +384,8 @@ def empty_group(
 ) -> Group:
     """Returns a group of `count` rows of padding.
 
-    Each option adds a feature of the target tokens. `shared` adds the encoder segment that each target
-    token reads, `several_tasks` adds the index of its task, and `pairs` adds the number of its example
+    Each option adds an array with one entry for each target token. `shared` adds the encoder segment that each
+    target token reads, `several_tasks` adds the index of its task, and `pairs` adds the number of its example
     within the packed row.
     """
     group: Group = {}

@@ -1,6 +1,6 @@
 """Chooses the examples of a step and their rows, which depend only on the data, the settings and the step.
 
-`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run needs only its step to resume.
+`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run can resume from its step number alone.
 `rows_of` finds the rows of these examples in each `TokenTable`.
 """
 

@@ -1,4 +1,4 @@
-"""Beam search, with the scores, candidates and stopping rule of Hugging Face's `generate`."""
+"""Beam search that uses the same scores, candidates and stopping rule as Hugging Face's `generate`."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -45,8 +45,8 @@ def greedy_decode(
     Args:
         params: parameters of the model, unboxed.
         config: configuration of the model.
-        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding. A row of zeros only
-            fills up the batch and is done from the start.
+        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding. A row that consists of
+            zeros fills up the batch and is done from the start.
         max_decode_len: maximum number of tokens of an answer, including the end of sequence.
         decoder_prefix: ids that the decoder reads before the answer. The returned ids do not contain
             them, and the scores do not include their probability.
@@ -188,7 +188,7 @@ def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
 def _fits(params: Any, mesh: Mesh) -> bool:
     """Returns whether all parameters, gathered, take less than a third of a device's memory.
 
-    On CPUs of unknown memory it returns True, and on other devices of unknown memory False.
+    If the size of the memory is not known, the result is True on CPUs and False on other devices.
     """
     device = mesh.devices.flat[0]
     # reads the memory from a table, not from the device, since all processes must trace the same program

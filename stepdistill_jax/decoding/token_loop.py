@@ -37,10 +37,10 @@ class Start(NamedTuple):
             position filled in.
         cache: keys and values of self-attention from `start_cache`, [layers, batch * beams, ...]. The positions
             of the decoder prefix are already filled in. `max_decode_len` further positions are empty.
-        memory: the encoded inputs, or their keys and values. It never changes.
+        memory: the encoded inputs, or their keys and values. The loop does not change it.
         last: the ids that the decoder reads at the first position of the answer, [batch * beams] int32.
-        filler: whether a row has only zeros, so that it only fills up the batch and has no answer,
-            [batch] bool.
+        filler: for each row, whether it consists of zeros, [batch] bool. Such a row fills up the batch and has
+            no answer.
     """
 
     step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]

@@ -36,7 +36,7 @@ def attention(
     scale: float = 1.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Returns, for each query, the mean of the values that it sees, weighted by the softmax of its scores.
+    """Returns, for each query, the mean of the values that the query sees, weighted by the softmax of its scores.
 
     A query sees the keys of its own segment. A score is scale x (query . key), capped by `softcap`,
     plus the bias. If a query sees no key, its result is finite and has no meaning.

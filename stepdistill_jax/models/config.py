@@ -120,9 +120,9 @@ class Side:
 class ModelConfig(abc.ABC):
     """Configuration of a model. Code outside a family's module only uses what is declared here.
 
-    To define a family, its module has a subclass of this class, and `models.families.FAMILIES` has an entry for
-    it. An entry in `formats.config_json` and one in `formats.parameter_names` describe the family's files. All
-    families use the same Flax module, `models.encoder_decoder.EncoderDecoder`.
+    A family's module defines a subclass of this class, and `models.families.FAMILIES` has an entry for the
+    family. An entry in `formats.config_json` and one in `formats.parameter_names` describe the family's files.
+    All families use the same Flax module, `models.encoder_decoder.EncoderDecoder`.
 
     Attributes:
         vocab_size: number of rows of an embedding. The vocabulary must not have more pieces.
@@ -139,14 +139,14 @@ class ModelConfig(abc.ABC):
         remat_policy: what the backward pass recomputes. `elementwise` recomputes norms, softmax, activations
             and dropout masks, but no matmuls (its old name is `none`). `minimal` recomputes everything except
             the matmuls with weights. `full` recomputes everything inside a layer.
-        scan_layers: whether the layers are a loop whose body is compiled once. If False, the loop is
+        scan_layers: whether the layers run in a loop whose body is compiled once. If False, the loop is
             unrolled. In both cases, the parameters of the layers are stacked.
         lora: adapters of the projections; None for a model without adapters. A model with adapters cannot
             decode before they are merged (`models.lora.merge`).
         quantized: whether kernels are int8 with a scale for each output. Such a model can only decode
             (`models.quantized.quantize`).
-        unrolled_decoder: whether each layer of the decoder has its own parameter tree, and there is no loop
-            over layers. This is for decoding on a GPU (`models.unrolled.unrolled`).
+        unrolled_decoder: whether each layer of the decoder has its own parameter tree, which is meant for
+            decoding on a GPU (`models.unrolled.unrolled`). If False, the layers are stacked.
 
     Raises:
         InputError: the dtype is `float16` (which overflows in T5's feed-forward layers) or unknown, another

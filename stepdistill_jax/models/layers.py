@@ -284,8 +284,8 @@ class Mlp(nn.Module):
     """Feed-forward block.
 
     With the activations `("relu",)` it computes relu(x wi) wo. With the gated `("gelu", "linear")` it computes
-    (gelu(x wi_0) * (x wi_1)) wo. If `merged`, the projections of x are one matmul, with the parameters of
-    `models.unrolled`.
+    (gelu(x wi_0) * (x wi_1)) wo. If `merged`, the projections of x are computed as one matmul, from the
+    parameters that `models.unrolled` returns.
     """
 
     config: ModelConfig

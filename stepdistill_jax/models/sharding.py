@@ -54,12 +54,13 @@ class Layout:
     """Sizes of the mesh axes. One of `data`, `fsdp` and `tensor` may be -1, which means all remaining devices.
 
     Attributes:
-        data: number of copies of the parameters inside a group of `dcn_data`. Each copy has its own rows.
+        data: number of copies of the parameters inside each of the `dcn_data` groups. Each copy processes its
+            own rows.
         fsdp: number of shards into which parameters and rows are split.
         tensor: number of shards into which heads, feed-forward width and vocabulary are split.
-        dcn_data: number of groups of devices that are connected by the data centre's network (DCN). Each
-            group has its own copies of the parameters. -1 means one group for each slice (MaxText calls
-            this size `dcn_data_parallelism`). The axis `data` of the mesh has the size dcn_data x data.
+        dcn_data: number of groups of devices. The data centre's network (DCN) connects the groups, and each
+            group has its own copies of the parameters. -1 means one group for each slice (MaxText calls this
+            size `dcn_data_parallelism`). The axis `data` of the mesh has the size dcn_data x data.
     """
 
     data: int = 1

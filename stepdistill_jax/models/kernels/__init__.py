@@ -5,7 +5,7 @@ shapes, or None. `attention` computes attention on one device, from these argume
 
     q                                 [rows, q, heads, d]
     k, v                              [rows, k, heads, d]
-    bias                              [heads, q, k] float32, added to the scores of each row; or None
+    bias                              [heads, q, k] float32, added to the scores of each row; None adds nothing
     query_segments, key_segments      [rows, q] and [rows, k] int32; a query sees the keys of its own
                                       segment; a key of segment 0 is never seen
     seeds                             [2, rows, heads] uint32 from `dropout_seeds`; None turns dropout off
