@@ -49,7 +49,7 @@ class Packed(NamedTuple):
     """One group of a shard, packed or padded, before its arrays are made.
 
     Attributes:
-        rows: the group's rows, listed table by table; [] if the group has no rows.
+        rows: the group's rows, listed table by table. The list is empty if the group has no rows.
         encodings: the encodings that these rows read; None if the group has no rows.
         packing: positions of these encodings in the packed rows; None if the group has no rows.
     """
@@ -73,7 +73,7 @@ class Batches:
 
     A step takes `batch_size` examples. An example has one row for each objective for which it has a
     target. If it has several rationales, it has one row for each of them, or only for one that is drawn
-    in each epoch (`TaskData.sample_rationales`). In each epoch, the order of the examples is a
+    anew in each epoch (`TaskData.sample_rationales`). In each epoch, the order of the examples is a
     permutation that depends only on (seed, epoch).
 
     The examples of a step are split into `num_shards` shards of consecutive examples, of about equal
@@ -109,8 +109,8 @@ class Batches:
     If the data has several parts, `decoder_task_ids` has the index, from 1, of each target token's part.
 
     With `pairs`, all rows of an example are adjacent in one packed or padded row. The examples of a
-    packed row are numbered from 1, those with several targets first, and `decoder_example_ids` has the
-    number of each target token's example:
+    packed row are numbered from 1: first those with several targets, then the others.
+    `decoder_example_ids` has the number of each target token's example:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -124,24 +124,24 @@ class Batches:
         target_length: maximum number of tokens of a target together with its decoder prefix. Longer
             targets are truncated in the same way.
         seed: seed of the order, and of the choice of examples for `data_fraction`.
-        pack: whether to pack the rows. If False, they are padded: each objective has its own group (with
-            `pairs`, all objectives share one), in which row i belongs to the i-th example of the step. The
-            rows of a group are as long as the longest row that the data has for the group. Encodings are
-            not shared.
-        row_multiple: the number of rows of a batch is a multiple of this number, which is the number of
-            devices that share a batch times the number of microbatches.
+        pack: whether to pack the rows. If False, they are padded. Each objective then has its own
+            group, except that all objectives share one group with `pairs`. Row i of a group belongs to
+            the i-th example of the step. The rows of a group are as long as the longest row that the
+            data has for the group. Encodings are not shared.
+        row_multiple: the row count of a batch is a multiple of this number. The number is the product
+            of the number of devices over which a batch is sharded and the number of microbatches.
         data_fraction: share of the examples to use. The examples of a smaller share are a subset of those
             of a larger share.
-        row_lengths: input and target tokens of a packed row (`batches/row_lengths.py` chooses them).
-            (0, 0) means `input_length` and `target_length`; with `pairs`, each is raised to the length of
-            the longest example if that is greater.
+        row_lengths: input length and target length of a packed row (`batches/row_lengths.py` chooses
+            them). (0, 0) means `input_length` and `target_length`. With `pairs`, each of the two is
+            raised to the length of the longest example if that is greater.
         pairs: whether all targets of an example are in the same packed row, so that a loss can compare
             them.
         loss_mean: `token` or `example`. With `example`, the loss weight of each target token is divided
             by the number of tokens of its target.
-        shuffle: True for training. If False, the batches take each example once and in order, as an
-            evaluation does, in `num_steps` steps. The last step may have fewer examples, but its arrays
-            have the same shapes.
+        shuffle: whether the order is random, as in training. If False, the batches take each example
+            once and in order, as in an evaluation. They then have `num_steps` steps. The last step may
+            have fewer examples, but its arrays have the same shapes.
     """
 
     data: TaskData
@@ -297,15 +297,16 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """The number of which a block's row count must be a multiple.
+        """A block's row count must be a multiple of this number.
 
-        With it, the row count of a batch is a multiple of `row_multiple`. Example: with 4 shards and a
-        `row_multiple` of 6, this number is 3. A batch then has 4 blocks of 3k rows each, so 12k rows.
+        Then the row count of the batch is a multiple of `row_multiple`. Example: with 4 shards and a
+        `row_multiple` of 6, this number is 3. A batch has 4 blocks, so its row count is a
+        multiple of 12.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the number of rows of a batch, after rounding up, whose fullest shard needs `num_rows` rows."""
+        """Returns the row count of a batch, rounded up, if its fullest shard needs `num_rows` rows."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
@@ -332,8 +333,8 @@ class Batches:
         """Packs up to `count` random shards and returns the number of packed rows that each of them needs.
 
         The shards do not depend on `seed` or `data_fraction`, except that `seed` decides which rationales
-        are sampled. To bound the time, all probes together pack about `count` x 1,024 rows at most. If the
-        shards are large, this allows fewer than `count` of them, but at least `count` / 16 are packed.
+        are sampled. To bound the time, all these shards together have about `count` x 1,024 rows at
+        most. So if shards are large, fewer than `count` are packed, but at least `count` / 16.
         """
         size = self._shard_size
         # 128 shards of 256 examples with 3 tables: 98,304 rows <= 131,072, so all 128. Of 512 examples: 85
@@ -377,8 +378,9 @@ class Batches:
     def _groups(self) -> list[list[TokenTable]]:
         """The tables of each group.
 
-        Packed batches and batches with `pairs` have one group, with all tables. Other padded batches have
-        a group for each objective and variant, in which an example has at most one row.
+        Packed batches and batches with `pairs` have one group, with all tables. Other padded batches
+        have a group for each objective and variant (index of a rationale). An example has at most one
+        row in such a group.
         """
         if self.pack or self.pairs:
             return [list(self._tables)]
@@ -413,14 +415,14 @@ class Batches:
         return tuple(self._packed(drawn, tables, lengths) for tables, lengths in each)
 
     def batch_rows(self, fullest: int) -> int:
-        """Returns the number of rows of each group if the fullest shard needs `fullest` rows."""
+        """Returns the row count of each group of a batch if the fullest shard needs `fullest` rows."""
         # padded: a row for each example. Packed: the smallest row count into which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
 
     def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
-        """Returns the arrays of the given shards: for each group, one block of rows after the other.
+        """Returns, for each group, the arrays of the given shards: one block of rows after the other.
 
         Args:
             shards: some or all shards of one step.
@@ -468,7 +470,10 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Returns the encodings of rows, given (input lengths, decoder lengths, places) for each table."""
+        """Returns the encodings of `rows`.
+
+        Each item of `rows` describes the rows of a table: (input lengths, decoder lengths, places).
+        """
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice
@@ -478,15 +483,17 @@ class Batches:
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
         """Returns the places and the sizes of the units to pack.
 
-        With `pairs`, a unit is a complete example; without, it is one encoding and its targets.
+        With `pairs`, a unit is a complete example. Without `pairs`, a unit is one encoding and its
+        targets.
         """
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store; place i is example i.
+        """Returns the encodings of all examples of a store. The example at place i is example i of the store.
 
-        They include all rationales of an example. With `pairs` and sampled rationales, an example has one
-        rationale, as in a step, and it is as long as the example's longest.
+        All rationales of an example are included. With `pairs` and sampled rationales, an example
+        counts as having one rationale, as in a step, which is as long as the example's longest
+        rationale.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):

@@ -1,8 +1,8 @@
 """Prepares a process's part of the coming batches: the shards with rows on the process's devices.
 
-The row count of a batch depends on its fullest shard, and its token totals depend on all shards. So each
-process first packs its shards of 8 steps. Then the processes exchange the counts of their shards for
-these steps, and each process makes its arrays, one step at a time.
+The row count of a batch depends on its fullest shard, and its token totals depend on all shards. So
+each process first packs its shards of the next 8 steps. Then the processes exchange the row and token
+counts of their shards for these steps, and each process makes its arrays, one step at a time.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ def iterate(
         batches: the run's batches, the same in all processes.
         start, stop: the first step, and the step after the last.
         shards: indices of the shards that this process makes, ascending; None means all.
-        channel: connects this process to those that make the other shards. The iterator closes it at
-            the end. None means that this process makes all shards.
+        channel: connection to the processes that make the other shards. The iterator closes it at the
+            end. None means that this process makes all shards.
         prefetch: number of batches to keep ready.
     """
     import grain
@@ -137,7 +137,7 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Combines, for each step, the counts of all processes' shards.
+    """Combines, for each step, the row and token counts of all processes' shards.
 
     A shard that several processes make is counted only once.
     """

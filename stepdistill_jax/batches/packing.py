@@ -38,11 +38,11 @@ class Encodings:
 
     Attributes:
         of_row: for each row, the index of the encoding that it reads, from 0, [rows] int64.
-        offset: for each row, the number of decoder tokens that other rows of its encoding have to the
-            left of its own, [rows] int64.
+        offset: for each row, the number of decoder tokens to the left of its own that belong to other rows of
+            the same encoding, [rows] int64.
         row_sizes: for each row, its input length and its decoder length, [rows, 2] int64.
-        is_first: whether the row is the first of its encoding, so that its inputs are the ones encoded,
-            [rows] bool.
+        is_first: for each row, whether it is the first row of its encoding, [rows] bool. The inputs of this row
+            are the ones that are encoded.
         places: for each encoding, the place of its example in the step, [encodings] int64.
         sizes: for each encoding, its input length and the sum of its rows' decoder lengths,
             [encodings, 2] int64.
@@ -133,7 +133,7 @@ class Packing:
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Returns the positions of encodings, where `self` has the positions of complete examples.
+        """Turns the positions of complete examples, in `self`, into the positions of their encodings.
 
         The examples in `self` are in the order of `Encodings.of_examples`. The encodings of an example are
         placed one after the other. Example: an example's inputs start at column 5 and its targets at
@@ -154,15 +154,15 @@ class Packing:
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     """Packs rows by first-fit decreasing on two lengths: fills one packed row after the other.
 
-    The rows wait in two lists, the longest row first. The target list has the rows that use a larger share
-    of a packed row's target columns than of its input columns, such as most rationales, sorted by target
-    length. The input list has all other rows, such as most labels, sorted by input length. If a larger
-    share of the packed row's target columns than of its input columns is free, the next row is the first
-    of the target list that fits, and otherwise the first of the input list that fits. If no row of that
-    list fits, the next row comes from the other list. So inputs and targets fill up together. On rows like
-    CQA's, this needs 15% fewer packed rows than a single list sorted by the larger share, which would pack
-    the rationales together. Once only about two more rows fit into a packed row, the pair that fills it
-    best is chosen, which saves another 3%.
+    The rows wait in two lists. The target list contains the rows that use a larger share of a packed row's
+    target columns than of its input columns, such as most rationales, and is sorted by target length. The input
+    list contains all other rows, such as most labels, and is sorted by input length. In either list, the
+    longest row comes first. The next row comes from the target list if the packed row has a larger share of its
+    target columns free than of its input columns. Otherwise, the next row comes from the input list. It is the
+    first row of the list that fits. If no row of this list fits, the next row comes from the other list. So
+    inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a single list
+    sorted by the larger share, which would pack the rationales together. Once only about two more rows fit into
+    a packed row, the pair that fills it best is chosen, which saves another 3%.
 
     Example: with the capacity (4, 4), the sizes (3, 1), (1, 1), (1, 3) are put into the packed rows 0, 1, 0.
     The row of size (3, 1) comes first, and the row of size (1, 3) fills the rest of its packed row.
@@ -231,7 +231,7 @@ class _Decreasing:
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the first position whose sorting length fits into `room`. At all later positions, it fits, too."""
+        """Returns the first position whose sorting length fits into `room`. All later ones fit, too."""
         # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
         # target length in the input list) does not fit, no row fits, and the result is the end of the list.
         if room[1 - self._side] < self._least_other:
@@ -294,7 +294,7 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns the sum of each pair of n lengths, [n, n] float64; the diagonal has the single lengths.
+    """Returns the sum of each pair of n lengths, [n, n] float64. The diagonal contains the single lengths.
 
     Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
     """
@@ -309,10 +309,10 @@ def choose_row_counts(
 ) -> tuple[int, ...]:
     """Returns the row counts that the packed block of a shard may have: at most four, ascending.
 
-    A block gets the smallest count into which it fits, and its other rows are empty. Each count is
-    another shape to compile, so there are only four. The first two minimise the mean count, and so the
-    empty rows, over the probes. The third lies above the largest probe by about one or two standard
-    deviations of the probes. The fourth is `bound`, rounded up: it is far larger, but hardly ever needed.
+    A block gets the smallest count into which it fits, and the rows that it does not need are empty. Each count
+    is another shape to compile, so there are only four. The first two minimise the mean count, and so the empty
+    rows, over the probes. The third lies above the largest probe by about one or two standard deviations of the
+    probes. The fourth is `bound`, rounded up: it is far larger, but hardly ever needed.
 
     Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
@@ -355,8 +355,9 @@ def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
     """Returns a number of packed rows that `first_fit` never exceeds for `batch_size` examples.
 
     `first_fit` opens a new packed row only when no waiting row fits into the current one, because its
-    input or its target is too long. So the loads of two consecutive packed rows add up to more than 1. m
-    packed rows then have a total load above (m - 1) / 2, so m < 2 load + 1.
+    input or its target is too long. Let the load of a packed row be the sum of input / capacity + target /
+    capacity over its encodings. Then the loads of two consecutive packed rows add up to more than 1. So m
+    packed rows have a total load above (m - 1) / 2, and m < 2 load + 1.
 
     Args:
         loads: for each example, the sum of input / capacity + target / capacity over its encodings,
@@ -383,8 +384,8 @@ def empty_group(
 ) -> Group:
     """Returns a group of `count` rows of padding.
 
-    Each option adds a feature of the target tokens. `shared` adds the encoder segment that each target
-    token reads, `several_tasks` adds the index of its task, and `pairs` adds the number of its example
+    Each option adds an array with one entry for each target token. `shared` adds the encoder segment that each
+    target token reads, `several_tasks` adds the index of its task, and `pairs` adds the number of its example
     within the packed row.
     """
     group: Group = {}
@@ -461,11 +462,11 @@ def scatter(
 
 
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Returns, for each row, the number (from 1) of its example within the packed row, [rows].
+    """Returns, for each row, the 1-based index of its example within the packed row, [rows].
 
     The examples of a packed row that have several targets are numbered first, from left to right, and
     those with a single target after them. An example with several targets has at least two target tokens. So
-    the numbers of these examples are at most half of the packed row's target length, however many other
+    the indices of these examples are at most half of the packed row's target length, however many other
     examples are in the row.
     """
     _, first, of, count = np.unique(
@@ -477,7 +478,7 @@ def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray)
 
 
 def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns, for each row, its rank (from 1) among the rows of its group, sorted by their keys, [rows].
+    """Returns, for each row, its 1-based rank among the rows of its group when they are sorted by key, [rows].
 
     Example: `_numbers_within([0, 1, 0], [9, 5, 2])` is [2, 1, 1].
     """

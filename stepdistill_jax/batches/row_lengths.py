@@ -25,8 +25,9 @@ class RowLengths:
     """A candidate for the lengths of packed rows, and its cost.
 
     Attributes:
-        input_length, target_length: numbers of input tokens and of target tokens of a packed row.
-        rows: mean number of packed rows of a step, each rounded up so that `row_multiple` divides it.
+        input_length, target_length: lengths of the inputs and of the targets of a packed row, in tokens.
+        rows: mean over the sampled steps of the number of packed rows in a step, after rounding each step's
+            number up to a multiple of `row_multiple`.
         cost: mean cost of a step: `rows` times the cost of one packed row.
     """
 

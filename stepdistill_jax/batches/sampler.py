@@ -1,6 +1,6 @@
 """Chooses the examples of a step and their rows, which depend only on the data, the settings and the step.
 
-`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run needs only its step to resume.
+`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run can resume from its step number alone.
 `rows_of` finds the rows of these examples in each `TokenTable`.
 """
 
@@ -22,7 +22,9 @@ MIXTURE_BLOCK = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedRows:
-    """Rows of ids, truncated to `most` tokens; if a row ends with the end of sequence (1), it still does.
+    """Rows of ids, truncated to `most` tokens.
+
+    If a row ends with the end of sequence (id 1), so does the truncated row.
 
     Example: with `most` 3, the row `5 6 7 1` becomes `5 6 1`, and `5 6 7 8` becomes `5 6 7`.
     """
@@ -94,9 +96,9 @@ class TokenTable:
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
         """Returns the input ids, decoder ids, task indices, objective indices and loss weights of examples.
 
-        Each is an array [tokens], with one example after the other. The input ids have one entry for each
-        input token, the others one for each decoder token. Tokens of a decoder prefix have objective 0 and
-        weight 0.
+        Each result is an array [tokens], which lists one example after the other. The input ids have one entry
+        for each input token, and the other arrays have one for each decoder token. Tokens of a decoder prefix
+        have objective 0 and weight 0.
         """
         ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
         objectives = np.full(len(ids), self.objective)
@@ -121,7 +123,10 @@ class TokenTable:
 def token_tables(
     data: TaskData, input_length: int, target_length: int, loss_mean: str
 ) -> tuple[TokenTable, ...]:
-    """Returns a table for each column of each store; `Batches` describes the lengths and `loss_mean`."""
+    """Returns a table for each column of each store.
+
+    `Batches` describes the lengths and `loss_mean`.
+    """
     tables = []
     for number, part in enumerate(data.parts):
         store = part.store
@@ -184,8 +189,8 @@ class ExampleIds(NamedTuple):
 def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
     """Returns a uniform random number for each drawn example, [examples] uint64.
 
-    It depends only on (seed, store, example, epoch). It is computed with the mixing function of splitmix64
-    (Steele et al. 2014, "Fast splittable pseudorandom number generators").
+    The number depends only on (seed, store, example, epoch). It is computed with the mixing function of
+    splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
     """
     # uint64 arrays wrap around without a warning, as the algorithm needs
     mixed = np.full(len(drawn.indices), seed, np.uint64)
@@ -200,7 +205,7 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
     """Returns, for each store, the examples that a run uses, sorted.
 
-    They are the first examples of a permutation of the usable examples that depends only on the seed and the
+    These are the first usable examples of a store in a random order, which depends only on the seed and the
     store. So the examples of a smaller fraction are a subset of those of a larger one.
     """
     if fraction == 1:

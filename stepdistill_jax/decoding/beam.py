@@ -1,4 +1,4 @@
-"""Beam search, with the scores, candidates and stopping rule of Hugging Face's `generate`."""
+"""Beam search that uses the same scores, candidates and stopping rule as Hugging Face's `generate`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -201,7 +201,10 @@ def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
 
 
 def _reorder(cache: dict[str, jax.Array], beams: jax.Array) -> dict[str, jax.Array]:
-    """Gives each beam the keys and values of the beam that it continues, whose index is in `beams`, [batch, beams]."""
+    """Gives each beam the keys and values of the beam that it continues.
+
+    For each new beam, `beams` [batch, beams] has the index of the beam that it continues.
+    """
 
     def reorder(x):  # [layers, batch * beams, ...]
         by_row = x.reshape(x.shape[0], *beams.shape, *x.shape[2:])

@@ -42,9 +42,9 @@ class ChoiceScorer:
     """Scores given answers: an answer's score is the sum of the log probabilities of its ids.
 
     Each input is encoded once, and its keys and values are computed once. The answers of an input are packed
-    into decoder rows of at most 64 tokens (more only if an answer is longer). As in a training batch, each
-    answer is a segment of its decoder row. Decoder rows are scored one after the other, and logits exist for
-    at most 512 tokens at a time, so the memory for logits does not grow with the number of answers. A score
+    into decoder rows of at most 64 tokens (or of more, if a single answer is longer). As in a training batch,
+    each answer is a segment of its decoder row. Decoder rows are scored one after the other, and logits exist
+    for at most 512 tokens at a time, so the memory for logits does not grow with the number of answers. A score
     does not depend on the other answers or on the other inputs.
 
     The scorer keeps its compiled programs, one for each combination of the bucket of input lengths, the width
@@ -56,12 +56,12 @@ class ChoiceScorer:
     def __init__(
         self, config: ModelConfig, *, batch_size: int | None = None, mesh: Mesh | None = None
     ):
-        """Prepares a scorer. Programs are compiled only when it is called.
+        """Prepares a scorer. Programs are compiled only when the scorer is called.
 
         Args:
             config: configuration of the model. Dropout is never applied.
             batch_size: number of inputs to score at once, as for `LabelDecoder`.
-            mesh: mesh over which `params` are placed and the inputs are cut, as for `LabelDecoder`.
+            mesh: mesh over which `params` are placed and the inputs are sharded, as for `LabelDecoder`.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self._mesh = mesh
@@ -187,8 +187,8 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Yields the places of the rows of each batch.
 
-    Rows with similar numbers of decoder rows, similar input lengths and similar numbers of answer tokens are
-    in the same batch.
+    The rows of a batch are similar in their number of decoder rows, their input length and their number of
+    answer tokens.
     """
     tokens = [sum(map(len, of_row)) for of_row in answers]
 

@@ -45,8 +45,8 @@ def greedy_decode(
     Args:
         params: parameters of the model, unboxed.
         config: configuration of the model.
-        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding. A row of zeros only
-            fills up the batch and is done from the start.
+        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding. A row that consists of
+            zeros fills up the batch and is done from the start.
         max_decode_len: maximum number of tokens of an answer, including the end of sequence.
         decoder_prefix: ids that the decoder reads before the answer. The returned ids do not contain
             them, and the scores do not include their probability.
@@ -126,8 +126,8 @@ def _jit_decode(
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
     """Returns the compiled function of a `LabelDecoder`.
 
-    Equal decoders in a process share it. So a service that calls `predict` repeatedly compiles only once, and
-    the traces that JAX keeps do not accumulate.
+    Equal decoders in a process share this function. So a service that calls `predict` repeatedly compiles only
+    once, and the traces that JAX keeps do not accumulate.
     """
     options: dict[str, Any] = {"max_decode_len": max_decode_len}
     # passed only if there is a prefix, since a user's decode function need not have this argument
@@ -143,17 +143,16 @@ def _jit_decode(
 def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
     """Compiles `fn(params, arrays)` for a tree of arrays [rows, ...]. Each device gets all results.
 
-    Matrices are cast to `dtype` once, not at each token. If the devices of the mesh have different rows,
-    each device gathers the parameters once and decodes its rows independently. With GSPMD alone, the
-    devices would gather the parameters at each token, ask each other whether all rows are done, and gather
-    the logits of beams. GSPMD alone is used only if the gathered parameters would take more than a third of
-    a device's memory.
+    Matrices are cast to `dtype` once, not at each token. If the rows are sharded over the mesh, each device
+    gathers the parameters once and decodes its rows independently. With GSPMD alone, the devices would gather
+    the parameters at each token, ask each other whether all rows are done, and gather the logits of beams.
+    GSPMD alone is used only if the gathered parameters would take more than a third of a device's memory.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:
         return jax.jit(lambda params, arrays: fn(cast(params), arrays))
     own_rows = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
-    # inside `shard_map` the batch axes are cut already; GSPMD still handles the tensor axis
+    # inside `shard_map` the batch axes are sharded already; GSPMD still handles the tensor axis
     rules = [(name, axis) for name, axis in LOGICAL_AXIS_RULES if axis == "tensor"]
 
     def by_themselves(params, arrays):
@@ -162,7 +161,8 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
     def spread(params, arrays):
         params = cast(params)
-        # With `fsdp`, one axis cuts both the rows and the parameters, so each device must gather all parameters.
+        # With `fsdp`, rows and parameters are sharded over the same axis, so each device must gather all
+        # parameters.
         if not own_rows or (mesh.shape["fsdp"] > 1 and not _fits(params, mesh)):
             return fn(params, arrays)
         rows = PartitionSpec(tuple(own_rows))
@@ -188,7 +188,7 @@ def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
 def _fits(params: Any, mesh: Mesh) -> bool:
     """Returns whether all parameters, gathered, take less than a third of a device's memory.
 
-    On CPUs of unknown memory it returns True, and on other devices of unknown memory False.
+    If the size of the memory is not known, the result is True on CPUs and False on other devices.
     """
     device = mesh.devices.flat[0]
     # reads the memory from a table, not from the device, since all processes must trace the same program
@@ -209,10 +209,10 @@ def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) ->
 
 
 def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
-    """Yields the items of an iterator in order, but each only after the next `ahead` items have been started.
+    """Yields the items of an iterator in order, with a delay of `ahead` items.
 
-    Taking an item from the iterator starts its computation. With one further batch queued, the device does
-    not wait for the host.
+    Taking an item from the iterator starts its computation. An item is yielded only after the next `ahead` items
+    have been started. With one further batch queued, the device does not wait for the host.
     """
     queue = collections.deque()
     for item in started:
@@ -226,10 +226,11 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
     """Returns the number of rows to decode at once.
 
-    A mesh cuts a batch into equal parts, one for each device along the batch axes; without a mesh, there is
-    one part. The number is `batch_size`, or 64 rows for each part if that is None. It is rounded up so that
-    all parts are equal. On a GPU, each part has at least 8 rows, since XLA pads the rows of each smaller
-    matmul separately, and computes a single row without tensor cores and with 1.5 times as many operations.
+    A batch is split into equal parts, one for each device along the batch axes of the mesh. Without a mesh,
+    there is one part. The result is `batch_size`, or 64 rows for each part if `batch_size` is None. It is
+    rounded up so that all parts are equal. On a GPU, each part has at least 8 rows, since XLA pads the rows of
+    each smaller matmul separately, and computes a single row without tensor cores and with 1.5 times as many
+    operations.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
@@ -258,15 +259,15 @@ class LabelDecoder:
         decode_fn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = greedy_decode,
         decoder_prefix: Sequence[int] = (),
     ):
-        """Prepares a decoder. Programs are compiled only when it is called.
+        """Prepares a decoder. Programs are compiled only when the decoder is called.
 
         Args:
             config: configuration of the model. Dropout is never applied.
             max_decode_len: maximum number of tokens of an answer, including the end of sequence.
             batch_size: number of rows to decode at once; `rows_at_once` describes how it is rounded up. None
                 means 64 rows for each part of a batch.
-            mesh: mesh over which `params` are placed and the rows are cut; None means the default device.
-                With several processes, each must pass the same rows, and each gets all answers.
+            mesh: mesh over which `params` are placed and the rows are sharded. None means the default device.
+                If there are several processes, all must pass the same rows, and each of them gets all answers.
             decode_fn: a function with the signature of `greedy_decode` (params, config,
                 encoder_input_tokens, max_decode_len=...) that returns the same three arrays. It is traced by
                 `jax.jit`.

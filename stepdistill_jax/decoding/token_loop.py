@@ -35,12 +35,12 @@ class Start(NamedTuple):
         step: a function of (ids of the previous position [batch * beams], cache, memory, scalar position).
             It returns the logits of the position, [batch * beams, vocab] float32, and the cache with the
             position filled in.
-        cache: keys and values of self-attention from `start_cache`, [layers, batch * beams, ...]. It has
-            the positions of the decoder prefix, already filled in, and `max_decode_len` further positions.
-        memory: the encoded inputs, or their keys and values. It never changes.
+        cache: keys and values of self-attention from `start_cache`, [layers, batch * beams, ...]. The positions
+            of the decoder prefix are already filled in. `max_decode_len` further positions are empty.
+        memory: the encoded inputs, or their keys and values. The loop does not change it.
         last: the ids that the decoder reads at the first position of the answer, [batch * beams] int32.
-        filler: whether a row has only zeros, so that it only fills up the batch and has no answer,
-            [batch] bool.
+        filler: for each row, whether it consists of zeros, [batch] bool. Such a row fills up the batch and has
+            no answer.
     """
 
     step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]
@@ -131,7 +131,7 @@ def start(
 
 
 def _gpu() -> str | None:
-    """Returns the kind of GPU that the traced program is for, or None if it is for another kind of device."""
+    """Returns the kind of GPU that the traced program is for, or None if the program is not for a GPU."""
     return traced_device().device_kind if traced_platform() == "gpu" else None
 
 

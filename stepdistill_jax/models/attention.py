@@ -36,7 +36,7 @@ def attention(
     scale: float = 1.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Returns, for each query, the mean of the values that it sees, weighted by the softmax of its scores.
+    """Returns, for each query, the mean of the values that the query sees, weighted by the softmax of its scores.
 
     A query sees the keys of its own segment. A score is scale x (query . key), capped by `softcap`,
     plus the bias. If a query sees no key, its result is finite and has no meaning.
@@ -49,18 +49,19 @@ def attention(
         relative_bias: bias that is added to the scores, [1, heads, q, k] float32.
         query_segments: segments of the queries, [batch or 1, q or 1] int32.
         key_segments: segments of the keys, [batch or 1, k] int32. Segment 0 is padding, which no query sees.
-        causal: whether a query does not see keys at later places.
+        causal: whether a query sees only keys at its own and at earlier places.
         dropout_rate: share of the weights that dropout sets to 0; 0 <= rate < 1.
         dropout_rng: a key of `jax.random`; None turns dropout off.
         dropout_broadcast: whether all queries that read the same values share one dropout mask. These are the
-            queries of one head or, with fewer `kv_heads`, of a group of heads.
+            queries of one head, or of a group of heads if `kv_heads` is smaller than `heads`.
         softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
         window: a query sees only keys that are less than this many places away; None means all.
-        scale: factor of the scores. It is 1 in T5, whose initial query kernel contains 1 / sqrt(d).
+        scale: factor by which (query . key) is multiplied. It is 1 in T5, whose initial query kernel contains
+            1 / sqrt(d).
         implementation: one of `config.ATTENTIONS`. "xla" means plain operations, which XLA fuses. "pallas"
             means one kernel, which a CPU interprets in tests. If there are only a few queries, as in decoding,
-            or if the kernel does not support an option, plain operations are always used. "auto" means "xla"
-            here, since `training.attention_choice` replaces it earlier.
+            or if the kernel does not support an option, plain operations are always used. Here, "auto" means
+            "xla". In training, `training.attention_choice` has already replaced "auto" by one of the others.
 
     Returns:
         The means, [batch, q, heads, d], in the dtype of `v`.
@@ -115,7 +116,8 @@ def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
     """Applies dropout to values [batch, k, heads, d]: the values of some keys become 0, the others are scaled up.
 
-    For attention, this has the same effect as weights of 0, but it needs no mask as large as the weights.
+    For attention, a value of 0 has the same effect as weights of 0, and this mask is much smaller than a mask
+    of the weights.
     """
     batch, keys, heads, _ = v.shape
     # the mask of `dropout` for weights [batch, heads, q, k] that all q share: [batch, heads, 1, k]
@@ -142,8 +144,8 @@ _plus_bias.defvjp(
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the softmax over the keys where `mask` is true: [batch, heads, q, k] float32.
 
-    The mask is added to the scores, as 0 or -1e9. With `jnp.where`, JAX would compute arrays as large as the
-    scores before the loop over layers, and each layer would read them.
+    The code adds 0 to the score of a key that the query sees, and -1e9 to all other scores. With `jnp.where`,
+    JAX would compute arrays as large as the scores before the loop over layers, and each layer would read them.
 
     Args:
         scores: scores, [batch, heads, q, k].

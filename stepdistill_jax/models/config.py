@@ -25,11 +25,12 @@ OLD_REMAT_POLICIES = {"none": "elementwise"}  # in configs and `run.json` of old
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a rank for each projection, where 0 means no adapter.
 
-    The fields have the names of the parameter tree. A rank applies to every layer of encoder and decoder.
+    The fields are named like the projections in the parameter tree. A rank applies to every layer of encoder
+    and decoder.
 
     Attributes:
         query, key, value, out: rank for this projection in self-attention and in attention to the encoder.
-        wi: rank for the feed-forward block's input projection, or for each of the two in a gated block.
+        wi: rank for the feed-forward block's input projection. A gated block has two, and each gets this rank.
         wo: rank for the feed-forward block's output projection.
         alpha: an adapter's output is multiplied by alpha / rank.
 
@@ -71,8 +72,8 @@ class Side:
             reaches, as in Hugging Face (`stacks.windows_of`). 0 means all tokens. None means all tokens in
             every layer.
         rope_theta: base of the rotary position embedding; None if the model has none.
-        init_stddev: standard deviation of initial kernels and embeddings. None means T5's rule, by which
-            it depends on the widths of each kernel.
+        init_stddev: standard deviation of initial kernels and embeddings. None means T5's rule: the standard
+            deviation depends on the widths of the kernel.
 
     Raises:
         InputError: a size is out of bounds, or the key/value heads do not divide the heads.
@@ -119,12 +120,12 @@ class Side:
 class ModelConfig(abc.ABC):
     """Configuration of a model. Code outside a family's module only uses what is declared here.
 
-    To define a family, its module has a subclass of this class, and `models.families.FAMILIES` has an entry for
-    it. An entry in `formats.config_json` and one in `formats.parameter_names` describe the family's files. All
-    families use the same Flax module, `models.encoder_decoder.EncoderDecoder`.
+    A family's module defines a subclass of this class, and `models.families.FAMILIES` has an entry for the
+    family. An entry in `formats.config_json` and one in `formats.parameter_names` describe the family's files.
+    All families use the same Flax module, `models.encoder_decoder.EncoderDecoder`.
 
     Attributes:
-        vocab_size: number of rows of an embedding, at least the number of the vocabulary's pieces.
+        vocab_size: number of rows of an embedding. The vocabulary must not have more pieces.
         mlp_activations: `("relu",)` in T5 v1.0; `("gelu", "linear")`, the gated tanh gelu, in v1.1 and
             Gemma; `("silu", "linear")` in UL2.
         dropout_rate: rate of the dropout on embeddings, on attention weights, inside feed-forward blocks, and
@@ -138,14 +139,14 @@ class ModelConfig(abc.ABC):
         remat_policy: what the backward pass recomputes. `elementwise` recomputes norms, softmax, activations
             and dropout masks, but no matmuls (its old name is `none`). `minimal` recomputes everything except
             the matmuls with weights. `full` recomputes everything inside a layer.
-        scan_layers: whether the layers are a loop whose body is compiled once. If False, the loop is
+        scan_layers: whether the layers run in a loop whose body is compiled once. If False, the loop is
             unrolled. In both cases, the parameters of the layers are stacked.
         lora: adapters of the projections; None for a model without adapters. A model with adapters cannot
             decode before they are merged (`models.lora.merge`).
         quantized: whether kernels are int8 with a scale for each output. Such a model can only decode
             (`models.quantized.quantize`).
-        unrolled_decoder: whether each layer of the decoder has its own parameter tree, and there is no loop
-            over layers. This is for decoding on a GPU (`models.unrolled.unrolled`).
+        unrolled_decoder: whether each layer of the decoder has its own parameter tree, which is meant for
+            decoding on a GPU (`models.unrolled.unrolled`). If False, the layers are stacked.
 
     Raises:
         InputError: the dtype is `float16` (which overflows in T5's feed-forward layers) or unknown, another
@@ -190,7 +191,7 @@ class ModelConfig(abc.ABC):
 
     @property
     def position_bias(self) -> str | None:
-        """What has its own table of relative position biases: each `side`, each `layer`, or nothing (None)."""
+        """Whether each `side` or each `layer` has its own table of relative position biases. None means no table."""
         return None
 
     @property
@@ -200,7 +201,7 @@ class ModelConfig(abc.ABC):
 
     @property
     def start_id(self) -> int:
-        """Id that the decoder reads first. In the arrays of a batch, this id is 0 for every family."""
+        """Id that the decoder reads first. The arrays of a batch contain 0 in its place."""
         return 0
 
     # a norm multiplies by norm_offset + its stored scale; Gemma stores the scale's difference from 1
@@ -220,10 +221,10 @@ class Family:
 
     Attributes:
         config: class of the family's configuration.
-        sizes: for each size, the fields of `config` that it sets. `tiny` is not published; it is for tests
-            and demos.
+        sizes: for each size, the values of those fields of `config` that depend on the size. `tiny` is not
+            published; it is for tests and demos.
         vocab_size: size of the published vocabulary.
-        traits: fields of `config` that all sizes share.
+        traits: values of those fields of `config` that are the same for all sizes.
     """
 
     config: type[ModelConfig]

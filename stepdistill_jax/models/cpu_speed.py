@@ -2,11 +2,11 @@
 
 The gains were measured on two cores (docs/lab/training_speed.md, docs/lab/decoding_speed.md):
 
-    keep_pages      a step takes 0.63 to 1.0 of the time, with a tenth of the page faults
-    argmax          8 -> 0.4 ms of a decoding step of 64 rows
+    keep_pages      a step takes 0.63 to 1.0 of the time, and has a tenth of the page faults
+    argmax          in a decoding step of 64 rows, it takes 0.4 instead of 8 ms
     sum_over_rows   attention alone, forward and backward, takes about 0.6 of the time
     in_row_blocks   decoding 256 rows takes 0.83 of the time
-    step_options    a step of T5Gemma takes 0.87 of the time, with 6.7 instead of 9.2 GB
+    step_options    a step of T5Gemma takes 0.87 of the time, and 6.7 instead of 9.2 GB
 """
 
 import ctypes
@@ -33,11 +33,12 @@ def keep_pages() -> bool:
     operating system, which clears every page before it hands it out again. This takes up to 40% of the time
     of a step of a small T5. With this setting, the process never gives back its peak memory.
 
-    This must be called before JAX starts its threads. It takes three settings of glibc: no separate mappings
-    for large blocks, no trimming, and a single heap, since only the main heap is never returned.
+    This must be called before JAX starts its threads. It changes three settings of glibc: no separate mappings
+    for large blocks, no trimming, and a single heap, since glibc keeps the memory of the main heap only.
 
     Returns:
-        Whether glibc was set. It is not on an accelerator, or if the C library is not glibc.
+        Whether the settings were changed. They are not if JAX will run on an accelerator, or if the C library
+        is not glibc.
     """
     if not _on_cpu() or platform.libc_ver()[0] != "glibc":
         return False
@@ -47,14 +48,14 @@ def keep_pages() -> bool:
 
 
 def _on_cpu() -> bool:
-    """Predicts whether JAX will choose the CPU, without starting it."""
+    """Predicts, without starting JAX, whether JAX will choose the CPU."""
     if chosen := os.environ.get("JAX_PLATFORMS"):
         return chosen.split(",")[0] == "cpu"
     return not any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
 
 
 def step_options(mesh: Mesh) -> dict[str, bool] | None:
-    """Returns XLA's options for a training step on this mesh; None if its devices are not CPUs.
+    """Returns XLA's options for a training step on this mesh, or None if the mesh does not consist of CPUs.
 
     By default, XLA copies Adam's moments before it updates them in place, because it does not consider
     the order of the operations. Also by default, it orders the operations so that many can run at the same
@@ -96,8 +97,8 @@ def argmax(logits: jax.Array) -> jax.Array:
 def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
     """Returns `encode(*arrays)` for arrays [batch, length].
 
-    On a CPU, one block of rows is encoded at a time, so that its activations fit the CPU's cache. Other devices
-    encode all rows at once.
+    On a CPU, one block of rows is encoded at a time, so that the activations of a block fit the CPU's cache.
+    Other devices encode all rows at once.
     """
     batch, length = arrays[0].shape
     rows = _rows_of_block(batch, length)
@@ -114,7 +115,8 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 def _rows_of_block(batch: Any, length: Any) -> Any:
     """Returns the number of rows of a block: the largest divisor of `batch` for which a block has at most 1024 ids.
 
-    The result is `batch` if the divisor is less than half of the rows that would fit, or if sizes are symbolic.
+    The result is `batch` if this divisor is less than half of the number of rows that would fit, or if sizes
+    are symbolic.
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

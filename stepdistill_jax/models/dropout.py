@@ -1,7 +1,7 @@
 """Dropout as a function, and as a Flax module with its own random numbers.
 
-Whether an element is dropped depends only on a seed and the element's place. So a kernel need not store a mask,
-since its backward pass can draw it again, and the mask does not depend on how an array is sharded.
+Whether an element is dropped depends only on a seed and the element's place. So the backward pass of a kernel
+can draw a mask again, and the kernel need not store it. Nor does a mask depend on how an array is sharded.
 """
 
 import flax.linen as nn
@@ -44,12 +44,12 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool
 
 
 def kept_draws(rate: float) -> int:
-    """Returns the number below which a draw keeps an element. It is at least 1 and at most `DRAWS`."""
+    """Returns `kept`, from 1 to `DRAWS`: dropout keeps an element if its draw is below `kept`."""
     return max(1, round(DRAWS * (1 - rate)))
 
 
 def dropout_seeds(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns two random seeds for each matrix of an array [*shape, rows, columns]: [2, *shape] uint32."""
+    """Returns two random seeds, [2, *shape] uint32, for each matrix of an array [*shape, rows, columns]."""
     return jax.random.bits(rng, (2, *shape), jnp.uint32)
 
 
@@ -65,7 +65,7 @@ def random_words(
     Args:
         first, second: the two uint32 seeds of the matrix.
         position, feature: row and column of each place, as uint32 arrays that broadcast. Both must be below
-            65,536 (`config.MAX_WIDTH`), since masks would repeat above.
+            65,536 (`config.MAX_WIDTH`), since larger masks would repeat themselves.
     """
     # one word of 32 bits has room for both: row 3, column 5 is 0x00030005
     x = (position << 16 | feature) ^ first

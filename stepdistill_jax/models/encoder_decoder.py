@@ -25,7 +25,10 @@ Cache = dict[str, jax.Array]
 
 
 def _one_segment(visible: jax.Array) -> Segments:
-    """Returns segments with which each query sees exactly the keys where `visible` [batch or 1, k] is true."""
+    """Returns segments of queries and of keys.
+
+    With these segments, each query sees exactly the keys where `visible` [batch or 1, k] is true.
+    """
     return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
 
 
@@ -54,8 +57,8 @@ class EncoderDecoder(nn.Module):
 
     def _embed(self, ids: jax.Array, embedder: str) -> jax.Array:
         # [batch, length] -> [batch, length, embed]. The constraint makes devices gather the table's width before
-        # the lookup. If the width stayed cut over fsdp, XLA would replicate the complete result of the lookup and
-        # cut it again ("full rematerialization").
+        # the lookup. If the width stayed sharded over fsdp, XLA would replicate the complete result of the
+        # lookup and shard it again ("full rematerialization").
         table = nn.with_logical_constraint(self.tables[embedder], ("vocab", None))
         # The cast comes after the lookup, so that the lookup's gradient, a sum over equal tokens, is added up in
         # float32. In bfloat16, a sum of ones would stop at 256, since bfloat16 has no 257.
@@ -105,7 +108,10 @@ class EncoderDecoder(nn.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Returns the logits at each target position, [batch, target length, vocab] float32; see `states`."""
+        """Returns the logits at each target position, [batch, target length, vocab] float32.
+
+        The arguments are those of `states`.
+        """
         return self._logits(self.states(batch, enable_dropout=enable_dropout))
 
     def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
@@ -156,7 +162,7 @@ class EncoderDecoder(nn.Module):
             cache: the cache, from `start_cache` or the previous step.
             encoder_segment_ids: segments of the inputs, [batch, length]; 0 is padding.
             index: position of the decoded token, scalar int32.
-            encoded: only needed if the cache has no keys and values of the inputs. It has the states from
+            encoded: only needed if the cache has no keys and values of the inputs. The pair of the states from
                 `encode`, [batch, length, embed], and their transpose, [batch, embed, length].
 
         Returns:
@@ -233,7 +239,7 @@ class OutputLayer:
 
     @property
     def kernel(self) -> jax.Array:
-        """The weights as [embed, vocab], whether tied or not."""
+        """The weights, always as [embed, vocab]."""
         return self.weights.T if self.tied else self.weights
 
     def logits(self, states: jax.Array) -> jax.Array:
@@ -269,16 +275,16 @@ def start_cache(
         config: configuration of the model.
         max_decode_len: number of positions for self-attention.
         cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs its
-            argument `encoded`. That is less work if an input has few queries in total, which are its beams
-            times its tokens to decode (see `layers.Attention.over_states`).
+            argument `encoded`. Decoding without them is less work if the number of beams times the number of
+            tokens to decode is small (see `layers.Attention.over_states`).
 
     Returns:
         A dict of arrays. `key` [layers, batch, kv_heads, kv, max_decode_len] and `value` [layers, batch, kv_heads,
-        max_decode_len, kv] are zeros. `cross_key` and `cross_value` are the keys and values of the inputs, in the
-        same shapes with `length` in place of `max_decode_len`.
+        max_decode_len, kv] are zeros. `cross_key` and `cross_value` are the keys and values of the inputs.
+        Their shapes have `length` in place of `max_decode_len`.
 
     Raises:
-        ValueError: the parameters or the configuration have adapters, which decoding would ignore.
+        ValueError: the parameters or the configuration contain adapters, which decoding would ignore.
     """
     if config.lora is not None or has_adapters(params):
         raise ValueError(

@@ -19,18 +19,19 @@ def model_config(
 ) -> ModelConfig:
     """Returns the configuration of a published model, adapted to a vocabulary.
 
-    The vocabulary size is rounded up to a multiple of 128, so that the usual device counts divide the rows of
-    the embedding, as they divide T5's own 32128.
+    The vocabulary size is rounded up to a multiple of 128, so that the rows of the embedding can be sharded
+    over the usual numbers of devices, like the 32128 rows of T5's own embedding.
 
     Args:
-        family: a name in `FAMILIES`. Flan-T5 is a `t5_v1_1`.
+        family: a name in `FAMILIES`. For Flan-T5, this is `t5_v1_1`.
         size: `small` to `xxl` for T5, or `tiny` for tests and demos. Other families have further sizes,
             such as T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
         vocab_size: number of ids of the vocabulary.
         bos_id: the vocabulary's bos id, or 0 if it has none. None means the id of the published models. If
             there is no bos, the decoder of a T5Gemma starts with the end of sequence, since transformers
             would treat 0 as padding and not attend to it.
-        **overrides: further fields of the family's configuration, which replace those of the size.
+        **overrides: values for fields of the family's configuration. They replace the values of the published
+            model.
 
     Raises:
         InputError: the family or size is unknown, or the vocabulary has a bos that the family does not use.

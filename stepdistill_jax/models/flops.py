@@ -25,10 +25,10 @@ def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_len
 def recomputed_flops(
     config: ModelConfig, *, rows: int, input_length: int, target_length: int
 ) -> float:
-    """Returns the matmul FLOPs of the forward pass that the backward pass repeats under `config.remat_policy`.
+    """Returns the FLOPs of those matmuls that the backward pass repeats under `config.remat_policy`.
 
     `elementwise` repeats no matmul. `minimal` saves matmuls with weights, and repeats the two matmuls inside
-    attention. `full` repeats the forward pass of each layer. No policy repeats the output layer.
+    attention. `full` repeats the forward pass of each layer. The output layer is never repeated.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     head = 2 * target_length * config.decoder.emb_dim * config.vocab_size
@@ -37,12 +37,16 @@ def recomputed_flops(
 
 
 def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int, int, int]:
-    """Returns the FLOPs of the forward pass of a row: of matmuls with weights, with adapters, and inside attention."""
+    """Returns three counts of FLOPs of a row's forward pass.
+
+    The first is for the matmuls with weights, the second for those with adapters, and the third for those
+    inside attention.
+    """
     encoder, decoder, ranks = config.encoder, config.decoder, config.lora
     weights, adapters, scores = 2 * targets * decoder.emb_dim * config.vocab_size, 0, 0
 
     def add(positions: int, width: int, features: int, projection: str) -> None:
-        """Adds the matmuls of all positions with a kernel [width, features] and with its adapter."""
+        """Adds the FLOPs of the matmuls with a kernel [width, features] and with its adapter, for all positions."""
         nonlocal weights, adapters
         rank = getattr(ranks, projection) if ranks else 0
         # two FLOPs per weight and position; an adapter is [width, rank] times [rank, features]
@@ -50,7 +54,10 @@ def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int,
         adapters += 2 * positions * rank * (width + features)
 
     def attend(side: Side, queries: int, keys: int, width: int) -> None:
-        """Adds attention in all layers of a side, where keys and values are computed from states [keys, width]."""
+        """Adds the FLOPs of attention in all layers of a side.
+
+        Keys and values are computed from states [keys, width].
+        """
         nonlocal scores
         layers, kv_width = side.num_layers, side.num_kv_heads * side.head_dim
         add(layers * queries, side.emb_dim, side.joined_kv, "query")

@@ -53,8 +53,8 @@ def fused_attention(
     bias = None if relative_bias is None else relative_bias[0]
     query_segments = jnp.broadcast_to(query_segments, q.shape[:2])
     key_segments = jnp.broadcast_to(key_segments, k.shape[:2])
-    # Names all free axes, even those that cut nothing here, since XLA refuses a kernel that it might have to
-    # partition.
+    # Names all free axes, even those over which nothing is sharded here, since XLA refuses a kernel that it
+    # might have to partition.
     if (free := _free_axes()) and jax.sharding.get_abstract_mesh().size > 1:
         rows, heads = [tuple(a for a in free if a in axes) for axes in (BATCH_AXES, ("tensor",))]
         of_rows, of_heads = P(rows), P(rows, None, heads)

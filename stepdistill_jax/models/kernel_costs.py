@@ -15,7 +15,7 @@ from typing import Protocol
 
 
 class Shaped(Protocol):
-    """What a formula can read of an operand or a result of a call."""
+    """An operand or a result of a kernel call, with the fields that a formula can read."""
 
     @property
     def dtype(self) -> str:
@@ -38,7 +38,7 @@ class KernelCost:
     """Cost of one call on one device.
 
     Attributes:
-        flops: FLOPs of matmuls, two for each multiplication.
+        flops: FLOPs of matmuls. A multiplication and its addition count as two.
         bytes: number of bytes read from and written to the device's main memory.
         integer: number of elementwise operations on integers.
         other: number of elementwise operations on all other types.

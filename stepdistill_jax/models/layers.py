@@ -61,8 +61,8 @@ def dense(
         axes: logical axes of the kernel.
         stddev: standard deviation of the initial kernel.
         name: name of the module.
-        projection: field of `LoraConfig` with the rank of the adapter. None means that the layer never has an
-            adapter.
+        projection: name of the field of `LoraConfig` that contains the adapter's rank. None means that the
+            layer never has an adapter.
         float32_sums: whether the output is float32 even if the arithmetic is bfloat16. Logits need this,
             since rounding to bfloat16 could make two of them equal.
     """
@@ -240,10 +240,10 @@ class Attention(nn.Module):
 
         Let e be a state, q a query, and K and V the kernels of keys and values. Up to rounding, a score
         q . (K e) equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e. Per
-        query, this takes inputs / kv times as many operations as attention over keys and values, but it saves
-        computing them. The two ways are equal at about `kv` queries for each input (with as many key/value
-        heads as query heads). With fewer queries, this way is less work, and no layer needs memory for keys
-        and values.
+        query, this takes inputs / kv times as many operations as attention over keys and values, but keys and
+        values need not be computed. If there are as many key/value heads as query heads, the two ways take the
+        same work at about `kv` queries for each input. With fewer queries, this way is less work. It also needs
+        no memory for keys and values.
 
         Args:
             x: the decoder's states, [batch, q, embed].
@@ -284,8 +284,8 @@ class Mlp(nn.Module):
     """Feed-forward block.
 
     With the activations `("relu",)` it computes relu(x wi) wo. With the gated `("gelu", "linear")` it computes
-    (gelu(x wi_0) * (x wi_1)) wo. If `merged`, the projections of x are one matmul, with the parameters of
-    `models.unrolled`.
+    (gelu(x wi_0) * (x wi_1)) wo. If `merged`, the projections of x are computed as one matmul, from the
+    parameters that `models.unrolled` returns.
     """
 
     config: ModelConfig

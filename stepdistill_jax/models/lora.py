@@ -88,7 +88,7 @@ def combine(trained: Any, frozen: Any) -> Any:
 
 
 def base_of(params: Any) -> Any:
-    """Returns the parameters without the adapters, which are left out and not merged."""
+    """Leaves out the adapters, without merging them, and returns the other parameters."""
     trained, frozen = split(params)
     return frozen or trained
 

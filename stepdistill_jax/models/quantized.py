@@ -1,4 +1,4 @@
-"""int8 weights: a projection whose kernel is int8 with a scale for each output, and the quantization of kernels.
+"""int8 weights: a projection with an int8 kernel and a scale for each output, and functions that quantize kernels.
 
 Only kernels are quantized, symmetrically: W is about W8 * scale, where W8 is from -127 to 127 and each column has
 its own scale (Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations, embeddings, norms and

@@ -25,7 +25,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
 # The first rule whose mesh axis is still free wins. For example, the rows of a kernel ("embed", "joined_kv")
-# are cut over fsdp and its columns over tensor.
+# are sharded over fsdp and its columns over tensor.
 LOGICAL_AXIS_RULES = (
     ("batch", BATCH_AXES),
     ("vocab", "tensor"),
@@ -54,12 +54,13 @@ class Layout:
     """Sizes of the mesh axes. One of `data`, `fsdp` and `tensor` may be -1, which means all remaining devices.
 
     Attributes:
-        data: number of copies of the parameters inside a group of `dcn_data`. Each copy has its own rows.
-        fsdp: number of parts into which parameters and rows are cut.
-        tensor: number of parts into which heads, feed-forward width and vocabulary are cut.
-        dcn_data: number of groups of devices that are connected by the data centre's network (DCN). Each
-            group has its own copies of the parameters. -1 means one group for each slice (MaxText calls
-            this size `dcn_data_parallelism`). The axis `data` of the mesh has the size dcn_data x data.
+        data: number of copies of the parameters inside each of the `dcn_data` groups. Each copy processes its
+            own rows.
+        fsdp: number of shards into which parameters and rows are split.
+        tensor: number of shards into which heads, feed-forward width and vocabulary are split.
+        dcn_data: number of groups of devices. The data centre's network (DCN) connects the groups, and each
+            group has its own copies of the parameters. -1 means one group for each slice (MaxText calls this
+            size `dcn_data_parallelism`). The axis `data` of the mesh has the size dcn_data x data.
     """
 
     data: int = 1
@@ -81,16 +82,16 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of a layout over the given devices; None means all devices.
+    """Returns the mesh of a layout over the given devices, or over all devices if `devices` is None.
 
     The layout is a name in `LAYOUTS` or a `Layout`. The mesh is arranged so that the parts of one copy of the
     parameters communicate over the fast links of one slice. If devices do not know their slice, or are
-    virtual devices of one machine (CPU), each process counts as a slice. `dcn_data` then cuts the devices, in
-    the order of their processes, into equal blocks.
+    virtual devices of one machine (CPU), each process counts as a slice. The devices are then divided, in the
+    order of their processes, into `dcn_data` equal blocks.
 
     Raises:
-        InputError: the layout is unknown, or its sizes do not fit the devices. The message names the
-            nearest name or sizes.
+        InputError: the layout is unknown, or its sizes do not fit the devices. The message names the layout
+            with the most similar name, or the nearest sizes that fit.
     """
     if isinstance(layout, str):
         one_of("layout", layout, LAYOUTS)
@@ -182,7 +183,7 @@ def _nearest_layout(
 
 
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
-    """Returns the devices as an array [data, fsdp, tensor]. Several slices are arranged along its first axes."""
+    """Returns the devices as an array [data, fsdp, tensor]. Several slices lie along its first axes."""
     # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     slices = len({getattr(d, "slice_index", None) for d in devices})
@@ -213,7 +214,7 @@ def traced_platform() -> str:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of parts into which the rows of a batch are cut."""
+    """Returns the number of shards into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -223,20 +224,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array [batch, ...] whose rows are cut over the mesh."""
+    """Returns the sharding of an array [batch, ...] whose rows are sharded over the mesh."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
-    """Turns a tree of host arrays [rows, ...] into global arrays whose rows are cut over the mesh.
+    """Turns a tree of host arrays [rows, ...] into global arrays whose rows are sharded over the mesh.
 
-    Every process gives each of its devices the rows that the device owns. This works for any mesh, even
-    if two processes own the same rows because of a tensor axis.
+    Every process copies to each of its devices the rows that belong there. This works for any mesh, even if two
+    processes need the same rows because of a tensor axis.
 
     Args:
-        batch: arrays with the rows of this process's blocks, one block after the other. With the default
-            values of `blocks` and `num_blocks`, they are all rows of the global batch.
-        mesh: the mesh over which the rows are cut.
+        batch: arrays with the rows of this process's blocks, one block after the other. With the default values
+            of `blocks` and `num_blocks`, these are all rows of the global batch.
+        mesh: the mesh over which the rows are sharded.
         blocks: indices of this process's blocks, ascending, as `blocks_on` returns them.
         num_blocks: number of equal blocks of rows that make up the global batch.
     """
@@ -266,7 +267,7 @@ def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None)
     axis spans processes.
 
     Args:
-        mesh: the mesh over which the rows are cut.
+        mesh: the mesh over which the rows are sharded.
         num_blocks: number of blocks in the global batch.
         devices: devices of the mesh; None means this process's devices.
     """
@@ -286,18 +287,19 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
     """Returns the shardings of a model's parameters.
 
     Args:
-        mesh: the mesh over which the parameters are cut.
+        mesh: the mesh over which the parameters are sharded.
         boxed: the parameters as boxes with logical axis names, from `models.encoder_decoder.abstract_params`.
-        config: configuration of the model. A cut must not split one of its heads.
+        config: configuration of the model. Sharding must not split a head.
 
     Raises:
-        InputError: the size of a mesh axis does not divide a dimension that the axis cuts. The message names
-            both sizes, and the nearest layout that divides all dimensions.
+        InputError: the size of a mesh axis does not divide a dimension that is sharded over the axis. The
+            message names both sizes, and the nearest layout that divides all dimensions.
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
     heads = {}
-    # With a position bias, its table [heads, buckets] is cut too, so the check of dimensions covers the heads.
+    # With a position bias, its table [heads, buckets] is sharded too, so the check of dimensions covers the
+    # heads.
     if config.position_bias is None:
         heads = {"encoder": config.encoder.num_kv_heads, "decoder": config.decoder.num_kv_heads}
     _check_divisible(mesh, jax.eval_shape(nn.meta.unbox, boxed), specs, shardings, heads)
@@ -307,18 +309,18 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
 def _check_divisible(
     mesh: Mesh, params: Any, specs: Any, shardings: Any, heads: Mapping[str, int]
 ) -> None:
-    """Raises InputError if the size of a mesh axis does not divide a dimension that the axis cuts.
+    """Raises InputError if the size of a mesh axis does not divide a dimension that is sharded over the axis.
 
-    `heads`, the number of key/value heads of each side, is checked as well, since a cut must not split a
-    head. For example, a kernel of shape [embed, 128] with 2 heads of width 64 can be cut into at most two
-    parts, which its shape does not show.
+    `heads`, the number of key/value heads of each side, is checked as well, since sharding must not split a
+    head. For example, if a kernel [embed, 128] has 2 heads of width 64, it can be split into at most two
+    shards, although 4 and 8 divide 128, too.
     """
     wrong: dict[str, str] = {}
-    # greatest common divisor of the dimensions that an axis cuts
+    # for each axis, the greatest common divisor of the dimensions that are sharded over it
     cut: dict[str, int] = dict.fromkeys(AXES, 0)
 
     def check(path, param, spec, sharding) -> None:
-        # strict=False: a sharding's spec may be shorter than the shape; the remaining axes are not cut
+        # strict=False: a sharding's spec may be shorter than the shape; the remaining axes are not sharded
         for size, logical, axis in zip(param.shape, spec, sharding.spec, strict=False):
             if axis is None:
                 continue

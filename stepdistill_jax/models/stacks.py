@@ -92,8 +92,8 @@ class DecoderLayer(_Layer):
     """A decoder layer, used in one of three ways.
 
     1. `cache` is None: teacher forcing. Keys and values of the input are computed from `context.encoded`.
-    2. `cache` has only `cross_key` and `cross_value`, the keys and values of the input: teacher forcing that
-       reads these.
+    2. `cache` has only `cross_key` and `cross_value`, the keys and values of the input: teacher forcing, which
+       reads these keys and values.
     3. `cache` has `key` and `value`, those of earlier tokens: one token is decoded. In attention to the encoder,
        the layer reads `cross_key` and `cross_value` or, if `context.encoded` is given, the encoder's states.
     """
@@ -105,7 +105,8 @@ class DecoderLayer(_Layer):
         """Applies the layer to x [batch, q, embed].
 
         Returns:
-            An array of the same shape, and the key and value of the decoded token, or None under teacher forcing.
+            An array of the same shape, and a second result. When a token is decoded, it contains the key and
+            value of the token. Under teacher forcing, it is None.
         """
         c, side, off = self.config, self.config.decoder, self.deterministic
         drop = _dropout(c, off)
@@ -145,7 +146,7 @@ class DecoderLayer(_Layer):
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
 
     def _next(self, attention: Attention, h, window, cache, bias, context: Context):
-        """Returns the output of self-attention for one token over the cache, and the token's key and value."""
+        """Computes self-attention of one token over the cache. Returns its output, and the token's key and value."""
         if self.config.unrolled_decoder:
             queries, keys, values = attention.queries_keys_values(h)
         else:
@@ -173,9 +174,9 @@ def _turned(queries, keys, turn: Rotation | None):
 def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
     """Returns the window of each layer for `attention.attention`, [layers] int32.
 
-    The windows in `Side.windows` have the meaning of Hugging Face: an encoder sees the distances <= window, and a
-    decoder sees the distances < window. The result is None if each window is at least as long as the rows, which
-    have `longest` places, so that no window masks anything.
+    The windows in `Side.windows` have the same meaning as in Hugging Face: an encoder sees the distances <=
+    window, and a decoder sees the distances < window. The result is None if each window is at least as long as
+    the rows, which have `longest` places, so that no window masks anything.
     """
     # `attention` masks distances >= window, so the window of an encoder becomes one more. A window of 0, which
     # means all, becomes more than any length.
@@ -188,8 +189,8 @@ def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
 def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axes: Any, **kwargs):
     """Returns a module that applies `length` layers, one after the other.
 
-    They are a loop if `config.scan_layers` is True, and otherwise the loop is unrolled. In either case, the
-    parameters of the layers are stacked along axis 0. `config.remat_policy` decides what the backward pass
+    If `config.scan_layers` is True, the layers run in a loop. Otherwise the loop is unrolled. In either case,
+    the parameters of the layers are stacked along axis 0. `config.remat_policy` decides what the backward pass
     recomputes.
     """
     policies = jax.checkpoint_policies
@@ -268,11 +269,12 @@ class Decoder(_Stack):
     ):
         """Applies all layers to embeddings x [batch, q, embed].
 
-        `cache` is described in `DecoderLayer`, and has a layer axis here. `Context` describes the other arguments.
+        `DecoderLayer` describes `cache`, whose arrays have an additional layer axis here. `Context` describes
+        the other arguments.
 
         Returns:
-            States of the shape of x, and the keys and values of the decoded token in all layers, or None under
-            teacher forcing.
+            States of the shape of x, and a second result. When a token is decoded, it contains the keys and
+            values of the token in all layers. Under teacher forcing, it is None.
         """
         c, side = self.config, self.config.decoder
         drop = _dropout(c, deterministic)

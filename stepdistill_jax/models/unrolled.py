@@ -18,10 +18,10 @@ def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns the parameters with `layers_0`, `layers_1`, ... instead of `layers` in the decoder.
 
     In each layer, `self_attention` has one kernel `query_key_value` [embed, 3, joined_kv] instead of three
-    kernels. If there are fewer key/value heads than query heads, it has `query`, unchanged, and `key_value`
-    [embed, 2, features]. `mlp` has one kernel `wi` [embed, 2, mlp] instead of `wi_0` and `wi_1`; without a gate, it
-    is [embed, 1, mlp]. The features keep an axis of their own, so kernels that are cut over devices need not be
-    moved.
+    kernels. If there are fewer key/value heads than query heads, it keeps the kernel `query` and has one kernel
+    `key_value` [embed, 2, features]. `mlp` has one kernel `wi` [embed, 2, mlp] instead of `wi_0` and `wi_1`.
+    Without a gate, `wi` is [embed, 1, mlp]. The features keep an axis of their own, so a sharded kernel need
+    not be moved between devices.
 
     Args:
         params: parameters of the model, unboxed, with stacked layers. The kernels may be int8.

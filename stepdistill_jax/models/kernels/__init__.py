@@ -5,18 +5,18 @@ shapes, or None. `attention` computes attention on one device, from these argume
 
     q                                 [rows, q, heads, d]
     k, v                              [rows, k, heads, d]
-    bias                              [heads, q, k] float32, added to the scores of each row; or None
+    bias                              [heads, q, k] float32, added to the scores of each row; None adds nothing
     query_segments, key_segments      [rows, q] and [rows, k] int32; a query sees the keys of its own
                                       segment; a key of segment 0 is never seen
-    seeds                             [2, rows, heads] uint32 from `dropout_seeds`; None: no dropout
-    causal                            whether a query does not see keys at later places
+    seeds                             [2, rows, heads] uint32 from `dropout_seeds`; None turns dropout off
+    causal                            whether a query sees only keys at its own and at earlier places
     kept                              dropout keeps a weight if its draw, a random number from 0 to
                                       `DRAWS` - 1, is below `kept`
     interpret                         whether a CPU runs the programs, for tests
 
-The result has, for each query, the mean of the values that the query sees, weighted by the softmax of its
-scores: [rows, q, heads, d] in the dtype of v. The dropout masks equal those of `dropout.dropout`, bit for
-bit. A query that sees no key gets 0 and contributes to no gradient.
+The result, [rows, q, heads, d] in the dtype of v, is the mean of the values that each query sees, weighted by
+the softmax of the query's scores. The dropout masks equal those of `dropout.dropout`, bit for bit. A query that
+sees no key gets 0 and contributes to no gradient.
 
 In the backward passes, `slope` is the gradient of the loss with respect to this result.
 """

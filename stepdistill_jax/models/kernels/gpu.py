@@ -2,9 +2,9 @@
 
 Scores, weights, masks and random numbers are never written to main memory. The forward kernel loops over the
 keys with a running softmax (FlashAttention), and stores the logarithm of each softmax's denominator. The
-three backward kernels recompute the weights from it. The programs of a kernel run in parallel. In each kernel,
-a program loops over the axis over which its gradient is summed. So no program adds to the output of another
-one, and results are repeatable:
+three backward kernels recompute the weights from it. The programs of a kernel run in parallel. In each backward
+kernel, a program loops over the axis over which its gradient is summed. So no program adds to the output of
+another one, and results are repeatable:
 
     queries' gradient           a program has 128 queries of one row and head, and loops over keys
     keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries
@@ -87,7 +87,7 @@ def attention(
 def _is_hopper(kind: str) -> bool:
     """Returns whether matmuls read their factors from shared memory.
 
-    It is also True for a CPU, which interprets the program.
+    The result is also True for a CPU, which interprets the program.
     """
     return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 

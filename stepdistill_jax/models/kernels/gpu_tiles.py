@@ -42,7 +42,7 @@ class Call:
 
     @property
     def halves(self) -> int:
-        """Number of halves of a program, with 64 queries each: 1 or 2."""
+        """Number of halves of a program, 1 or 2. A half has 64 queries."""
         return 1 if self.q_len <= HALF else 2
 
     @property
@@ -113,7 +113,7 @@ def keys(call, k_ref, segments, start, *row):
 
 
 def scores(call, queries, keys, bias_ref, *, keys_first=False):
-    """Returns the scores of a tile, where the score of a key that the query does not see is `_HIDDEN`.
+    """Returns the scores of a tile. If a query does not see a key, the score of the pair is `_HIDDEN`.
 
     The shape is [queries, keys], or [keys, queries] if `keys_first`.
     """
@@ -240,17 +240,17 @@ def _whole(ref, length):
 
 
 def query_rows(call, ref, start, *row):
-    """Loads 64 rows of ref [*row, q, d], from `start`: [64, d]."""
+    """Loads the 64 rows of ref [*row, q, d] that begin at `start`, and returns them as [64, d]."""
     return _rows(ref, start, HALF, call.q_len, call.queries, *row)
 
 
 def key_rows(call, ref, start, *row):
-    """Loads the rows of one tile of keys from ref [*row, k, d], from `start`: [keys, d]."""
+    """Loads the tile of keys that begins at `start` from ref [*row, k, d], and returns it as [keys, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
 def query_vector(call, ref, start, other, *row):
-    """Loads 64 elements of ref [*row, q], from `start`: [64]. Places after the end get the value `other`."""
+    """Loads the 64 elements of ref [*row, q] that begin at `start`. Places after the end get the value `other`."""
     return _vector(ref, start, HALF, call.q_len, call.queries, other, *row)
 
 
@@ -271,7 +271,8 @@ def _vector(ref, start, count, length, step, other, *row):
 def _inside(start, count, length, step):
     """Returns which of `count` places from `start` on are before the end of an array of `length`, [count] bool.
 
-    If `step`, the number of places of a program, divides `length`, all places are, and the result is None.
+    If `step`, the number of places of a program, divides `length`, no place lies beyond the end, and the result
+    is None.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length
@@ -307,7 +308,7 @@ def store_bias(call, ref, query, key, x):
 
 
 def _bias_tile(call, ref, query, key):
-    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask of the places in the array.
+    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask of its places inside the array.
 
     The mask is None if no tile reaches beyond the end of the array.
     """

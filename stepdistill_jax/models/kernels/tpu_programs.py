@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
     Attributes:
         width: number of features of a head.
-        causal: whether a query does not see keys at later places.
+        causal: whether a query sees only keys at its own and at earlier places.
         kept: dropout keeps a weight if its draw, a random number from 0 to `DRAWS` - 1, is below `kept`.
         interpret: whether a CPU runs the programs.
     """
