@@ -99,7 +99,7 @@ def untried_attention(
 
 
 def _beyond_kernels(model: ModelConfig) -> str | None:
-    """Returns a string that names the model's attention features that no kernel supports, or None."""
+    """Returns a string that names the model's attention features without a kernel, or None if there are none."""
     sides = (model.encoder, model.decoder)
     beyond = {
         "soft caps of scores": any(side.score_softcap is not None for side in sides),

@@ -119,8 +119,8 @@ def batches_of(
     """Returns the batches of a split as a run of `config` draws them.
 
     Only the train split is reduced to `data_fraction`. If the extra loss pairs targets, only batches of the train
-    split keep all targets of an example in one row. Packed rows have the lengths `input_length` and `target_length` until
-    `with_row_lengths` changes them.
+    split keep all targets of an example in one row. Packed rows have the lengths `input_length` and
+    `target_length` until `with_row_lengths` changes them.
     """
     return Batches(
         data,

@@ -57,7 +57,9 @@ class ExtraLoss(abc.ABC):
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of the terms of these rows, a scalar in nats. The sum must be finite even if there are no terms.
+        """Returns the sum of the terms of these rows, a scalar in nats.
+
+        The sum must be finite even if there are no terms.
 
         Args:
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
@@ -80,10 +82,9 @@ class PairedLoss(ExtraLoss):
 
     In a run with a paired loss, all targets of an example are in the same row, packed or padded. So devices,
     hosts and microbatches never split a pair. `group` then has `decoder_example_ids`: for each target token,
-    the 1-based index of its example within the row; 0 is padding. In a row of `length` target
-    tokens, the number of pairs and their indices are at most `length // 2`. This is the size of the axis
-    `examples` below. An example with several rationales is one pair. An example that lacks one of the two
-    targets is no pair.
+    the 1-based index of its example within the row; 0 is padding. In a row of `length` target tokens, no pair has
+    an index above `length // 2`, which is the size of the axis `examples` below. An example with several
+    rationales is one pair. An example that lacks one of the two targets is no pair.
 
     A subclass defines `total`. Here, `count` is the number of pairs.
     """

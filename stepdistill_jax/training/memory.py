@@ -1,4 +1,4 @@
-"""Explains a device's out-of-memory error by the settings that decide the memory."""
+"""Explains an out-of-memory error of a device: says which settings decide how much memory a step takes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from stepdistill_jax.training.config import TrainConfig
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Replaces a device's out-of-memory error by one line with the settings that decide the memory.
+    """Replaces an out-of-memory error of a device by one line that names the settings to change.
 
     Raises:
-        MemoryError: instead of JAX's RESOURCE_EXHAUSTED.
+        MemoryError: JAX raised RESOURCE_EXHAUSTED.
     """
     try:
         yield
