@@ -26,6 +26,6 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
             f" raise `num_microbatches={config.num_microbatches}` (same result);"
             f" change `remat_policy={config.remat_policy}` to minimal, then full (same result),"
             f" `dtype={config.dtype}` to bfloat16 (halves the activations),"
-            f" `layout={config.layout}` to fsdp (cuts parameters and optimizer over the devices)."
+            f" `layout={config.layout}` to fsdp (shards parameters and optimizer over the devices)."
             " `stepdistill plan` shows in advance what fits"
         ) from error
