@@ -33,7 +33,7 @@ _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The candidate that does not fit, from which advice starts.
+    """The candidate that does not fit, for which helpful changes are searched.
 
     Attributes:
         config: config of the run.
@@ -56,7 +56,7 @@ class Base:
 
     @property
     def most_flops(self) -> float:
-        """Largest number of FLOPs that a step may have after a change of the number of slices or devices."""
+        """Largest number of FLOPs that a step may have after its number of slices or devices is changed."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
@@ -69,11 +69,11 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
     Args:
         base: the candidate that does not fit.
-        more_devices: the target's devices followed by further devices, for candidates on more devices.
+        more_devices: the target's devices, followed by further devices for candidates on more devices.
 
     Returns:
-        The candidates that fit, the cheapest first, and after them those on more devices. Each has `changes`, a
-        dict from the changed parameters to their new values.
+        The candidates that fit, the cheapest first. Candidates on more devices come last. The entry `changes` of a
+        candidate is a dict from the changed parameters to their new values.
     """
     single = list(_single(base))
     tried = [found for changes in single if (found := _with(base, changes)) is not None]
@@ -86,7 +86,7 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
 
 def _single(base: Base) -> Iterator[dict[str, Any]]:
-    """Yields the changes to try, each of a single setting."""
+    """Yields the changes to try. Each change is a dict with one setting and its new value."""
     config = base.config
     if base.given:  # otherwise the candidates already include all policies
         stronger = REMAT_POLICIES[REMAT_POLICIES.index(config.remat_policy) + 1 :]
@@ -113,7 +113,7 @@ def _slices(base: Base) -> list[int]:
     counts = [k for k in _COUNTS if config.num_microbatches < k <= most]
     sizes = base.found.get("per_device", {})
     enough = counts[-1:]
-    # starts with the first count with which a slice's activations, its gradients and their sum fit
+    # starts with the first count with which a slice's activations, its gradients and the sum of all gradients fit
     if "activations" in sizes:
         fixed = sizes["arguments"] + 2 * sizes["gradients"]
         part = sizes["activations"] * config.num_microbatches
@@ -138,7 +138,7 @@ def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Returns the config with the given changes, except those that are not fields of the config."""
+    """Returns the config after the given changes, except `remat_policy`, which `compiled` takes as an argument."""
     fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
     if "optimizer" in changes:
         fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
@@ -150,7 +150,7 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the combination of all changes of which each alone saves memory.
+    """Compiles the combination of all changes that save memory on their own.
 
     If the size of the base is unknown, because the TPU compiler refused it, the combination contains all
     changes.

@@ -36,9 +36,9 @@ class Target:
 
 
 def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
-    """Returns a dict from names to layouts: all layouts of the devices whose axes divide the model's dimensions."""
+    """Returns a dict from names to layouts, with all layouts whose axis sizes divide the model's dimensions."""
 
-    # `models.sharding` cuts the width over fsdp, and vocabulary, whole key/value heads and mlp over tensor
+    # `models.sharding` shards the width over fsdp, and vocabulary, whole key/value heads and mlp over tensor
     def divides(fsdp: int, tensor: int) -> bool:
         sides = (model.encoder, model.decoder)
         by_tensor = [model.vocab_size, *(n for s in sides for n in (s.num_kv_heads, s.mlp_dim))]
@@ -64,7 +64,7 @@ def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str 
     Other layouts are returned unchanged.
 
     Raises:
-        InputError: a name with sizes does not fit this model or this number of devices.
+        InputError: the sizes in the name do not suit this model or this number of devices.
     """
     if not isinstance(layout, str):
         return layout
@@ -77,7 +77,7 @@ def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str 
 
 
 def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
-    """Returns a dict from names to layouts for a target, sorted by the FLOPs of a step, the fewest first."""
+    """Returns a dict from names to layouts. The layout with the fewest FLOPs per step comes first."""
 
     def flops(item: tuple[str, Layout]) -> float:
         return target.work.step_flops(row_multiple(config, target, item[1]))
@@ -86,7 +86,7 @@ def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
 
 
 def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
-    """Returns the number that must divide the row count of a batch: batch shards x slices."""
+    """Returns batch shards x slices. The row counts of a batch must be multiples of this number."""
     return batch_shards(make_mesh(layout, target.devices)) * config.num_microbatches
 
 
@@ -98,7 +98,7 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
     if `full` then fits.
 
     Yields:
-        Candidates as `compiled` returns them. One that is not compiled has `error`, which says why.
+        Candidates as `compiled` returns them. A candidate that is not compiled has the entry `error`, which says why.
     """
     least = None
     for name, layout in by_work(config, target).items():
@@ -146,7 +146,7 @@ def compiled(
         not fit, the dict has `error` instead of sizes.
 
     Raises:
-        InputError: an axis of the layout does not divide a dimension that it cuts.
+        InputError: a sharded dimension is not a multiple of the size of its mesh axis.
     """
     about = {"name": name, **_about(config, target, layout)}
     try:
@@ -167,7 +167,7 @@ def state_of(config: TrainConfig, target: Target, layout: str | Layout) -> dict[
 def too_large_a_state(
     config: TrainConfig, target: Target, layout: str | Layout
 ) -> dict[str, Any] | None:
-    """Returns None if parameters and optimizer alone fit, and otherwise a candidate that is not compiled."""
+    """Returns None if parameters and optimizer alone fit, otherwise an uncompiled candidate with an `error`."""
     state = state_of(config, target, layout)
     if sum(state.values()) <= target.limit:
         return None

@@ -1,4 +1,4 @@
-"""Finds the data that a compiled step sends between devices."""
+"""Finds the collectives of a compiled step, and how many bytes they send between devices."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from stepdistill_jax.planning.hlo import Instruction, Module
 from stepdistill_jax.planning.runs import runs
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# the TPU compiler's name for an all-reduce whose result stays cut over the devices
+# the TPU compiler's name for an all-reduce whose result stays sharded over the devices
 _FUSED_SCATTER = "all-reduce-scatter"
 
 
@@ -20,11 +20,11 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        count: number of runs in a step.
+        count: number of times that the collective runs in a step.
         result_bytes: number of bytes of one run's result on one device.
         group: number of devices that exchange data with each other.
-        shares: for each dtype, as HLO spells it, its share of the result's bytes.
-        op_name: the place in the model that the operation comes from; empty if XLA gives no name.
+        shares: {dtype: share of the result's bytes}. Each dtype is spelled as in HLO.
+        op_name: the place in the model that the operation comes from, or "" if XLA does not name it.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Number of bytes that a device sends in a step, with ring algorithms. It is 0 in a group of one."""
+        """Number of bytes that a device sends in a step if it uses ring algorithms. In a group of one, this is 0."""
         # A ring of 4 devices gathers a result of R bytes in 3 steps, in each of which a device sends R / 4. An
         # all-reduce is a reduce-scatter followed by an all-gather.
         share = (self.group - 1) / self.group
@@ -62,12 +62,12 @@ def collectives(
 
     Args:
         module: the optimised program (`compiled.as_text()`).
-        num_devices: number of devices of the mesh. An operation without a group is over all of them.
-        unknown_trips: as for `runs`.
+        num_devices: number of devices of the mesh. An operation that names no group uses all of them.
+        unknown_trips: the argument of `runs`.
 
     Returns:
-        The collectives, those that send the most bytes first, and the number of loops of unknown length that
-        contain one.
+        The collectives, sorted from the most to the fewest sent bytes.
+        The number of loops of unknown length that contain a collective.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):
@@ -105,10 +105,10 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
-    """Returns a row for each kind and dtype, those with the most sent bytes first.
+    """Returns a row for each kind and dtype, sorted from the most to the fewest sent bytes.
 
     A row has `kind`, `dtype`, `count`, `bytes` (of results) and `wire_bytes` in a step on one device. XLA combines
-    small collectives, and one with arrays of two dtypes is counted in two rows.
+    small collectives. If a combined collective has arrays of two dtypes, it is counted in two rows.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for c in operations:

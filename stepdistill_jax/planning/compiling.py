@@ -48,16 +48,17 @@ class Figures:
         layout: sizes of the mesh axes.
         remat_policy: remat policy of the model.
         num_microbatches: number of slices (microbatches) of the step.
-        groups: (rows, input length, target length) of each group for which the step was compiled.
-        filled_rows: number of these rows that are not only padding.
+        groups: for each group, the compiled (row count, input length, target length).
+        filled_rows: number of rows that contain tokens, summed over all groups.
         state: bytes of `params` and of `optimizer`, computed from their shapes.
         arguments: bytes of parameters, optimizer state and batch, as the compiler counts them.
         gradients: bytes of the float32 gradients of the trained parameters, computed from their shapes. They
             are included in `temp`.
         temp: bytes of the compiler's buffers, in addition to arguments and results.
         total: peak bytes: arguments, buffers, and those results that do not reuse an argument's memory.
-        operations: the collectives, largest first.
-        unknown_loops: number of loops with collectives whose length is unknown. Each is counted as one run.
+        operations: the collectives, sorted from the most to the fewest sent bytes.
+        unknown_loops: number of loops of unknown length that contain collectives. Each loop is counted as one
+            run.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
         bound: lower bound of the step's time on the chips of a topology; None for virtual devices.
@@ -98,7 +99,7 @@ class Figures:
 
     @property
     def cost(self) -> float:
-        """Cost by which layouts and policies are ranked: FLOPs on one device, plus 1000 for each byte it sends."""
+        """Cost by which layouts and policies are ranked: FLOPs on one device, plus 1000 for each byte sent."""
         return self.flops_per_device + FLOPS_PER_BYTE * self.wire_bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class Figures:
 def abstract_batch(
     groups: Sequence[tuple[int, int, int]], mesh: Mesh, **features: bool
 ) -> tuple[dict, ...]:
-    """Returns the groups of a batch as abstract arrays whose rows are cut over the mesh.
+    """Returns the groups of a batch as abstract arrays whose rows are sharded over the mesh.
 
     `features` are the options of `empty_group`.
     """
@@ -164,7 +165,7 @@ def abstract_batch(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns the number of bytes of a tree of sharded abstract arrays on one device."""
+    """Returns how many bytes a tree of sharded abstract arrays takes on one device."""
     # random keys are left out, since they are only a few bytes
     leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
@@ -187,7 +188,7 @@ def lower_step(
         The lowered step, and the abstract state with which it is called.
 
     Raises:
-        InputError: the size of a mesh axis does not divide a dimension that the axis cuts.
+        InputError: a sharded dimension is not a multiple of the size of its mesh axis.
     """
     tx = make_optimizer(config)
     state = abstract_state(model, tx, mesh)
@@ -253,7 +254,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
         remat_policy: `elementwise`, `minimal` or `full`.
 
     Raises:
-        InputError: the size of a mesh axis does not divide a dimension that the axis cuts.
+        InputError: a sharded dimension is not a multiple of the size of its mesh axis.
         MemoryError: the compiler finds that the step does not fit into the memory. The error has the compiler's
             message.
     """

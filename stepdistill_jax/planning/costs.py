@@ -1,4 +1,4 @@
-"""Computes the cost of an operation of a compiled module: FLOPs, bytes of main memory, and elementwise operations."""
+"""Computes what an operation of a compiled module costs: FLOPs, bytes of main memory, elementwise operations."""
 
 import collections
 import dataclasses
@@ -33,11 +33,11 @@ class Cost:
     """Cost of one run of an operation on one device.
 
     Attributes:
-        products: FLOPs of matmuls, for each pair (dtype of the factors, precision).
+        products: {(dtype of the factors, precision): FLOPs of the matmuls of this kind}.
         bytes: number of bytes read from and written to main memory.
         integer: number of elementwise operations on integers.
         other: number of elementwise operations on all other types.
-        known: False for a custom call without a formula, for which only bytes are counted.
+        known: False for a custom call for which no formula is known. Then only the bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -56,7 +56,7 @@ class Costs:
     """Computes the costs of a module's operations."""
 
     def __init__(self, module: Module, *, spaces_on_chip: bool):
-        """Prepares the costs of a parsed module.
+        """Prepares to compute the costs of a parsed module's operations.
 
         Args:
             module: an optimised program.
@@ -110,7 +110,7 @@ class Costs:
     # elementwise operations
 
     def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
-        """Returns the numbers of elementwise operations, (integer, other).
+        """Returns how many elementwise operations an instruction runs: (on integers, on other types).
 
         An instruction counts as one operation for each element of its result or, if it is a reduction, of its
         operand. For a fusion or a call, the instructions inside are counted.
@@ -146,7 +146,7 @@ class Costs:
             return 2 * self._in_memory(operands[1].arrays[0])
         if opcode == "scatter":
             return 2 * sum(map(self._in_memory, operands[-1].arrays)) + written
-        # results are (destination, source, ...): the moved bytes count for each of them that is in main memory
+        # results are (destination, source, ...): the moved bytes count once for each of these two in main memory
         if opcode in _COPIES:
             ends = results[:2]
             moved = min(array.bytes for array in ends)
@@ -178,9 +178,9 @@ class Costs:
         return total
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Returns the number of bytes that a fusion reads of an operand.
+        """Returns how many bytes of an operand a fusion reads.
 
-        If the fusion only reads slices of the operand, these are the bytes of the slices.
+        If the fusion reads only slices of the operand, only the bytes of the slices are counted.
         """
         whole, total = sum(array.bytes for array in parameter.arrays), 0.0
         uses = list(_uses(inner, parameter.name))
@@ -200,7 +200,7 @@ class Costs:
 def _uses(inner: Computation, name: str):
     """Yields (instruction, index of the operand) for each instruction that reads a value.
 
-    Bitcasts and conversions of the value are not yielded; the instructions that read their results are.
+    If a bitcast or conversion reads the value, the instructions that read its result are yielded instead.
     """
     for user, place in inner.uses[name]:
         if user.opcode in ("bitcast", "convert"):
@@ -217,7 +217,7 @@ def _source(inner: Computation, instruction: Instruction) -> Instruction:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction is a custom call other than a library's matmul or a marker of the compiler."""
+    """Returns whether an instruction is a custom call that is neither a library's matmul nor a marker."""
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 
@@ -270,7 +270,7 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
     def number(field: str, axis: int, default: int) -> int:
         """Returns a field's value for the given axis of the convolution's window.
 
-        Example: for axis 1, it is 16 in `size=1x16`, and the low end 15 in `pad=0_0x15_15`.
+        Examples for axis 1: `size=1x16` gives 16, and `pad=0_0x15_14` gives 15, the padding at the low end.
         """
         return int(fields[field].split("x")[axis].partition("_")[0]) if field in fields else default
 

@@ -32,7 +32,7 @@ from stepdistill_jax.training.config import TrainConfig
 from stepdistill_jax.training.run import max_decode_len
 from stepdistill_jax.training.step import in_mesh
 
-ASSUMED_TOKENS = 8  # tokens of a label with its end of sequence
+ASSUMED_TOKENS = 8  # assumed number of tokens of a label, including its end of sequence
 
 
 def plan_decode(
@@ -45,7 +45,7 @@ def plan_decode(
     hbm: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Compiles the greedy decoder, as in a validation, for a topology and returns the cost of a batch.
+    """Compiles a validation's greedy decoder for a topology, and returns what it costs to decode a batch.
 
     The cost assumes that each row decodes all tokens. Labels that end early take less time.
 
@@ -53,8 +53,8 @@ def plan_decode(
         config: config of the run. Its `dtype` is the type of the activations.
         topology: name of a topology, as for `plan`. It is required.
         layout: a name, such as `fsdp` or `fsdp_tensor 4x2`, or a `Layout`; None means the config's layout.
-        rows: number of rows to decode at once, over all devices. None means 64 for each part into which the
-            mesh cuts a batch. A GPU decodes at least 8 rows in each part.
+        rows: number of rows to decode at once, over all devices. None means 64 rows for each shard of the
+            batch. A GPU decodes at least 8 rows in each shard.
         quantization: `int8` for int8 kernels; None for kernels in the config's `dtype`.
         hbm: memory of one device in bytes, as for `plan`.
         data_dir: folder of prepared datasets.
@@ -64,11 +64,11 @@ def plan_decode(
         `layout` has the sizes of the mesh axes. `rows`, `input_length` and `tokens` are the sizes of the batch.
         `per_device` has the bytes of `params`, `arguments`, `temp` and `total`, and `fits` says whether the total
         is within the limit. `collectives_by_dtype` and `wire_bytes` describe the data that devices exchange.
-        `bound` is the lower bound of the time of a batch, as in `plan`. Its `token_ms` and `kernels_per_token`
-        are those of one more token.
+        `bound` is the lower bound of the time of a batch, as in `plan`. In addition, it has `token_ms` and
+        `kernels_per_token`, the time and the number of kernels for one more token.
 
     Raises:
-        InputError: there is no topology, the decoder does not fit, or as for `plan`.
+        InputError: `topology` is None, or the decoder does not fit into memory. Also raised as for `plan`.
     """
     if topology is None:
         raise InputError(
@@ -147,7 +147,7 @@ def plan_decode(
 def _lower(
     model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
 ) -> tuple[jax.stages.Lowered, int]:
-    """Returns the decoder, lowered for a batch, and the bytes of its parameters on one device."""
+    """Lowers the decoder for a batch. Returns the lowered decoder and the bytes of its parameters on one device."""
     boxed = abstract_params(model)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -1,4 +1,4 @@
-"""Provides devices to compile for, which need not exist: virtual CPUs, a TPU slice, or the H100s of one host."""
+"""Provides devices to compile for: virtual CPUs, a TPU slice, or one host's H100s. The devices need not exist."""
 
 import importlib.util
 import os
@@ -37,7 +37,7 @@ def memory_fraction() -> float:
     older name. If neither is set, it is three quarters.
 
     Raises:
-        InputError: the value is not above 0 and at most 1.
+        InputError: the value is not a number above 0 and at most 1.
     """
     name = next((name for name in _FRACTION if os.environ.get(name)), None)
     if name is None:
@@ -72,8 +72,9 @@ def usable_share(device: Any) -> float:
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
     """Returns at least `count` and at most `most` CPU devices.
 
-    JAX creates its devices at their first use. If it has none yet, this function makes it create `most` (None
-    means `count`). So call it before any code uses devices, or in a process that already has enough.
+    JAX creates its devices when they are first used. If it has not created them yet, this function makes it
+    create `most` devices (None means `count`). So call this function before any code uses devices, or in a
+    process that already has enough devices.
 
     Raises:
         InputError: JAX already has CPU devices, but fewer than `count`.
@@ -94,7 +95,7 @@ def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Returns the abstract devices of a topology: `v5e:8x8` is a TPU slice, and `cuda:8` means 8 H100s of one host.
+    """Returns the abstract devices of a topology, such as a TPU slice (`v5e:8x8`) or one host's 8 H100s (`cuda:8`).
 
     Raises:
         InputError: the compiler for these devices is not installed, or it does not know the topology.
@@ -145,7 +146,7 @@ def _gpus(name: str, count: str) -> list[Any]:
 
 
 def _found(module: str) -> bool:
-    """Returns whether a module is installed, also if its parent package is missing."""
+    """Returns whether a module is installed. If its parent package is missing, the result is False."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

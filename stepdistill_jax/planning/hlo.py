@@ -40,7 +40,7 @@ class Array:
 
     @property
     def space(self) -> int:
-        """Number of the memory space, where 0 is the device's main memory."""
+        """Index of the memory space. Index 0 is the device's main memory."""
         found = re.search(r"S\((\d+)\)", self.layout)
         return int(found.group(1)) if found else 0
 
@@ -85,7 +85,7 @@ class Instruction:
         operands: names of the operands, which are instructions of the same computation.
         inside: the string between the parentheses after the opcode.
         attributes: the string after these parentheses.
-        is_root: whether its result is the result of the computation.
+        is_root: whether the instruction's result is the computation's result.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Instruction:
         return names
 
     def axes(self, attribute: str) -> list[int]:
-        """Returns the numbers in an attribute, such as [1, 2] for `lhs_contracting_dims={1,2}`; [] without it."""
+        """Returns the axes that an attribute lists: [1, 2] for `lhs_contracting_dims={1,2}`, [] if it is missing."""
         found = re.search(rf"\b{attribute}=\{{([\d,]+)\}}", self.attributes)
         return [int(axis) for axis in found.group(1).split(",")] if found else []
 
@@ -142,7 +142,7 @@ class Computation:
         self.by_name[instruction.name] = instruction
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """Returns the instructions that compute the operands, except those that the parsed text does not define."""
+        """Returns the instructions that compute the operands. Leaves out operands that the text does not define."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     @functools.cached_property
@@ -158,7 +158,7 @@ class Computation:
 
     @functools.cached_property
     def uses(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """For the name of each instruction, a list of (instruction that reads it, index of the operand there)."""
+        """{name of a value: [(instruction that reads the value, index of the value among its operands), ...]}."""
         found: dict[str, list[tuple[Instruction, int]]] = {i.name: [] for i in self}
         for instruction in self:
             for place, name in enumerate(instruction.operands):
@@ -188,7 +188,7 @@ class Module:
                 current.add(_instruction(line.strip()))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """Returns the computations that an instruction runs, except those that the parsed text does not define."""
+        """Returns the computations that an instruction runs. Leaves out computations that the text does not define."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def nested(self, computation: Computation) -> Iterator[Instruction]:

@@ -1,4 +1,4 @@
-"""Finds the part of the model that an operation belongs to, using the names that JAX and Flax gave it."""
+"""Finds the part of the model to which an operation belongs, from the name that JAX and Flax gave the operation."""
 
 import collections
 import re
@@ -28,7 +28,7 @@ _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
     """Returns the part of the model that an operation belongs to.
 
-    If the name of a fusion is not specific enough, this is the part to which most of its elements belong.
+    If the name of a fusion is not specific enough, returns the part to which most of the fusion's elements belong.
     """
     names = [instruction.op_name]
     fused = [inner for c in module.called(instruction) for inner in module.nested(c)]

@@ -46,11 +46,12 @@ def plan(
         config: config of the run. If `layout` is None, its layout and remat policy are not used.
         devices: number of devices. It is ignored if there is a topology.
         hbm: memory of one device in bytes. None means the memory of the topology's chips or, without a
-            topology, 80e9. On a GPU, and so on virtual devices, a step may take only JAX's share of it.
+            topology, 80e9. On a GPU or a virtual device, a step may take only the share of this
+            memory that JAX takes.
         layout: the only layout to plan, under the config's remat policy. It is a name, such as `fsdp` or
-            `fsdp_tensor 32x8`, or a `Layout`. If it is None, the layouts that divide the model are compared,
-            starting with the least work, each under several remat policies until one fits. A layout with more
-            than twice the work of one that fits is not compiled.
+            `fsdp_tensor 32x8`, or a `Layout`. If it is None, all layouts whose axis sizes divide the model's
+            dimensions are compared, each under one to three remat policies. The layout with the least work comes
+            first. A layout that needs more than twice the work of one that fits is not compiled.
         topology: a TPU slice such as `v5e:8x8`, for which libtpu compiles, or `cuda:8`, eight H100s of one
             host, for which JAX's CUDA plugin compiles. With a topology, candidates have a `bound`.
         rows: number of packed rows of a step, if it is known.
@@ -63,15 +64,16 @@ def plan(
         `hbm`, `limit`: bytes of a device's memory, and bytes of it that a step may take.
         `assumptions`: a string for each assumption.
         `model`: the fields of the model's configuration.
-        `candidates`: for each candidate, a dict of `Figures.to_json` with `name`, `fits` and `work` (the FLOPs of
-        the step divided by the FLOPs that the same tokens need on one device). A candidate that was not compiled
-        has `error` instead of sizes. If the reason is its work, its `fits` is None.
+        `candidates`: for each candidate, a dict with `name`, `fits`, `work` (the FLOPs of the step divided by the
+        FLOPs that the same tokens need on one device) and the entries of `Figures.to_json`. A candidate that was
+        not compiled has `error` instead of sizes. If it was not compiled because of its work, `fits` is None.
         `best`: the cheapest candidate that fits, or None.
-        `remedies`: if no candidate fits, changed candidates that fit. Their `changes` are to the config or to the
-        number of devices.
+        `remedies`: if no candidate fits, changed candidates that fit. The entry `changes` of each contains the new
+        values of settings, or the new number of devices.
         `hbm_needed`: if no candidate fits, the memory in bytes with which the smallest candidate would fit. It is
         None for a topology, whose chips have a fixed memory.
-        `host_bytes`: host memory to save and to restore a checkpoint, for each device of a host.
+        `host_bytes`: bytes of host memory that it takes to `save` and to `restore` a checkpoint, per device of the
+        host.
         `seconds_at_peak`: for each kind of device, a lower bound of the time of a step of the best candidate or,
         if none fits, of the smallest.
 
@@ -139,7 +141,7 @@ def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
 
 
 def _seconds(shown: dict[str, Any], kind: str | None) -> dict[str, float]:
-    """Returns, for each kind of device, the seconds of a step at its bfloat16 peak, without any traffic.
+    """Returns, for each kind of device, the seconds of a step at the bfloat16 peak, as if moving data took no time.
 
     `kind` is a kind of device; None means all known kinds.
     """

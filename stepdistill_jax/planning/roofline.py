@@ -17,7 +17,7 @@ from stepdistill_jax.planning.parts import part_of
 from stepdistill_jax.planning.runs import runs
 from stepdistill_jax.runtime.chips import Chip
 
-DEAREST = 12  # number of operations that are listed
+DEAREST = 12  # number of the most expensive operations that `to_json` lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Operation:
 
     Attributes:
         instruction: the instruction.
-        part: the part of the model that it belongs to.
+        part: the part of the model to which the operation belongs.
         times: number of runs of the operation in one run of the module.
         cost: cost of one run.
         products: seconds that the matmuls of one run take at the chip's peak.
@@ -55,9 +55,9 @@ class Bound:
     """Lower bound of the time of one run of a module on one device.
 
     Attributes:
-        chip: the chip for which it was compiled.
+        chip: the chip for which the module was compiled.
         operations: the operations that run, the most expensive first.
-        unknown_loops: number of loops of unknown length, each counted as one run.
+        unknown_loops: number of loops of unknown length that contain one of the operations.
     """
 
     chip: Chip
@@ -71,12 +71,12 @@ class Bound:
 
     @property
     def kernels(self) -> int:
-        """Number of operations that a device runs, each counted as often as it runs."""
+        """Number of kernels that a device runs: the sum of `times` over all operations."""
         return sum(o.times for o in self.operations)
 
     @property
     def flops(self) -> float:
-        """FLOPs of all matmuls."""
+        """FLOPs of all matmuls in one run of the module."""
         return sum(o.times * o.cost.flops for o in self.operations)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
         module: an optimised program for the chip.
         chip: the chip whose rates are used.
         on_tpu: whether memory spaces other than 0 are on the chip.
-        unknown_trips: as for `runs`.
+        unknown_trips: the argument of `runs`.
     """
     costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()
     for run in runs(module, unknown_trips):
@@ -148,9 +148,9 @@ def _operation(
 
 
 def _totals(operations) -> dict[str, float]:
-    """Returns sums over all runs of operations.
+    """Returns the operations' FLOPs, bytes and elementwise operations, summed over all runs.
 
-    These are FLOPs, bytes and elementwise operations, and the milliseconds that each of them alone would take.
+    Also returns the milliseconds that each of these three sums alone would take.
     """
     return {
         "flops": sum(o.times * o.cost.flops for o in operations),

@@ -1,4 +1,4 @@
-"""Lists the instructions that a module runs, and how often it runs each.
+"""Lists the instructions that a module runs, and how often each of them runs.
 
 XLA prints the body of a loop only once, but its instructions count as often as the loop runs. The lengths of loops
 over layers and over slices (microbatches) are known at compile time.
@@ -16,13 +16,13 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction that a device runs as one operation, with the loops around it.
+    """An instruction that a device runs as one operation, and how often loops repeat it.
 
     Attributes:
         computation: the computation that contains the instruction.
         instruction: the instruction.
-        times: number of times that it runs in one run of the module.
-        unknown_loop: name of the innermost loop of unknown length that contains it; None if there is none.
+        times: number of times that the instruction runs in one run of the module.
+        unknown_loop: name of the innermost loop of unknown length around the instruction; None if there is none.
     """
 
     computation: Computation
@@ -73,9 +73,9 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     """Returns how often a `while` in the computation `around` runs, or None if this is unknown.
 
-    The number is XLA's own annotation (`known_trip_count`). Without it, it is computed from the counter that the
-    loop's condition compares with a constant: ceil((limit - start) / step). If the text does not show the start or
-    the step, they are taken as 0 and 1.
+    The number comes from XLA's annotation `known_trip_count`. If this is missing, the number is computed from the
+    counter that the loop's condition compares with a constant, as ceil((limit - start) / step). If the text does
+    not show the start or the step, a start of 0 or a step of 1 is assumed.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))

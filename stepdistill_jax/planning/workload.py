@@ -31,12 +31,13 @@ Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length)
 
 @dataclasses.dataclass(frozen=True)
 class StepRows:
-    """The rows of a step for one row multiple (batch shards x microbatches).
+    """The rows of a step, for one value of the row multiple (batch shards x microbatches).
 
     Attributes:
-        groups: (rows, input length, target length) of each group, where the number of rows is rounded up to a
+        groups: for each group, (row count, input length, target length). The row count is rounded up to a
             multiple of the row multiple.
-        filled: number of rows of all groups that are not only padding. A step computes the other rows as well.
+        filled: number of rows that contain tokens, summed over all groups. The other rows contain only padding,
+            but a step computes them as well.
     """
 
     groups: Groups
@@ -44,7 +45,7 @@ class StepRows:
 
     @property
     def rows(self) -> int:
-        """Number of rows of all groups. Rows that are only padding are included."""
+        """Number of rows of all groups, including rows that contain only padding."""
         return sum(rows for rows, *_ in self.groups)
 
 
@@ -54,7 +55,7 @@ class Workload:
 
     Attributes:
         model: the configuration of the model that `train` would build.
-        rows_of: function from a row multiple to the rows of a step, packed as in a run with that multiple.
+        rows_of: function that takes a row multiple and returns the rows of a step in a run with this multiple.
         assumptions: a string for each assumption; empty if everything was read from files.
     """
 
@@ -65,7 +66,8 @@ class Workload:
     def step_flops(self, multiple: int) -> float:
         """Returns the FLOPs of a step whose row counts are rounded up to multiples of `multiple`.
 
-        Rows that are only padding are included. With a `multiple` of 1, the result is about what the tokens need.
+        Rows that contain only padding are included. If `multiple` is 1, there are few of them, so the result is about
+        the number of FLOPs that the tokens need.
         """
         return sum(
             train_flops(self.model, rows=rows, input_length=inputs, target_length=targets)
@@ -84,8 +86,8 @@ def workload(
     Args:
         config: config of the run.
         rows: number of packed rows of a step, as `stepdistill inspect` shows it. None means the largest number
-            in the first 32 steps on the prepared dataset. If the dataset is not prepared, it means one row for
-            each example.
+            in the first 32 steps on the prepared dataset. If the dataset is not prepared, None means one row
+            for each example.
         data_dir: folder of prepared datasets; None means the default folder.
 
     Raises:
@@ -130,7 +132,7 @@ def workload(
 
 
 def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable[[int], StepRows]:
-    """Returns a function from a row multiple to the rows that a run on the data would have."""
+    """Returns a function that takes a row multiple and returns the rows of a step in a run on `data`."""
 
     def rows_of(multiple: int) -> StepRows:
         batches = batches_of(config, data, row_multiple=multiple)
@@ -163,7 +165,7 @@ def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskDat
 
 
 def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str]) -> ModelConfig:
-    """Returns the configuration of the model that `train` would build, and appends its assumptions to the list."""
+    """Returns the configuration of the model that `train` would build. Appends each assumption to `assumptions`."""
     if config.init_from is not None and os.path.isdir(config.init_from):
         return dataclasses.replace(read_config(config.init_from), **model_settings(config))
     if config.init_from is None and data is not None:

@@ -1,4 +1,4 @@
-"""Chooses how a run computes attention: tests the device's kernel before the first step is compiled."""
+"""Chooses how a run computes attention. Tests the device's kernel before the first step is compiled."""
 
 import dataclasses
 import functools
@@ -76,7 +76,7 @@ def untried_attention(
 
     Returns:
         The model's configuration with the choice, and the reason why no kernel can be used. The reason is
-        None if there is none.
+        None if a kernel can be used, or if the choice is "xla" without a check of the kernels.
     """
     device = mesh.devices.flat[0]
     if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
@@ -99,7 +99,7 @@ def untried_attention(
 
 
 def _beyond_kernels(model: ModelConfig) -> str | None:
-    """Returns a text that names the attention features that no kernel supports, or None if there are none."""
+    """Returns a string that names the model's attention features without a kernel, or None if there are none."""
     sides = (model.encoder, model.decoder)
     beyond = {
         "soft caps of scores": any(side.score_softcap is not None for side in sides),
@@ -117,9 +117,9 @@ def _say(line: str) -> None:
 
 
 def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
-    """Returns the calls for encoder self-attention, decoder self-attention and cross-attention.
+    """Returns the attention calls of a step.
 
-    Each pair of lengths has these three calls.
+    Each pair of lengths has three calls: encoder self-attention, decoder self-attention and cross-attention.
     """
     return [
         call
@@ -136,7 +136,7 @@ def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]
     """Compares the kernel with plain operations on this process's first device.
 
     Returns:
-        A text with the error or the difference, or None if the results agree.
+        A string that describes the error or the difference, or None if the results agree.
     """
     heads = model.decoder.num_heads // tensor
     try:
@@ -151,7 +151,7 @@ def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]
 
 
 def _distance(model: ModelConfig, heads: int, call: _Call) -> float:
-    """Returns the largest |kernel - plain| / |plain| of the output and the gradients for random packed rows."""
+    """Returns the largest |kernel - plain| / |plain| over the output and the gradients, for random packed rows."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int, dtype: str = model.dtype) -> jax.Array:

@@ -49,7 +49,7 @@ class OptimizerConfig:
             sqrt(1000) times as much effect in the first step; the difference vanishes over the run.
         weight_decay: weight decay of AdamW or Adafactor. The paper uses 0, unlike optax's default.
         clip_norm: largest global norm of the gradients. Gradients with a larger norm are scaled down
-            to it.
+            to this norm.
         mu_dtype: type of AdamW's first moment, `float32` or `bfloat16` (optax has the same name). The
             second moment is always float32: it changes by a share of 1 - b2 in each step, which
             bfloat16 would round away.
@@ -116,8 +116,8 @@ class TrainConfig:
             best step), or a model of the Hugging Face hub, `OWNER/NAME`. None means random weights.
         init_rules: pairs (regular expression, name in `init_from` or None). For each parameter, the
             first expression that matches its complete name decides: the parameter is loaded from the
-            given name, or drawn from the seed if that is None. A parameter that no rule matches is
-            loaded under its own name.
+            given name, or drawn from the seed if the rule has None. A parameter that no rule matches
+            is loaded under its own name.
         objectives: name of a predefined set (an arm), such as `step_by_step`, or your own objectives.
         task_objectives: maps each plain SeqIO task of a mixture to the objective that it trains, for
             instance {"own_label": "label", "own_rationale": "rationale"}. The value `single` trains all
@@ -150,12 +150,13 @@ class TrainConfig:
             `Layout` with the sizes of its axes.
         seed: seed of initial weights, dropout and data order.
         data_fraction: share of the train split to use. A smaller share is a subset of a larger one. For
-            a dataset prepared with `paper_exact`, the seed draws the share, and validation is drawn
-            from the share.
+            a dataset prepared with `paper_exact`, the seed decides which examples are in the share,
+            and the validation examples are drawn from it.
         best_metric: validation metric that decides which step is best, named without
             `eval/validation/`. The largest value wins, or the smallest if the name starts with `loss`.
-            None means the label accuracy, averaged over the parts of a mixture. Of two equal steps, the
-            one with the lower label loss wins, then the earlier one.
+            None means the label accuracy, averaged over the parts of a mixture. If two steps
+            have equal values, the one with the lower label loss wins. If these are equal, too, the
+            earlier step wins.
         profile_steps (steps): first and last step to profile. The profile is written to
             `WORKDIR/profile`. None means no profile.
         optimizer: update rule and schedule, or your own function that returns an optax transformation.

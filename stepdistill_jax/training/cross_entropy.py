@@ -32,12 +32,12 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the scaled sum of all tokens' negative log probabilities, and two values for each token.
 
-    With logits = states @ kernel, the sum over tokens is of scale x (-log softmax(logits)[target]).
+    Let logits = states @ kernel. A token adds scale x (-log softmax(logits)[target]) to the sum.
 
     Args:
         states: the decoder's states, [batch, length, embed]. Matmuls are computed in their dtype.
-        kernel: [embed, vocab], or [vocab, embed] if tied.
-        targets: [batch, length] int32.
+        kernel: weights of the output layer, [embed, vocab], or [vocab, embed] if `tied`.
+        targets: ids that the model should predict, [batch, length] int32.
         scale: each token's factor in the sum, [batch, length] float32. It gets no gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
         tied: whether `kernel` is the embedding itself, [vocab, embed]. Neither the embedding nor its
@@ -47,7 +47,8 @@ def cross_entropy(
         The sum, a float32 scalar; only this output has a gradient.
         Each token's negative log probability in nats, [batch, length] float32.
         For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
-        So a target that ties with another id counts as correct, while argmax would take the first.
+        So if the target and another id are the likeliest, the target counts as correct. With argmax,
+        only the first of these ids would count.
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, tied, False, False)
     return _total(scale, nll), nll, correct
@@ -129,13 +130,13 @@ def _on_own_rows(
 def _chunked(
     states, weights, targets, scale, *, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Returns four arrays for the rows of one device.
+    """Computes the loss and its gradients for the rows of one device.
 
     Returns:
         Each token's negative log probability, [batch, length] float32.
-        Whether no id is likelier than the target, 1 or 0, [batch, length] float32.
-        The gradient of the scaled sum with respect to the states, or None without `states_grad`.
-        The gradient of the scaled sum with respect to the kernel, or None without `kernel_grad`.
+        For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
+        The gradient of the scaled sum with respect to the states, or None if `states_grad` is False.
+        The gradient of the scaled sum with respect to the kernel, or None if `kernel_grad` is False.
     """
     rows, length, _ = states.shape
     tokens = rows * length
@@ -165,7 +166,7 @@ def _chunked(
         highest = logits.max(-1, keepdims=True)
         exp = jnp.exp(logits - highest)
         total = exp.sum(-1, keepdims=True)
-        # a comparison and a sum: with the vocabulary cut over `tensor`, each device sums over its own ids
+        # a comparison and a sum: with the vocabulary sharded over `tensor`, each device sums over its own ids
         is_target = jnp.arange(logits.shape[-1])[None, :] == target[:, None]
         of_target = jnp.where(is_target, logits, 0.0).sum(-1, keepdims=True)
         nll, correct = jnp.log(total) + highest - of_target, of_target >= highest

@@ -28,7 +28,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def vocabulary_of(config: TrainConfig) -> str | None:
-    """Returns the vocabulary of `init_from`, or the model family's; None means the task's own."""
+    """Returns the vocabulary of `init_from` or of the model family. None means the task's own vocabulary."""
     if config.init_from is not None:
         return read_model_files(local_model(config.init_from)).vocabulary.source
     return BYTES if config.model_family == "byt5" else None
@@ -82,7 +82,7 @@ def load_split(
 def tried_row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig
 ) -> list[row_lengths.RowLengths]:
-    """Returns the candidate lengths of packed rows for a run of `config`, with the FLOPs of a step.
+    """Returns the candidates for the lengths of packed rows, each with the FLOPs of a step.
 
     Args:
         config: the run's config. A row length that it sets is the only candidate for that length.
@@ -99,7 +99,7 @@ def tried_row_lengths(
 
 
 def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) -> Batches:
-    """Returns the batches with the row lengths that a new run of `config` uses; padded batches are unchanged."""
+    """Returns the batches with the row lengths that a new run of `config` uses. Padded batches stay unchanged."""
     if not config.pack:
         return batches
     best = row_lengths.cheapest(tried_row_lengths(config, batches, model))
@@ -107,7 +107,7 @@ def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) 
 
 
 def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
-    """Returns the batches with these lengths of packed rows. A length is raised if an example is longer."""
+    """Returns the batches with packed rows of these lengths. A length grows if an example is longer."""
     pairs = zip(lengths, batches.longest(), strict=True)
     fitting = [length if longest <= length else round_up(longest, 8) for length, longest in pairs]
     return dataclasses.replace(batches, row_lengths=tuple(fitting))
@@ -118,9 +118,9 @@ def batches_of(
 ) -> Batches:
     """Returns the batches of a split as a run of `config` draws them.
 
-    Only the train split is reduced to `data_fraction`, and only its batches keep an example's targets together
-    if the extra loss pairs them. Packed rows have the lengths `input_length` and `target_length` until
-    `with_row_lengths` changes them.
+    Only the train split is reduced to `data_fraction`. If the extra loss pairs targets, only batches of the train
+    split keep all targets of an example in one row. Packed rows have the lengths `input_length` and
+    `target_length` until `with_row_lengths` changes them.
     """
     return Batches(
         data,
@@ -138,7 +138,7 @@ def batches_of(
 
 
 def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[HostBatch]:
-    """Yields this process's rows of the batches of steps `start` to `stop - 1`, and makes them in advance.
+    """Yields this process's rows of each batch, from step `start` to `stop - 1`. Makes batches in advance.
 
     Every process must iterate over the same steps, in the same order.
     """
@@ -148,5 +148,5 @@ def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterato
 
 
 def placed(batch: HostBatch, mesh: Mesh) -> Batch:
-    """Returns a batch as global arrays, to which each process contributes its rows."""
+    """Returns a batch as global arrays. Each process adds its own rows to them."""
     return place_rows(batch.groups, mesh, blocks=batch.shards, num_blocks=batch.num_shards)

@@ -21,14 +21,15 @@ from stepdistill_jax.runtime.checks import snake_case
 class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
 
-    A subclass is a frozen dataclass whose fields are its settings. The methods `count` and `total` are
-    traced inside the compiled step (JAX arrays, no Python branches on their values), once for each group
-    of rows in each slice of the batch. A call sees no other rows, so it must return a sum over its rows.
-    Then the step does not depend on the number of devices and microbatches. Rows may be packed: one row
-    contains the tokens of several examples, and segment ids distinguish them.
+    A subclass is a frozen dataclass whose fields are its settings. The compiled step traces the methods
+    `count` and `total`, so their arguments are JAX arrays, and no Python branch may depend on their values.
+    Each method is called once for each group of rows in each slice of the batch. A call sees only the rows
+    of one group, so it must return a sum over these rows. Then the result of the step does not depend on
+    the number of devices or microbatches. Rows may be packed: one row contains the tokens of several
+    examples, and segment ids distinguish the examples.
 
     Attributes:
-        name: name in lower_snake_case. The metric `loss/<name>` is total / count.
+        name: name in lower_snake_case. The metric `loss/<name>` is (sum of `total`) / (sum of `count`).
         weight: factor of the term, a number of at least 0 or a `Schedule`. With a schedule, the metric
             `loss_weight/<name>` shows its current value.
 
@@ -48,15 +49,17 @@ class ExtraLoss(abc.ABC):
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the number of terms that `total` adds up, a scalar.
 
-        It may depend only on the arrays in `group`. The step calls it before the model runs, since each
-        slice's share of the gradient depends on it.
+        The number may depend only on the arrays in `group`. The step calls this method before the model
+        runs, since each slice's share of the gradient depends on the number.
         """
 
     @abc.abstractmethod
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of the terms of these rows, a scalar in nats. It must be finite even without terms.
+        """Returns the sum of the terms of these rows, a scalar in nats.
+
+        The sum must be finite even if there are no terms.
 
         Args:
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
@@ -79,9 +82,9 @@ class PairedLoss(ExtraLoss):
 
     In a run with a paired loss, all targets of an example are in the same row, packed or padded. So devices,
     hosts and microbatches never split a pair. `group` then has `decoder_example_ids`: for each target token,
-    the 1-based index of its example within the row; 0 is padding. A row of `length` target tokens has at most
-    `length // 2` pairs, and their indices are no larger. This is the size of the axis `examples` below. An
-    example with several rationales is one pair. An example that lacks one of the two targets is no pair.
+    the 1-based index of its example within the row; 0 is padding. In a row of `length` target tokens, no pair has
+    an index above `length // 2`, which is the size of the axis `examples` below. An example with several
+    rationales is one pair. An example that lacks one of the two targets is no pair.
 
     A subclass defines `total`. Here, `count` is the number of pairs.
     """
@@ -104,13 +107,13 @@ class PairedLoss(ExtraLoss):
         objective: int,
         by: Callable[..., jax.Array] = jax.ops.segment_sum,
     ) -> jax.Array:
-        """Adds up each example's values over its target tokens of one objective.
+        """Reduces the values of each example's target tokens of one objective, by default to their sum.
 
         Args:
-            values: a value of each target token, [rows, length, ...].
+            values: a value for each target token, [rows, length, ...].
             group: the argument of `total`.
             objective: 1 for the first of OBJECTIVES (the label), 2 for the second (the rationale).
-            by: reduction, `segment_sum` or another function of `jax.ops`, such as `segment_max`.
+            by: the reduction: `segment_sum` or another function of `jax.ops`, such as `segment_max`.
 
         Returns:
             The result for each example, [rows, examples, ...]. An example without such tokens gets 0, or

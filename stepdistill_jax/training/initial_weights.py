@@ -40,7 +40,7 @@ class InitialWeights:
 
     @functools.cached_property
     def sources(self) -> dict[str, str | None]:
-        """For each of the run's parameters, its name in `path`, or None if it starts from scratch.
+        """The name in `path` of each of the run's parameters, or None for a parameter that starts from scratch.
 
         Raises:
             InputError: as for `sources_of`.
@@ -55,7 +55,7 @@ class InitialWeights:
         return stored_shapes(self.path, dataclasses.replace(self.model, lora=None))
 
     def described(self) -> dict[str, Any]:
-        """Returns the entry for `run.json`: `step` and, with rules, three groups of parameter names.
+        """Returns the entry for `run.json`: `step` and, if there are rules, three groups of parameter names.
 
         `from_scratch` lists parameters that are not loaded, `renamed` maps parameters to their different
         names in `path`, and `unused` lists names in `path` that no parameter uses.
@@ -88,7 +88,7 @@ class InitialWeights:
         return lines
 
     def load(self, mesh: Mesh, seed: int) -> Any:
-        """Returns the run's parameters; all processes must call this.
+        """Returns the run's initial parameters. All processes must call this method.
 
         Parameters that are not loaded are drawn from the seed, as in a run without `init_from`. Adapters
         are always new.
@@ -111,7 +111,7 @@ class InitialWeights:
     def _loaded(self, mesh: Mesh) -> Any:
         """Returns the parameters that are loaded from `path`, under the run's names.
 
-        Two parameters may share a buffer.
+        Two of these parameters may share a buffer.
         """
         shardings = shardings_of(base_of(self.abstract.params))
         plain = dataclasses.replace(self.model, lora=None)
@@ -157,7 +157,7 @@ def sources_of(
         where: path of the stored parameters, for messages.
 
     Raises:
-        InputError: a stored parameter is missing or has another shape, or a rule decides for no parameter.
+        InputError: a stored parameter is missing or has another shape, or a rule applies to no parameter.
     """
     sources, used = {}, set()
     for name in wanted:

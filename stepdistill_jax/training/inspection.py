@@ -49,9 +49,9 @@ def inspect(
     """Measures a split as training with `config` would read it, without training.
 
     Args:
-        config: a run's config, or the name of a task (with the default lengths).
+        config: a run's config, or the name of a task, which is then measured with the default lengths.
         split: name of the split.
-        rows: number of rows of step 0 to show. If rows are not packed, this many of each objective.
+        rows: number of rows of step 0 to show. If rows are not packed, this is the number per objective.
         data_dir: folder of prepared datasets; None means the default folder.
         task_module: replaces the config's `task_module`.
         verify: whether to compare every byte of the split's token stores with their manifests.
@@ -61,9 +61,9 @@ def inspect(
         `vocabulary_size`, and
 
         `objectives`: {name: {"weight" (a number, or a schedule in words), "rows" (with a target),
-            "absent" (examples without a target), "inputs", "targets"}}. The last two describe the
-            lengths in tokens before truncation, for targets with their decoder prefix: "min", "mean",
-            "median", "p99", "max" and "histogram" (list of {"from", "to", "rows"});
+            "absent" (examples without a target), "inputs", "targets"}}. "inputs" and "targets" describe
+            lengths in tokens before truncation: "min", "mean", "median", "p99", "max" and "histogram"
+            (list of {"from", "to", "rows"}). The length of a target includes its decoder prefix;
         `shares`: only for a mixture, the result of `TaskData.shares`;
         `cut`: {name: {"inputs", "targets"}}, the counts of truncated inputs and targets;
         `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token;
@@ -128,7 +128,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns the batches of the train split for one device, which decide the row lengths."""
+    """Returns the train split's batches for one device. They decide the row lengths."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source
@@ -138,7 +138,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """Returns the configuration of the model that would be trained; the cost of row lengths depends on it."""
+    """Returns the configuration of the model that would be trained, which decides what row lengths cost."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))
@@ -146,9 +146,9 @@ def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
-    """Returns the length in tokens, before truncation, of each row that has a target: [rows].
+    """Returns the length of the inputs or targets in tokens, before truncation, [rows].
 
-    `objective` is an index from 0.
+    `feature` is `inputs` or `targets`. Rows without a target are left out. `objective` is an index from 0.
     """
     prefix = len(data.decoder_prefixes[objective]) if feature == "targets" else 0
     return np.concatenate(
@@ -228,7 +228,7 @@ def _shown(batches: Batches, rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]]:
-    """Yields the targets of one packed row and the inputs that they read, as text."""
+    """Yields an entry of `shown` (see `inspect`) for each target of one row."""
     own = group["decoder_segment_ids"][row]
     read = group.get(DECODER_ENCODER_SEGMENTS, group["decoder_segment_ids"])[row]
     before = 0
@@ -253,14 +253,14 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
 
 
 def _text(data: TaskData, ids: list[int]) -> str:
-    """Returns an input as text. If the input has two texts, the piece of the end of sequence joins them."""
+    """Returns an input as text. If the input has two texts, the end-of-sequence piece is put between them."""
     texts = (list(own) for is_end, own in itertools.groupby(ids, EOS_ID.__eq__) if not is_end)
     decoded = list(map(data.vocabulary.decode, texts))
     return data.vocabulary.pieces()[EOS_ID].join(decoded) if len(decoded) > 1 else "".join(decoded)
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
-    """Returns row lengths with the fill, the rows per step and the FLOPs of packing with these lengths."""
+    """Returns the row lengths of a candidate, and the fill, rows per step and FLOPs that they lead to."""
     return {
         "row_input_length": tried.input_length,
         "row_target_length": tried.target_length,

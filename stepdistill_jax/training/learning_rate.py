@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, described by plain values that fit into configs and `run.json`."""
+"""Learning rates as functions of the step. Plain values describe them in configs and in `run.json`."""
 
 import dataclasses
 

@@ -48,8 +48,8 @@ def train(
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ...
-        `examples_per_second`: the mean since this start, or 0 if all steps were already done.
-        `best_step`, and the best step's `eval/validation/...`.
+        `examples_per_second`: the mean since this start of the run, or 0 if no step was left.
+        `best_step`, and the metrics `eval/validation/...` of the best step.
         `majority_baseline`, if there is a validation split: the label accuracy of always answering the
         most frequent label.
 
@@ -59,7 +59,7 @@ def train(
         FloatingPointError: a step's loss or gradient is not finite, and either `on_nonfinite` is "stop",
             or too many steps in a row were skipped. The message names the step.
         MemoryError: a step does not fit into a device's memory. The message names the settings that
-            reduce it.
+            reduce the memory.
     """
     startup = StartUp(began)
     startup.done("imports")
@@ -165,7 +165,7 @@ def empty_rows(run: Run) -> str | None:
 
 
 def _summary(run: Run, last: dict[str, Any], examples_per_second: float) -> dict[str, Any]:
-    """Returns the last step's losses and the best step's validation."""
+    """Returns the metrics of the last step and the validation metrics of the best step."""
     if not last:  # no step was left
         last, examples_per_second = last_step_metrics(run.workdir), 0.0
     best = resolve_step(run.workdir, "best")

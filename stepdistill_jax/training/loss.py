@@ -1,4 +1,4 @@
-"""The loss of all objectives, as sums that can be added up over slices, devices and steps."""
+"""Computes the loss of all objectives as sums, which can be added up over slices, devices and steps."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ Columns = TypeVar("Columns", jax.Array, np.ndarray)
 
 
 class ObjectiveSums(struct.PyTreeNode):
-    """Totals of each objective, as arrays [columns] float32. They are divided only once, at the end.
+    """Totals of each objective, as arrays [columns] float32. Totals are divided only once, at the end.
 
     With one task, each objective has a column. With several tasks, each objective of each task has a column:
     first all objectives of the first task, then those of the second, and so on. `over_tasks` adds up the
@@ -43,7 +43,7 @@ class ObjectiveSums(struct.PyTreeNode):
         return cls(zeros, zeros, zeros)
 
     def merge(self, other: "ObjectiveSums") -> "ObjectiveSums":
-        """Returns the sums of `self` and `other`, entry by entry."""
+        """Returns the totals of `self` plus the totals of `other`, column by column."""
         return jax.tree.map(jnp.add, self, other)
 
     def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":
@@ -52,11 +52,11 @@ class ObjectiveSums(struct.PyTreeNode):
         return self.replace(loss=loss, count=count)
 
     def over_tasks(self, num_objectives: int, num_tasks: int) -> "ObjectiveSums":
-        """Adds up each objective's columns of all tasks. Columns after those of the tasks stay unchanged."""
+        """Adds up the columns of each objective over all tasks. An extra loss's column stays unchanged."""
         return jax.tree.map(lambda x: over_tasks(x, num_objectives, num_tasks), self)
 
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
-        """Returns the weighted sum of the objectives' mean losses; an objective without tokens adds 0."""
+        """Returns the weighted sum of the objectives' mean losses. An objective without tokens adds 0."""
         scale = loss_scale(self.count, objective_weights)
         return jnp.vdot(scale, self.loss, precision=precision_of(scale.dtype))
 
@@ -119,9 +119,9 @@ def objective_sums(
 ) -> tuple[jax.Array, ObjectiveSums]:
     """Returns what a group of rows adds to the loss, and the group's totals.
 
-    Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, each a mean
-    of cross-entropies over target tokens. The caller computes `scale` from the counts of the global batch.
-    If each slice computed its own mean, a token's weight would depend on the slice that contains it.
+    Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, where each term is a
+    mean of cross-entropies over target tokens. The caller computes `scale` from the counts of the global
+    batch. If each slice computed its own mean, a token's weight would depend on the slice that contains it.
 
     With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4)
     and, with weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.

@@ -1,4 +1,4 @@
-"""Explains a device's out-of-memory error by the settings that decide the memory."""
+"""Explains an out-of-memory error of a device: says which settings decide how much memory a step takes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from stepdistill_jax.training.config import TrainConfig
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Replaces a device's out-of-memory error by one line with the settings that decide the memory.
+    """Replaces an out-of-memory error of a device by one line that names the settings to change.
 
     Raises:
-        MemoryError: instead of JAX's RESOURCE_EXHAUSTED.
+        MemoryError: JAX raised RESOURCE_EXHAUSTED.
     """
     try:
         yield
@@ -26,6 +26,6 @@ def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
             f" raise `num_microbatches={config.num_microbatches}` (same result);"
             f" change `remat_policy={config.remat_policy}` to minimal, then full (same result),"
             f" `dtype={config.dtype}` to bfloat16 (halves the activations),"
-            f" `layout={config.layout}` to fsdp (cuts parameters and optimizer over the devices)."
+            f" `layout={config.layout}` to fsdp (shards parameters and optimizer over the devices)."
             " `stepdistill plan` shows in advance what fits"
         ) from error

@@ -1,4 +1,4 @@
-"""Builds update rules, learning rates and schedules of weights from a config."""
+"""Builds update rules, learning rates and schedules of loss weights from a config."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """Returns the learning rate as a function of the step, from 0; None if a user's optimizer hides its rate."""
+    """Returns the learning rate as a function of the step, from 0, or None if a user's optimizer hides it."""
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 
@@ -29,7 +29,7 @@ def weights_at(weights: Sequence[Weight], step: jax.Array | int) -> jax.Array:
 
 
 def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
-    """Returns the function weight(step) of a `Schedule`."""
+    """Returns a `Schedule` as a function from the step to the weight."""
     changing: Callable[[Any], Any]
     if s.shape == "linear":
         changing = optax.linear_schedule(
@@ -89,7 +89,7 @@ def _optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Returns the same transformation as `optax.clip_by_global_norm`, but multiplies by one scalar.
+    """Clips gradients like `optax.clip_by_global_norm`, but multiplies all of them by one scalar.
 
     optax divides each gradient by the norm. XLA's CPU backend does not repeat divisions in the loops that
     read the result, so it writes the clipped gradient to memory and reads it three times.
@@ -106,7 +106,7 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def _adam_of_transformers(
     b1: float, b2: float, eps: float, mu_dtype: str | None
 ) -> optax.GradientTransformation:
-    """Returns `optax.scale_by_adam` with `eps` added to the root before the bias correction.
+    """Returns `optax.scale_by_adam`, but with `eps` added to the root before the bias correction.
 
     Let v_hat = v / c with c = 1 - b2^count. Then sqrt(v_hat) + eps / sqrt(c) = (sqrt(v) + eps) / sqrt(c), so
     passing eps / sqrt(c) to optax has this effect.

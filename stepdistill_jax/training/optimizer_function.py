@@ -1,4 +1,4 @@
-"""A user's update rule: a function that returns an optax transformation, with the function's arguments."""
+"""A user's update rule: a function that returns an optax transformation, and the arguments to call it with."""
 
 import dataclasses
 import inspect
@@ -19,7 +19,7 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFunction:
-    """A function that returns an optax transformation, with the function's arguments.
+    """A function that returns an optax transformation, and the arguments to call the function with.
 
     The transformation is the complete update rule: no clip, weight decay or learning rate is added. A
     `LearningRate` argument is passed as an optax schedule, a function of the run's step.
@@ -48,19 +48,19 @@ class OptimizerFunction:
 
     @property
     def name(self) -> str:
-        """Name of the function, `my_module.my_function`, with a private module replaced by its public parent."""
+        """Name of the function, `my_module.my_function`, where a private module is replaced by its public parent."""
         module = getattr(self.function, "__module__", None) or ""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return f"{module.partition('._')[0]}.{name}"
 
     @property
     def rate(self) -> LearningRate | None:
-        """The argument `learning_rate`, or None if it is no `LearningRate`, so that the rate is unknown."""
+        """The argument `learning_rate` if it is a `LearningRate`. Otherwise None: the rate is unknown."""
         rate = self.arguments.get("learning_rate")
         return rate if isinstance(rate, LearningRate) else None
 
     def takes(self, learning_rate: float) -> bool:
-        """Returns whether the run's peak rate is one of the arguments, as a number or in a schedule."""
+        """Returns whether an argument is the run's peak rate, or a schedule with this peak."""
         return any(
             x.learning_rate in (None, learning_rate)
             if isinstance(x, LearningRate)
@@ -73,7 +73,7 @@ class OptimizerFunction:
         return f"{self.name}({', '.join(f'{n}={x!r}' for n, x in self.arguments.items())})"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the function's name and all arguments, including defaults, for `run.json`.
+        """Returns the function's name and all its arguments, including defaults, for `run.json`.
 
         A resumed run compares them.
         """
@@ -136,7 +136,7 @@ class OptimizerFunction:
                 raise self._refused(f"the transformation's update must return {what}")
 
     def _all_arguments(self) -> dict[str, Any]:
-        """Returns arguments and defaults by name, without the arguments that `*args` or `**kwargs` collects."""
+        """Returns arguments and defaults by name, but not those that `*args` or `**kwargs` collects."""
         try:
             signature = inspect.signature(self.function)
             bound = signature.bind(**self.arguments)
@@ -168,7 +168,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _code(function: Any) -> Any:
-    """Returns the code object of a Python function, which has file and line; None for other callables."""
+    """Returns a Python function's code object, which knows file and line, or None for other callables."""
     return getattr(inspect.unwrap(function), "__code__", None)
 
 

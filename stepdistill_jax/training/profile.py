@@ -21,7 +21,7 @@ class StepProfile:
     """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
-        """Prepares a trace from the first to the last of `steps`; None means no trace."""
+        """Prepares a trace. `steps` is (first step, last step), or None for no trace."""
         self._folder = workdir / FOLDER
         self._steps = steps if jax.process_index() == 0 else None
         self._written: pathlib.Path | None = None  # folder of the trace, while tracing
@@ -33,7 +33,7 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Starts the trace if `step` is in its range, and returns a context that marks the step in it."""
+        """Starts the trace if `step` is in its range, and returns a context that marks the step in the trace."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)

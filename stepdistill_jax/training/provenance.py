@@ -104,7 +104,7 @@ def _count(tree: Any) -> int:
 def _weights_digest(initial: InitialWeights) -> str | None:
     """Returns a digest of `init_from`, or None if its directory or step no longer exists.
 
-    For a workdir, the digest covers the step and its manifest's digests. For a model directory, it covers
+    For a workdir, the digest covers the step and the digests in the step's manifest. For a model directory, it covers
     config.json and the sizes of all files. The weights are not read, since they may take many gigabytes.
     """
     directory = initial.path
@@ -135,9 +135,9 @@ def _commit() -> str | None:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds defaults to a config of `run.json`, for settings that did not exist when it was written.
+    """Completes a config of `run.json`: adds the defaults of settings that did not exist when it was written.
 
-    Nested settings get their defaults, too.
+    Missing settings inside nested settings are added, too.
     """
     found = json.loads(json.dumps(TrainConfig(task="").to_json()))
     for name, value in config.items():
@@ -172,9 +172,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns why `train_steps` must not grow; the list is empty if no learning rate depends on it.
+    """Returns the reasons why `train_steps` must not grow. There are none if no learning rate depends on it.
 
-    `before` and `now` are the configs of the earlier start and of this one, as in `run.json`.
+    `before` and `now` are the configs of the earlier start and of this start, as in `run.json`.
     """
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")
@@ -223,7 +223,7 @@ def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any]
 
 
 def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str | None) -> None:
-    """Writes the workdir's files."""
+    """Writes `run.json`, `config.gin` and the model files into the workdir."""
     train_steps = {"train_steps": run.config.train_steps}
     life = {name: described[name] for name in LIFE_FIELDS} | train_steps
     lives = [*earlier["lives"], life] if earlier and "lives" in earlier else [life]
@@ -263,7 +263,7 @@ def _agree(described: dict[str, Any]) -> None:
 
 
 def _wait_for(path: pathlib.Path, written: str) -> None:
-    """Waits until this process sees the file that process 0 has just written; after 30 s, raises InputError."""
+    """Waits until this process sees the file that process 0 has just written. Raises InputError after 30 s."""
     deadline = time.monotonic() + SEEN_SECS
     while not (path.exists() and digest(read_json(path)) == written):
         if time.monotonic() > deadline:
@@ -275,7 +275,7 @@ def _wait_for(path: pathlib.Path, written: str) -> None:
 
 
 def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
-    """Returns the content of `stepdistill.json`: how to prompt the trained model, and where it comes from."""
+    """Returns the content of `stepdistill.json`: how to prompt the trained model, and how it was trained."""
     return TaskInfo(
         task=run.config.task,
         objectives=run.data.objectives,

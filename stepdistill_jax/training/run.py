@@ -61,7 +61,7 @@ MODEL_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of one training run."""
+    """The objects that a training run uses: its config, mesh, data, model and so on."""
 
     config: TrainConfig
     workdir: pathlib.Path
@@ -75,7 +75,7 @@ class Run:
     initial: InitialWeights | None = None
 
     def initial_state(self) -> TrainState:
-        """Returns the state at step 0, with the weights of `init_from` or random ones. Adapters are always new."""
+        """Returns the state at step 0, with weights of `init_from` or random weights. Adapters are always new."""
         seed = self.config.seed
         if self.initial is None:
             return init_state(self.model, self.tx, self.abstract, seed=seed)
@@ -152,7 +152,7 @@ def assemble(
 def _row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig, workdir: pathlib.Path
 ) -> tuple[int, int]:
-    """Returns the input and target length of packed rows. A resumed run keeps its lengths on any layout."""
+    """Returns the input and target length of packed rows. A resumed run keeps its lengths in any layout."""
     if config.pack and (workdir / RUN).is_file():
         # older versions did not choose lengths; their rows have the maximum lengths of inputs and targets
         kept = read_run(workdir).get("row_lengths")
@@ -207,7 +207,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, Model
 
 
 def _init_path(init_from: str) -> pathlib.Path:
-    """Returns the path of `init_from`: a workdir (local or in a store), or a local or downloaded model."""
+    """Returns the path of `init_from`, which is a workdir or a model. A model of the hub is downloaded first."""
     init_from = local_model(init_from)
     return as_path(init_from) if is_workdir(init_from) else local_path(init_from, "`init_from`")
 
@@ -236,7 +236,7 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step of `path` that it starts from (None without steps)."""
+    """Returns whether the run has begun, and its initial step in `path` (None if `path` is a model directory)."""
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")
     return False, resolve_step(path, "best") if is_workdir(path) else None

@@ -1,4 +1,4 @@
-"""Measures the time from the start of a command to its first step, and how long each part of it takes."""
+"""Measures the time from the start of a command to its first step, and how this time is spent."""
 
 import time
 from typing import Any

@@ -1,4 +1,4 @@
-"""The state that a training step updates. It is created sharded, so no process needs memory for all of it."""
+"""Creates the state that a training step updates, in shards, so that no process needs memory for all of it."""
 
 import functools
 from collections.abc import Callable
@@ -48,14 +48,14 @@ def _first_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) 
 
 
 def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
-    """Returns the sharding of an optimizer moment, from the sharding of its parameter.
+    """Derives the sharding of an optimizer moment from the sharding of its parameter.
 
-    A factored moment lacks one axis of the parameter, and so does its sharding.
+    A factored moment lacks one axis of the parameter. Its sharding lacks this axis, too.
     """
     if moment.shape == param.shape:
         return sharding
-    # Adafactor keeps the means over rows and over columns: [512, 1024] cut as (fsdp, tensor) has moments [512],
-    # cut as (fsdp), and [1024], cut as (tensor). Other shapes are copied to all devices.
+    # Adafactor keeps the means over rows and over columns: [512, 1024] sharded as (fsdp, tensor) has moments
+    # [512], sharded as (fsdp), and [1024], sharded as (tensor). Other shapes are copied to all devices.
     spec = list(sharding.spec) + [None] * (param.ndim - len(sharding.spec))
     for axis in reversed(range(param.ndim)):
         if moment.shape == param.shape[:axis] + param.shape[axis + 1 :]:
@@ -107,7 +107,7 @@ def shardings_of(abstract: Any) -> Any:
 
 
 def hashable(abstract: Any) -> tuple[tuple, Any]:
-    """Returns the leaves and the structure of a tree of abstract arrays: a cache key for compiled programs."""
+    """Returns the leaves and the structure of a tree of abstract arrays, as a cache key for compiled programs."""
     leaves, tree = jax.tree.flatten(abstract)
     return tuple(leaves), tree
 
@@ -124,7 +124,7 @@ def _key_data(seed: int) -> np.ndarray:
 def init_state(
     config: ModelConfig, tx: optax.GradientTransformation, abstract: TrainState, *, seed: int
 ) -> TrainState:
-    """Returns a random state; each device computes the part that it keeps."""
+    """Returns a random state. Each device computes only the shards that it keeps."""
     return _jit_init(config, tx, *hashable(abstract))(_key_data(seed))
 
 
@@ -159,7 +159,7 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Returns plain weights, which are on the devices, with the adapters that `init_state` would draw."""
+    """Adds the adapters that `init_state` would draw to plain weights, which are already on the devices."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 

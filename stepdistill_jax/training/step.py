@@ -1,4 +1,4 @@
-"""The training step as a pure function, and the only place that compiles it."""
+"""Defines the training step as a pure function, and compiles it for a mesh."""
 
 import functools
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def batch_sums(
 def batch_counts(
     batch: Batch, columns: int, extra_loss: ExtraLoss | None, num_objectives: int
 ) -> jax.Array:
-    """Returns the `count` of `batch_sums`, [columns] float32, without running the model."""
+    """Returns the `count` of a batch's totals, [columns] float32, without running the model."""
     counts = [token_weights(group, columns, num_objectives).sum((0, 1)) for group in batch]
     total = jnp.sum(jnp.stack(counts), axis=0)
     if extra_loss is not None:
@@ -70,10 +70,10 @@ def batch_counts(
 
 
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
-    """Cuts arrays [rows, length] into [slices, rows / slices, length].
+    """Reshapes arrays from [rows, length] to [slices, rows / slices, length].
 
-    Slice i consists of the rows i, i + slices, i + 2 slices, ... Slices of adjacent rows would have to be
-    moved between devices.
+    Slice i consists of the rows i, i + slices, i + 2 slices, ... If a slice consisted of
+    adjacent rows, rows would have to be moved between devices.
     """
 
     # Rows 0 to 7 on two devices, 0-3 and 4-7, in two slices: 0 2 | 4 6 and 1 3 | 5 7. Each device keeps its
@@ -99,7 +99,7 @@ def train_step(
     """Computes the loss and the gradient of the global batch and makes one update.
 
     The counts of the complete batch are known before it is cut into slices, so each slice adds its share
-    of the exact gradient: the result does not depend on slices, devices or packing. With adapters,
+    of the exact gradient. The result does not depend on slices, devices or packing. With adapters,
     gradient, clip and update concern only the adapters. If the loss or the gradient is not finite,
     parameters and optimizer keep their values, but the step number still grows by 1.
 
@@ -109,7 +109,7 @@ def train_step(
         model: the module to which the parameters in `state` belong.
         tx: the transformation to which the optimizer state in `state` belongs.
         objective_weights: a weight for each objective; a `Schedule` is computed from the state's step.
-        num_microbatches: number of slices. The row count of each group must be a multiple of it.
+        num_microbatches: number of slices. The row count of each group must be a multiple of this number.
         extra_loss: a further term of the loss, with its own weight.
         num_tasks: number of parts of the data; an objective's loss is the mean over the tokens of all
             parts.
@@ -197,14 +197,14 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
 def eval_step(
     params, batch: Batch, *, model: EncoderDecoder, num_objectives: int, num_tasks: int = 1
 ) -> ObjectiveSums:
-    """Returns the totals of a batch, computed without dropout."""
+    """Returns a batch's totals for a validation: without dropout and without an update."""
     # the scale only affects the loss, which is not used here
     scale = jnp.zeros(num_objectives * num_tasks)
     return batch_sums(model, params, batch, scale, num_objectives=num_objectives)[1]
 
 
 def in_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """Wraps `function` to run in the context of the mesh and the logical axis rules, which tracing reads."""
+    """Wraps `function` so that it runs, and is traced, in the context of the mesh and the logical axis rules."""
 
     @functools.wraps(function)
     def inside(*args):
@@ -217,7 +217,7 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
     """Returns `train_step` with explicit shardings, compiled once for each batch shape.
 
-    The compiled function reuses the memory of the state that it is given (donation).
+    The compiled function reuses the memory of its argument `state` (donation).
 
     Equal arguments return the same function, so runs that differ only in seed or data compile once.
     """

@@ -85,7 +85,7 @@ class _BrokenOff(Exception):
 
 
 def leave_at_start(signal_name: str) -> None:
-    """Ends the process with status 75 while there is nothing to save."""
+    """Ends the process with status 75 without saving, since there is nothing to save yet."""
     leave(signal_name, "stopped before the first step; there was nothing to save")
 
 
@@ -116,7 +116,7 @@ class Supervisor:
     """Supervises a run from its newest checkpoint on. `last` contains the metrics of the newest step."""
 
     def __init__(self, run: Run, stop: StopSignals):
-        """Starts in the state STARTING. `stop` must be entered; each state sets how it reacts to a signal."""
+        """Starts in the state STARTING. `stop` must be an entered context. Each state sets its reaction to signals."""
         config = run.config
         self._run, self._stop = run, stop
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
@@ -209,7 +209,7 @@ class Supervisor:
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
         """Keeps a step's metrics and writes those of the previous step, so that the devices never wait.
 
-        The devices may still be computing `device_metrics`. `waited` is the time spent waiting for the
+        The devices may still be computing `device_metrics`. `waited` is how long the loop waited for the
         batch, in seconds. Raises the errors of `flush`.
         """
         # the end of a step that has already ended is measured here, since `flush` runs later
@@ -310,7 +310,7 @@ class Supervisor:
     def _enforce(self, step: int, metrics: dict[str, float]) -> None:
         """Handles a step whose loss or gradient is not finite.
 
-        Warns, fails, or, after too many such steps in a row, rolls the run back.
+        Logs a warning, or ends the run. After too many such steps in a row, rolls the run back.
         """
         config = self._run.config
         what = f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
@@ -415,7 +415,7 @@ def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns, for each example of a step, its index in the tokenised split, its input's start and its label."""
+    """Returns, for each example of a step, the index in the tokenised split, the start of the input and the label."""
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
@@ -468,12 +468,12 @@ def _roll_back(run: Run, step: int) -> None:
 class Watchdog:
     """A context that ends the process if a state lasts too long.
 
-    It then writes the stacks of all threads and exits with status 134. Time in which the process does not run
-    (a suspended laptop, Ctrl-Z) does not count, since the thread adds up its own short sleeps.
+    Before that, it writes the stacks of all threads. The exit status is 134. Time in which the process does not run
+    (a suspended laptop, Ctrl-Z) does not count, since the watchdog adds up its own short sleeps.
     """
 
     def __init__(self, medians: float, min_secs: float):
-        """Sets the limits (`medians` and `min_secs` of the module's table). With `medians` 0, there are none."""
+        """Sets the limits (`medians` and `min_secs` of the module's table). A `medians` of 0 means no limits."""
         self.last_step: int | None = None  # for the message
         self._medians, self._min_secs = medians, min_secs
         self._interval = min(1.0, min_secs / 10)
@@ -491,7 +491,7 @@ class Watchdog:
         self._end.set()
 
     def enter(self, state: State) -> None:
-        """Ends the previous state and begins this one."""
+        """Ends the current state and begins `state`."""
         now = time.monotonic()
         if self._state is State.STEPPING:
             self._seconds.append(now - self._began)

@@ -31,14 +31,15 @@ class Throughput:
     def halfway(self, ended: float) -> float:
         """Returns the midpoint between the last known end of a step and `ended`.
 
-        It is the estimated end of the first of two steps that together took this time.
+        If two steps ran in this time, the midpoint is an estimate of the end of the first step.
         """
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
-        """Returns `timing/...` and `non_padding_fraction/...` of a step that ended at `ended`, a time from `now`.
+        """Returns `timing/...` and `non_padding_fraction/...` of a step.
 
-        A step's time counts from the end of the previous step, or from the last `pause`.
+        `ended` is the time at which the step ended, as `now` returns it. A step's time counts from the end of the
+        previous step, or from the last `pause`.
         """
         seconds, self._last = max(ended - self._last, 1e-9), ended
         flops = sum(

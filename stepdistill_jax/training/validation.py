@@ -99,7 +99,7 @@ class Validator:
         before the first step.
 
         Raises:
-            InputError: a metric fails, or has the name of a metric that every validation gives.
+            InputError: a metric fails, or has the name of a metric that every validation computes.
         """
         several, of_parts = len(self.data.parts) > 1, []
         for part in self.data.parts:
@@ -126,7 +126,7 @@ class Validator:
         return float(np.mean(of_parts))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
-        """Returns the two numbers that rank a step. Larger is better for both; the second breaks ties.
+        """Returns two numbers that rank a step. Larger is better in both. The second number breaks ties.
 
         The first is the value of `best_metric`, and the second is the label's loss times -1.
 
@@ -164,11 +164,11 @@ class Validator:
         the mean over the parts. Every process runs the same batches.
 
         `label_accuracy` is the share of decoded labels that equal the gold label (as text, or as a number for
-        equations). `collapsed` is 1 if there are several rows and all got the same answer, otherwise 0; this
-        is also logged. `unfinished` is the share of answers without an end of sequence. If targets contain
-        more than a label, `unparsed` is the share of answers without a label, which count as wrong.
-        `accuracy/<objective>` is the share of target tokens that the model finds likeliest under teacher
-        forcing, weighted as in the loss. Losses are nats per token. `loss` uses the final weights of
+        equations). `collapsed` is 1 if there are several rows and all got the same answer, otherwise 0. A
+        collapse is logged as well. `unfinished` is the share of answers without an end of sequence. If
+        targets contain more than a label, `unparsed` is the share of answers without a label, which count
+        as wrong. `accuracy/<objective>` is the share of target tokens that the model finds likeliest under
+        teacher forcing, weighted as in the loss. Losses are nats per token. `loss` uses the final weights of
         schedules, so that steps can be compared, and leaves out an extra loss. The metrics of a part's own
         task keep their names. With several parts, `<part>/` precedes them.
 
@@ -204,7 +204,7 @@ class Validator:
     def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
         """Returns the loss and the accuracy of each objective that has tokens.
 
-        `totals` are the totals of loss, correct and count, each with one value for each objective.
+        `totals` is (loss, correct, count). Each of these has one value for each objective.
         """
         found = {}
         for objective, loss, correct, count in zip(self.data.objectives, *totals, strict=True):
@@ -216,7 +216,7 @@ class Validator:
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
     ) -> dict[str, float]:
-        """Decodes the labels, and returns the metrics of each part and, with several parts, their means."""
+        """Decodes the labels, and returns each part's metrics and, if there are several parts, their means."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [

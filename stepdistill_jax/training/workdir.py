@@ -168,7 +168,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _misfit(found: Any, kinds: dict[str, Any], prefix: str = "") -> str | None:
-    """Returns a text that names the field that is missing or has the wrong type, or None if all are right."""
+    """Returns a string that names a field that is missing or has the wrong type, or None if all are right."""
     if not isinstance(found, dict):
         return f"expected an object, got {_kind(found)}"
     for name, kind in kinds.items():
