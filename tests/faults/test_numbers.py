@@ -238,7 +238,7 @@ def test_a_spike_is_reported_and_changes_nothing(
             assert rates and all(0 <= v < math.inf for v in rates)
 
 
-@pytest.mark.parametrize("collapsed", [True, False])
+@pytest.mark.parametrize("collapsed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_answer_for_all_is_said_in_one_line(
     tmp_path, delivery_data_dir, settings, capsys, monkeypatch, survives, collapsed
 ):

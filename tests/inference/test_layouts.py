@@ -89,7 +89,7 @@ def one_device(params, rows):
     "search, layout, batch_size",
     [
         ("greedy", "data", 16),  # 21 rows: the last batch has 5, fewer than devices
-        ("greedy", "fsdp", 21),
+        pytest.param("greedy", "fsdp", 21, marks=pytest.mark.slow),
         ("greedy", "tensor", 16),
         pytest.param("beam", "data", 16, marks=pytest.mark.slow),
         pytest.param("beam", "tensor", 16, marks=pytest.mark.slow),

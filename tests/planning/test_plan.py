@@ -322,6 +322,7 @@ def test_each_advice_is_compiled_and_fits():
     assert len(together) == 1 and together[0].keys() >= {"optimizer", "num_microbatches"}
 
 
+@pytest.mark.slow
 def test_what_the_tpu_compiler_refuses_is_changed_in_all_that_saves_memory(monkeypatch):
     """It gives no sizes: the policy that leaves the most room is where advice begins."""
     figures = candidates.figures

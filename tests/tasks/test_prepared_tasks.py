@@ -130,7 +130,14 @@ def test_the_fast_reader_has_the_tokens_of_the_registered_tasks(seqio, folder, n
     assert len(label) > len(rationale) > 10 or name == "delivery"
 
 
-@pytest.mark.parametrize("bos, eos", [(True, False), (False, False), (True, True)])
+@pytest.mark.parametrize(
+    "bos, eos",
+    [
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
+)
 def test_inputs_are_framed_as_the_vocabulary_says(seqio, folder, gemma_model, bos, eos):
     path = gemma_model(add_bos_token=bos, add_eos_token=eos)
     register_prepared(folder, vocabulary=path)
@@ -152,7 +159,8 @@ def test_inputs_are_framed_as_the_vocabulary_says(seqio, folder, gemma_model, bo
     assert group["encoder_input_tokens"][:5].tolist() == cut
 
 
-@pytest.mark.parametrize("name", [pytest.param("cqa", marks=pytest.mark.slow), "svamp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cqa", "svamp"])
 def test_the_fast_reader_has_the_tokens_of_the_registered_tasks_on_real_data(seqio, real, name):
     folder = real(name)
     register_prepared(folder)
