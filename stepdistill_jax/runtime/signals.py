@@ -44,7 +44,7 @@ class StopSignals:
     or `limit_secs` seconds after the first signal.
 
     In a job of several processes, `jax.distributed` catches SIGTERM and makes all processes stop at the same
-    point. There, this context does not catch SIGTERM, and turns SIGINT into SIGTERM.
+    point. In such a job, this context does not catch SIGTERM, and turns SIGINT into SIGTERM.
 
     Attributes:
         act: function that the main thread calls with the name of the first signal. If `act` is None, the

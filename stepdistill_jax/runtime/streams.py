@@ -161,7 +161,8 @@ class ResumableFile(StreamedFile):
         return state
 
     def _valid_state(self) -> dict[str, Any] | None:
-        """Returns the state that an earlier run saved, or None if there is none, or if the sidecar or the rows are damaged.
+        """Returns the state that an earlier run saved, or None if the sidecar or the rows are missing or damaged.
+
         """
         size = os.path.getsize(self.partial)
         try:

@@ -1,6 +1,7 @@
-"""Registers `cqa_svamp`, a mixture of two prepared datasets. Use it as an example for your own mixtures.
+"""Registers `cqa_svamp`, a mixture of two prepared datasets. Use this module as an example for your own mixtures.
 
-In a config: TASK = "cqa_svamp", TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
+To train on the mixture, write in a config: TASK = "cqa_svamp", TASK_MODULE =
+"stepdistill_jax.tasks.cqa_svamp".
 """
 
 import seqio
