@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WAIT_SECS = 5.0  # time between two checks for a closed channel or a signal
-LIMIT_SECS = 3600.0  # long, since a process may be reading hundreds of gigabytes; a lost one is noticed sooner
+WAIT_SECS = 5.0  # time between two checks whether the channel was closed or a signal has arrived
+LIMIT_SECS = 3600.0  # long, since a process may be reading hundreds of gigabytes; JAX notices a lost process sooner
 
 _opened: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 

@@ -15,7 +15,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-MAX_LINE_BYTES = 16 << 20  # a longer line of a JSON-lines file is not a row
+MAX_LINE_BYTES = 16 << 20  # longer lines of a JSON-lines file are refused
 TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; write each row on its own line"
 _NO_TEXT = {  # first bytes of files that are not text, and what to do with such a file
     b"\x1f\x8b": "it is a gzip file, so unpack it first",

@@ -21,9 +21,7 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, upload
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
 FLUSH_SECS = 30.0  # time between two flushes of TensorBoard's events
-UPLOAD_SECS = (
-    60.0  # least time between two uploads: stores cannot append, so each sends the complete file
-)
+UPLOAD_SECS = 60.0  # least time between two uploads, since each upload sends the complete file (stores cannot append)
 
 
 class MetricsWriter:

@@ -12,7 +12,7 @@ from typing import NoReturn
 from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.runtime.progress import log
 
-UNWIND_SECS = 2.0  # time for Python to unwind in commands that have nothing to save
+UNWIND_SECS = 2.0  # time that a command with nothing to save has to end after a signal
 STOPPED: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
 # JAX's protocol needs consecutive numbers, which are the same in every process and are never used twice
 _asked = itertools.count(1)

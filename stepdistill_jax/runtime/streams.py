@@ -161,9 +161,7 @@ class ResumableFile(StreamedFile):
         return state
 
     def _valid_state(self) -> dict[str, Any] | None:
-        """Returns the state that an earlier run saved, or None if the sidecar or the rows are missing or damaged.
-
-        """
+        """Returns the state that an earlier run saved, or None if sidecar or rows are missing or damaged."""
         size = os.path.getsize(self.partial)
         try:
             state = read_json(self.sidecar)

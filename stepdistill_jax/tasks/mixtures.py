@@ -69,7 +69,7 @@ def groups_of(
     found: dict[str, Group] = {}
     for dataset, members in _families(mixture):
         taught = tuple(named[task.name] for task in members)
-        # the label's task names a group of plain tasks
+        # a group of plain tasks has the name of the task with the labels
         at = taught.index(objectives[0]) if objectives[0] in taught else 0
         name = dataset or members[at].name
         group = Group(name, members, taught, 0.0, dataset)
@@ -110,7 +110,7 @@ def label_tasks(
             if given.get(task.name, objectives[0]) == objectives[0]:
                 names[task.name] = None
         else:
-            # a dataset answers if its label task is in the mixture, or all of its tasks are
+            # a dataset is included if its label task, or every one of its tasks, is in the mixture
             whole = {name for name, other in TAGS.items() if other.dataset == tag.dataset}
             if whole <= there or tag.objective == objectives[0]:
                 names[tag.dataset] = None
@@ -175,7 +175,11 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (None, plain tasks) for each mixture inside `mixture` and for itself, then (name, tasks) for each dataset.
+    """Yields (name of a dataset or None, tasks) for all tasks of a mixture.
+
+    First come the plain tasks, as (None, tasks): one pair for each mixture inside `mixture`, and one for
+    `mixture` itself. Then comes one pair for each dataset.
+
     """
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}

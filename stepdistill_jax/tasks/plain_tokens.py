@@ -38,7 +38,7 @@ def plain_store(
             describe([task.source, task._preprocessor_constructor_args]),
             [vocabulary.fingerprint, repr(task.output_features)],
             files_of_task(task, split),
-            "row ids",  # distinguishes the store from older ones, which have none
+            "row ids",  # distinguishes the store from older stores, which have no row ids
         ],
         data_dir=folder,
         compare=True,

@@ -73,7 +73,7 @@ def render(
                 present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
             target = to_text(objective.target_template, row)
             inputs = to_text(objective.input_template, row)
-            # with several rationales, most rows lack most of them; these keep no inputs
+            # most examples have few rationales, so inputs are not stored for those that are absent
             out[f"{prefix}inputs"] = tf.where(present, inputs, "") if number else inputs
             out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
         if "label" in given and first.label_field and not first.is_plain:

@@ -236,7 +236,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     import seqio
 
     framing = load_vocabulary(spec.vocabulary).framing
-    # rows that depend on the lengths of a run must not be cached before they are known
+    # rows that depend on a run's lengths must not be cached, since the lengths are not known yet
     by_length = any(
         "sequence_length" in inspect.signature(p).parameters for p in spec.preprocessors
     )

@@ -208,8 +208,8 @@ def random_spans_noise_mask(
 
     def segment_lengths(ids: Any, seed: Any) -> Any:
         """Returns random lengths of segments, [spans] int32. Each is at least 1, and their sum is `ids`."""
-        # `spans - 1` of the ids but the first start a segment: 5 ids, starts [0, 1, 0, 1] ->
-        # segment of each id [0, 0, 1, 1, 2] -> lengths [2, 2, 1]
+        # The first id starts a segment, and so do `spans - 1` of the other ids. Example for 5 ids: `starts` of
+        # the other ids is [0, 1, 0, 1], so the segment of each id is [0, 0, 1, 1, 2] and the lengths [2, 2, 1]
         starts = seqio.stateless_shuffle(tf.cast(tf.range(ids - 1) < spans - 1, tf.int32), seed)
         segment = tf.cumsum(tf.pad(starts, [[1, 0]]))
         return tf.math.segment_sum(tf.ones_like(segment), segment)

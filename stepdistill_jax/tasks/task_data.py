@@ -170,8 +170,8 @@ class TaskData:
         examples), `rows` (share of all rows), `target_tokens` (share of all target tokens), and `drawn` (see
         `Part`).
         """
-        # Two parts with rates 1 and 3: of four examples one is of the first part, on average with its mean
-        # number of rows and target tokens.
+        # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
+        # has the part's mean number of rows and target tokens.
         found, total = {}, sum(self.rates)
         for part in self.parts:
             lengths = [rows["targets"].lengths for rows in part.store.rows]

@@ -142,8 +142,7 @@ class TokenStore:
 
     @functools.cached_property
     def max_id(self) -> int:
-        """Largest id. A plain SeqIO task may use extra ids, which are larger than the ids of its vocabulary's pieces.
-        """
+        """Largest id. In a plain SeqIO task, it may be an extra id, above those of the vocabulary's pieces."""
         return max(rows[feature].max_id for rows in self.rows for feature in FEATURES)
 
     @property

@@ -123,7 +123,7 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
             f"it has {len(numbers)} numbers, but the target has {words} words: {target!r:.80}"
         )
     ends = len(ids) - (ids[-1] == EOS_ID)
-    # ids above the vocabulary's, if there are any, count as its last piece
+    # ids above those of the vocabulary, if there are any, are treated like its last piece
     kinds = begins[np.minimum(ids[:ends], len(begins) - 1)]
     # number of each id's word: pieces `▁a ▁la te` have kinds [1, 1, 0], so words [1, 2, 2]
     word = np.cumsum(kinds == 1)

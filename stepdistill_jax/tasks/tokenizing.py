@@ -34,7 +34,7 @@ from stepdistill_jax.tasks.token_store import (
 logger = logging.getLogger(__name__)
 
 FOLDER = "token_store"
-ID = "id"  # feature by which rows of several tasks are paired
+ID = "id"  # rows of several tasks are paired if their values of this feature are equal
 COMPARED_ROWS = 32  # first rows that each start tokenises again to compare them
 MAX_ID = 10**7  # more than ten times the size of any vocabulary
 

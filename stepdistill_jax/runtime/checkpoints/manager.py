@@ -102,7 +102,7 @@ class Checkpoints:
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
-                # a store renames a folder by copying its files one by one
+                # an object store can rename a folder only by copying its files one by one
                 atomicity_options=AtomicityOptions(
                     AtomicityMode.COMMIT_FILE if remote else AtomicityMode.AUTO
                 ),
@@ -226,7 +226,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Orbax also keeps the error for this thread: fetch it, or the next call raises it again
+            # Orbax also keeps the error for this thread. It is fetched here, or the next call would raise it
             for again in (self._manager.wait_until_finished, self._manager.check_for_errors):
                 with contextlib.suppress(Exception):
                     again()

@@ -22,11 +22,11 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import is_remote, store_errors
 
 MANIFEST = "manifest.json"
-COMMITTED = "commit_success.txt"  # Orbax writes it last in a store, which has no rename
+COMMITTED = "commit_success.txt"  # Orbax writes it last in a store, where folders cannot be renamed
 DELETED = ".deleted"  # folder to which Orbax moves steps before it removes them
 UNSEALED = f"no {MANIFEST}, so its save did not finish"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
-# A store has its own checksums: only files up to this size are read for a digest
+# A store has checksums of its own, so only files of at most this many bytes are read for a digest
 READ_IN_STORE = 64 * 1024
 _STEP = re.compile(r"0|[1-9][0-9]*")  # folder names that Orbax reads as steps
 _QUARANTINED = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
@@ -193,8 +193,9 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
         CheckpointError: there are damaged steps, and no good one. The message lists the damaged steps.
         OSError: a step cannot be renamed.
     """
-    # from the newest step down, the bytes of steps with right names and sizes, until one is good: with
-    # {1: None, 2: None, 3: None} and 3 damaged, steps 3 and 2 are read, and 1 is not
+    # Reads the steps whose names and sizes are right, newest first, until one is good. Example: `problems` is
+    # {1: None, 2: None, 3: None}, and step 3 turns out to be damaged. Then step 2 is read. If it is good,
+    # step 1 is not read.
     good, problems = None, dict(on_process_0(lambda: _looked_at(folder)))
     for number in reversed(list(problems)):
         if problems[number] is None and good is None:
@@ -212,7 +213,7 @@ def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
     steps = [
         s
         for s in saved(folder)
-        if not is_remote(folder) or (s.folder / COMMITTED).exists()  # Orbax: unfinished
+        if not is_remote(folder) or (s.folder / COMMITTED).exists()  # else Orbax removes it
     ]
     return [(s.number, s.problem) for s in steps]
 
