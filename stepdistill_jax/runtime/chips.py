@@ -12,8 +12,8 @@ class Chip:
         memory: size of the main memory, bytes. For an H100, it is the size that the driver reports.
         bandwidth: bandwidth of the main memory, bytes/s.
         link: rate at which a device sends data to other devices of its slice or host in one collective,
-            bytes/s. For a
-        TPU, this is the rate along one axis of its torus: half of the data sheet's sum over all links.
+            bytes/s. For a TPU, this is the rate along one axis of its torus: half of the data sheet's sum
+            over all links.
         integer, other: rates of element-wise operations on integers and on all other types, 1/s. Each is an
             estimate: number of lanes times clock rate. An H100 has 64 lanes for integers and 128 for other
             types in each of its 132 multiprocessors; a TPU's vector unit has 4 x 8 x 128 lanes.

@@ -17,7 +17,7 @@ MAX_BYTES = (
 
 
 def folder_for(workdir: os.PathLike | str) -> str:
-    """Returns the cache folder for a workdir: a folder next to it, or inside it if it is a whole bucket."""
+    """Returns the cache folder for a workdir: a folder next to the workdir, or inside it if the workdir is a bucket."""
     path = as_path(workdir)
     if not is_remote(path):
         return os.fspath(path.absolute().parent / FOLDER)

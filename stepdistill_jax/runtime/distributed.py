@@ -40,7 +40,7 @@ _SLURM = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The processes that compute together, as one of them sees them.
+    """The processes that compute together, and the place of this process among them.
 
     Attributes:
         address: `HOST:PORT` of the coordinator in process 0.

@@ -21,7 +21,7 @@ class Bar(Protocol):
 
 
 def translate_names(by: Callable[[str], str]) -> None:
-    """Sets `by`, the function that replaces names of parameters in messages by the running command's flags."""
+    """Sets the function `by`, which replaces names of parameters in messages by the running command's flags."""
     global _written
     _written = by
 

@@ -1,4 +1,4 @@
-"""Paths in an object store. If the store does not answer, they raise an error.
+"""A path in an object store. If the store does not answer, the methods of the path raise an error.
 
 If Google Cloud Storage cannot be reached, gcsfs reports that a folder does not exist. An existing run would
 then look like a new one.

@@ -1,7 +1,6 @@
 """Registers `cqa_svamp`, a mixture of two prepared datasets. Use this module as an example for your own mixtures.
 
-To train on the mixture, write in a config: TASK = "cqa_svamp", TASK_MODULE =
-"stepdistill_jax.tasks.cqa_svamp".
+In a config, set TASK = "cqa_svamp" and TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
 """
 
 import seqio

@@ -81,8 +81,8 @@ class TaskMetrics:
 
         Args:
             answers: predicted ids for each of the part's `labelled_inputs`.
-            scores: natural log of each answer's probability, [rows]. A metric of `(targets, predictions,
-                aux_values)` gets the scores as `aux_values["scores"]`.
+            scores: natural log of each answer's probability, [rows]. A metric of
+                `(targets, predictions, aux_values)` gets the scores as `aux_values["scores"]`.
             target_scores: natural log of the probability of each target in `targets`, [rows]. Required if
                 `reads_target_scores` is true.
 

@@ -179,7 +179,6 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
     First come the plain tasks, as (None, tasks): one pair for each mixture inside `mixture`, and one for
     `mixture` itself. Then comes one pair for each dataset.
-
     """
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}

@@ -51,8 +51,8 @@ class TaskSpec:
         objectives: objectives of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
         metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
-        function: the user's own metric, a function that takes `(targets, predictions)` or `(targets,
-            scores)`, or None.
+        function: the user's own metric, a function that takes `(targets, predictions)` or
+            `(targets, scores)`, or None.
     """
 
     name: str
@@ -109,8 +109,8 @@ def add_task(
             model instead.
         metric: how labels are compared: `text_match`, `value_match`, or a function `f(targets, predictions)`
             that takes the gold and the predicted labels and returns a dict of numbers. Validation and
-            `evaluate` call the function in addition to `text_match`. As in SeqIO, it may take `(targets,
-            scores)` instead.
+            `evaluate` call the function in addition to `text_match`. As in SeqIO, it may take
+            `(targets, scores)` instead.
         preprocessors: SeqIO preprocessors that are applied first, for example to rename the source's fields.
 
     Returns:

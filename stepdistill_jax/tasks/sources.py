@@ -129,7 +129,6 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
     """A context that turns errors of SeqIO and TensorFlow into InputErrors.
 
     The message of such an InputError is one line with the task's name.
-
     """
     try:
         yield

@@ -179,9 +179,9 @@ def random_spans_noise_mask(
 ) -> Any:
     """Returns a random mask of the ids to predict, which are called noise.
 
-    The mask has n = max(1, round(length * noise_density)) noise ids in max(1, round(n /
-    mean_noise_span_length)) spans. Kept spans and noise spans alternate: the first span is kept, and the last
-    span is noise. All such masks are equally likely.
+    The mask has `n = max(1, round(length * noise_density))` noise ids, which form
+    `max(1, round(n / mean_noise_span_length))` spans. Kept spans and noise spans alternate: the first span is
+    kept, and the last span is noise. All such masks are equally likely.
 
     Args:
         length: int32 scalar, number of ids.

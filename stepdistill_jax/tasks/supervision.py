@@ -26,15 +26,15 @@ KEEP = "is kept"
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """Tells which label and which rationales to use of examples with up to two labels and several rationales.
+    """Decides which label and which rationales of an example are used in training.
 
     Attributes:
         label_source: which label is used: `gold`; `llm`, the teacher's label (standard distillation);
             `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label,
             but only if the teacher's label is equal according to the task's metric. Examples without the
             selected label are left out.
-        disagree_weight: with `agree`, the weight of an example is multiplied by this factor if the teacher's
-            label differs or is missing. 0 leaves the example out.
+        disagree_weight: if `label_source` is `agree`, the weight of an example whose teacher's label differs
+            or is missing is multiplied by this factor. 0 leaves the example out.
         rationales: `first` uses the example's `rationale`. `all` makes a row from each rationale in the
             example's list `rationales`. `sample` draws one rationale of the list in each epoch, with the
             run's seed. If `label_source` is `agree`, `all` and `sample` leave out rationales that argue for

@@ -1,9 +1,9 @@
 """Stores token ids on disk, once for each dataset, split and vocabulary, without TensorFlow.
 
 A store is a folder. Each feature of each objective has two files. The file `ids` contains all rows, one after
-the other. The file `offsets`, [examples + 1] int64, tells where rows begin: row i is ids[offsets[i] :
-offsets[i + 1]]. The files `weights`, `labels.jsonl` and `row_ids` have one entry for each example. The file
-`manifest.json` contains digests.
+the other. The file `offsets`, [examples + 1] int64, tells where rows begin: row i is
+`ids[offsets[i] : offsets[i + 1]]`. The files `weights`, `labels.jsonl` and `row_ids` have one entry for each
+example. The file `manifest.json` contains digests.
 """
 
 import contextlib

@@ -64,10 +64,10 @@ def stored_tokens(
         key: JSON-like value that identifies the tokens. It contains everything that determines the tokens and
             is known before the rows are read, such as the files of a source that reads files.
         data_dir: folder of prepared datasets. The store is a folder in `data_dir/token_store/`.
-        compare: whether to check that the source still gives the rows that were tokenised. If it does not, it
-            is tokenised again. The check is needed if the key does not determine the source's rows. At each
-            start, it tokenises the first 32 rows again and, if the source does not read files, reads all rows
-            (for the cost, see `sources.rows_digest`).
+        compare: whether to check that the source still gives the rows that were tokenised. If it does not,
+            the split is tokenised again. The check is needed if the key does not determine the source's rows.
+            At each start, the check tokenises the first 32 rows and, if the source does not read files, reads
+            all rows (for the cost, see `sources.rows_digest`).
 
     Raises:
         InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its
@@ -237,8 +237,8 @@ def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields the rows of a dataset as dicts of NumPy arrays. A row has the features `names` that the dataset has.
 
     TensorFlow returns several rows at once, padded to the same length, and the padding is removed afterwards.
-    If it returned single rows, this would take two thirds of the total time. Rows with a feature that is
-    neither a scalar nor [length] cannot be padded. They are returned singly, and with all features.
+    Passing single rows would take two thirds of the total time. Rows with a feature that is neither a scalar
+    nor [length] cannot be padded. They are returned singly, and with all features.
     """
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]

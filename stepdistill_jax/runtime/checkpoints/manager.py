@@ -157,7 +157,7 @@ class Checkpoints:
             self._manager.delete(old)
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
-        """Returns the parameters of a step, and the rest of its train state.
+        """Returns the parameters of a step and the rest of its train state, sharded like `params` and `rest`.
 
         Args:
             step: number of the step.
@@ -290,8 +290,7 @@ def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | Non
         workdir: a run's folder, which is not changed.
         step: `best`, `last` or a number.
         read: an item of the step, such as `params`. The files of this item are read and compared with the
-            manifest.
-        If None, no file is read, and only the names and sizes of files are compared.
+            manifest. If None, no file is read, and only the names and sizes of files are compared.
 
     Raises:
         InputError: there is no such step (the message lists the existing ones), or the step is damaged (the
@@ -333,7 +332,7 @@ def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
 
 
 def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
-    """Returns the parameters of a step. The rest of the step is not read.
+    """Returns the parameters of a step, sharded like `abstract`. The rest of the step is not read.
 
     Args:
         workdir: a run's folder.
