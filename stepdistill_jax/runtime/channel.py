@@ -1,6 +1,6 @@
 """Exchanges small values between the processes of a job, through the key-value store of JAX's coordinator.
 
-It uses no device, so a thread may exchange values while training steps run.
+The exchange uses no device, so a thread may exchange values while training steps run.
 """
 
 import collections
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-WAIT_SECS = 5.0  # time between two checks for a closed channel or a signal
-LIMIT_SECS = 3600.0  # long, since a process may be reading hundreds of gigabytes; a lost one is noticed sooner
+WAIT_SECS = 5.0  # time between two checks whether the channel was closed or a signal has arrived
+LIMIT_SECS = 3600.0  # long, since a process may be reading hundreds of gigabytes; JAX notices a lost process sooner
 
 _opened: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
@@ -22,10 +22,11 @@ class Closed(RuntimeError):
 
 
 class Channel:
-    """Connects the processes of a job. The n-th channel with a name is the same channel in every process.
+    """Connects the processes of a job.
 
-    All processes must open the channels with a name in the same order. They must call `combined` of a channel
-    equally often, and from one thread at a time.
+    The n-th channel that is opened under a name is the same channel in every process. All processes must open
+    the channels of the same name in the same order. All processes must call `combined` of a channel the same
+    number of times, and only from one thread at a time.
     """
 
     def __init__(self, name: str):
@@ -34,15 +35,15 @@ class Channel:
         self._round, self._closed = 0, False
 
     def combined(self, value: Any, combine: Callable[[list[Any]], T]) -> T:
-        """Returns the same result on every process: that of `combine` for the list of all processes' values.
+        """Returns, on every process, the result of `combine` for the list of all processes' values.
 
-        Process 0 calls `combine`. In round r, process i writes the key `NAME/r/i`, and process 0 answers with
-        the key `NAME/r/all`.
+        Process 0 calls `combine`. In call number r, counted from 0, process i writes its value under the key
+        `NAME/r/i`, and process 0 writes the result under the key `NAME/r/all`.
 
         Args:
             value: this process's value, of a type that JSON can represent.
-            combine: function that takes the list of values, in the order of the processes, and returns a
-                JSON value. It must not raise.
+            combine: function that takes the list of values, in the order of the processes, and returns a JSON
+                value. The function must not raise an error.
 
         Raises:
             Closed: another thread has called `close`.

@@ -1,4 +1,7 @@
-"""Checks arguments. Messages put a parameter's name in backticks, and a command replaces it by its flag."""
+"""Checks the values of parameters.
+
+Messages write the name of a parameter in backticks. A command replaces the name by the command's own flag.
+"""
 
 import re
 from collections.abc import Callable, Iterable
@@ -56,7 +59,7 @@ def number(
 
 
 def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **limits: Any) -> None:
-    """Checks fields of a frozen dataclass with `whole` or `number`, and replaces them by the results.
+    """Checks fields of a frozen dataclass with `whole` or `number`, and stores the returned values in the fields.
 
     Args:
         owner: the dataclass.
@@ -76,7 +79,7 @@ def of_type(name: str, value: Any, kind: Any, words: str) -> None:
 
 
 def snake_case(name: str, value: Any) -> None:
-    """Raises InputError if `value` is not a name such as my_task."""
+    """Raises InputError if `value` is not a name in lower_snake_case, such as my_task."""
     if not isinstance(value, str) or not SNAKE_CASE.fullmatch(value):
         raise refused(name, "lower_snake_case, such as my_task", value)
 
@@ -89,7 +92,7 @@ def one_of(name: str, value: Any, known: Iterable[str]) -> None:
 
 
 def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
-    """Returns the error for a value, such as "`num_beams` must be a whole number of at least 1, not 0"."""
+    """Returns the error for a bad value, such as "`num_beams` must be a whole number of at least 1, not 0"."""
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return InputError(f"`{name}` must be {wanted}, not {shown}{hint}")

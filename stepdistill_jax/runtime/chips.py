@@ -1,4 +1,4 @@
-"""Speed, memory and links of accelerators, from their manufacturers' data sheets."""
+"""Compute rates, memory sizes and bandwidths of accelerators, from their manufacturers' data sheets."""
 
 import dataclasses
 
@@ -9,18 +9,19 @@ class Chip:
 
     Attributes:
         bfloat16: rate of dense bfloat16 matmuls, FLOP/s.
-        memory: main memory, bytes; for an H100, the size that its driver reports.
+        memory: size of the main memory, bytes. For an H100, it is the size that the driver reports.
         bandwidth: bandwidth of the main memory, bytes/s.
-        link: rate at which one collective sends to other devices of the slice or host, bytes/s. For a
-            TPU, this is the rate along one axis of its torus, half of the data sheet's sum over all links.
-        integer, other: rates of element-wise operations on integers and on all other types, 1/s. These
-            are estimates, lanes x clock. An H100 has 64 lanes for integers and 128 for other types in each
-            of its 132 multiprocessors; a TPU's vector unit has 4 x 8 x 128 lanes.
-        clock: clock rate of the cycles that the TPU compiler counts, Hz.
-        float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a
-            TPU), FLOP/s; None means the value of `bfloat16`.
-        exact: rate of float32 matmuls at the highest precision, FLOP/s; None means a sixth of
-            `bfloat16`, since a TPU needs six passes.
+        link: rate at which a device sends data to other devices of its slice or host in one collective,
+            bytes/s. For a TPU, this is the rate along one axis of its torus: half of the data sheet's sum
+            over all links.
+        integer, other: rates of element-wise operations on integers and on all other types, 1/s. Each is an
+            estimate: number of lanes times clock rate. An H100 has 64 lanes for integers and 128 for other
+            types in each of its 132 multiprocessors; a TPU's vector unit has 4 x 8 x 128 lanes.
+        clock: clock rate by which the cycles that the TPU compiler counts become seconds, Hz.
+        float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a TPU),
+            FLOP/s; None means the value of `bfloat16`.
+        exact: rate of float32 matmuls at the highest precision, FLOP/s; None means a sixth of `bfloat16`,
+            since a TPU needs six passes.
     """
 
     bfloat16: float
@@ -37,8 +38,8 @@ class Chip:
         """Returns the rate of matmuls, FLOP/s.
 
         Args:
-            dtype: dtype of both factors, as HLO writes it. Any dtype except `f32` counts as bfloat16.
-            precision: `default`, `high` or `highest`. It matters only for float32.
+            dtype: dtype of both operands, as HLO writes it. Any dtype except `f32` counts as bfloat16.
+            precision: `default`, `high` or `highest`. The precision matters only for float32.
         """
         if dtype != "f32":
             return self.bfloat16

@@ -40,7 +40,7 @@ _SLURM = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The processes that compute together.
+    """The processes that compute together, and the place of this process among them.
 
     Attributes:
         address: `HOST:PORT` of the coordinator in process 0.
@@ -59,14 +59,15 @@ _joined: Job | None = None
 
 
 def join() -> None:
-    """Joins the other processes of the job. It does nothing if this process is the only one.
+    """Joins the other processes of the job, if there are any.
 
-    Call it before anything starts a JAX backend. A second call does nothing. A process belongs to a job if
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, if `srun` started it as one of
-    several tasks, or if it runs on a slice of several Cloud TPU hosts.
+    Call this function before anything starts a JAX backend. A second call does not join again. A process
+    belongs to a job if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, if `srun`
+    started it as one of several tasks, or if it runs on a slice of several Cloud TPU hosts.
 
     Raises:
-        InputError: an environment variable has a bad value, or the number of devices is not EXPECT_DEVICES.
+        InputError: an environment variable has a bad value, or the number of devices differs from the
+            variable EXPECT_DEVICES.
         ProcessesMissing: some processes did not start in time. The message lists them.
     """
     global _joined
@@ -121,7 +122,7 @@ def join() -> None:
 def is_process_0() -> bool:
     """Returns whether this is process 0 of the job, or the only process.
 
-    Unlike `jax.process_index`, it starts no backend, so commands may call it at any time.
+    Unlike `jax.process_index`, this function starts no JAX backend, so commands may call it at any time.
     """
     if _joined is not None:
         return _joined.process_id == 0
@@ -132,8 +133,8 @@ def is_process_0() -> bool:
 def leave(code: int) -> None:
     """Ends this process within seconds, with exit status `code`, if it has joined a job; otherwise returns.
 
-    Processes that end at the same time all end with their own status. A process that ends alone does not wait
-    for the others, while JAX would make it wait for minutes.
+    If several processes end at the same time, each ends with its own exit status. If one process ends alone,
+    it does not wait for the others. JAX would make it wait for minutes.
     """
     if _joined is None:
         return
@@ -149,10 +150,10 @@ def leave(code: int) -> None:
 
 
 def end_soon(code: int) -> None:
-    """Ends this process with exit status `code` after `GRACE_SECS` seconds, unless it has ended before.
+    """Ends this process with exit status `code` after `GRACE_SECS` seconds, unless the process has ended by then.
 
-    Without this, the exit could take minutes: Orbax's threads delay it after a save that could not begin, and so
-    does a compilation that a signal has interrupted.
+    Without this, the exit could take minutes: Orbax's threads delay it after a save that could not begin, and
+    so does a compilation that a signal has interrupted.
     """
     timer = threading.Timer(GRACE_SECS, os._exit, (code,))
     timer.daemon = True
@@ -197,7 +198,7 @@ def find_job() -> Job | None:
 
 
 def _under_srun() -> bool:
-    """Returns whether Slurm started this process as one of several tasks (a batch script is not one)."""
+    """Returns whether Slurm started this process as one of several tasks. A batch script is not such a task."""
     if not all(name in os.environ for name in _SLURM):
         return False
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
@@ -207,8 +208,9 @@ def _under_srun() -> bool:
 def _devices_of_task() -> list[int] | None:
     """Returns the ids of the GPUs that this Slurm task uses, or None for all visible GPUs.
 
-    It is None if the task has a host or a GPU for itself. Otherwise several tasks see the same GPUs, and each
-    uses the GPU whose id is the task's local rank.
+    The result is None if no other task uses the host, if only one GPU is visible, or if JAX_LOCAL_DEVICE_IDS
+    is set. Otherwise several tasks see the same GPUs, and each task uses the GPU whose id is the task's local
+    rank.
     """
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -1,4 +1,4 @@
-"""Reads and writes files safely: an output appears complete or not at all, a bad input raises an InputError."""
+"""Reads and writes files safely: an output appears complete or not at all, and a bad input raises an InputError."""
 
 import collections
 import contextlib
@@ -15,7 +15,7 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-MAX_LINE_BYTES = 16 << 20  # a longer line of a JSON-lines file is not a row
+MAX_LINE_BYTES = 16 << 20  # longer lines of a JSON-lines file are refused
 TOO_LONG = f"a line of more than {MAX_LINE_BYTES >> 20} MiB; write each row on its own line"
 _NO_TEXT = {  # first bytes of files that are not text, and what to do with such a file
     b"\x1f\x8b": "it is a gzip file, so unpack it first",
@@ -38,7 +38,10 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """A context that adds the path to errors of a full or broken disk, which do not name the open file."""
+    """A context that adds `path` to errors of a full or broken disk.
+
+    If a write to an open file fails, Python's error does not name the file.
+    """
     try:
         yield
     except OSError as error:
@@ -54,7 +57,9 @@ def partial_of(path: os.PathLike | str) -> pathlib.Path:
 
 
 def opener(path: str, flags: int) -> int:
-    """Opens a file for writing, without following a link or waiting for a pipe. It is an `opener` for `open`.
+    """Opens a file for writing, without following a link or waiting for a pipe.
+
+    This function is to be passed to `open` as its `opener`.
 
     Raises:
         InputError: the path is a link, a hard link, a pipe or a device.
@@ -83,7 +88,10 @@ def opener(path: str, flags: int) -> int:
 
 
 def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames the open `file` from `partial` to `path`. After a power loss, `path` is complete or unchanged."""
+    """Forces the open `file` to disk, and renames it from `partial` to `path`.
+
+    After a power loss, `path` is either complete or unchanged.
+    """
     file.flush()
     os.fsync(file.fileno())
     os.replace(partial, path)
@@ -92,9 +100,10 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
-    """A context with the open file `path`.partial. On success it becomes `path`; on an error, `path` is unchanged.
+    """A context that yields a file to write to, and makes it appear at `path` at the end.
 
-    In an object store, the complete file is written at the end by one put, which is atomic there.
+    On a disk, the file is written as PATH.partial and then renamed. In an object store, the complete file is
+    written at the end by a single request. After an error in the context, `path` is unchanged.
     """
     path = as_path(path)
     if is_remote(path):
@@ -144,8 +153,8 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     """Parses one line of a JSON-lines file.
 
     Raises:
-        InputError: the line is not UTF-8, not a JSON object, or repeats a key; the message names
-            neither file nor line.
+        InputError: the line is not UTF-8, not a JSON object, or repeats a key. The message names neither the
+            file nor the line.
     """
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
@@ -174,7 +183,9 @@ def not_text(raw: bytes) -> str:
 
 
 def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
-    """Refuses everything except regular files, since opening a pipe waits for its writer and a device has no end.
+    """Raises an error unless `path` is a regular file that may be read.
+
+    Opening a pipe would wait for the pipe's writer, and reading a device might never end.
 
     Args:
         path: path on this machine.
@@ -227,7 +238,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (line number from 1, line) for each line of a file. The line is None if it is too long."""
+    """Yields (line number from 1, line) for each line of a file, with None instead of a line that is too long."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -243,7 +254,7 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number from 1, object) for each line of a JSON-lines file that is not blank.
 
     Raises:
-        InputError: the first error of `json_lines`.
+        InputError: the first error that `json_lines` yields or raises.
     """
     for number, row in json_lines(path):
         if isinstance(row, InputError):
@@ -252,16 +263,15 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = False) -> None:
-    """Refuses an output path that cannot be written, before the work begins.
+    """Raises an error if an output cannot be written at `path`. To be called before the work begins.
 
     Args:
-        path: path of the output; neither it nor its folder need exist.
+        path: path of the output. The output and its folder need not exist.
         name: parameter's name for messages, with backticks: "`output`".
         folder: whether the output is a folder instead of a file.
 
     Raises:
-        InputError: the path is a folder but should be a file, or vice versa, or its folder cannot be
-            written.
+        InputError: the path is a folder but should be a file, or vice versa, or its folder cannot be written.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()

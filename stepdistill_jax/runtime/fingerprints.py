@@ -1,6 +1,6 @@
-"""Computes digests of files, folders, values and texts.
+"""Computes digests of files, folders, values and strings.
 
-Users' files contain these digests, so a function must always return the same digest for the same input.
+Users' files contain these digests, so a later version must return the same digest for the same input.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ _BLOCK, _READERS = 1 << 20, 4
 
 
 def sha256_of(data: bytes | str) -> str:
-    """Returns the SHA-256 hex digest of bytes, or of a text encoded as UTF-8."""
+    """Returns the SHA-256 hex digest of bytes, or of a string encoded as UTF-8."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
@@ -36,7 +36,7 @@ def sha256(path: os.PathLike | str) -> str:
 def digest_each(
     of_file: Callable[[pathlib.Path], T], folder: pathlib.Path, names: Iterable[str]
 ) -> dict[str, T]:
-    """Returns {name: result of `of_file`} for the named files in a folder. It reads several files at once."""
+    """Returns {name: result of `of_file`} for the named files in a folder. Several files are read at once."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: of_file(folder / name), names)
@@ -55,8 +55,8 @@ def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
 def sampled_digest(folder: pathlib.Path) -> str:
     """Returns a hex digest of the names, sizes and sampled pieces of all files below a folder.
 
-    It reads at most 4 MiB of each file, which is enough to tell two trainings of a model apart. It ignores
-    README.md and hidden files, since downloads keep dates in these.
+    It reads at most 4 MiB of each file, which is enough to tell two trainings of a model apart. README.md and
+    hidden files are ignored, since downloads store dates in hidden files.
     """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):
@@ -68,7 +68,7 @@ def sampled_digest(folder: pathlib.Path) -> str:
 
 
 def sampled_sha256(path: pathlib.Path) -> str:
-    """Returns the hex digest of 4 MiB of a file, in pieces spread evenly over it, or of a smaller file as a whole."""
+    """Returns a hex digest of a file: of all its bytes, or of 4 MiB in evenly spread pieces if it is larger."""
     size, pieces = path.stat().st_size, hashlib.sha256()
     # 4 KiB at each start; the stride ceil(size / 1024) gives at most 1024 starts
     with open(path, "rb") as f:
@@ -79,9 +79,9 @@ def sampled_sha256(path: pathlib.Path) -> str:
 
 
 def hash64(text: str) -> int:
-    """Returns a 64-bit hash of a text, the same in every process.
+    """Returns a 64-bit hash of a string, which is the same in every process.
 
-    Among a million texts, the probability that two have the same hash is 3e-8.
+    Among a million strings, the probability that two have the same hash is 3e-8.
     """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
@@ -89,7 +89,7 @@ def hash64(text: str) -> int:
 def crc32(file: IO[bytes], size: int = sys.maxsize) -> int:
     """Returns the CRC-32 of the first `size` bytes of an open file.
 
-    It detects every error within 32 adjacent bits.
+    A CRC-32 detects every error within 32 adjacent bits.
     """
     crc = 0
     while block := file.read(min(size, _BLOCK)):

@@ -15,14 +15,15 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 
 @contextlib.contextmanager
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
-    """Yields an empty folder, which the caller fills and renames to `target`. Then cleans up.
+    """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
 
-    To replace an older `target`, the caller first moves it next to the new folder, under the name `REPLACED`. If
-    there is no `target` at the end, the older one is moved back.
+    To replace an older `target`, the caller first moves the older folder next to the new one, under the name
+    `REPLACED`. If there is no `target` at the end, the older folder is moved back.
 
     Args:
         target: path of the final folder. Its parent must exist.
-        tag: name of a group of writers that may remove each other's leftovers (`remove_leftovers`).
+        tag: name of a group of writers. Writers with the same tag may remove each other's leftovers
+            (`remove_leftovers`).
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
     try:
@@ -45,7 +46,7 @@ def sole_writer(
         target: a folder, which need not exist.
         tag: as in `staged_folder`.
         name: name of the output in messages; None means `target`.
-        wait: whether to wait for another writer instead of raising InputError.
+        wait: whether to wait while another process writes `target`, instead of raising InputError.
 
     Raises:
         InputError: another process is writing `target`, or its folder cannot be written.
@@ -58,7 +59,7 @@ def sole_writer(
 
 
 def remove_leftovers(target: pathlib.Path, tag: str = "") -> None:
-    """Removes what killed writers of `target` left. The caller makes sure that no writer is alive."""
+    """Removes leftovers of killed writers of `target`. The caller must make sure that no writer is alive."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
         with contextlib.suppress(
             OSError

@@ -15,7 +15,7 @@ class InUse(InputError):
 
 
 def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
-    """Opens `path` for appending, creating its folder, and locks the file until it is closed.
+    """Opens `path` for appending, and locks the file until it is closed. Creates the folder if it is missing.
 
     Args:
         path: path of the file.
@@ -32,14 +32,16 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
 def locked(
     path: pathlib.Path, name: object = None, *, note: bytes = b"", wait: bool = False
 ) -> Iterator[bool]:
-    """A context that holds a lock. Yields True, or False if the file system has no locks (some network disks).
+    """A context that holds a lock. It yields True, or False if the file system does not support locks.
+
+    Some network disks do not support them.
 
     Args:
-        path: path of a file that is only a lock. The file is removed at the end. With `wait` it is kept,
-            since other processes may be waiting for it.
+        path: path of a file that serves only as a lock. At the end, the file is removed or, with `wait`,
+            kept, since other processes may be waiting for it.
         name: as in `open_locked`.
         note: content of the file, which a process that does not get the lock can read.
-        wait: whether to wait if another process holds the lock, instead of raising InUse.
+        wait: whether to wait while another process holds the lock, instead of raising InUse.
 
     Raises:
         InUse, InputError: as for `open_locked`.

@@ -21,16 +21,15 @@ from stepdistill_jax.runtime.stores import as_path, is_remote, upload
 METRICS = "metrics.jsonl"
 FLAGGED = "flagged_batches.jsonl"  # steps that were skipped, or whose loss is a spike
 FLUSH_SECS = 30.0  # time between two flushes of TensorBoard's events
-UPLOAD_SECS = (
-    60.0  # least time between two uploads: stores cannot append, so each sends the complete file
-)
+UPLOAD_SECS = 60.0  # least time between two uploads, since each upload sends the complete file (stores cannot append)
 
 
 class MetricsWriter:
-    """Appends each step's metrics to the files. A resumed run first removes the lines after its start step.
+    """Appends the metrics of each step to a run's files.
 
-    For a workdir in an object store, the files grow in a temporary folder. They are uploaded at most every
-    `UPLOAD_SECS` seconds, and also before each checkpoint and at the end.
+    When a run resumes, the lines of steps after its start step are removed first. If the workdir is in an
+    object store, the files grow in a temporary folder. They are uploaded about every `UPLOAD_SECS` seconds,
+    before each checkpoint, and at the end.
     """
 
     def __init__(
@@ -45,10 +44,10 @@ class MetricsWriter:
 
         Args:
             workdir: the run's folder.
-            start_step: the last step that counts. Lines of later steps were written by a process that
-                was killed before it saved these steps.
-            validated: False if the validation of `start_step` still has to run. A line of this validation
-                may exist: a process wrote it, but was killed before it updated the checkpoint.
+            start_step: the step from which the run continues. Lines of later steps are removed: the process
+                that wrote them was killed before it saved these steps.
+            validated: False if `start_step` still has to be validated. A line of this validation is then
+                removed as well: the process that wrote it was killed before it updated the checkpoint.
             active: False on all processes but process 0.
         """
         self._active = active
@@ -85,7 +84,7 @@ class MetricsWriter:
             self.sync()
 
     def flag(self, step: int, entry: dict[str, Any]) -> None:
-        """Writes a line of `flagged_batches.jsonl`. Raises the same errors as `write`."""
+        """Writes a line to `flagged_batches.jsonl`. Raises the same errors as `write`."""
         if not self._active:
             return
         path = self._folder / FLAGGED
@@ -93,9 +92,9 @@ class MetricsWriter:
             f.write(_line(step, entry))
 
     def sync(self) -> None:
-        """Uploads the files if the workdir is in a store. Call it before a checkpoint is saved.
+        """Uploads the files if the workdir is in a store. To be called before a checkpoint is saved.
 
-        A resumed run starts at a checkpoint and needs the lines up to it.
+        A run that resumes from a checkpoint needs the lines of all steps up to that checkpoint.
         """
         if self._active and self._scratch is not None:
             self._board.flush()
@@ -116,8 +115,8 @@ class MetricsWriter:
 class _Board:
     """Writes a file of TensorBoard events.
 
-    tensorboardX's SummaryWriter is not used: on a full disk its thread ends silently, and the run then
-    waits forever at a queue that nobody empties.
+    tensorboardX's SummaryWriter is not used. On a full disk its thread ends silently, and the run then waits
+    forever for space in a queue that no thread empties.
     """
 
     def __init__(self, folder: pathlib.Path, start_step: int):
@@ -178,7 +177,7 @@ def _line(step: int, entry: dict[str, Any]) -> str:
 
 
 def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> None:
-    """Removes the lines of later steps and an incomplete last line. Keeps other lines that cannot be read."""
+    """Removes the lines of steps after `start_step`, and an incomplete last line. Keeps other unreadable lines."""
     if not path.exists():
         return
     kept = []
@@ -195,7 +194,7 @@ def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> No
 
 
 def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
-    """Returns the newest training line of a run, or an empty dict if there is none."""
+    """Returns the last training metrics in a run's `metrics.jsonl`, or an empty dict if there are none."""
     if not (as_path(workdir) / METRICS).exists():
         return {}
     return next((x for x in reversed(read_metrics(workdir)) if "loss" in x), {})
@@ -216,7 +215,7 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
 
 
 def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
-    """Returns a run's metrics as columns, with one entry per logged step, ready for `pandas.DataFrame`.
+    """Returns a run's metrics as columns, which `pandas.DataFrame` accepts. A column has an entry per logged step.
 
     Returns:
         {name: column}. The column `step` is int64 and ascending. The other columns are float64 and have the
@@ -243,7 +242,7 @@ def _number(value: Any) -> float:
 
 
 def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first. Without the file, the list is empty."""
+    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first, or [] if there is no such file."""
     path = as_path(workdir) / FLAGGED
     return [e for _, e in _lines(path) if e is not None] if path.exists() else []
 

@@ -1,8 +1,8 @@
-"""Runs work on one process or on all processes of a job, and shares the results and errors.
+"""Runs a function on process 0 or on all processes of a job, and shares its results and errors among them.
 
-All processes must make these calls in the same order, in the main thread or in a thread with its own channel.
-An error of one process is raised in all, so that all end together instead of waiting for a process that has
-exited. If there is only one process, nothing is sent.
+All processes must call these functions in the same order: in the main thread, or in another thread that has a
+channel of its own. If one process fails, all processes raise an error. So they end together, and none waits
+for a process that has exited. If there is only one process, nothing is sent.
 """
 
 import contextlib
@@ -24,14 +24,15 @@ class PeerFailed(RuntimeError):
 
 
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
-    """Runs `action` on every process, and returns to each process its own result.
+    """Runs `action` on every process. On each process, returns the result of that process.
 
-    If several processes fail, all processes raise the error of the one with the lowest index. The message has
-    this index.
+    If several processes fail, all processes raise the error of the failed process with the lowest index. The
+    message contains this index.
 
     Raises:
         InputError: a process raised an InputError, so all processes raise it.
-        PeerFailed: another process raised an error of another type. That process itself raises its own error.
+        PeerFailed: another process raised an error of another type. The process that failed raises its
+            original error.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -39,7 +40,9 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
 
 
 def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
-    """Runs `action` on every process, and returns to each a list of all results (JSON), in process order.
+    """Runs `action` on every process. On all processes, returns the list of all results, in process order.
+
+    The results must be JSON values.
 
     Raises:
         InputError, PeerFailed: as for `on_all_processes`.
@@ -51,7 +54,7 @@ def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]
 
 
 def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
-    """Runs `action` on process 0 only, and returns its result (JSON) on all processes.
+    """Runs `action` on process 0 only. On all processes, returns the result, which must be a JSON value.
 
     Raises:
         InputError, PeerFailed: as for `on_all_processes`.
@@ -65,11 +68,11 @@ def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
 
 
 def require_same(value: Any, what: str) -> None:
-    """Raises an InputError on all processes if a JSON value differs between them.
+    """Raises an InputError on all processes if `value` is not the same on all of them.
 
     Args:
-        value: this process's value.
-        what: source of the value, for the message: "input and model".
+        value: a JSON value.
+        what: what the value describes, for the message, such as "input and model".
     """
     import jax
 
@@ -87,9 +90,10 @@ def require_same(value: Any, what: str) -> None:
 def until_stopped(
     total: int, description: str, kept: Callable[[], int] = lambda: 0
 ) -> Iterator[Callable[[int], None]]:
-    """A context for work in batches that shows progress and stops all processes after the same batch.
+    """A context for work in batches. It shows progress, and on a SIGTERM stops all processes after the same batch.
 
-    It yields a function, which the caller must call after each batch with the number of rows in the batch.
+    The context yields a function, which the caller must call after each batch with the batch's number of
+    rows.
 
     Args:
         total: number of rows.
@@ -97,7 +101,8 @@ def until_stopped(
         kept: function that returns the number of rows saved so far.
 
     Raises:
-        SystemExit: one of several processes has received a SIGTERM. All of them exit with status 75.
+        SystemExit: with several processes, one of them has received a SIGTERM. All processes exit with status
+            75.
     """
     import jax
 
@@ -122,7 +127,7 @@ def until_stopped(
 def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """Runs `action` and returns (result, None), or (None, error) if it fails.
 
-    A single process raises the error, since there is no other process to tell.
+    If there is only one process, the error is raised, since no other process must be informed.
     """
     import jax
 

@@ -1,7 +1,7 @@
 """The overwriting rule of all commands: a command replaces only files that the same command wrote.
 
-Before its work, a command passes the files that it will write to `check_outputs` or `check_folder`. None of
-them may be one of its inputs, and a file that exists must have been written by the same command.
+Before its work, a command passes the files that it will write to `check_outputs` or `check_folder`. No output
+may be an input of the command. If an output already exists, the same command must have written it.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ class Made:
     Attributes:
         by: name of the command.
         head: first bytes of each file of the command.
-        keys: keys that the file's JSON object, or the object in its first line, must have.
+        keys: keys that a JSON file must have. In a JSON-lines file, the object in the first line must have
+            them.
     """
 
     by: str
@@ -37,7 +38,7 @@ class Made:
     keys: Sequence[str] = ()
 
     def begins(self, path: _Path) -> bool:
-        """Returns whether a file is empty, or begins like a file of the command, complete or not."""
+        """Returns whether a file is empty, or is a complete or incomplete file of the command."""
         return self._matches(path, whole=False)
 
     def wrote(self, path: _Path) -> bool:
@@ -71,15 +72,15 @@ def check_outputs(
     name: str = "",
     known: Collection[pathlib.Path] = (),
 ) -> None:
-    """Refuses outputs that must not be overwritten, before the work begins.
+    """Raises an error if an output must not be overwritten. To be called before the work begins.
 
-    Each output is first written as `.partial`, so both paths are checked.
+    An output PATH is first written as PATH.partial, so both paths are checked.
 
     Args:
-        outputs: files on this machine, each with a `Made` that recognises files of the same command.
+        outputs: {path of an output on this machine: `Made` that recognises files of the same command}.
         inputs: files and folders that are read; None is ignored.
-        name: parameter of the first output for messages, e.g. "`output`".
-        known: files that may be overwritten whatever their content is.
+        name: name of the parameter that gives the first output, for messages, such as "`output`".
+        known: files that may be overwritten, whatever they contain.
 
     Raises:
         InputError: an output is also an input (possibly under another name), exists but was not written by
@@ -98,15 +99,15 @@ def check_outputs(
 
 
 def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> None:
-    """Refuses to write to an input.
+    """Raises an error if a command would overwrite one of its inputs.
 
     Args:
         written: files that will be written, and folders that will be replaced.
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input is one of `written` or lies in one of them, after links are resolved. The
-            message names both paths.
+        InputError: an input is one of `written` or lies in one of them, after links are resolved. The message
+            names both paths.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):
@@ -129,7 +130,7 @@ def _is_same(path: _Path, other: _Path) -> bool:
 
 
 def check_plain(path: _Path) -> None:
-    """Refuses an output path that is a link, folder, pipe or device, since the output would replace it.
+    """Raises an error if `path` is a link, folder, pipe or device, since the output would replace it.
 
     Raises:
         InputError: the path is one of these. The message says which.
@@ -145,13 +146,13 @@ def check_plain(path: _Path) -> None:
 
 
 def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[str]) -> None:
-    """Refuses an output folder if a file has the name of an output but was not written by the command.
+    """Raises an error if an output in a folder would replace a file that the command did not write.
 
     Args:
         folder: folder of the outputs.
         index: name of the file that the command writes first. If it is missing, the command has written none
             of the files.
-        made: recognises this first file.
+        made: recognises the file `index`.
         names: names of the other files.
 
     Raises:
@@ -165,7 +166,7 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
 
 
 def foreign_file(path: _Path, by: str, why: str = "") -> InputError:
-    """Returns the error for a file that the command `by` did not write and so must not replace."""
+    """Returns the error for a file that the command `by` must not replace, since it did not write the file."""
     return InputError(
         f"{path}: exists and was not written by `{by}`{why}, so it is not overwritten; move it away,"
         " or choose another name"

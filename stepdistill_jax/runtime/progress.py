@@ -1,4 +1,4 @@
-"""Shows progress on standard error: on a terminal a bar with rate and time left, otherwise plain lines."""
+"""Shows progress on standard error: as a bar with rate and remaining time on a terminal, otherwise as lines."""
 
 import contextlib
 import sys
@@ -21,13 +21,13 @@ class Bar(Protocol):
 
 
 def translate_names(by: Callable[[str], str]) -> None:
-    """Sets how messages name parameters. `by` replaces Python's names by the running command's flags."""
+    """Sets the function `by`, which replaces names of parameters in messages by the running command's flags."""
     global _written
     _written = by
 
 
 def translated(message: str) -> str:
-    """Returns `message` with parameters replaced by the running command's names for them."""
+    """Returns `message` with the names of parameters replaced by the running command's flags."""
     return _written(message)
 
 
@@ -37,12 +37,12 @@ def log(message: str) -> None:
 
 
 def format_values(values: dict[str, float]) -> str:
-    """Returns values as text, such as "loss 1.234  lr 5e-05"."""
+    """Returns values as a string, such as "loss 1.234  lr 5e-05"."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 class _Lines:
-    """Prints a line every ten seconds, for log files, and one at the end."""
+    """Shows progress in log files: prints a line every ten seconds, and a line at the end."""
 
     def __init__(self, total: int | None, description: str, done: int):
         self._total, self._description = total, description
@@ -99,7 +99,7 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
     Args:
         total: number of units; None if unknown.
         description: text shown in front of the count.
-        done: number of units that an earlier run finished.
+        done: number of units that an earlier run has finished.
 
     Yields:
         A `Bar`.

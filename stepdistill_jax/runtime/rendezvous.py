@@ -1,8 +1,9 @@
-"""Waits for all processes of a job before JAX joins them, and names those that are missing, as JAX does not.
+"""Waits for all processes of a job before JAX joins them, and reports which processes are missing.
 
-Process 0 listens on the coordinator's address. Every other process connects, and sends the job's token and its
-own index. At the end, process 0 answers all of them: either to start, or which processes are missing. Then
-JAX's service takes over the port. A connection without the token is closed and changes nothing.
+JAX itself does not report them. Process 0 listens on the coordinator's address. Every other process connects
+to it, and sends the job's token and its own index. At the end, process 0 sends all of them the same answer:
+that they may start, or which processes are missing. Then JAX's service uses the port. A connection without
+the token is closed and changes nothing.
 """
 
 import contextlib
@@ -49,13 +50,13 @@ def rendezvous(
         process_id: index of the calling process, from 0.
         timeout_secs: seconds to wait for the other processes.
         bind: address that process 0 listens on; None means the result of `own_address`.
-        secret: text known only to the job's processes, from which the token is made. None means that the token
-            is made from `host` and `port`. That keeps out other programs and jobs, but not a person who
-            knows the address.
+        secret: string that only the job's processes know. The token is made from it. None means that the
+            token is made from `host` and `port`. Such a token keeps out other programs and jobs, but not a
+            person who knows the address.
 
     Raises:
-        ProcessesMissing: some processes have not started in time. All others raise this error, which lists
-            the missing ones.
+        ProcessesMissing: some processes have not started in time. All processes that have started raise this
+            error, which lists the missing ones.
         InputError: two processes have the same index or different `num_processes`, or the port cannot be
             opened.
     """
@@ -70,11 +71,11 @@ def rendezvous(
 
 
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
-    """Returns the address (IP address, port) on which this machine listens. Other processes reach it as `host`.
+    """Returns (IP address, port) on which process 0 must listen, so that other processes reach it as `host`.
 
-    The IP address is empty, which means all addresses, if a name other than `localhost` resolves to the loopback
-    device. For example, Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve it to the
-    machine's real address.
+    The IP address is empty, which means all addresses, if a name other than `localhost` resolves to the
+    loopback device. For example, Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve
+    it to the machine's real address.
 
     Raises:
         InputError: this machine cannot resolve `host`, even after `timeout_secs` seconds.
@@ -121,7 +122,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
 def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
-    """Waits for the other processes and sends them the outcome. Process 0 calls this."""
+    """On process 0, waits for the other processes and sends them the answer."""
     present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)
@@ -173,7 +174,7 @@ def _greet(
     deadline: float,
     timeout_secs: float,
 ) -> None:
-    """Greets process 0 and waits for the outcome. All other processes call this."""
+    """On any other process, sends the greeting to process 0 and waits for its answer."""
     reason = ""
     while time.monotonic() < deadline:
         reply = ""

@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C in every command: a first signal stops the work, a second ends the process."""
+"""Handles SIGTERM and Ctrl-C in every command: the first signal stops the work, and the second ends the process."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ from typing import NoReturn
 from stepdistill_jax.errors import EXIT_STOPPED
 from stepdistill_jax.runtime.progress import log
 
-UNWIND_SECS = 2.0  # time for Python to unwind in commands that have nothing to save
+UNWIND_SECS = 2.0  # time that a command with nothing to save has to end after a signal
 STOPPED: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED, signal.SIGINT: EXIT_STOPPED}
 # JAX's protocol needs consecutive numbers, which are the same in every process and are never used twice
 _asked = itertools.count(1)
@@ -25,10 +25,10 @@ def leave(signal_name: str, what: str) -> NoReturn:
 
 
 def agreed() -> bool:
-    """Returns whether all processes stop here, because one of them has received a SIGTERM.
+    """Returns whether all processes must stop here because one of them has received a SIGTERM.
 
-    `jax.distributed` catches the signal. All processes must call this at the same points of their work, and must
-    not call it again after it has returned True.
+    `jax.distributed` catches the signal. All processes must call this function at the same points of their
+    work, and must not call it again after it has returned True.
     """
     from jax.experimental import multihost_utils
 
@@ -38,17 +38,18 @@ def agreed() -> bool:
 class StopSignals:
     """A context that handles stop signals.
 
-    A first signal calls `act`. A second one ends the process with status 128 + the signal's number. Python runs
-    a handler only between its own instructions, and not during a long compile. So a thread reads the signals,
-    too: it ends the process at a second signal, and `limit_secs` seconds after the first.
+    The first signal calls `act`. A second signal ends the process with status 128 + the signal's number.
+    Python runs a signal handler only between its own instructions, and not during a long compilation. For
+    this reason, a thread reads the signals as well. The thread ends the process when a second signal arrives,
+    or `limit_secs` seconds after the first signal.
 
-    In a job of several processes, `jax.distributed` catches SIGTERM and makes all of them stop at the same point.
-    So this context leaves SIGTERM to it, and turns SIGINT into SIGTERM.
+    In a job of several processes, `jax.distributed` catches SIGTERM and makes all processes stop at the same
+    point. In such a job, this context does not catch SIGTERM, and turns SIGINT into SIGTERM.
 
     Attributes:
-        act: function that is called in the main thread with the name of the first signal. If it is None, the
+        act: function that the main thread calls with the name of the first signal. If `act` is None, the
             signal only sets `received`.
-        limit_secs: seconds from the first signal until the process is ended with the exit status of that
+        limit_secs: time after the first signal at which the process is ended, with the exit status of that
             signal; 0 means no limit.
         received: name of the first signal, or "" if there was none.
     """
@@ -61,11 +62,11 @@ class StopSignals:
         limit_secs: float = 0.0,
         several: bool = False,
     ):
-        """Prepares the context. Nothing is caught until it is entered.
+        """Prepares the context. Signals are caught only after the context is entered.
 
         Args:
             act: see `StopSignals`.
-            codes: {signal to catch: exit status if the process is ended after `limit_secs`}.
+            codes: {signal to catch: exit status of a process that is ended after `limit_secs`}.
             limit_secs: see `StopSignals`.
             several: whether the job has several processes.
         """
@@ -102,7 +103,7 @@ class StopSignals:
             self.act(self.received)
 
     def _watch(self) -> None:
-        """Reads the numbers of signals as they arrive. 0 stands for a stop signal of another process."""
+        """Reads the numbers of the signals as they arrive. The number 0 means that another process got a signal."""
         first, ends = 0, None
         with os.fdopen(self._reads, "rb", buffering=0) as numbers:
             while True:
@@ -129,7 +130,10 @@ class StopSignals:
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def agreed(self) -> bool:
-        """Returns whether to stop here. All processes must call it at the same points, and get the same answer."""
+        """Returns whether to stop here.
+
+        All processes must call this method at the same points, and all get the same answer.
+        """
         if not self._several:
             return bool(self.received)
         if not self._all_stop and agreed():
@@ -139,6 +143,10 @@ class StopSignals:
         return self._all_stop
 
     def act_if_agreed(self) -> None:
-        """Calls `act` if `agreed` returns True, since several processes may stop only at the same point."""
+        """Calls `act` if `agreed` returns True.
+
+        With several processes, a signal does not call `act` by itself, since all processes must stop at the
+        same point.
+        """
         if self.agreed() and self.act is not None:
             self.act(self.received)

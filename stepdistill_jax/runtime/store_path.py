@@ -1,6 +1,7 @@
-"""A path in an object store that never mistakes "no answer" for "no such file".
+"""A path in an object store. If the store does not answer, the methods of the path raise an error.
 
-If Google cannot be reached, gcsfs reports that a folder does not exist. An existing run would then look new.
+If Google Cloud Storage cannot be reached, gcsfs reports that a folder does not exist. An existing run would
+then look like a new one.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from stepdistill_jax.runtime.stores import store_errors
 
 
 class _Stat(stat_utils.StatResult):
-    """The result of epath's `stat`, with the size also under pathlib's name."""
+    """The result of epath's `stat`. The size is also in the attribute `st_size`, as in pathlib."""
 
     @property
     def st_size(self) -> int:
@@ -20,7 +21,7 @@ class _Stat(stat_utils.StatResult):
 
 
 class StorePath(gpath.PosixGPath):
-    """An `epath.Path` for `gs://` URLs. It raises errors of the store's client as `StoreError`."""
+    """An `epath.Path` for `gs://` URLs. Errors of the store's client become `StoreError`s."""
 
     def stat(self) -> _Stat:
         with store_errors(self):

@@ -1,4 +1,4 @@
-"""Paths on this machine and in an object store (`gs://`)."""
+"""Handles paths on this machine and in an object store (`gs://`)."""
 
 import atexit
 import contextlib
@@ -21,7 +21,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
 def _url(path: os.PathLike | str) -> str | None:
-    """Returns a path as a URL, `SCHEME://REST`, or None if it is no URL."""
+    """Returns a path that is a URL as `SCHEME://REST`, or None if the path is not a URL."""
     text = os.fspath(path)
     if (match := _URL.match(text)) is None:
         return None
@@ -34,9 +34,9 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """Returns a user's path as a `pathlib.Path` or, in a store, as a `StorePath` with the same methods.
+    """Returns a user's path as a `pathlib.Path`. A path in a store becomes a `StorePath` with the same methods.
 
-    In a store, files cannot be appended to, renamed or locked, and folders cannot be empty.
+    In a store, files cannot be appended to, renamed or locked, and there are no empty folders.
 
     Raises:
         InputError: the path is another kind of URL, or the package that reads the store is missing.
@@ -76,11 +76,11 @@ class StoreError(Exception):
 
 @contextlib.contextmanager
 def store_errors(path: os.PathLike | str) -> Iterator[None]:
-    """A context that turns the errors of a store's client, mostly without a URL, into `StoreError`.
+    """A context that turns the errors of a store's client into `StoreError`, which names the URL.
 
     Raises:
-        StoreError: the client raised an error other than "no such file" and similar ones. Errors of a local
-            path are raised unchanged.
+        StoreError: the client raised an error other than "no such file", "is a folder" or "is not a folder".
+            These three errors, and all errors of a path on this machine, are raised unchanged.
     """
     try:
         yield
@@ -111,7 +111,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
 
 @functools.cache
 def _prepare_stores() -> None:
-    """Configures the libraries, once, before the first access to a store."""
+    """Configures the libraries that access stores. Runs once, before the first access."""
     # epath would use an installed TensorFlow, which `predict` must not import
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec.config

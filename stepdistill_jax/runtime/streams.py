@@ -29,8 +29,8 @@ def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
     """Returns the arguments `outputs` and `known` of `check_outputs` for a `ResumableFile`.
 
-    `outputs` are all files that it writes. `known` are the partial file and its sidecar, if one of them is
-    recognised as ours: then the other one is ours as well, but may be damaged.
+    `outputs` are all files that a `ResumableFile` writes. `known` is [PATH.partial, its sidecar] if one of
+    the two is recognised as written by `predict`, otherwise []. The other file may be damaged.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
     # an empty file does not prove that the other file is ours
@@ -51,7 +51,7 @@ def _quarantine_path(path: pathlib.Path) -> pathlib.Path:
 
 
 class StreamedFile:
-    """Writes JSON lines to PATH.partial, from scratch.
+    """Writes JSON lines to PATH.partial. An older PATH.partial is emptied first.
 
     The file is locked while it is open, so a second run on the same output is refused.
 
@@ -81,12 +81,12 @@ class StreamedFile:
         return self._file
 
     def add(self, row: dict[str, Any]) -> None:
-        """Writes one row, which is safe on disk once `finish` has returned."""
+        """Writes one row. The row survives a power loss once `finish` has returned."""
         self.write(f"{_to_json(row)}\n".encode())
         self.state["rows"] += 1
 
     def write(self, data: bytes, *, sync: bool = False) -> None:
-        """Appends bytes. With `sync`, they survive a power loss once this method has returned."""
+        """Appends bytes. With `sync`, the bytes survive a power loss once this method has returned."""
         with naming(self.partial):
             self._file.write(data)
             if sync:
@@ -111,7 +111,7 @@ class StreamedFile:
         """Removes the other files that belong to the unfinished file."""
 
     def close(self) -> None:
-        """Closes an unfinished file. It is kept if it has rows, and removed if it is empty."""
+        """Closes an unfinished file. A file with rows is kept, and an empty file is removed."""
         if self._file is None:
             return
         # closing flushes the buffer again; `write` has already raised the error of a full disk
@@ -121,16 +121,16 @@ class StreamedFile:
 
 
 class ResumableFile(StreamedFile):
-    """Writes JSON lines window by window, and continues where an earlier run stopped.
+    """Writes JSON lines in groups of rows, called windows, and continues where an earlier run stopped.
 
-    A window is a list of rows that are saved together. A sidecar next to PATH.partial records how many of its
-    bytes are valid, their checksum, and the digests of the inputs from which they were made (`key`). A run with
-    a different key starts from scratch. All processes of a job must make the same calls. Only process 0 has the
-    file open, and its errors are raised in all.
+    The sidecar is a JSON file next to PATH.partial. It records how many bytes of PATH.partial are valid, the
+    checksum of these bytes, and the digests of the inputs from which the rows were made (`key`). A run with a
+    different key starts from scratch. All processes of a job must make the same calls. Only process 0 opens
+    the file, and its errors are raised on all processes.
 
     Attributes:
-        state: on every process, {"rows", "bytes"} (counts of what was written) and the counts that were given to
-            `append`.
+        state: a dict, the same on every process: `rows` and `bytes`, the numbers of rows and bytes that were
+            written, and the counts that were given to `append`.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):
@@ -161,7 +161,7 @@ class ResumableFile(StreamedFile):
         return state
 
     def _valid_state(self) -> dict[str, Any] | None:
-        """Returns the state that an earlier run saved, or None if the sidecar or the bytes are damaged."""
+        """Returns the state that an earlier run saved, or None if sidecar or rows are missing or damaged."""
         size = os.path.getsize(self.partial)
         try:
             state = read_json(self.sidecar)
@@ -179,9 +179,9 @@ class ResumableFile(StreamedFile):
         return None
 
     def _quarantine(self, state: dict[str, Any]) -> None:
-        """Renames the files with rows of other inputs, instead of removing them.
+        """Renames PATH.partial and its sidecar, which were made from other inputs, instead of removing them.
 
-        To compute the rows again may take hours, and one mistyped flag changes the key.
+        Computing their rows again may take hours, and a single mistyped flag changes the key.
         """
         for path in (self.partial, self.sidecar):
             os.replace(path, _quarantine_path(path))
@@ -192,7 +192,7 @@ class ResumableFile(StreamedFile):
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows that an earlier run wrote, on process 0. Other processes have no file, and get no rows."""
+        """On process 0, yields the rows that an earlier run wrote. On other processes, yields nothing."""
         if self._file is not None:
             with open(self.partial, encoding="utf-8", newline="\n") as f:
                 yield from map(json.loads, f)

@@ -1,6 +1,6 @@
-"""Registers `cqa_svamp`, a mixture of two prepared datasets. Use it as an example for your own mixtures.
+"""Registers `cqa_svamp`, a mixture of two prepared datasets. Use this module as an example for your own mixtures.
 
-In a config: TASK = "cqa_svamp", TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
+In a config, set TASK = "cqa_svamp" and TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
 """
 
 import seqio

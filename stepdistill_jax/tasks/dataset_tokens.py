@@ -1,4 +1,4 @@
-"""Loads the tokens of a dataset made by `prepare` or `add_task`, with all objectives of an example."""
+"""Loads the tokens of a dataset that `prepare` or `add_task` made, for all objectives of a run."""
 
 import dataclasses
 import os
@@ -44,9 +44,10 @@ def load_dataset(
     supervision: Supervision | None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a dataset's split. `where` is the pair (data folder, task module).
+    """Returns the tokens of a dataset's split.
 
-    `given` is the vocabulary to use instead of the dataset's own, or None. `load_task` explains the rest.
+    `given` is the vocabulary to use instead of the dataset's own, or None. `where` is the pair (data folder,
+    task module). The other arguments are those of `load_task`.
     """
     if isinstance(found, PreparedDataset):
         return _load_prepared(found, split, objectives, given, where[0], supervision, share)
@@ -163,7 +164,10 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
 
 
 def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises InputError if the vocabulary cannot write the words by which a label is found in an answer."""
+    """Raises InputError if the vocabulary cannot write the words of a target template that mark the label.
+
+    Without these words, the label could not be found in an answer.
+    """
     for words in objective.words if objective.writes_more else ():
         if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
             raise InputError(
@@ -180,7 +184,7 @@ def _key_of(supervision: Supervision | None) -> Any:
 def _joint_store(
     make_task, name, split, objectives, columns, vocabulary, folder, key, compare=False
 ) -> tuple[TokenStore, Vocabulary]:
-    """Returns the store and the vocabulary of a prepared dataset or an `add_task` task, with all objectives."""
+    """Returns (store, vocabulary) of a prepared dataset or an `add_task` task. The store has all objectives."""
     opened = load_vocabulary(vocabulary)
     _check_words(objectives[0], opened)
     first, templates = objectives[0], [[o.input_template, o.target_template] for o in objectives]
@@ -204,7 +208,10 @@ def _joint_store(
 def _parts_of(
     dataset: PreparedDataset, split: str, supervision: Supervision | None
 ) -> tuple[str, ...]:
-    """Returns the prepared splits that form a split. Train includes unlabelled rows if teacher labels are used."""
+    """Returns the names of the prepared splits whose rows are read for `split`.
+
+    For `train`, these include the split of unlabelled rows if the teacher's labels are used.
+    """
     takes_teachers = supervision is not None and supervision.label_source != "gold"
     if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
         return (split, UNLABELLED)

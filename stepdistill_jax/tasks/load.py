@@ -48,29 +48,32 @@ def load_task(
     task_objectives: TaskObjectives = None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a task's split. The first call tokenises it; later calls memory-map the tokens.
+    """Returns the tokens of a task's split. The first call tokenises the split, and later calls memory-map the tokens.
 
-    A prepared dataset is a task with the dataset's name. A plain SeqIO task has one objective, `label`, on
-    its own inputs and targets. In a mixture, a task of a dataset has the objective with which it was registered,
-    and `task_objectives` gives the objectives of plain tasks.
+    The name of a prepared dataset is also the name of a task. A plain SeqIO task, which neither `prepare` nor
+    `add_task` made, has its own inputs and targets, and one objective, `label`. In a mixture, a task of a
+    dataset has the objective with which it was registered. The objectives of plain tasks are given by
+    `task_objectives`.
 
     Args:
-        task: a prepared dataset, a task of `add_task`, or a SeqIO task or mixture.
+        task: name of a prepared dataset, of a task of `add_task`, or of a SeqIO task or mixture.
         split: name of the split, such as `train`.
-        objectives: an arm's name, or objectives; a plain SeqIO task uses only their names and weights.
+        objectives: name of an arm, or a list of objectives. Of these, plain SeqIO tasks use only the names
+            and weights.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets and token stores; None means the default folder.
-        task_module: module that registers the task; imported first.
-        supervision: selects label and rationales; None keeps each row unchanged, even without a label.
-        task_objectives: {name of a mixture's plain task: its objective}; `single` trains all tasks of
-            a mixture as one objective.
-        share: pair (share of the rows, the run's seed), with which a dataset prepared with `paper_exact`
-            draws train and validation as the published code does. Other datasets are read completely.
+        task_module: module that registers the task. It is imported first.
+        supervision: selects label and rationales. None keeps each row unchanged, even a row without a label.
+        task_objectives: {name of a plain task of the mixture: name of its objective}, or `single`, which
+            trains all tasks of the mixture as one objective.
+        share: pair (share of the rows, the run's seed). From a dataset prepared with `paper_exact`, the rows
+            of train and validation are drawn with this pair, as in the published code. Other datasets are
+            read completely.
 
     Raises:
         InputError: the task or split is unknown or cannot be read, a task of a mixture has no known
-            objective, the vocabulary of a plain task differs from `vocabulary`, or the rows lack
-            fields that `supervision` needs.
+            objective, the vocabulary of a plain task differs from `vocabulary`, or the rows lack fields that
+            `supervision` needs.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
@@ -98,7 +101,10 @@ def load_task(
 
 @dataclasses.dataclass(frozen=True)
 class _MixtureLoader:
-    """Loads each group of a SeqIO mixture as a part; see `load_task` for the fields."""
+    """Loads a SeqIO mixture. Each group of its tasks becomes a `Part`.
+
+    The fields of this class are the arguments of `load_task`.
+    """
 
     mixture: Any
     split: str
@@ -145,9 +151,9 @@ class _MixtureLoader:
     ) -> Vocabulary:
         """Returns the vocabulary of all tasks of the mixture.
 
-        It is the one that the plain tasks share or, if there are none, the one of `init_from` or, without
-        `init_from`, the one that is trained on all prepared datasets. If no dataset is prepared, it is the one
-        that all tasks of `add_task` share.
+        If there are plain tasks, it is the vocabulary that these share. Otherwise, it is the vocabulary of
+        `init_from`. Without `init_from`, it is a vocabulary trained on all prepared datasets of the mixture
+        or, if there are none, the vocabulary that all tasks of `add_task` share.
         """
         if own:
             return common_vocabulary(self.mixture.name, own, given, self.folder)
@@ -174,10 +180,10 @@ class _MixtureLoader:
     def _parts_of(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> list[Part]:
-        """Returns the parts of a group, or [] if none of its tasks has the split.
+        """Returns the parts of a group of tasks, or [] if none of these tasks has the split.
 
         Raises:
-            InputError: the split is `train`, and one of the group's tasks lacks it.
+            InputError: the split is `train`, and one of the tasks does not have it.
         """
         having = [self.split in task.splits for task in group.tasks]
         if self.split == "train" and not all(having):
@@ -223,7 +229,8 @@ class _MixtureLoader:
     ) -> Part:
         """Returns the part of a dataset.
 
-        It has all objectives if the mixture has all tasks of the dataset, otherwise those of its tasks.
+        If the mixture has all tasks of the dataset, the part has all objectives. Otherwise, it has only the
+        objectives of the dataset's tasks in the mixture.
         """
         tagged = {name for name, tag in registry.TAGS.items() if tag.dataset == group.dataset}
         chosen = list(range(len(objectives)))
@@ -257,6 +264,9 @@ class _MixtureLoader:
 
 
 def _as_it_is(number: int, objective: Objective) -> Objective:
-    """Returns an objective for a plain task's own rows, with the name and the weight of `objective`."""
+    """Returns an objective that uses the inputs and targets of plain tasks unchanged.
+
+    It has the name and the weight of `objective`.
+    """
     field = "label" if number == 0 else objective.name
     return Objective(objective.name, "{input}", f"{{{field}}}", objective.weight)

@@ -27,12 +27,12 @@ from stepdistill_jax.tasks.sources import check_source, raised_at
 def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
     """Returns a `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
 
-    The module's tasks take precedence over prepared datasets of the same name. A dataset of
-    `register_prepared` remains a `PreparedDataset`, whose rows are read without SeqIO.
+    If a task of the module and a prepared dataset have the same name, the task is returned. For a dataset of
+    `register_prepared`, a `PreparedDataset` is returned, so that its rows are read without SeqIO.
 
     Raises:
         InputError: the task is unknown (the message lists the known tasks and explains how to specify a
-            module), or it is a plain task whose source cannot be read (`check_source`).
+            module), or it is a SeqIO task whose source cannot be read (see `check_source`).
     """
     if task_module is not None:
         import_task_module(task_module, data_dir)
@@ -63,11 +63,12 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
 
 
 def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
-    """Imports a user's module, from the current folder if it is not installed.
+    """Imports a user's module. If the module is not installed, it is imported from the current folder.
 
     Args:
         name: dotted name of the module.
-        data_dir: folder that `register_prepared()` uses in the module; None means the default folder.
+        data_dir: data folder that `register_prepared()` uses if the module calls it; None means the default
+            folder.
 
     Raises:
         InputError: the module does not exist, or its import fails.
@@ -97,14 +98,14 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
 
 
 def _not_importable(name: str, error: BaseException) -> InputError:
-    """Returns the error for a failed import. A module that calls `sys.exit` counts as a failed import, too."""
+    """Returns the error for a failed import. The import also fails if the module calls `sys.exit`."""
     return InputError(
         f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{raised_at(error)}"
     )
 
 
 def search_current_folder() -> None:
-    """Adds the current folder to the import path, since a console script does not search it.
+    """Adds the current folder to Python's import path, which does not contain it in a console script.
 
     The folder is added at the end, so that its files do not shadow installed modules.
     """
@@ -113,7 +114,10 @@ def search_current_folder() -> None:
 
 
 def module_digest(name: str | None) -> str | None:
-    """Returns a digest of a task module's file, so that editing the file tokenises the task again."""
+    """Returns a digest of a task module's file, or None if there is no such file.
+
+    The digest is a part of a token store's key, so the task is tokenised again after the file was edited.
+    """
     path = getattr(sys.modules.get(name or ""), "__file__", None)
     return sha256(path) if path else None
 
@@ -136,7 +140,7 @@ def has_split(
 def splits_of(
     task: str, *, data_dir: os.PathLike | str | None = None, task_module: str | None = None
 ) -> tuple[str, ...]:
-    """Returns the names of a task's splits; for a mixture, the splits of all its tasks."""
+    """Returns the names of a task's splits. A mixture has the splits of all its tasks."""
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
     if isinstance(found, PreparedDataset):

@@ -1,4 +1,4 @@
-"""Computes the metrics that a SeqIO task defines on the rows of a split, as `seqio.Evaluator` does."""
+"""Computes a SeqIO task's own metrics on the rows of a split, as `seqio.Evaluator` does."""
 
 import collections
 import functools
@@ -20,16 +20,16 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 class TaskMetrics:
     """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
 
-    Only process 0 reads the rows. It reads them once, with SeqIO. A `postprocess_fn` gets each row as its
-    `example`, with all fields of the task. SeqIO's metric objects postprocess targets and answers, as in
-    `seqio.Evaluator`.
+    Only process 0 reads the rows, once, with SeqIO. The task's `postprocess_fn` is called with each row as
+    its argument `example`, which has all fields of the task. As in `seqio.Evaluator`, SeqIO's metric objects
+    call it for targets and answers.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.
     """
 
     def __init__(self, part: Part, split: str):
-        """Checks the signatures of the metrics; reads no rows.
+        """Checks the signatures of the metrics, without reading rows.
 
         Raises:
             InputError: a metric takes arguments that SeqIO does not know.
@@ -60,13 +60,13 @@ class TaskMetrics:
 
     @functools.cached_property
     def targets(self) -> list[list[int]]:
-        """Ids of all targets, not truncated. They are the targets of `target_scores`."""
+        """Ids of each labelled row's target, not truncated. `target_scores` are the scores of these targets."""
         return self._part.label_targets()
 
     def try_out(self) -> list[str]:
         """Computes the metrics once with the targets as answers, and returns the names of all values.
 
-        In this trial, a score is -1 times the number of tokens.
+        In this trial, the score of a target or answer is -1 times its number of tokens.
         """
         scores = -np.array(list(map(len, self.targets)), np.float32)
         return list(self.compute(self.targets, scores, scores))
@@ -80,14 +80,15 @@ class TaskMetrics:
         """Returns the values of all metrics by name. Process 0 computes them for all processes.
 
         Args:
-            answers: the decoded ids for each of the part's `labelled_inputs`.
-            scores: natural logs of the answers' probabilities, [rows]; a metric of
-                `(targets, predictions, aux_values)` gets them as `aux_values["scores"]`.
-            target_scores: scores of `targets`, [rows]; required if `reads_target_scores`.
+            answers: predicted ids for each of the part's `labelled_inputs`.
+            scores: natural log of each answer's probability, [rows]. A metric of
+                `(targets, predictions, aux_values)` gets the scores as `aux_values["scores"]`.
+            target_scores: natural log of the probability of each target in `targets`, [rows]. Required if
+                `reads_target_scores` is true.
 
         Raises:
-            InputError: a metric fails or does not return numbers by name, or the source now has other rows
-                than those that were tokenised. Raised in every process.
+            InputError: a metric fails or does not return a dict of numbers, or the source now has other rows
+                than those that were tokenised. Every process raises the error.
         """
         return on_process_0(lambda: self._compute(answers, scores, target_scores))
 
@@ -179,7 +180,7 @@ class TaskMetrics:
 
 
 def _named_metrics(task: Any) -> list[tuple[str, Any]]:
-    """Returns (name of the function or class, metric object) for each metric of a task."""
+    """Returns (name of the metric's function or class, metric object) for each metric of a task."""
     # SeqIO's `metric_objs` are the task's own objects, followed by one object for each metric function
     functions, objects = metric_functions(task), task.metric_objs
     named = [*objects[: len(objects) - len(functions)], *functions]

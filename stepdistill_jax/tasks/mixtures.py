@@ -1,4 +1,4 @@
-"""Finds the objective of each task of a SeqIO mixture, and the tasks that share examples."""
+"""Finds the objective of each task in a SeqIO mixture, and which tasks have rows of the same examples."""
 
 import dataclasses
 import math
@@ -18,14 +18,15 @@ class Group:
     """Tasks of a mixture whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset, of the plain task with the labels, or of the first task.
+        name: name of the dataset. For plain tasks, name of the task with the labels or, without one, of the
+            first task.
         tasks: the `seqio.Task`s.
         objectives: the objective of each task.
-        rate: share of the drawn examples, relative to the rates of the other groups.
-        dataset: name of the dataset (of `add_task` or `register_prepared`) to which these tasks belong;
-            None for plain tasks.
-        alone: the reason why a task forms a group alone, so that its rows are not paired with those of
-            other tasks; "" if there is none.
+        rate: rate at which examples of this group are drawn, relative to the rates of the other groups.
+        dataset: name of the dataset (of `add_task` or `register_prepared`) to which these tasks belong; None
+            for plain tasks.
+        alone: if a single task forms the group, the reason why its rows are not paired with the rows of other
+            tasks; otherwise "".
     """
 
     name: str
@@ -36,7 +37,7 @@ class Group:
     alone: str = ""
 
     def each(self, alone: str) -> list["Group"]:
-        """Returns one group for each task, with `alone` as the reason."""
+        """Returns a group for each task. `alone` is the reason why the tasks form separate groups."""
         pairs = zip(self.tasks, self.objectives, strict=True)
         return [Group(t.name, (t,), (o,), self.rate, self.dataset, alone) for t, o in pairs]
 
@@ -46,13 +47,14 @@ def groups_of(
 ) -> list[Group]:
     """Returns the groups of a `seqio.Mixture`, sorted by the names of their first tasks.
 
-    All tasks of a dataset form one group if they have equal rates and different objectives. The same holds for
-    all plain tasks that are direct members of one mixture. Otherwise, each of these tasks is its own group.
+    The tasks of a dataset form one group if they have equal rates and different objectives; otherwise each of
+    them forms its own group. The same rule applies to the plain tasks that are direct members of the same
+    mixture.
 
     Args:
         mixture: the mixture to load.
         objectives: names of a run's objectives.
-        task_objectives: the objective of each task without a tag, or `single`.
+        task_objectives: {name of a plain task: name of its objective}, or `single`.
 
     Raises:
         InputError: a rate is not above 0, a task has no objective, or a name does not exist.
@@ -67,7 +69,7 @@ def groups_of(
     found: dict[str, Group] = {}
     for dataset, members in _families(mixture):
         taught = tuple(named[task.name] for task in members)
-        # the label's task names a group of plain tasks
+        # a group of plain tasks has the name of the task with the labels
         at = taught.index(objectives[0]) if objectives[0] in taught else 0
         name = dataset or members[at].name
         group = Group(name, members, taught, 0.0, dataset)
@@ -85,7 +87,7 @@ def groups_of(
 def label_tasks(
     mixture: Any, objectives: Sequence[str], task_objectives: TaskObjectives
 ) -> list[str]:
-    """Returns the names of the datasets and plain tasks of a `seqio.Mixture` that have the first objective.
+    """Returns the names of the datasets and plain tasks in a `seqio.Mixture` that have the first objective.
 
     A plain task without a known objective is included.
 
@@ -108,7 +110,7 @@ def label_tasks(
             if given.get(task.name, objectives[0]) == objectives[0]:
                 names[task.name] = None
         else:
-            # a dataset answers if its label task is in the mixture, or all of its tasks are
+            # a dataset is included if its label task, or every one of its tasks, is in the mixture
             whole = {name for name, other in TAGS.items() if other.dataset == tag.dataset}
             if whole <= there or tag.objective == objectives[0]:
                 names[tag.dataset] = None
@@ -141,7 +143,7 @@ def _rate(mixture: Any, task: Any) -> float:
 def _objectives_of(
     mixture: Any, tasks: Sequence[Any], objectives: Sequence[str], given: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns the objective of each task, {name of the task: name of the objective}."""
+    """Returns {name of a task: name of its objective}."""
     names = [task.name for task in tasks]
     for task, objective in given.items():
         if task in names and task in TAGS and TAGS[task].objective != objective:
@@ -173,7 +175,11 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (None, its plain tasks) for each inner mixture, then (name, its tasks) for each dataset."""
+    """Yields (name of a dataset or None, tasks) for all tasks of a mixture.
+
+    First come the plain tasks, as (None, tasks): one pair for each mixture inside `mixture`, and one for
+    `mixture` itself. Then comes one pair for each dataset.
+    """
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):
@@ -193,7 +199,7 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields a list of direct member tasks for each inner mixture, and last for the mixture itself."""
+    """Yields the list of the direct member tasks of each mixture inside `mixture`, and last of `mixture` itself."""
     import seqio
 
     direct = []

@@ -1,4 +1,4 @@
-"""Pairs the rows of several tasks into examples by their ids."""
+"""Pairs the rows of several tasks: rows with the same id become one example."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from stepdistill_jax.tasks.token_store import TokenStore
 
 
 def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
-    """Returns the reason why the rows of these tasks cannot be paired, or None if they can."""
+    """Returns the reason why the rows of these tasks cannot be paired, or None if they can be paired."""
     for store, name in zip(stores, names, strict=True):
         if store.row_ids is None:
             return f"the rows of {name} have no feature 'id'"
@@ -27,13 +27,14 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
 
 
 def paired(stores: Sequence[TokenStore]) -> TokenStore:
-    """Returns one store in which an example consists of the rows of all stores that have the same id.
+    """Returns one store in which the rows with the same id, from all stores, form one example.
 
-    `why_not` must have returned None. The examples have the order of the first store; examples that are
-    missing there come last. The label texts are those of the first store. Token ids are not copied.
+    `why_not` must have returned None for the stores. The examples are in the order of the first store,
+    followed by the examples that the first store does not have. The label texts are those of the first store.
+    Token ids are not copied.
 
-    For example, the row ids `a b` of one store and `b c` of another give the examples a, b and c. Example a
-    has no row of the second task, and c has no row of the first.
+    For example, a store with the row ids a and b and another store with the row ids b and c give the examples
+    a, b and c. Example a has no row of the second store, and example c has no row of the first store.
     """
     # ids are 8-byte hashes of the texts, so sorting and searching need no strings
     row_ids = [np.asarray(store.row_ids) for store in stores]

@@ -13,7 +13,8 @@ def check_trainable(task: Any) -> None:
     """Checks that an encoder-decoder can be trained on the rows of a `seqio.Task`.
 
     Raises:
-        InputError: it cannot. The message is one line with the task, the problem and the remedy.
+        InputError: an encoder-decoder cannot be trained on them. The message is one line that names the task,
+            the problem and the remedy.
     """
     import seqio
 
@@ -56,7 +57,7 @@ def check_trainable(task: Any) -> None:
 
 
 def _check_ids(task: Any, name: str, feature: Any) -> None:
-    """Raises InputError if a feature does not consist of token ids of a vocabulary that can decode them."""
+    """Raises InputError if a feature does not contain token ids, or if its vocabulary cannot decode them."""
     import seqio
 
     if feature.rank != 1 or not feature.dtype.is_integer:
@@ -74,9 +75,9 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
 
 
 def _check_preprocessors(task: Any) -> None:
-    """Raises InputError if a task's rows depend on a run's lengths, or if the task must be cached first.
+    """Raises InputError if a task's rows depend on a run's lengths, or can only be read from SeqIO's cache.
 
-    Rows are tokenised once for runs of all lengths.
+    A task is tokenised once, for runs with any input and target length.
     """
     try:
         named = [(p, inspect.signature(p).parameters) for p in task.preprocessors]

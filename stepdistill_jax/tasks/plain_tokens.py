@@ -38,7 +38,7 @@ def plain_store(
             describe([task.source, task._preprocessor_constructor_args]),
             [vocabulary.fingerprint, repr(task.output_features)],
             files_of_task(task, split),
-            "row ids",  # distinguishes the store from older ones, which have none
+            "row ids",  # distinguishes the store from older stores, which have no row ids
         ],
         data_dir=folder,
         compare=True,
@@ -49,7 +49,13 @@ def plain_store(
 def common_vocabulary(
     name: str, tasks: Sequence[Any], given: str | None, folder: pathlib.Path
 ) -> Vocabulary:
-    """Returns the vocabulary of the plain tasks, which must equal `given`, the vocabulary of `init_from`.
+    """Returns the vocabulary that all plain tasks share.
+
+    Args:
+        name: name of the task or mixture, for messages.
+        tasks: the plain tasks.
+        given: the vocabulary of `init_from`, which must have the same pieces, or None.
+        folder: folder of prepared datasets and token stores.
 
     Raises:
         InputError: two vocabularies have different pieces.
@@ -70,7 +76,7 @@ def common_vocabulary(
 
 
 def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
-    """Returns a plain task's vocabulary, as an argument of `load_vocabulary`.
+    """Returns a plain task's vocabulary as `load_vocabulary` takes it: the path of a file, or `bytes`.
 
     Raises:
         InputError: an encoder-decoder cannot be trained on the task (`check_trainable`).
@@ -149,7 +155,7 @@ def files_of_task(task: Any, split: str) -> list[list[Any]]:
 
 
 def same_pieces(a: Vocabulary, b: Vocabulary) -> bool:
-    """Returns whether two vocabularies have the same pieces. Their files may differ all the same."""
+    """Returns whether two vocabularies have the same pieces, even if their files differ."""
     return a.fingerprint == b.fingerprint or (
         a.size == b.size and all(a.decode([i]) == b.decode([i]) for i in range(a.size))
     )

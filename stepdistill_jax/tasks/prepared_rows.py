@@ -21,18 +21,19 @@ AT_ONCE = 1024  # number of examples that are tokenised together, on all cores
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
-    """Iterates over the tokens of a split, read from its SPLIT.jsonl.
+    """Reads the rows of a split from SPLIT.jsonl, and iterates over their tokens.
 
-    The tokens are the same as those of `registry.joint_task`, in a tenth of the time. This works only if labels
-    and rationales are used unchanged (`can_read`). A supervision that selects among them needs SeqIO. A dataset
-    prepared with `paper_exact` is always read here.
+    The tokens are the same as with `registry.joint_task`, but take a tenth of the time. Labels and rationales
+    must be used unchanged (`can_read`): a supervision that selects among them needs SeqIO. A dataset prepared
+    with `paper_exact` is always read by this class.
 
     Attributes:
         dataset, split: a prepared dataset and the name of its split.
         objectives: objectives. An example has a row for each of them.
         vocabulary: vocabulary of inputs and targets.
         supervision: supervision of the rows; None keeps every row unchanged.
-        share: share of the rows to use, and the seed that draws it, for a dataset prepared with `paper_exact`.
+        share: for a dataset prepared with `paper_exact`, the pair (share of the rows to use, seed with which
+            they are drawn).
     """
 
     dataset: PreparedDataset
@@ -64,9 +65,9 @@ class PreparedRows:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, np.ndarray]]:
-        """The prepared splits from which a share is drawn, each with a mask of the drawn rows, [rows] bool.
+        """Pairs (name of a prepared split, mask of the rows to use, [rows] bool) for the share.
 
-        An empty list means that the complete split is used.
+        An empty list means that `split` is used completely.
         """
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
         if self.share == WHOLE:

@@ -1,4 +1,4 @@
-"""Registers prepared datasets as SeqIO tasks and mixtures, for SeqIO's tools and users' mixtures."""
+"""Registers prepared datasets as SeqIO tasks and mixtures, for use with SeqIO's tools and in users' mixtures."""
 
 import contextlib
 import contextvars
@@ -36,10 +36,10 @@ class Registration:
     """The SeqIO tasks and mixture that `register_prepared` registered for a dataset.
 
     Attributes:
-        dataset: the dataset at that time.
+        dataset: the dataset when it was registered.
         vocabulary: vocabulary of the tasks: path of a `spiece.model`, or `bytes`.
-        tasks: SeqIO tasks by the name of their objective.
-        mixture: SeqIO mixture.
+        tasks: {name of an objective: its `seqio.Task`}.
+        mixture: the `seqio.Mixture`.
     """
 
     dataset: PreparedDataset
@@ -56,23 +56,25 @@ def register_prepared(
 ) -> tuple[str, ...]:
     """Registers, for each prepared dataset, the SeqIO tasks NAME_label and NAME_rationale and the mixture NAME.
 
-    Afterwards, `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture of
-    two datasets. A task has the splits in which at least one row has its target. Datasets prepared with
-    `paper_exact` are skipped, since SeqIO cannot make their token ids. So are datasets without a train split,
-    which have no vocabulary, unless `vocabulary` is given. If a dataset has changed, its tasks are replaced.
+    Afterwards, `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture of two
+    datasets. A task has those splits in which at least one row has the task's target. Datasets prepared with
+    `paper_exact` are skipped, since SeqIO cannot make their token ids. Datasets without a train split have no
+    vocabulary of their own, so they are skipped as well, unless `vocabulary` is given. If a dataset has
+    changed since it was registered, its tasks are replaced.
 
     Args:
-        data_dir: folder of prepared datasets. None means the folder of the command that imports the
-            calling module or, without a command, the default folder.
-        vocabulary: vocabulary of all tasks: path of a `spiece.model`, or `bytes`. None means each
-            dataset's own. SeqIO reads a mixture only if all its tasks have the same vocabulary.
+        data_dir: folder of prepared datasets. None means the data folder of the command that imports the
+            calling module. If no command imports it, None means the default folder.
+        vocabulary: vocabulary of all tasks: path of a `spiece.model`, or `bytes`. None means that each
+            dataset's tasks use the dataset's own vocabulary. SeqIO reads a mixture only if all its tasks have
+            the same vocabulary.
 
     Returns:
         Names of the registered datasets.
 
     Raises:
-        InputError: SeqIO already has a different task or mixture with one of these names, or a dataset
-            or the vocabulary is damaged.
+        InputError: SeqIO already has a different task or mixture with one of these names, or a dataset or the
+            vocabulary is damaged.
     """
     tensorflow()
     folder = data_folder(_IMPORTING_FOR.get() if data_dir is None else data_dir)
@@ -97,7 +99,7 @@ def register_prepared(
 
 
 def registered_dataset(name: str) -> PreparedDataset | None:
-    """Returns the dataset whose registered mixture has this name, or None if it is no such mixture."""
+    """Returns the dataset whose registered mixture has this name, or None if there is no such mixture."""
     found = _REGISTERED.get(name)
     if found is None:
         return None
@@ -124,7 +126,7 @@ def spec_of(
     splits: Mapping[str, str],
     objectives: tuple[Objective, ...] = (),
 ) -> TaskSpec:
-    """Returns a prepared dataset as a `TaskSpec`. `splits` maps the names of its splits to TFDS's names."""
+    """Returns a prepared dataset as a `TaskSpec`. `splits` is {name of a split: its name in TFDS}."""
     source = _source_class()(
         f"{dataset.name}:{VERSION}",
         tfds_data_dir=os.fspath(dataset.directory.parent),
@@ -137,8 +139,8 @@ def spec_of(
 def _source_class() -> Any:
     """Returns the class of a prepared dataset's source, which never asks TFDS to shuffle files.
 
-    Whenever rows are to be shuffled, SeqIO asks TFDS to shuffle the files as well, but TFDS refuses that for a
-    dataset with ordered rows. SeqIO's buffer still shuffles the rows.
+    To shuffle rows, SeqIO first asks TFDS to shuffle the files, but TFDS refuses this for a dataset with
+    ordered rows. SeqIO's own buffer still shuffles the rows.
     """
     tensorflow()
     import seqio
@@ -189,7 +191,7 @@ def _register(dataset: PreparedDataset, vocabulary: str) -> None:
 
 
 def _remove(registration: Registration) -> None:
-    """Removes a dataset's tasks from SeqIO's registries, unless other tasks have taken their names."""
+    """Removes a dataset's mixture and tasks from SeqIO's registries. Other tasks with the same names are kept."""
     import seqio
 
     del _REGISTERED[registration.dataset.name]
@@ -201,7 +203,7 @@ def _remove(registration: Registration) -> None:
 
 
 def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> bool:
-    """Returns whether some row of the split has the field from which the target is made.
+    """Returns whether at least one row of the split has the field from which the objective's target is made.
 
     A task without rows would end a mixture as soon as SeqIO draws from the task.
     """

@@ -1,4 +1,4 @@
-"""SeqIO preprocessors that turn an example's fields into the rows of each objective, and pair them."""
+"""SeqIO preprocessors that turn an example's fields into a row for each objective, and keep these rows together."""
 
 import functools
 import string
@@ -23,17 +23,17 @@ def render(
 ) -> Any:
     """SeqIO preprocessor: renders an example's fields as `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
-    It renders like `Objective.render`, but in TensorFlow. It first checks the types of the dataset's elements,
-    so that a missing field is reported before any row is read. If the first objective has a label but is not
-    `is_plain`, it also adds the gold label, as `LABEL_TEXT`.
+    The results are those of `Objective.render`, but are computed in TensorFlow. The types of the dataset's
+    elements are checked first, so that a missing field is reported before any row is read. If the first
+    objective has a label but is not `is_plain`, the gold label is added as the feature `LABEL_TEXT`.
 
     Args:
         dataset: a `tf.data.Dataset` of examples.
         task: name of the task, for messages.
         source: description of the source, for messages.
         objectives: {prefix of the features: objective}.
-        variants: {prefix: index of the rationale to use}, see `tasks.supervision.choose`. 0 means the field
-            `rationale`. None means 0 for all prefixes.
+        variants: {prefix of the features: index of the rationale to use} (see `tasks.supervision.choose`).
+            Index 0 is the field `rationale`. None means index 0 for all prefixes.
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))
@@ -73,7 +73,7 @@ def render(
                 present &= tf.strings.length(row.get(field, tf.constant(""))) > 0
             target = to_text(objective.target_template, row)
             inputs = to_text(objective.input_template, row)
-            # with several rationales, most rows lack most of them; these keep no inputs
+            # most examples have few rationales, so inputs are not stored for those that are absent
             out[f"{prefix}inputs"] = tf.where(present, inputs, "") if number else inputs
             out[f"{prefix}targets"] = tf.where(present, target, tf.constant(""))
         if "label" in given and first.label_field and not first.is_plain:
@@ -85,17 +85,18 @@ def render(
 
 
 def framing_steps(framing: Framing) -> list[Any]:
-    """Returns the SeqIO preprocessors that add the special ids of a vocabulary to inputs, except a final eos.
+    """Returns the SeqIO preprocessors that add a vocabulary's special ids to inputs, except a final eos.
 
-    SeqIO appends eos itself (`add_eos` of a feature), but it does not support bos.
+    SeqIO itself appends eos (`add_eos` of a feature), but it cannot prepend bos.
     """
     return [] if framing == T5_FRAMING else [functools.partial(_frame, framing=framing)]
 
 
 def _frame(dataset: Any, *, framing: Framing) -> Any:
-    """Adds the special ids of `Framing.input_ids` to inputs, except a final eos.
+    """Adds a vocabulary's special ids to inputs, as `Framing.input_ids` does, except a final eos.
 
-    This is bos, if the framing has it. Without bos and eos, it is an eos for empty inputs.
+    If the vocabulary prepends bos, bos is added. If it adds neither bos nor eos, an eos is added to empty
+    inputs.
     """
     tf = tensorflow()
 
@@ -135,25 +136,25 @@ def empty_absent_targets(dataset: Any) -> Any:
 
 
 def drop_absent_rows(dataset: Any) -> Any:
-    """SeqIO preprocessor, the last of a registered task: drops the rows with an empty target."""
+    """SeqIO preprocessor: drops rows with an empty target. It is the last preprocessor of a registered task."""
     tf = tensorflow()
     return dataset.filter(lambda row: tf.size(row["targets"]) > 0)
 
 
 def with_absent_rows(task: Any) -> Any:
-    """Returns a `seqio.Task` without `drop_absent_rows`, so that row i is example i."""
+    """Returns `task` without the preprocessor `drop_absent_rows`, so that row i is example i."""
     kept = [p for p in task.preprocessors if p is not drop_absent_rows]
     return task.replace(preprocessors=kept)
 
 
 @functools.cache
 def paired_mixture() -> Any:
-    """Returns the class of the mixture of a dataset: a `seqio.Mixture` that pairs the rows of its tasks.
+    """Returns the class of a dataset's mixture: a `seqio.Mixture` that keeps the rows of an example together.
 
-    It yields all rows of an example one after the other, and loses none. SeqIO's sampling would mix the
-    rationales and labels of different examples, and stop at the end of the shortest task. With `shuffle`, the
-    rows of an example stay together only if a seed is given. Inside another mixture, SeqIO samples from these
-    tasks as from all others.
+    The mixture yields all rows of an example one after the other, and loses none. SeqIO's own sampling would
+    mix the rationales and labels of different examples, and would stop at the end of the shortest task. With
+    `shuffle`, the rows of an example stay together only if a seed is given. If the mixture is a member of
+    another mixture, SeqIO samples from its tasks as from all other tasks.
     """
     tensorflow()
     import seqio
@@ -166,7 +167,7 @@ def paired_mixture() -> Any:
 
 
 def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-    """The `sample_fn` of a `paired_mixture`: yields row i of each task, then row i + 1 of each, and so on.
+    """The `sample_fn` of a `paired_mixture`: yields row i of each task, then row i + 1 of each task, and so on.
 
     Absent rows are left out.
     """

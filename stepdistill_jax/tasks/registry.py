@@ -42,7 +42,7 @@ CHECKED_ROWS = 4  # rows that `add_task` reads as a trial
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """The arguments of `add_task`. They are kept so that a run can use other objectives or another vocabulary.
+    """The arguments of `add_task`, kept so that a run can use other objectives or another vocabulary.
 
     Attributes:
         name: name of the mixture. Its tasks have the names NAME_OBJECTIVE.
@@ -51,7 +51,8 @@ class TaskSpec:
         objectives: objectives of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
         metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
-        function: the user's own metric of labels, with SeqIO's arguments, or None.
+        function: the user's own metric, a function that takes `(targets, predictions)` or
+            `(targets, scores)`, or None.
     """
 
     name: str
@@ -92,32 +93,32 @@ def add_task(
 ) -> Any:
     """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and reads some rows.
 
-    Example: `add_task("sums", source=rows, splits=["train"])`, where `rows("train")` yields dicts such as
-    `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
+    Example: `add_task("sums", source=rows, splits=["train"])`, where the call `rows("train")` yields dicts
+    such as `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
 
     Args:
         name: name of the mixture.
-        source: a function that takes the name of a split and returns its rows. Rows are dicts with `input`,
-            `label` and optionally `rationale`, `llm_label`, `weight`, and further texts that `objectives`
-            name. Or the rows themselves: a list for the split `train`, or a dict of lists,
-            {"train": [...], "validation": [...]}. Or a `seqio.DataSource` of such rows.
+        source: one of: a function that takes the name of a split and returns the split's rows; a list, the
+            rows of the split `train`; a dict {name of a split: list of its rows}; a `seqio.DataSource`. A row
+            is a dict with `input`, `label` and optionally `rationale`, `llm_label`, `weight`, and further
+            text fields that `objectives` name.
         splits: names of the splits. Required for a function, and not allowed otherwise.
-        objectives: an arm's name, or objectives; each becomes a task. Its targets do not contain the
-            `decoder_prefix`, which training adds.
-        vocabulary: path of a `spiece.model`, or `bytes`. A run with `init_from` uses its model's vocabulary
-            instead.
-        metric: how labels are compared: `text_match`, `value_match`, or a function
-            `f(targets, predictions)` that takes the gold and the predicted labels and returns a dict of
-            numbers. Validation and `evaluate` call the function in addition to `text_match`. As in SeqIO,
-            it may take `(targets, scores)` instead.
-        preprocessors: SeqIO preprocessors, applied first, e.g. to rename the source's fields.
+        objectives: name of an arm, or a list of objectives. Each objective becomes a task. The task's targets
+            do not contain the objective's `decoder_prefix`, which is added in training.
+        vocabulary: path of a `spiece.model`, or `bytes`. A run with `init_from` uses the vocabulary of that
+            model instead.
+        metric: how labels are compared: `text_match`, `value_match`, or a function `f(targets, predictions)`
+            that takes the gold and the predicted labels and returns a dict of numbers. Validation and
+            `evaluate` call the function in addition to `text_match`. As in SeqIO, it may take
+            `(targets, scores)` instead.
+        preprocessors: SeqIO preprocessors that are applied first, for example to rename the source's fields.
 
     Returns:
         The `seqio.Mixture`.
 
     Raises:
         InputError: the name is taken, or the first rows cannot be read (the message names the task, the
-            feature and the source). Then nothing stays registered.
+            feature and the source). After an error, nothing stays registered.
     """
     tensorflow()
     import seqio
@@ -191,7 +192,7 @@ def add_mixture(name: str, tasks: Sequence[str]) -> Any:
 
 
 def _try_out(provider: Any, spec: TaskSpec) -> None:
-    """Reads the first rows of the first split of a task or mixture, so that errors show at once."""
+    """Reads the first rows of a task or mixture from its first split, so that errors are raised at once."""
     split = next(iter(spec.source.splits))
     with named_errors(provider.name, spec.source, split):
         dataset = provider.get_dataset(
@@ -229,13 +230,13 @@ def registered_names() -> list[str]:
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
-    Only the first objective's task gets metrics, which parse the labels in answers and compare them. Rows are
-    cached (`seqio_cache_tasks`) after they are tokenised and before they are truncated.
+    Only the task of the first objective gets a metric, which compares the labels in targets and answers. If
+    rows are cached (`seqio_cache_tasks`), they are cached tokenised but not truncated.
     """
     import seqio
 
     framing = load_vocabulary(spec.vocabulary).framing
-    # rows that depend on the lengths of a run must not be cached before they are known
+    # rows that depend on a run's lengths must not be cached, since the lengths are not known yet
     by_length = any(
         "sequence_length" in inspect.signature(p).parameters for p in spec.preprocessors
     )
@@ -264,7 +265,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 
 def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
-    """Returns the arguments of `seqio.Task` that compare the labels in targets and answers."""
+    """Returns the arguments of `seqio.Task` for the metric that compares the labels in targets and answers."""
 
     def label_of(text: str, example: Any = None, is_target: bool = False) -> str:
         if is_target and example is not None and LABEL_TEXT in example:
@@ -281,12 +282,12 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a token store. It has one row, an input and a target, for each example.
+    """A column of a token store. For each example, it has one row: an input and a target.
 
     Attributes:
-        objective: index of its objective, from 1.
-        variant: index, from 0, of the rationale in this column among an example's rationales.
-        name: name in the store. The column's features are `NAME_inputs` and `NAME_targets`.
+        objective: index of the column's objective, from 1.
+        variant: index, from 0, of the rationale that the column contains, in an example's list of rationales.
+        name: name of the column in the store. Its features are `NAME_inputs` and `NAME_targets`.
         reads_rationale: whether a template of the objective contains a rationale.
     """
 
@@ -299,8 +300,9 @@ class Column:
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
     """Returns the columns of a store.
 
-    An objective that reads a rationale has `rationales` columns, any other objective has one. For example,
-    `step_by_step` with 2 rationales has the columns `label`, `rationale` and `rationale.1`.
+    An objective that reads a rationale has one column for each of the `rationales` rationales. Any other
+    objective has one column. For example, `step_by_step` with 2 rationales has the columns `label`,
+    `rationale` and `rationale.1`.
     """
     columns = []
     for number, o in enumerate(objectives, 1):
@@ -320,8 +322,8 @@ def joint_task(
 ) -> Any:
     """Returns an unregistered `seqio.Task` in which each row has the features of all objectives.
 
-    It reads the source only once, so that an example's rows stay together. Its features are those of the
-    columns `columns_of(objectives, most)`. Without a supervision, every example is kept unchanged.
+    Since the source is read only once, an example's rows stay together. The features are those of the columns
+    `columns_of(objectives, most)`. If `supervision` is None, every example is kept unchanged.
     """
     import seqio
 

@@ -1,4 +1,4 @@
-"""Wraps a user's function as a SeqIO source, and checks, describes and digests sources."""
+"""Turns a user's function into a SeqIO source, and checks sources, describes them, and computes their digests."""
 
 import contextlib
 import functools
@@ -24,12 +24,13 @@ Rows = Callable[..., Iterable[Mapping[str, Any]]]
 
 
 class RowsOfFunction:
-    """Wraps a user's function of rows as the `dataset_fn` of a `seqio.FunctionDataSource`."""
+    """Turns a user's function that returns rows into the `dataset_fn` of a `seqio.FunctionDataSource`."""
 
     def __init__(self, task: str, rows: Rows, more: Sequence[str] = ()):
-        """Wraps `rows`, the function of the task `task`.
+        """Wraps the function `rows` of the task named `task`.
 
-        `more` names further fields that a row must have; their texts may be empty.
+        `more` are the names of further fields that each row must have. The values of these fields may be
+        empty.
         """
         self.task, self.rows, self.more = task, rows, tuple(more)
         # kept for `named_errors`, since TensorFlow hides the function's own error in a trace
@@ -50,13 +51,15 @@ class RowsOfFunction:
         ).unbatch()
 
     def _several(self, split: str) -> Iterator[dict[str, list[Any]]]:
-        """Yields rows in groups, since passing an element from Python to TensorFlow has a fixed cost."""
+        """Yields rows in groups, since each call from TensorFlow to Python has a fixed cost."""
         rows = self._checked(split)
         while several := list(itertools.islice(rows, AT_ONCE)):
             yield {name: [row[name] for row in several] for name in several[0]}
 
     def digest(self, split: str) -> dict[str, Any]:
-        """Returns the count and the digest of the rows, 100 times as fast as through TensorFlow.
+        """Returns the count and the digest of the rows, {"rows": count, "sha256": hex digest}.
+
+        Reading the rows without TensorFlow is 100 times as fast.
 
         Raises:
             InputError: the function fails, or a row is malformed.
@@ -123,7 +126,10 @@ def rows_of_lists(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
 
 @contextlib.contextmanager
 def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
-    """A context that turns errors of SeqIO and TensorFlow into InputErrors of one line with the task's name."""
+    """A context that turns errors of SeqIO and TensorFlow into InputErrors.
+
+    The message of such an InputError is one line with the task's name.
+    """
     try:
         yield
     except InputError:
@@ -143,11 +149,13 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
 
 
 def check_source(task: str, source: Any) -> None:
-    """Checks that a source has splits and is on disk. SeqIO would start to download a missing TFDS dataset.
+    """Checks that a source has splits and, if it reads a TFDS dataset, that the dataset is on disk.
+
+    SeqIO would start to download a missing TFDS dataset.
 
     Raises:
-        InputError: the source has no splits, or its TFDS dataset is not downloaded (the message names
-            the dataset, the folder and a command).
+        InputError: the source has no splits, or its TFDS dataset is not on disk. The message then names the
+            dataset, the folder and a command.
     """
     tensorflow()
     import seqio
@@ -161,7 +169,7 @@ def check_source(task: str, source: Any) -> None:
 
 
 def _check_downloaded(task: str, loader: Any) -> None:
-    """Raises InputError if a dataset that a `seqio.LazyTfdsLoader` reads for one of its splits is missing."""
+    """Raises InputError if a TFDS dataset that `loader`, a `seqio.LazyTfdsLoader`, reads is not on disk."""
     import tensorflow_datasets as tfds
 
     for split in loader.tfds_splits or (None,):
@@ -194,7 +202,7 @@ def forget_tfds(name: str | None, folder: str | None) -> None:
 
 
 def raised_at(error: BaseException) -> str:
-    """Returns ` at FILE:LINE` for the line that raised the error, as a part of a message."""
+    """Returns the part of a message that tells which line raised the error, ` at FILE:LINE`."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -202,7 +210,7 @@ def raised_at(error: BaseException) -> str:
 
 
 def describe_source(source: Any) -> str:
-    """Returns a text for messages that describes a source, without memory addresses."""
+    """Returns a description of a source for messages. It contains no memory addresses."""
     function = getattr(source, "_dataset_fn", None)
     if function is not None:
         name = getattr(function, "__qualname__", getattr(function, "__name__", repr(function)))
@@ -226,14 +234,14 @@ def describe(thing: Any) -> Any:
 
 
 def files_of(source: Any, split: str) -> list[list[Any]]:
-    """Returns [name, size, modification time] of each file of a source, which identify the source's rows.
+    """Returns [name, size, modification time] of each file of a source. The list identifies the source's rows.
 
-    For TFDS, the list begins with the slice of rows that is read. It is empty if the source does not read
-    files (TextLine, TFRecord and TFDS do), or if sizes or times of files are unknown. Then the rows can only be
-    identified by reading them.
+    For TFDS, the list begins with an entry for the slice of rows that is read. The list is empty if the
+    source does not read files (TextLine, TFRecord and TFDS sources do), or if the size or time of a file is
+    unknown. In this case, the rows must be read to identify them.
 
     Raises:
-        InputError: a TFDS split has no rows, at which SeqIO would end the process.
+        InputError: a TFDS split has no rows. SeqIO would end the process in this case.
     """
     tf = tensorflow()
     import seqio
@@ -265,9 +273,9 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
 def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
     """Returns the count and the digest of a source's rows, before any preprocessor.
 
-    It reads the complete source. On one CPU core, 100,000 rows of a function of `add_task` take 0.5 s in
-    addition to the time of the function. Rows of a TensorFlow source take 4 s, and rows that TensorFlow gets from
-    Python (`tf.data.Dataset.from_generator`) take 25 s.
+    The complete source is read. For 100,000 rows on one CPU core, a function of `add_task` takes 0.5 s in
+    addition to its own time. A TensorFlow source takes 4 s, or 25 s if TensorFlow gets the rows from Python
+    (`tf.data.Dataset.from_generator`).
 
     Returns:
         {"rows": number of rows, "sha256": hex digest}.

@@ -1,8 +1,8 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
-`We hold these truths` becomes the pair `We hold <X>` -> `<X> these truths`. SeqIO has no such
-preprocessor. The functions here equal the functions with the same names in the package `t5`
-(t5/data/preprocessors.py, version 0.9.4): the same seeds give the same masks.
+The text `We hold these truths` becomes the inputs `We hold <X>` and the targets `<X> these truths`. SeqIO has
+no preprocessor for this. The functions here compute the same as the functions of the same names in the
+package `t5` (t5/data/preprocessors.py, version 0.9.4): the same seeds give the same masks.
 """
 
 import functools
@@ -29,19 +29,21 @@ def add_span_corruption(
     mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
     masks: int = 1,
 ) -> Any:
-    """Registers the SeqIO task NAME: its rows are segments of texts, and the model predicts masked spans.
+    """Registers a SeqIO task whose rows are segments of texts, in which the model predicts masked spans.
 
-    The texts are read from JSON lines. A segment's mask depends on its place in the file. The token store
-    keeps the first reading, so the mask is the same in every epoch. `masks` gives a segment several masks,
-    each of which makes an example (like RoBERTa's static masking, arXiv 1907.11692, section 4.1).
+    The texts are read from JSON lines. The mask of a segment depends on the segment's place in the file. The
+    tokens are stored when they are first read, so a segment has the same mask in every epoch. With `masks`, a
+    segment gets several masks, and each mask makes one example (like RoBERTa's static masking, arXiv
+    1907.11692, section 4.1).
 
     Args:
         name: name of the task.
-        files: {split: file of rows `{"text": ...}`, or glob pattern of such files}.
-        vocabulary: path of a `spiece.model`, or `bytes`. 100 sentinels follow its last id, so the
-            model has 100 more ids; the first sentinel has the highest id.
-        inputs_length: maximum length of corrupted inputs in ids, with the end of sequence. Longer texts
-            are split into segments that fill it. The config's `input_length` must be the same.
+        files: {name of a split: file with lines `{"text": ...}`, or glob pattern of such files}.
+        vocabulary: path of a `spiece.model`, or `bytes`. The model needs 100 ids more than the vocabulary
+            has: 100 sentinels follow the last id. The first sentinel has the highest id.
+        inputs_length: maximum number of ids in corrupted inputs, including the end of sequence. Longer texts
+            are split into segments whose inputs have this length. The config's `input_length` must be the
+            same.
         noise_density: share of the ids to predict, above 0 and below 1.
         mean_noise_span_length: mean length of a span in ids, 1 or more.
         masks: number of masks for each segment.
@@ -51,8 +53,9 @@ def add_span_corruption(
         config's `target_length`.
 
     Raises:
-        InputError: no such file, the name is taken, a number is out of range, or a segment has more
-            spans than there are sentinels. While rows are read: a row is not an object with a `text`.
+        InputError: a file does not exist, the name is taken, a number is out of range, or a segment has more
+            spans than there are sentinels. Later, when rows are read: a line is not a JSON object with a
+            `text`.
     """
     tf = tensorflow()
     import seqio
@@ -106,7 +109,7 @@ def _plain(function: Any) -> Any:
 
 
 def text_of_json_lines(dataset: Any) -> Any:
-    """SeqIO preprocessor: reads `targets` from lines `{"text": ...}`; skips blank lines."""
+    """SeqIO preprocessor: reads `targets` from lines `{"text": ...}`, and skips blank lines."""
     tf = tensorflow()
 
     def parse(line: bytes) -> bytes:
@@ -127,7 +130,7 @@ def text_of_json_lines(dataset: Any) -> Any:
 def split_tokens(dataset: Any, *, length: int) -> Any:
     """SeqIO preprocessor: splits `targets` into pieces of `length` ids. A text's last piece may be shorter.
 
-    Pieces of a single id are dropped: if it were masked, no context would remain.
+    Pieces of a single id are dropped: if that id were masked, no context would remain.
     """
     tf = tensorflow()
 
@@ -147,9 +150,10 @@ def repeat(dataset: Any, *, times: int) -> Any:
 def corrupt_spans(
     dataset: Any, output_features: Any, *, noise_density: float, mean_noise_span_length: float
 ) -> Any:
-    """SeqIO preprocessor: makes `inputs`, with a sentinel for each masked span, and `targets`, the spans.
+    """SeqIO preprocessor: masks spans of `targets`. The remaining ids become `inputs`, and the masked ids `targets`.
 
-    SeqIO derives each row's two seeds from the task's seed and the row's place.
+    In `inputs`, a sentinel replaces each masked span. In `targets`, a sentinel replaces each span that was
+    not masked. SeqIO derives the two seeds of a row from the task's seed and the row's place.
     """
     import seqio
 
@@ -173,20 +177,20 @@ def corrupt_spans(
 def random_spans_noise_mask(
     length: Any, noise_density: float, seeds: Any, *, mean_noise_span_length: float
 ) -> Any:
-    """Returns a random mask of the ids to predict, called noise. All masks with these counts are equally likely.
+    """Returns a random mask of the ids to predict, which are called noise.
 
-    n = max(1, round(length * noise_density)) ids are noise, in max(1, round(n /
-    mean_noise_span_length)) spans. Kept spans and noise spans alternate: the first span is kept, the
-    last is noise.
+    The mask has `n = max(1, round(length * noise_density))` noise ids, which form
+    `max(1, round(n / mean_noise_span_length))` spans. Kept spans and noise spans alternate: the first span is
+    kept, and the last span is noise. All such masks are equally likely.
 
     Args:
         length: int32 scalar, number of ids.
-        noise_density: share of noise.
+        noise_density: share of the ids that are noise.
         seeds: two random seeds, [2, 2] int32.
         mean_noise_span_length: mean length of a noise span in ids.
 
     Returns:
-        Whether each id is noise, [length] bool.
+        The mask, [length] bool: True for noise ids.
     """
     import seqio
 
@@ -203,9 +207,9 @@ def random_spans_noise_mask(
     spans = tf.minimum(spans, length - noise_ids)  # without it, as in `t5`, dense short spans fail
 
     def segment_lengths(ids: Any, seed: Any) -> Any:
-        """Returns [spans] random lengths of at least 1 with the sum `ids`."""
-        # `spans - 1` of the ids but the first start a segment: 5 ids, starts [0, 1, 0, 1] ->
-        # segment of each id [0, 0, 1, 1, 2] -> lengths [2, 2, 1]
+        """Returns random lengths of segments, [spans] int32. Each is at least 1, and their sum is `ids`."""
+        # The first id starts a segment, and so do `spans - 1` of the other ids. Example for 5 ids: `starts` of
+        # the other ids is [0, 1, 0, 1], so the segment of each id is [0, 0, 1, 1, 2] and the lengths [2, 2, 1]
         starts = seqio.stateless_shuffle(tf.cast(tf.range(ids - 1) < spans - 1, tf.int32), seed)
         segment = tf.cumsum(tf.pad(starts, [[1, 0]]))
         return tf.math.segment_sum(tf.ones_like(segment), segment)
@@ -246,10 +250,10 @@ def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
 def random_spans_helper(
     inputs_length: int, noise_density: float, mean_noise_span_length: float
 ) -> tuple[int, int]:
-    """Returns the length of a segment whose corrupted inputs fill `inputs_length`, and the targets' length.
+    """Returns (length of a segment whose corrupted inputs have `inputs_length` ids, length of its targets).
 
-    Inputs and targets include the end of sequence. A segment of n ids with `noise` noise ids in
-    `spans` spans has n - noise + spans + 1 inputs and noise + spans + 1 targets.
+    Inputs and targets include the end of sequence. A segment of n ids, with `noise` noise ids in `spans`
+    spans, gives n - noise + spans + 1 input ids and noise + spans + 1 target ids.
 
     Example: `random_spans_helper(512, 0.15, 3.0)` is (568, 114).
     """

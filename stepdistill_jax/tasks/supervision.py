@@ -1,4 +1,4 @@
-"""Selects an example's label and rationales for training."""
+"""Selects the label and the rationales of each example for training."""
 
 import collections
 import dataclasses
@@ -26,23 +26,24 @@ KEEP = "is kept"
 
 @dataclasses.dataclass(frozen=True)
 class Supervision:
-    """Selects the label and rationales of examples that may have two labels and several rationales.
+    """Decides which label and which rationales of an example are used in training.
 
     Attributes:
         label_source: which label is used: `gold`; `llm`, the teacher's label (standard distillation);
-            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label
-            if the task's metric says that the teacher's label equals it. Examples without the selected label
-            are left out with all their rows.
-        disagree_weight: with `agree`, the weight of an example is multiplied by this factor if the
-            teacher's label differs or is missing. 0 leaves the example out.
-        rationales: `first` uses the example's `rationale`. `all` makes a row of each of its
-            `rationales`. `sample` draws one of them in each epoch, with the seed. With `agree`, `all`
-            and `sample` leave out rationales that argue for another label.
-        rationale_source: uses only rationales with this `source` (`human`, `llm`, a teacher's name).
-            None uses all. If a row has a `rationale` but no list, the source of its rationale is `llm`.
+            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label,
+            but only if the teacher's label is equal according to the task's metric. Examples without the
+            selected label are left out.
+        disagree_weight: if `label_source` is `agree`, the weight of an example whose teacher's label differs
+            or is missing is multiplied by this factor. 0 leaves the example out.
+        rationales: `first` uses the example's `rationale`. `all` makes a row from each rationale in the
+            example's list `rationales`. `sample` draws one rationale of the list in each epoch, with the
+            run's seed. If `label_source` is `agree`, `all` and `sample` leave out rationales that argue for
+            another label.
+        rationale_source: only rationales with this `source` are used (`human`, `llm`, or a teacher's name).
+            None means all sources. A field `rationale` of a row without a list has the source `llm`.
 
     Raises:
-        InputError: a value is not one of these.
+        InputError: a field has a value that is not allowed.
     """
 
     label_source: str = "gold"
@@ -60,28 +61,30 @@ class Supervision:
 
     @property
     def needs_list(self) -> bool:
-        """Whether a row's list `rationales` is needed, and not only its field `rationale`."""
+        """Whether the list `rationales` of a row is needed, in addition to the field `rationale`."""
         return self.rationales != "first" or self.rationale_source is not None
 
     def for_objectives(self, objectives: Sequence[Objective]) -> "Supervision":
         """Returns the supervision to use with these objectives.
 
-        If the first objective's target is the teacher's label, `label_source` "gold" becomes "llm".
+        If the target of the first objective is the teacher's label, the `label_source` "gold" is changed to
+        "llm".
         """
         if objectives[0].label_field == "llm_label" and self.label_source == "gold":
             return dataclasses.replace(self, label_source="llm")
         return self
 
     def held_out(self) -> "Supervision":
-        """Returns the supervision for validation: gold labels, or the teacher's for rows without gold labels.
+        """Returns the supervision for validation, which uses the gold label of a row if there is one.
 
-        A run that trains only on gold labels is never compared with a teacher's.
+        For a row without a gold label, the teacher's label is used, unless the run trains only on gold
+        labels.
         """
         return Supervision("gold" if self.label_source == "gold" else "gold_else_llm")
 
 
 def most_rationales(path: pathlib.Path) -> int:
-    """Returns the length of the longest list `rationales` in a prepared SPLIT.jsonl, at least 1."""
+    """Returns the length of the longest list `rationales` in a prepared SPLIT.jsonl, or 1 if there is no list."""
     most = 1
     with open(path, encoding="utf-8") as f:
         for line in f:
@@ -93,11 +96,11 @@ def most_rationales(path: pathlib.Path) -> int:
 def check_rationales(
     task: str, path: pathlib.Path, supervision: Supervision, with_rationale: int, examples: int
 ) -> None:
-    """Logs the number of examples with a rationale of the selected source.
+    """Logs how many examples have a rationale from the selected source.
 
     Raises:
-        InputError: no example has such a rationale, so only labels would be trained on. The message lists
-            the sources.
+        InputError: no example has such a rationale, so a run would train only on labels. The message lists
+            the sources that there are.
     """
     if supervision.rationale_source is None:
         return
@@ -109,21 +112,22 @@ def check_rationales(
                 sources.update(list(dict.fromkeys(r["source"] for r in listed)))
         named = ", ".join(f"{name or '(none)'} in {n}" for name, n in sources.most_common())
         raise InputError(
-            f"supervision.rationale_source: no training row of {task} has a rationale of source"
-            f" {supervision.rationale_source!r} (rows by source: {named or 'no lists'})"
+            f"supervision.rationale_source: no training row of {task} has a rationale from source"
+            f" {supervision.rationale_source!r} (rows per source: {named or 'no row has a `rationales` list'})"
             f"{nearest(supervision.rationale_source, sources)}"
         )
     log(
-        f"{task}: {with_rationale} of {examples} examples have a rationale of source"
+        f"{task}: {with_rationale} of {examples} examples have a rationale from source"
         f" {supervision.rationale_source!r}"
     )
 
 
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
-    """SeqIO preprocessor: writes the selected label, rationales and weight, and drops unselected examples.
+    """SeqIO preprocessor: writes the selected label, rationales and weight, and drops examples that are left out.
 
-    The label is in the field `label`. The first rationale is in `rationale`, and further ones are in
-    `rationale.1` to `rationale.MOST-1`. Absent rationales are "".
+    The label is in the field `label`. The first rationale is in the field `rationale`, and further rationales
+    are in the fields `rationale.1`, `rationale.2`, ... There are always `most` rationales; absent ones are
+    "".
 
     Raises:
         InputError: the supervision needs the list `rationales`, but the rows have no such list.

@@ -23,14 +23,15 @@ class Part:
     Attributes:
         name: name of the dataset or task.
         store: the tokenised examples.
-        columns: a description of each entry of `store.rows`. The index of an objective is its place in
-            `TaskData.objectives`, from 1.
-        rate: share of the drawn examples, relative to the rates of the other parts.
+        columns: a `Column` for each entry of `store.rows`. The indices of objectives refer to
+            `TaskData.objectives`.
+        rate: rate at which examples of this part are drawn, relative to the rates of the other parts.
         metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
-        labels: the distinct labels if there are few; otherwise empty.
-        task: the `seqio.Task` of the first column, or None. Its metrics are used if it gives the labels.
+        labels: the distinct labels of the dataset if there are only a few, otherwise ().
+        task: the `seqio.Task` of the first column, or None. If it gives the labels, its metrics are computed.
         input_pair: whether rows have a second input text (`Example.input_pair`).
-        own_inputs: whether the inputs are those of a plain task, which no template has made.
+        own_inputs: whether the inputs are those of a plain task, instead of being made by the objectives'
+            templates.
         drawn: how the rows of several tasks of a mixture were paired, or why they were not; "" if there is
             only one task.
     """
@@ -60,7 +61,7 @@ class Part:
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
-        """Returns, for each example with a row of the first objective, its input ids and its gold label."""
+        """Returns (input ids, gold labels) of the examples that have a row of the first objective, as two lists."""
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
@@ -69,7 +70,7 @@ class Part:
         return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
     def label_targets(self) -> list[list[int]]:
-        """Returns the untruncated ids of the targets that belong to `labelled_inputs`."""
+        """Returns the target ids of the same rows as `labelled_inputs`, not truncated."""
         if (column := self.label_column) is None:
             return []
         rows = self.store.rows[column]
@@ -83,7 +84,7 @@ class TaskData:
 
     Attributes:
         name, split: names of the task and of the split.
-        objectives: objectives of the rows. Columns refer to them by their index from 1.
+        objectives: objectives of the rows. Columns refer to an objective by its index from 1.
         parts: one part, or several for a mixture.
         vocabulary: vocabulary of inputs and targets.
         sample_rationales: whether a batch uses only one of an example's rationales.
@@ -112,7 +113,7 @@ class TaskData:
         share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
-        """Returns the data of one store, with columns for up to `most_rationales` rationales of an example."""
+        """Returns the data of one store, which has columns for up to `most_rationales` rationales of an example."""
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
         parts = (Part(name, store, columns, **part),)
@@ -135,13 +136,13 @@ class TaskData:
 
     @property
     def metric(self) -> str:
-        """The metric that all parts have; `text_match` if the parts have different ones."""
+        """The metric of all parts, or `text_match` if the parts have different metrics."""
         found = {part.metric for part in self.parts}
         return found.pop() if len(found) == 1 else "text_match"
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels of the only part; () for several parts."""
+        """The labels of the part, or () if there are several parts."""
         return self.parts[0].labels if len(self.parts) == 1 else ()
 
     @property
@@ -151,7 +152,7 @@ class TaskData:
 
     @functools.cached_property
     def decoder_prefixes(self) -> tuple[tuple[int, ...], ...]:
-        """Ids of each objective's `decoder_prefix`; () without a prefix."""
+        """Ids of each objective's `decoder_prefix`, or () for an objective without a prefix."""
         return tuple(
             tuple(self.vocabulary.encode(o.decoder_prefix)) if o.decoder_prefix else ()
             for o in self.objectives
@@ -163,14 +164,14 @@ class TaskData:
         return len(self.parts) > 1 or any(part.drawn for part in self.parts)
 
     def shares(self) -> list[dict[str, Any]]:
-        """Returns the share of each part and objective in a long run, before truncation.
+        """Returns the share that each objective of each part has in a long run, before rows are truncated.
 
-        Each share has `task` (name of the part), `objective`, `examples` (the part's share of all
-        examples), `rows` and `target_tokens` (shares of all rows and of all target tokens), and `drawn`
-        (see `Part`).
+        Each share is a dict with `task` (name of the part), `objective`, `examples` (the part's share of all
+        examples), `rows` (share of all rows), `target_tokens` (share of all target tokens), and `drawn` (see
+        `Part`).
         """
-        # Two parts with rates 1 and 3: of four examples one is of the first part, on average with its mean
-        # number of rows and target tokens.
+        # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
+        # has the part's mean number of rows and target tokens.
         found, total = {}, sum(self.rates)
         for part in self.parts:
             lengths = [rows["targets"].lengths for rows in part.store.rows]
@@ -205,7 +206,7 @@ class TaskData:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids that a model needs, for the vocabulary and for extra ids that rows use."""
+        """Number of ids that a model needs: those of the vocabulary, and extra ids that rows use."""
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
 
     def check_ids(self, vocab_size: int) -> None:
@@ -223,11 +224,10 @@ class TaskData:
 
 
 def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each part of a mixture, with its shares of the run.
+    """Returns a line for each part of a mixture that tells the part's shares of the examples, rows and tokens.
 
-    Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0%
-    of the rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target
-    tokens`.
+    Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0% of the
+    rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target tokens`.
 
     Args:
         shares: the result of `TaskData.shares`.

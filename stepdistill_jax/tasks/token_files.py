@@ -1,4 +1,4 @@
-"""Writes the files of a token store, with only one group of examples in memory at a time."""
+"""Writes the files of a token store. Only one group of examples is in memory at a time."""
 
 import contextlib
 import itertools
@@ -20,17 +20,17 @@ AT_ONCE = 1024  # number of examples in memory
 
 
 def file_name(objective: int, feature: str, what: str) -> str:
-    """Returns the name of the file with a feature's `ids` or `offsets`. `objective` is an index from 0."""
+    """Returns the name of the file for `what`, which is `ids` or `offsets`. `objective` is an index from 0."""
     return f"{objective + 1}-{feature}.{what}"
 
 
 def write_files(
     folder: pathlib.Path, num_objectives: int, examples: Iterable["TokenExample"]
 ) -> tuple[int, dict[str, int]]:
-    """Streams examples to disk.
+    """Writes examples to disk one group after the other.
 
     Returns:
-        The number of examples, and the largest id in each file of ids, {name of the file: id}.
+        (number of examples, {name of a file of ids: largest id in it}).
     """
     examples, count = iter(examples), 0
     with contextlib.ExitStack() as stack:
@@ -60,7 +60,7 @@ def write_files(
 
 
 class _Column:
-    """Writes the two files of one feature of one objective."""
+    """Writes the two files `ids` and `offsets` for one feature of one objective."""
 
     def __init__(self, objective: int, side: int, ids: IO[bytes], offsets: IO[bytes]):
         self._objective, self._side, self._ids, self._offsets = objective, side, ids, offsets

@@ -1,8 +1,9 @@
 """Stores token ids on disk, once for each dataset, split and vocabulary, without TensorFlow.
 
-A store is a folder. Each feature of each objective has two files: `ids`, all rows one after the
-other, and `offsets`, [examples + 1] int64, so that row i is ids[offsets[i] : offsets[i + 1]].
-`weights`, `labels.jsonl` and `row_ids` have one entry for each example; `manifest.json` has digests.
+A store is a folder. Each feature of each objective has two files. The file `ids` contains all rows, one after
+the other. The file `offsets`, [examples + 1] int64, tells where rows begin: row i is
+`ids[offsets[i] : offsets[i + 1]]`. The files `weights`, `labels.jsonl` and `row_ids` have one entry for each
+example. The file `manifest.json` contains digests.
 """
 
 import contextlib
@@ -35,12 +36,12 @@ SAMPLED = "sampled"  # manifest key of the digest that is compared when a store 
 class TokenRows:
     """One feature of one objective: row i is `ids[starts[i] : ends[i]]`.
 
-    Example: ids `[5, 6, 1, 7, 1]`, starts `[0, 3, 3]` and ends `[3, 3, 5]` hold the rows `5 6 1`, an
-    empty row (an absent target) and `7 1`.
+    Example: with ids [5, 6, 1, 7, 1], starts [0, 3, 3] and ends [3, 3, 5], the rows are [5, 6, 1], [] (an
+    absent target) and [7, 1].
 
     Attributes:
-        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows are not truncated and include their
-            end of sequence.
+        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows are not truncated and include their end
+            of sequence.
         starts: place in `ids` of each row's first id, [examples] int64.
         ends: place in `ids` after each row's last id, [examples] int64.
         known_max_id: largest id, or None if it is not known.
@@ -68,7 +69,7 @@ class TokenRows:
 
     @functools.cached_property
     def max_id(self) -> int:
-        """Largest id; 0 if there are no ids."""
+        """Largest id, or 0 if there are no ids."""
         return int(self.ids.max(initial=0)) if self.known_max_id is None else self.known_max_id
 
     def take(self, rows: np.ndarray) -> "TokenRows":
@@ -91,10 +92,10 @@ class TokenExample:
     """The rows of one example, for `write_store`.
 
     Attributes:
-        rows: (input ids, target ids) for each objective; an empty target means the row is absent.
-        weight: factor of the loss of its tokens.
-        label_text: text with which predictions are compared: the label, or the first objective's target
-            if there is no label.
+        rows: (input ids, target ids) for each objective. An empty target means that the row is absent.
+        weight: factor by which the loss of the example's tokens is multiplied.
+        label_text: text with which predictions are compared: the label, or the first objective's target if
+            there is no label.
         row_id: value of the field `id`, or None if the task has no such field. Rows of several tasks are
             paired if their values are equal.
     """
@@ -111,17 +112,17 @@ class TokenStore:
 
     Attributes:
         directory: folder of the files.
-        fingerprint: digest of the contents; equal contents have equal fingerprints.
+        fingerprint: digest of the contents. Stores with equal contents have equal fingerprints.
         objectives: names of the objectives, in order.
-        rows: for each objective `{"inputs": TokenRows, "targets": TokenRows}`. Row i of each belongs to
-            example i. There may also be "weights", the objective's weight for each example, [examples]
-            float32, and "token_weights", a weight for each of its target ids, [tokens] float32.
-        weights: [examples] float32.
+        rows: for each objective, a dict with the `TokenRows` "inputs" and "targets". Row i belongs to example
+            i. The dict may also have "weights", the objective's weight for each example, [examples] float32,
+            and "token_weights", the weight of each target id, [tokens] float32.
+        weights: weight of each example, [examples] float32.
         about: JSON-like description of the store's source.
-        labels: bytes of `labels.jsonl`. Like the ids, they are memory-mapped, so that an open store stays
-            readable when another process replaces the files.
+        labels: bytes of `labels.jsonl`. They are memory-mapped like the ids, so that an open store can still
+            be read after another process has replaced its files.
         row_ids: hash of each example's id, [examples] uint64, or None if the task has no ids.
-        others: folders of the other stores from which this one was paired.
+        others: folders of the other stores, if this store was made by pairing several stores.
     """
 
     directory: pathlib.Path
@@ -136,12 +137,12 @@ class TokenStore:
 
     @property
     def num_examples(self) -> int:
-        """Number of examples, which may have several rows each."""
+        """Number of examples. An example may have several rows."""
         return len(self.weights)
 
     @functools.cached_property
     def max_id(self) -> int:
-        """Largest id; a plain SeqIO task may use extra ids beyond its vocabulary's pieces."""
+        """Largest id. In a plain SeqIO task, it may be an extra id, above those of the vocabulary's pieces."""
         return max(rows[feature].max_id for rows in self.rows for feature in FEATURES)
 
     @property
@@ -163,9 +164,9 @@ def write_store(
 ) -> TokenStore:
     """Writes a store next to `directory`, then renames it to `directory`, replacing an existing store.
 
-    Several processes may write the same store at once, also on a shared disk, and each returns a
-    complete store. If an equal store has appeared in the meantime, it is used and not replaced, since
-    other processes may have its files open.
+    Several processes may write the same store at once, also on a shared disk, and each of them returns a
+    complete store. If another process has written an equal store in the meantime, that store is returned and
+    not replaced, since other processes may have its files open.
 
     Args:
         directory: the store's folder.
@@ -203,7 +204,7 @@ def _fingerprint(folder: pathlib.Path, objectives: Sequence[str], names: Iterabl
 
 
 def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
-    """Returns a digest of the manifest without this digest, and of at most 4 MiB of each file."""
+    """Returns a digest of at most 4 MiB of each file, and of the manifest except its entry `SAMPLED`."""
     rest = {key: value for key, value in manifest.items() if key != SAMPLED}
     return digest([rest, digest_each(sampled_sha256, folder, manifest["sizes"])])
 
@@ -217,10 +218,10 @@ def own_tag() -> str:
 
 
 def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
-    """Renames a written folder to its final name and returns its store.
+    """Renames the folder of a new store to its final name, and returns the store.
 
-    It opens the store before the rename, since another process may move the folder away afterwards. Readers of
-    an older store keep their open files.
+    The store is opened before its folder is renamed, since another process may move the folder away
+    afterwards. Readers of an older store can still read the files that they have open.
     """
     store = open_store(new, every_byte=True)
     if store is None:
@@ -243,16 +244,17 @@ def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
 
 
 def is_same(a: TokenStore, b: TokenStore) -> bool:
-    """Returns whether two stores have equal contents and equal sources."""
+    """Returns whether two stores have the same contents and the same description of their source."""
     return (a.fingerprint, a.about) == (b.fingerprint, b.about)
 
 
 def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
     """Opens the store in a folder. Returns None if the store is damaged, missing, or of another format.
 
-    It checks the manifest, the sizes of the files and at most 4 MiB of each file, so the cost of opening does
-    not grow with the store. It logs a warning about damage. It also returns None if another process replaces
-    the store at the same time. If the caller then writes a store, it finds the replacement.
+    The manifest, the sizes of the files, and at most 4 MiB of each file are checked, so the time to open a
+    store does not grow with its size. If the store is damaged, a warning is logged. The result is also None
+    if another process replaces the store at the same time. A caller that then writes the store finds the one
+    of the other process.
 
     Args:
         directory: the store's folder.
@@ -310,7 +312,7 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
     """Compares every byte of a store's files with its fingerprint.
 
     Returns:
-        {"store": its folder, "files": number of files, "bytes": their size}.
+        {"store": folder of the store, "files": number of its files, "bytes": total size of the files}.
 
     Raises:
         InputError: the files differ from the fingerprint, or cannot be read.
@@ -330,7 +332,7 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _damage(directory: pathlib.Path, manifest: Mapping[str, Any], every_byte: bool) -> str | None:
-    """Returns a text that describes the damage to a store's files, or None if they are undamaged."""
+    """Returns a description of the damage to a store, or None if the store is undamaged."""
     if not isinstance(manifest["about"], dict):
         return "its manifest has no description of its source"
     for name, size in manifest["sizes"].items():

@@ -1,4 +1,4 @@
-"""Reads the weights of target tokens from a field with a number for each word."""
+"""Reads the weights of target tokens from a field that contains a number for each word of the target."""
 
 import dataclasses
 import os
@@ -28,20 +28,20 @@ def with_token_weights(
 ) -> TaskData:
     """Returns the data of a train split with `token_weights` for the objectives in `fields`.
 
-    Example: with {"rationale": "rationale_weights"}, a row has the rationale "a late parcel" and the
-    `rationale_weights` "0 1 2". Then all tokens of "parcel" have weight 2. The end of sequence, and all
-    tokens of a row without the field, have weight 1.
+    Example: `fields` is {"rationale": "rationale_weights"}, and a row has the rationale "a late parcel" and
+    the `rationale_weights` "0 1 2". Then all tokens of "parcel" have weight 2. The end of sequence always has
+    weight 1. If a row lacks the field, all tokens of its target have weight 1.
 
     Args:
         data: data from `load_task`.
-        fields: {name of an objective: name of the field with its weights}.
-        supervision: the run's supervision; weights exist only for a row's gold label and first
-            rationale.
+        fields: {name of an objective: name of the field that contains the weights}.
+        supervision: the run's supervision. It must use the gold label and the first rationale of a row, since
+            a row has weights only for these.
         data_dir, task_module: see `load_task`.
 
     Raises:
-        InputError: an objective is unknown, `prepare` did not write the task or field, the
-            supervision selects among rationales or labels, or a row's numbers do not match its words.
+        InputError: an objective is unknown, `prepare` did not write the task or field, the supervision
+            selects among rationales or labels, or a row's numbers do not match its words.
     """
     dataset = find_task(data.name, data_dir=data_folder(data_dir), task_module=task_module)
     where = "`token_weights`"
@@ -99,8 +99,8 @@ def with_token_weights(
 def begins_word(vocabulary: Vocabulary) -> np.ndarray:
     """Returns a code for each id, [vocab] int8.
 
-    1 means that the id begins a word (SentencePiece's `▁`), 0 that it continues a word, and -1 that it is a
-    blank of a byte vocabulary.
+    Code 1 means that the id begins a word (in SentencePiece, with `▁`). Code 0 means that the id continues a
+    word. Code -1 means that the id is a blank, which occurs in a byte vocabulary.
     """
     pieces = vocabulary.pieces()
     blank = string.whitespace  # ASCII only, since other blanks are several bytes
@@ -110,8 +110,8 @@ def begins_word(vocabulary: Vocabulary) -> np.ndarray:
 def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """Returns the weight of each id of a target, [tokens] float32.
 
-    `text` has a number for each word of the target. A blank that is a separate token belongs to the word
-    after it.
+    `text` contains a number for each word of the target. If a blank is a token of its own, it gets the weight
+    of the word after it.
 
     Raises:
         ValueError: a number is negative or malformed, or there are more or fewer numbers than words.
@@ -123,7 +123,7 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
             f"it has {len(numbers)} numbers, but the target has {words} words: {target!r:.80}"
         )
     ends = len(ids) - (ids[-1] == EOS_ID)
-    # ids above the vocabulary's, if there are any, count as its last piece
+    # ids above those of the vocabulary, if there are any, are treated like its last piece
     kinds = begins[np.minimum(ids[:ends], len(begins) - 1)]
     # number of each id's word: pieces `▁a ▁la te` have kinds [1, 1, 0], so words [1, 2, 2]
     word = np.cumsum(kinds == 1)

@@ -34,7 +34,7 @@ from stepdistill_jax.tasks.token_store import (
 logger = logging.getLogger(__name__)
 
 FOLDER = "token_store"
-ID = "id"  # feature by which rows of several tasks are paired
+ID = "id"  # rows of several tasks are paired if their values of this feature are equal
 COMPARED_ROWS = 32  # first rows that each start tokenises again to compare them
 MAX_ID = 10**7  # more than ten times the size of any vocabulary
 
@@ -50,28 +50,28 @@ def stored_tokens(
     data_dir: pathlib.Path,
     compare: bool,
 ) -> TokenStore:
-    """Returns the tokens of one split from disk. If they are missing, it first tokenises and stores them.
+    """Returns the tokens of one split from disk. If they are not there, the split is first tokenised and stored.
 
     Only one process at a time tokenises a split. Other processes wait for it, and then open its store.
 
     Args:
-        make_task: function that returns the `seqio.Task` or the `PreparedRows`. It is called only if the
-            rows must be read.
+        make_task: function that returns the `seqio.Task` or the `PreparedRows`. It is called only if the rows
+            must be read.
         name: name of the task, for the folder and messages.
         split: split of the task.
         objectives: names of the store's objectives.
-        prefixes: prefix of each objective's features (`PREFIXinputs`, `PREFIXtargets`).
-        key: JSON-like value that identifies the tokens. It contains everything that is known before the rows
-            are read and that determines the tokens, such as the files of a source that reads files.
+        prefixes: prefix of the features of each objective: `PREFIXinputs` and `PREFIXtargets`.
+        key: JSON-like value that identifies the tokens. It contains everything that determines the tokens and
+            is known before the rows are read, such as the files of a source that reads files.
         data_dir: folder of prepared datasets. The store is a folder in `data_dir/token_store/`.
-        compare: whether to check that the source still gives the rows that were tokenised, and otherwise to
-            tokenise them again. Needed if the key does not cover the source's content. Each start then
-            tokenises the first 32 rows again and, if the source does not read files, reads all rows
-            (`sources.rows_digest` gives the cost).
+        compare: whether to check that the source still gives the rows that were tokenised. If it does not,
+            the split is tokenised again. The check is needed if the key does not determine the source's rows.
+            At each start, the check tokenises the first 32 rows and, if the source does not read files, reads
+            all rows (for the cost, see `sources.rows_digest`).
 
     Raises:
-        InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or
-            its weight is not above 0.
+        InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its
+            weight is not above 0.
     """
     key = digest([FORMAT_VERSION, key, split, list(objectives)])
     folder = re.sub(r"[^\w.-]", "_", f"{name}-{split}") + f"-{key[:16]}"
@@ -113,7 +113,7 @@ def stored_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """The current rows of a split of a `seqio.Task`, for comparison with a store."""
+    """The rows that a split of a `seqio.Task` has now, for comparison with a store."""
 
     task: Any
     split: str
@@ -121,7 +121,7 @@ class Reading:
 
     @functools.cached_property
     def digest(self) -> dict[str, Any] | None:
-        """Digest of the source's rows (`rows_digest`); None if the key's files identify the rows."""
+        """Digest of the source's rows (`rows_digest`), or None if the files in the store's key identify the rows."""
         return self.digest_again()
 
     def digest_again(self) -> dict[str, Any] | None:
@@ -144,7 +144,9 @@ class Reading:
         return self.first_rows() == self.first_rows() and self.digest == self.digest_again()
 
     def check_repeats(self) -> None:
-        """Checks that two readings give the same rows. If rows were random, a resumed run would train on others.
+        """Checks that the rows are the same when they are read twice.
+
+        If rows were random, a run that resumes would train on different rows.
 
         Raises:
             InputError: two readings differ in the source's rows or in the first tokens.
@@ -159,7 +161,7 @@ class Reading:
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
-        """Returns whether the store has the source's current rows, and logs a difference.
+        """Returns whether the rows in the store are those that the source gives now. If they are not, logs a warning.
 
         Raises:
             InputError: as for `check_repeats`.
@@ -232,11 +234,11 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a dataset as NumPy arrays, with those of the features `names` that the dataset has.
+    """Yields the rows of a dataset as dicts of NumPy arrays. A row has the features `names` that the dataset has.
 
-    Several rows leave TensorFlow together, padded, and are cut to their lengths afterwards. Passing single rows
-    would take two thirds of the total time. If a feature is neither a scalar nor [length], rows are passed singly
-    and keep all features.
+    TensorFlow returns several rows at once, padded to the same length, and the padding is removed afterwards.
+    Passing single rows would take two thirds of the total time. Rows with a feature that is neither a scalar
+    nor [length] cannot be padded. They are returned singly, and with all features.
     """
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]
@@ -277,7 +279,7 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
 
 
 def _row_id(value: Any) -> str | None:
-    """Returns a row's id as text, or None if it is missing or is neither text nor a whole number."""
+    """Returns a row's id as a string, or None if the id is missing or is neither a string nor a whole number."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, str):

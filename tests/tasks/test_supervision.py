@@ -104,11 +104,11 @@ def test_rationales_are_chosen_by_source_and_under_agree_by_their_label(
 def test_a_source_that_no_rationale_has_is_refused_with_those_there_are(data_dir, capsys):
     with pytest.raises(InputError) as error:
         load(data_dir, rationale_source="humam")
-    assert "no training row of mine has a rationale of source 'humam'" in str(error.value)
-    assert "rows by source: palm in 1, human in 1" in str(error.value)
+    assert "no training row of mine has a rationale from source 'humam'" in str(error.value)
+    assert "rows per source: palm in 1, human in 1" in str(error.value)
     assert "did you mean 'human'" in str(error.value)
     load(data_dir, rationale_source="human")
-    assert "mine: 1 of 3 examples have a rationale of source 'human'" in capsys.readouterr().err
+    assert "mine: 1 of 3 examples have a rationale from source 'human'" in capsys.readouterr().err
 
 
 def test_a_rationale_without_a_list_is_the_teachers(data_dir):

@@ -11,14 +11,14 @@ from stepdistill_jax.errors import InputError
 
 
 def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
-    """Refuses a checkpoint whose arrays have other names, shapes or dtypes than the tree to restore.
+    """Raises an error if a checkpoint's arrays have other names, shapes or dtypes than the tree to restore.
 
     Without this check, Orbax would silently cast an array to another dtype.
 
     Args:
-        item_folder: `STEP/params` or `STEP/state`.
+        item_folder: folder of the saved tree, `STEP/params` or `STEP/state`.
         abstract: the tree to restore.
-        fits: source of the tree, for the message: "the model's config.json".
+        fits: what determines the tree to restore, for the message, such as "the model's config.json".
 
     Raises:
         InputError: arrays differ (the message names the first and counts the others), or Orbax cannot read

@@ -1,4 +1,4 @@
-"""Saves the steps of a workdir with Orbax, seals each step with a manifest, and keeps the newest two and the best.
+"""Saves the steps of a run with Orbax, and keeps the two newest steps and the best one.
 
 A step is sealed when its manifest is written. A step without a manifest is incomplete.
 """
@@ -44,13 +44,14 @@ KEPT_LATEST = 2
 def rank(metrics: dict[str, Any]) -> Any:
     """Returns the sort key of a step, from its metrics. A better step has a larger key.
 
-    Validated steps are compared by the two numbers in `rank`, larger is better; of equal steps, the earlier is
-    better. Steps without a validation rank below all validated ones. Among them, the later step is better, so the
-    best step of a run without validation is its last. Metrics without `rank` come from an older version, which
-    ranked by label accuracy, then by lower label loss.
+    Validated steps are compared by the two numbers in `rank`: larger numbers are better. If two steps have
+    equal numbers, the earlier step is better. Steps that were not validated rank below all validated steps.
+    If neither of two steps was validated, the later step is better, so the best step of a run without
+    validation is its last step. Metrics without `rank` were written by an older version. Such steps are
+    compared by label accuracy (higher is better), and then by label loss (lower is better).
 
-    For example, a validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400 without
-    validation has the key (False, 0.0, 0.0, 400).
+    For example, a validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400
+    without validation has the key (False, 0.0, 0.0, 400).
     """
     step = float(metrics["step"])
     if not metrics.get("validated"):
@@ -60,7 +61,7 @@ def rank(metrics: dict[str, Any]) -> Any:
 
 
 class _Kept:
-    """A preservation policy for Orbax that keeps the newest steps and the best one."""
+    """Tells Orbax which steps to keep: the newest steps and the best one (a preservation policy of Orbax)."""
 
     def __init__(self, metrics: dict[int, dict[str, Any]]):
         self._metrics = metrics
@@ -76,16 +77,16 @@ class _Kept:
 
 
 class Checkpoints:
-    """Saves and restores the train state. A run has one instance."""
+    """Saves and restores the train state of one run."""
 
     def __init__(self, workdir: os.PathLike | str):
-        """Opens or creates the folder, and removes what a killed save has left.
+        """Opens or creates the folder of the checkpoints, and removes leftovers of a save that was killed.
 
-        Damaged and incomplete steps are renamed before Orbax sees them (`manifest.quarantine_damaged`). So all
-        bytes of `latest_step` are verified.
+        Damaged and incomplete steps are renamed before Orbax sees them (`manifest.quarantine_damaged`). All
+        bytes of the step that `latest_step` returns have been verified.
 
         Raises:
-            CheckpointError: there are steps, but none of them is good.
+            CheckpointError: there are damaged steps, and no good one.
         """
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_raised)
@@ -101,7 +102,7 @@ class Checkpoints:
             item_names=ITEMS,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._kept,
-                # a store renames a folder by copying its files one by one
+                # an object store can rename a folder only by copying its files one by one
                 atomicity_options=AtomicityOptions(
                     AtomicityMode.COMMIT_FILE if remote else AtomicityMode.AUTO
                 ),
@@ -117,22 +118,22 @@ class Checkpoints:
         self._saving, self._channel = 0, Channel("seal")
 
     def latest_step(self) -> int | None:
-        """Returns the newest finished step, or None if there is none."""
+        """Returns the number of the newest finished step, or None if no step is finished."""
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, rest: Any, metrics: dict[str, Any]) -> None:
-        """Waits for the previous save, then writes and seals a step in the background.
+        """Waits for the previous save, and then starts to write and seal a step in the background.
 
         Args:
             step: number of updates.
             params: parameter tree.
-            rest: the state without its parameters.
-            metrics: `step` and `validated`. If `validated` is true, also `label_accuracy`, `label_loss`, `rank`
-                (two numbers, larger is better) and any other results of the validation.
+            rest: the train state without its parameters.
+            metrics: `step` and `validated`. If `validated` is true, also `label_accuracy`, `label_loss`,
+                `rank` (two numbers, larger is better) and any other results of the validation.
 
         Raises:
-            CheckpointError: this step or the previous one could not be written. The message names that step
-                and the newest good step, which is kept.
+            CheckpointError: this step or the previous one could not be written. The message names the failed
+                step and the newest step that is saved.
         """
         self.wait()
         self._saving, self._metrics[step] = step, metrics
@@ -147,7 +148,7 @@ class Checkpoints:
         self._sealing = self._background.submit(self._seal, step, metrics)
 
     def set_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Replaces the metrics of a saved step, after the step has been validated later."""
+        """Replaces the metrics of a saved step. To be called if the step is validated after it was saved."""
         self.wait()
         self._metrics[step] = metrics
         on_process_0(lambda: reseal(self._folder / str(step), metrics))
@@ -156,11 +157,18 @@ class Checkpoints:
             self._manager.delete(old)
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
-        """Returns (params, rest) of a step, with the shardings of the abstract trees.
+        """Returns the parameters of a step and the rest of its train state, sharded like `params` and `rest`.
+
+        Args:
+            step: number of the step.
+            params: tree with the shape, dtype and sharding of each parameter.
+            rest: the same for the arrays in the rest of the train state.
 
         Raises:
-            InputError: the step has other arrays, shapes or dtypes. The message names the first one.
-            CheckpointError: the step is damaged, or this process cannot read it. The message names the file.
+            InputError: the saved arrays have other names, shapes or dtypes. The message names the first such
+                array.
+            CheckpointError: the step is damaged, or this process cannot read it. The message names the step's
+                folder.
         """
         if step != self._verified:
             self._require_undamaged(step)
@@ -189,14 +197,14 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder / str(step)}: damaged ({problem})")
 
     def wait(self) -> None:
-        """Waits until the step that is being saved is sealed. Raises the error of the save."""
+        """Waits until the step that is being saved is sealed. If the save failed, raises its error."""
         if (sealing := self._sealing) is not None:
             self._sealing = None
             with self._reported():
                 sealing.result()
 
     def close(self) -> None:
-        """Waits for the save in the background and releases the folder. Raises the error of the save."""
+        """Waits for the save in the background, and closes Orbax's manager. If the save failed, raises its error."""
         try:
             self.wait()
         finally:
@@ -218,7 +226,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            # Orbax also keeps the error for this thread: fetch it, or the next call raises it again
+            # Orbax also keeps the error for this thread. It is fetched here, or the next call would raise it
             for again in (self._manager.wait_until_finished, self._manager.check_for_errors):
                 with contextlib.suppress(Exception):
                     again()
@@ -236,7 +244,10 @@ class Checkpoints:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Returns False for log records with an error that Orbax also raises, since `_reported` reports it."""
+    """Returns False for a log record whose error Orbax raises as well as logs.
+
+    `_reported` already reports that error.
+    """
     if not record.exc_info:
         return True
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
@@ -244,13 +255,16 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns an error as one line. Of a long line, only the end is kept, where TensorStore puts the cause."""
+    """Returns the message of an error as one line.
+
+    Of a long message, only the end is returned, where TensorStore puts the cause.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"
 
 
 def checkpoints_folder(workdir: os.PathLike | str) -> pathlib.Path:
-    """Returns the folder of a workdir's steps, as an absolute path if it is local."""
+    """Returns the folder of a workdir's steps. A path on this machine is made absolute."""
     path = as_path(workdir) / FOLDER
     return path if is_remote(path) else path.absolute()
 
@@ -263,20 +277,20 @@ def is_workdir(path: os.PathLike | str) -> bool:
 def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
     """Returns {step: metrics} for the sealed steps whose files exist with the right sizes, oldest first.
 
-    It only reads, so it does not disturb a live run.
+    The function only reads files, so it does not disturb a live run.
     """
     steps = saved(checkpoints_folder(workdir))
     return {s.number: s.metrics for s in steps if s.problem is None and s.metrics is not None}
 
 
 def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | None = None) -> int:
-    """Returns the number of a step.
+    """Returns the number of the step that `step` selects.
 
     Args:
         workdir: a run's folder, which is not changed.
         step: `best`, `last` or a number.
-        read: the item, such as `params`, whose files are also read and compared with the manifest. If None,
-            only names and sizes are compared.
+        read: an item of the step, such as `params`. The files of this item are read and compared with the
+            manifest. If None, no file is read, and only the names and sizes of files are compared.
 
     Raises:
         InputError: there is no such step (the message lists the existing ones), or the step is damaged (the
@@ -312,13 +326,18 @@ def _problem(step: SavedStep, read: str | None) -> str | None:
 
 
 def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
-    """Returns a digest of a step's number and its saved parameter files, or None if the step is gone."""
+    """Returns a digest of a step's number and its saved parameter files, or None if its manifest cannot be read."""
     found = files_digest(checkpoints_folder(workdir) / str(step), PARAMS)
     return None if found is None else digest([step, found])
 
 
 def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
-    """Returns only the parameters of a step, with the shardings of `abstract` (shapes and shardings).
+    """Returns the parameters of a step, sharded like `abstract`. The rest of the step is not read.
+
+    Args:
+        workdir: a run's folder.
+        step: number of the step.
+        abstract: tree with the shape, dtype and sharding of each parameter.
 
     Raises:
         InputError: the checkpoint has other arrays, shapes or dtypes than the model.

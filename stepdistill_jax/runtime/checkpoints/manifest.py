@@ -1,7 +1,7 @@
-"""The manifest of a saved step contains the sizes and digests of the step's files, and its metrics.
+"""Writes and checks the manifest of a saved step: the sizes and digests of the step's files, and its metrics.
 
-The manifest is written last, so a step without one is incomplete. If a step's files, or the number that is the
-name of its folder, differ from the manifest, the step is damaged.
+The manifest is written last, so a step without a manifest is incomplete. A step is damaged if its files do
+not match the manifest, or if its folder is named after another step than the manifest.
 """
 
 import json
@@ -22,18 +22,18 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import is_remote, store_errors
 
 MANIFEST = "manifest.json"
-COMMITTED = "commit_success.txt"  # Orbax writes it last in a store, which has no rename
+COMMITTED = "commit_success.txt"  # Orbax writes it last in a store, where folders cannot be renamed
 DELETED = ".deleted"  # folder to which Orbax moves steps before it removes them
 UNSEALED = f"no {MANIFEST}, so its save did not finish"
 DAMAGED, UNFINISHED = "damaged", "unfinished"
-# A store has its own checksums: only files up to this size are read for a digest
+# A store has checksums of its own, so only files of at most this many bytes are read for a digest
 READ_IN_STORE = 64 * 1024
 _STEP = re.compile(r"0|[1-9][0-9]*")  # folder names that Orbax reads as steps
 _QUARANTINED = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
 
 
 class CheckpointError(Exception):
-    """A step cannot be saved, or no step can be trusted. The message is one complete line."""
+    """A step cannot be saved or restored, or all saved steps are damaged. The message is one line."""
 
 
 class SavedStep(NamedTuple):
@@ -42,9 +42,10 @@ class SavedStep(NamedTuple):
     Attributes:
         number: number of updates.
         folder: path of the step.
-        metrics: None if the manifest cannot be read.
-        size: bytes of all its files.
-        problem: a text about the first defect, or None: `UNSEALED`, or "FILE: " and what is wrong with it.
+        metrics: metrics of the step; None if the manifest cannot be read.
+        size: total size of the step's files in bytes.
+        problem: description of the first defect, or None if there is none. It is `UNSEALED`, or a string such
+            as "FILE: missing".
     """
 
     number: int
@@ -55,10 +56,10 @@ class SavedStep(NamedTuple):
 
 
 def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
-    """Writes the manifest of a step that Orbax has finished, with a crc32 of each file.
+    """Writes the manifest of a step that Orbax has finished.
 
-    All processes must call it. Each reads a share of the files once, and process 0 writes the manifest. No
-    process returns before the manifest is written.
+    All processes must call this function. Each process reads a share of the files once to compute their
+    crc32, and process 0 writes the manifest. No process returns before the manifest is written.
 
     Args:
         step_folder: folder of the step.
@@ -87,11 +88,10 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
     Args:
         step_folder: folder of a step.
-        below: item, such as `params`, whose files are compared; "" means all files.
+        below: an item, such as `params`. Only the files of this item are compared; "" means all files.
 
     Returns:
-        None if every byte is as it was saved. Otherwise a text about the first difference: "FILE: " and what
-        is wrong with the file.
+        A description of the first file that differs, such as "FILE: missing", or None if no file differs.
     """
     try:
         wanted = _wanted(step_folder, below)
@@ -101,9 +101,9 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
 
 def defect_by_all(step_folder: pathlib.Path) -> str | None:
-    """Returns, on all processes, what `defect` returns for all files of a step.
+    """Returns, on all processes, the result of `defect` for all files of a step.
 
-    All processes must call it, and each reads a share of the files.
+    All processes must call this function. Each process reads a share of the files.
     """
 
     def look() -> tuple[dict[str, list[Any]], str | None]:
@@ -121,7 +121,7 @@ def defect_by_all(step_folder: pathlib.Path) -> str | None:
 
 
 def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
-    """Returns {name: [size, digest]} from the manifest, for the files of an item.
+    """Returns the manifest's entries for the files of an item, {name: [size, crc32]}.
 
     Raises:
         ValueError: the manifest is not valid, or a file is missing or has another size.
@@ -136,10 +136,10 @@ def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
 def _difference(
     step_folder: pathlib.Path, wanted: dict[str, list[Any]], found: dict[str, str]
 ) -> str | None:
-    """Returns a text about the first file whose bytes differ from the saved ones, or None if there is none.
+    """Returns a description of the first file whose bytes have changed, or None if no file has changed.
 
-    Files whose digest in `found` is missing or differs are read again here, since a good step must not be
-    rejected because one host has read it badly.
+    If the digest of a file in `found` is missing or wrong, the file is read again here, since a host may have
+    misread a good file.
     """
     names = [n for n, (_, crc) in wanted.items() if crc is not None]
     try:
@@ -176,24 +176,26 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
-    """Renames the steps from which a run must not resume, and logs a line for each. It removes none.
+    """Renames damaged and unfinished steps, so that no run resumes from them, and logs a line for each.
 
-    It reads all bytes of the newest step. If that step is damaged, it reads the one before it, and so on until a
-    step is good. Of all other steps, it checks only the names and sizes of files. If the newest step has no
-    manifest, a kill has interrupted its save. If an older step has no manifest, it is damaged, since a save starts
-    only after the previous step is sealed.
+    All bytes of the newest step are read. If that step is damaged, all bytes of the step before it are read,
+    and so on until a step is good. For all other steps, only the names and sizes of files are checked. If the
+    newest step has no manifest, it is unfinished: its save was interrupted. If an older step has no manifest,
+    it is damaged, since a save starts only after the previous step is sealed.
 
-    All processes must call it. Each reads a share of the bytes, and process 0 decides and renames.
+    All processes must call this function. Each process reads a share of the bytes, and process 0 renames the
+    steps.
 
     Returns:
-        The newest good step, or None in a folder where no save has ever finished.
+        The number of the newest good step, or None if no save in the folder has ever finished.
 
     Raises:
-        CheckpointError: there are steps, but none of them is good. The message lists them.
+        CheckpointError: there are damaged steps, and no good one. The message lists the damaged steps.
         OSError: a step cannot be renamed.
     """
-    # from the newest step down, the bytes of steps with right names and sizes, until one is good: with
-    # {1: None, 2: None, 3: None} and 3 damaged, steps 3 and 2 are read, and 1 is not
+    # Reads the steps whose names and sizes are right, newest first, until one is good. Example: `problems` is
+    # {1: None, 2: None, 3: None}, and step 3 turns out to be damaged. Then step 2 is read. If it is good,
+    # step 1 is not read.
     good, problems = None, dict(on_process_0(lambda: _looked_at(folder)))
     for number in reversed(list(problems)):
         if problems[number] is None and good is None:
@@ -204,14 +206,14 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
 
 
 def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
-    """Returns (step, problem) for each step, oldest first, except unfinished ones that Orbax itself removes.
+    """Returns (number, problem) for each step, oldest first, except unfinished steps that Orbax itself removes.
 
     Only names and sizes of files are checked.
     """
     steps = [
         s
         for s in saved(folder)
-        if not is_remote(folder) or (s.folder / COMMITTED).exists()  # Orbax: unfinished
+        if not is_remote(folder) or (s.folder / COMMITTED).exists()  # else Orbax removes it
     ]
     return [(s.number, s.problem) for s in steps]
 
@@ -274,7 +276,8 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
     """Returns the manifest of a step, a dict with `metrics` and `files`.
 
     Raises:
-        ValueError: the manifest is missing, damaged, or of another step. The message says which.
+        ValueError: the manifest is missing, cannot be read, is damaged, or belongs to another step. The
+            message says which.
     """
     path = step_folder / MANIFEST
     try:
@@ -303,7 +306,7 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_manifest(body: Any) -> bool:
-    """Returns whether `body` has the form that `seal` writes; a correct crc32 does not prove that."""
+    """Returns whether `body` has the form that `seal` writes. A correct crc32 alone does not prove this."""
     metrics, files = body.get("metrics"), body.get("files")
     if body.keys() != {"metrics", "files"} or not all(
         isinstance(x, dict) for x in (metrics, files)
@@ -333,7 +336,7 @@ def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _files(step_folder: pathlib.Path) -> dict[str, int]:
-    """Returns {relative path: size} for all regular files below a step's folder, except the manifest."""
+    """Returns {relative path: size in bytes} for all regular files below a step's folder, except the manifest."""
     if is_remote(step_folder):
         import fsspec
 
@@ -360,7 +363,7 @@ def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
 
 
 def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
-    """Renames a step's folder, such as `300`, to a name that Orbax does not read as a step, `300.damaged-1`."""
+    """Gives a step's folder a name that Orbax does not read as a step: `300` becomes `300.damaged-1`."""
     # one more than the highest number in use: after 300.damaged-1 and 300.damaged-2 comes 300.damaged-3
     prefix = f"{step_folder.name}.{kind}-"
     before = [p.name for p in quarantined(step_folder.parent) if p.name.startswith(prefix)]
@@ -374,7 +377,10 @@ def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a step within the store without downloading it. If a kill interrupts this, both folders remain."""
+    """Moves a step within the store without downloading it.
+
+    If the process is killed meanwhile, both folders remain.
+    """
     import fsspec
 
     with store_errors(step_folder):

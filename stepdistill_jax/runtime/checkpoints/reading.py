@@ -15,21 +15,21 @@ from stepdistill_jax.runtime.stores import StoreError, store_errors
 
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """Returns {name: crc32} for the named files. An OSError names the first file that cannot be read."""
+    """Returns {name of a file: its crc32}. If a file cannot be read, raises an OSError that names it."""
     return {name: crc for name, (crc, _) in digest_each(_checksum, step_folder, names).items()}
 
 
 def digests_by_all(
     step_folder: pathlib.Path, sizes: Mapping[str, int], channel: Channel
 ) -> dict[str, str]:
-    """Returns {name: crc32} on all processes. Each process reads a share of the files.
+    """Returns {name of a file: its crc32} on all processes. Each process reads a share of the files.
 
-    A file that its process could not read to the end is left out. If there is only one process, all files are
-    left out.
+    If a process cannot read all of a file in its share, that file is left out. If there is only one process,
+    the result is empty.
 
     Args:
         step_folder: folder of a step.
-        sizes: {name of a file: its bytes}, which must be the same in all processes.
+        sizes: {name of a file: its size in bytes}. It must be the same in all processes.
         channel: channel of the calling thread.
     """
     import jax
@@ -68,7 +68,7 @@ def _checksum(path: pathlib.Path) -> tuple[str, int]:
 
 
 def _checksum_if_seen(path: pathlib.Path) -> tuple[str, int]:
-    """Returns the result of `_checksum`, or a size of -1 if this host does not see the file (yet)."""
+    """Returns the result of `_checksum`, or ("", -1) if this host cannot read the file (yet)."""
     try:
         return _checksum(path)
     except (OSError, StoreError):
