@@ -135,9 +135,11 @@ class Comparison:
         return list(dict.fromkeys(p.arm for p in self.points))
 
     def is_chance(self, point: Point) -> bool:
-        """Returns whether a point may be no better than always answering the commonest label.
+        """Returns True if the runs of a point do not show that the arm is better than chance.
 
-        It may be if the lower end of its 95 % interval is not above that accuracy.
+        This is the case if the lower end of the point's 95 % interval is at most `majority`, the accuracy
+        of always answering the commonest label. A single run has no interval, so that its accuracy is
+        compared with `majority` instead.
         """
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
@@ -158,8 +160,9 @@ def compare(
 
     Args:
         runs: all runs.
-        baseline: name of the arm with which the other arms are compared. None means `label_only`; if there
-            is no such arm, the first one with the same objectives; if there is none, the first arm.
+        baseline: name of the arm with which the other arms are compared. None means the arm
+            `label_only`. If there is no such arm, the first arm with the same objectives is used, or
+            else the first arm.
 
     Returns:
         A comparison for each group, and a dict for each run that was left out. The dict has `run`, the

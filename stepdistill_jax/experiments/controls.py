@@ -78,7 +78,7 @@ def prepare_control(
     """Prepares the dataset NAME_KIND_PERCENT, which is the dataset NAME with a train split from `spoil`.
 
     Raises:
-        InputError: the errors of `spoil` and `prepare_variant`.
+        InputError: `spoil` or `prepare_variant` raises it.
     """
     return prepare_variant(
         name,
@@ -110,7 +110,7 @@ def prepare_variant(
             that variable is not set.
 
     Raises:
-        InputError: the errors of `prepare` and `open_prepared`.
+        InputError: `prepare` or `open_prepared` raises it.
     """
     folder = data_folder(data_dir)
     if is_prepared(new_name, folder):

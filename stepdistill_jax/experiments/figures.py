@@ -141,7 +141,8 @@ def size_figure(
     """Draws the accuracy of each arm at its largest fraction against the size of the model.
 
     Returns:
-        The path of the SVG file; None, without a figure, if all models have the same size.
+        The path of the SVG file. If all models have the same size, nothing is drawn, and the result is
+        None.
     """
     by_arm: dict[str, list[tuple[int, Point]]] = defaultdict(list)
     for comparison in comparisons:

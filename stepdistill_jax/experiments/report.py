@@ -127,7 +127,7 @@ def report(
 
 
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns a suffix of file names for each comparison.
+    """Returns, for each comparison, the suffix of the names of its files.
 
     The suffix is empty if there is only one comparison. Otherwise, it is made from the comparison's name; a
     1-based index is added if the name is empty or not unique.
@@ -144,7 +144,7 @@ def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
 def _write_comparison(
     comparison: Comparison, folder: pathlib.Path, suffix: str, split: str
 ) -> tuple[list[pathlib.Path], dict[str, Any]]:
-    """Writes the files of a comparison; returns their paths, and the comparison's values for the page."""
+    """Writes the files of a comparison, and returns the files' paths and the values that the page shows."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = accuracy_figure(comparison, split, folder / f"accuracy{suffix}")
     learning = learning_figure(comparison, folder / f"learning{suffix}")
@@ -240,10 +240,10 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """Returns a sentence for each share of the data.
+    """Returns sentences that say which arms are significantly better than the baseline.
 
-    The sentence names the arms that are significantly better than the baseline with this share of the data
-    or more.
+    Each sentence names the arms that are better from one share of the data upwards. A last sentence names
+    the arms that are better at no share.
     """
     by_share: dict[float | None, list[str]] = {}
     for enough in found:

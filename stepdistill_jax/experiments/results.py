@@ -149,10 +149,10 @@ class RunResult:
 
     @functools.cached_property
     def cost(self) -> tuple[float, float]:
-        """Seconds and FLOPs of all training steps, with compilation but without validation and saving.
+        """Seconds and FLOPs of all training steps. Compilation counts; validation and saving do not.
 
-        Metrics have the rate r of each logged step, in examples per second. The step took batch_size / r
-        seconds.
+        `metrics.jsonl` contains the rate r of each logged step, in examples per second. Such a step took
+        batch_size / r seconds.
         """
         seconds = flops = 0.0
         for line in self.lines:
@@ -317,7 +317,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """Returns the field `name` of each row in a file; None if its rows do not have the ids of `gold`."""
+    """Returns the field `name` of each row in a file; None if the rows' ids differ from those in `gold`."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None

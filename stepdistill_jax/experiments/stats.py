@@ -86,9 +86,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     If differences with a corrected p of at most 5 % are called significant, the probability of one or more
     false alarms among all tests is at most 5 %.
 
-    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the corrected value before it
-    is larger, it is set to that value. Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from
-    3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
+    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the result is smaller than the
+    corrected value of the next smaller p value, it is raised to that value. Example:
+    `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from 3 x 0.01, then 2 x 0.03, then
+    max(1 x 0.04, 0.06).
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -267,7 +267,10 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
 def _check_cells(
     cells: Sequence[Cell], folder: pathlib.Path, data_dir: pathlib.Path, split: str | None
 ) -> dict[str, str | None]:
-    """Checks the cells; returns {task: fingerprint of its dataset}, where a SeqIO task has None."""
+    """Checks the cells, and returns {task: fingerprint of the task's dataset}.
+
+    A SeqIO task has no fingerprint, so its value is None.
+    """
     if (folder / RUN).is_file():
         raise InputError(
             f"`workdir` {folder}: expected a folder of runs, but this is the folder of a single run"

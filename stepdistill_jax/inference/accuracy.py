@@ -1,4 +1,4 @@
-"""Counts the answers that are right, and those that are not valid labels. No other module counts them."""
+"""Counts how many answers are right and how many are not valid labels. No other module does this."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,10 @@ from stepdistill_jax.inference.calibration import Calibration
 
 
 class AccuracyCounts:
-    """Counts right and invalid answers, over rows in any order and in bounded memory."""
+    """Counts right and invalid answers.
+
+    Rows may be added in any order, and the memory does not grow with the number of rows.
+    """
 
     def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):
         """Starts all counts at zero.
@@ -79,7 +82,9 @@ class AccuracyCounts:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """Returns the summary as one readable line; further lines show the task's metrics and anything unusual.
+    """Returns the summary as text. Its first line shows the counts and measures.
+
+    Further lines show the task's own metrics and anything unusual, if there is any.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.

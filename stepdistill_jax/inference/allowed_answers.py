@@ -47,7 +47,7 @@ class Allowed:
         most_ids: int,
         temperature: float = 1.0,
     ):
-        """Reads the labels, unless each row has its own.
+        """Reads the labels, unless each row has its own choices.
 
         Args:
             choices: `row` for each row's field `choices`, `labels` for the task's labels, the path of a
@@ -89,11 +89,11 @@ class Allowed:
         return self.labels or _each_once(row.choices)
 
     def ids(self, row: Example) -> list[tuple[int, ...]]:
-        """Returns the ids of each label in `of(row)`, each list with its end of sequence."""
+        """Returns, for each label in `of(row)`, the ids of the label, followed by the end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
     def check(self, row: Example) -> None:
-        """Refuses a row without choices, or with choices that the model cannot tell apart.
+        """Refuses a row if it has no choices, or if the model cannot tell its choices apart.
 
         Raises:
             InputError: the row is refused. The message gives the reason, but not the file and line.
@@ -130,7 +130,7 @@ class Allowed:
         }
 
     def _encode(self, label: str) -> tuple[int, ...]:
-        """Returns the ids of a label, encoded like a target in training, but never truncated."""
+        """Encodes a label like a target in training, but without truncation, and returns its ids."""
         target = self._objective.target_template.format_map({self._objective.label_field: label})
         return (*self._vocabulary.encode(target), EOS_ID)
 
@@ -155,7 +155,9 @@ class Allowed:
 
 
 def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowed | None:
-    """Returns the answers that `options.choices` allows for this model and task; None if any is allowed.
+    """Returns the answers that `options.choices` allows for this model and task.
+
+    The result is None if any answer is allowed.
 
     Raises:
         InputError: the labels are unsuitable; see `Allowed`.
@@ -182,7 +184,7 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns the name of the labels' source, for messages, and the labels as the source has them."""
+    """Returns a name for the source of the labels, which messages use, and the unchecked labels."""
     if choices == LABELS:
         if not of_task:
             raise InputError(

@@ -89,13 +89,18 @@ def predict(
         **options: fields of `DecodeOptions`.
 
     Returns:
-        The keys of `AccuracyCounts.summary`, and: `unfinished`, the number of answers that reached
-        `max_decode_len` without an end of sequence; `cut_inputs`, the number of truncated inputs;
-        `skipped`, the number of skipped rows; `rows_per_second`, with the time for compilation included.
-        If rationales are requested, `unfinished_rationales`. If the model writes more than a label,
-        `unparsed`, the number of answers in which no label was found. If the model reads more than the
-        input, `reads`, the names of these fields, and `incomplete_inputs`, the number of rows that lack
-        one of them.
+        The keys of `AccuracyCounts.summary`, and the following keys:
+        `unfinished`: number of answers that reached `max_decode_len` without an end of sequence.
+        `cut_inputs`: number of truncated inputs.
+        `skipped`: number of skipped rows.
+        `rows_per_second`: rows per second; the time includes compilation.
+        `unfinished_rationales`: number of rationales that reached their maximum length without an end of
+        sequence; present only if rationales are requested.
+        `unparsed`: number of answers in which no label was found; present only if the model writes more
+        than a label.
+        `reads`: names of the fields that the model reads in addition to the input; present only if there
+        are any.
+        `incomplete_inputs`: number of rows that lack one of these fields; present only with `reads`.
 
     Raises:
         InputError: an option or the model is bad; a row is bad (the message names the file and line); the
@@ -218,7 +223,7 @@ def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
 
 
 def window_rows(model: Engine, allowed: Allowed | None) -> int:
-    """Returns the number of rows to decode together."""
+    """Returns the number of rows in a window, which are decoded together."""
     most = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
     if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each choice
         most = max(1, most * WINDOW_LABELS // len(allowed.labels))

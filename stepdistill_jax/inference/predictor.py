@@ -1,4 +1,4 @@
-"""Defines `load`, which opens a trained model in Python. Its labels are those that `predict` writes to files."""
+"""Defines `load`, which opens a trained model in Python. The model gives the same labels as `predict`."""
 
 import collections
 import dataclasses
@@ -44,7 +44,7 @@ class Predictor:
 
     Attributes:
         path: directory of the model.
-        step: step of the checkpoint; None if the directory holds only one model.
+        step: step of the checkpoint; None if the directory contains only one model.
         labels: labels of the task if they are a closed set; else empty.
     """
 

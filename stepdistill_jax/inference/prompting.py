@@ -62,7 +62,7 @@ class Prompting:
         return tuple(dict.fromkeys(name for names in pair + shown for name in names))
 
     def lacks(self, row: Example) -> tuple[str, ...]:
-        """Returns the names in `reads` whose fields are missing or empty in a row."""
+        """Returns the fields in `reads` that are missing or empty in a row."""
         texts = row.texts
         return tuple(name for name in self.reads if not texts.get(name))
 
@@ -93,7 +93,8 @@ def prompting_for(
     Args:
         model: the model to prompt.
         options: options of decoding. If `max_decode_len` or `prefix` is set, it replaces the model's own.
-        task: prepared dataset whose metric and labels replace the model's own; None keeps these.
+        task: prepared dataset whose metric and labels replace the model's own; None keeps the
+            model's own.
         with_rationale: whether to prompt for a rationale, too.
         data_dir: folder in which `task` is prepared.
 
@@ -134,7 +135,7 @@ def prompting_for(
 def rationale_prompting_for(
     model: LoadedModel | Engine, options: DecodeOptions | None = None
 ) -> Prompting | None:
-    """Returns the prompting for label and rationale; None if the model has no objective of that name."""
+    """Returns the prompting for label and rationale; None if the model has no objective for rationales."""
     objectives = model.task_info.objectives if model.task_info else BARE_OBJECTIVES
     if not any(o.name == RATIONALE for o in objectives[1:]):
         return None
@@ -161,7 +162,7 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
 
 
 def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
-    """Returns the result of `read_answer`, with `score`, rounded to 6 decimals, among its fields."""
+    """Returns the result of `read_answer`, after adding `score`, rounded to 6 decimals, to the fields."""
     found, parsed = read_answer(objective, text)
     # + 0.0: a rounded -0.0 would be written as such
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed

@@ -53,8 +53,8 @@ def named_answer(
         labels: the possible labels of the row or task.
 
     Returns:
-        The answer, or None if the rationale names none; and one of `VERDICTS`, or None if the possible
-        labels are unknown, as in a task of free text.
+        The answer, and one of `VERDICTS`. The answer is None if the rationale names none. The verdict is
+        None if the possible labels are unknown, as in a task of free text.
     """
     if metric == "value_match":
         named = named_number(rationale)
@@ -76,7 +76,10 @@ def references(example: Example) -> list[str]:
 
 
 class RationaleCounts:
-    """Measures the quality of rationales over rows in any order, in bounded memory."""
+    """Measures the quality of rationales.
+
+    Rows may be added in any order, and the memory does not grow with the number of rows.
+    """
 
     def __init__(self, metric: str, labels: Sequence[str] = ()):
         """Starts all counts at zero.

@@ -53,7 +53,8 @@ def write_decoder(
 ) -> tuple[jax.export.Exported, int]:
     """Writes the program `label_decoder.jax_export` and, in `params/`, a file for each parameter array.
 
-    The parameter files are .npy files, which can be mapped into memory. Each is read back and compared.
+    The parameter files are .npy files, which can be mapped into memory. After writing a file, the function
+    reads it back and compares it with the array.
 
     Returns:
         The exported program, and the total number of parameters.

@@ -148,11 +148,12 @@ class Answerer:
         return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
-        """Yields functions that compile all programs when they are called, one for each shape.
+        """Yields one function per shape. Calling a function compiles the program for its shape.
 
-        After that, rows of any length can be answered without compiling. The programs for rows with their
-        own choices are not compiled, since their shapes are not known in advance. CTranslate2 compiles
-        nothing; its only function answers one row. A function raises InputError if the model gives NaN.
+        After all functions have been called, rows of any length can be answered without compiling. If
+        rows have their own choices, the programs that score these choices are not compiled, since their
+        shapes are not known in advance. CTranslate2 compiles nothing, so at most one function is yielded
+        for it, which answers one row. A function raises InputError if the model gives NaN.
         """
         unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):

@@ -106,7 +106,7 @@ class Batcher:
         self._working: concurrent.futures.Future | None = None
 
     def submit(self, rows: Sequence[Any]) -> list[asyncio.Future]:
-        """Puts rows into the queue; if there is no room for all of them, none is put there.
+        """Puts all rows into the queue, or none of them if there is not enough room for all.
 
         Returns:
             A future for each row, whose result is the answer or an exception. Cancelling the future
@@ -173,12 +173,15 @@ class Batcher:
                 pass
 
     def _starts(self, lane: _Lane) -> float:
-        """Returns the time, on the event loop's clock, at which the lane's batch may start; 0 if it is full."""
+        """Returns the time on the event loop's clock at which the lane's next batch may start.
+
+        If there are enough rows for a full batch, the time is 0.
+        """
         full = len(lane.waiting) >= self._batch_size
         return 0.0 if full else lane.first.arrived + self._max_wait
 
     async def _decoded(self, rows: list[Any]) -> tuple[Sequence[Any], float]:
-        """Decodes a batch; returns its answers and the seconds that this took."""
+        """Decodes a batch, and returns the answers and the seconds that decoding took."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:

@@ -23,7 +23,7 @@ KEEP_ALIVE_SECS = (
 
 
 def stopped_before_listening(name: str) -> NoReturn:
-    """Exits with status 0. It is called at a signal that arrives before the server listens."""
+    """Exits with status 0. This function is called if a signal arrives before the server listens."""
     log(f"{name}: stopped before it was listening")
     raise SystemExit(0)
 

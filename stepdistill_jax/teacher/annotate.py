@@ -63,12 +63,12 @@ def annotate(
         `defects`: {defect: number of answers}.
         `first_defects`: {defect: the first row with it}.
         `rows_per_second`: rows written per second.
-        `stopped`: why the run ended before the last row; None if it did not.
+        `stopped`: why the run ended before the last row; None if it reached the last row.
         If rows have gold labels, the result also has `with_label`, the number of these rows, and
         `teacher_accuracy`, the share of these rows that the teacher labelled correctly. A row without a
         usable answer counts as wrong.
-        With `dry_run`, the result has `prompt` (that of the first row), `first_prompt_tokens`,
-        `parameters` and the result of `estimated`. With `batch_file`, it is the result of `write_batch`
+        With `dry_run`, the result has `prompt` (the first row's prompt), `first_prompt_tokens`,
+        `parameters` and the keys of `estimated`. With `batch_file`, it is the result of `write_batch`
         or `read_batch`.
 
     Raises:

@@ -122,13 +122,13 @@ class ChatClient:
         self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """Returns `text` with the key removed, in any usual encoding of the key."""
+        """Removes the key, in any usual encoding, from `text`, and returns the result."""
         return self._secret.hide(text)
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Sends a prompt, again after each temporary error, and returns the first answer that arrives.
+        """Sends a prompt, and sends it again after a temporary error. Returns the first answer that arrives.
 
         Args:
             prompt: the user's message.
@@ -214,7 +214,7 @@ class ChatClient:
         return self._read(prompt, content, parameters)
 
     def _used_by(self, error: Exception) -> tuple[int, int] | None:
-        """Returns the tokens that a failed attempt used: none if it did not connect, else None (unknown)."""
+        """Returns (0, 0) tokens if a failed attempt did not connect; otherwise None, since they are unknown."""
         unmade = (self._httpx.ConnectError, self._httpx.ConnectTimeout)
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
@@ -278,7 +278,10 @@ class ChatClient:
         return wait
 
     def _report(self, message: str, wait: float) -> None:
-        """Logs the run's first wait, and each long wait, but only once for all requests that it delays."""
+        """Logs a wait before the next attempt, if it is long or the run's first.
+
+        A long wait that delays several requests is logged only once.
+        """
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:
@@ -311,7 +314,7 @@ def token_count(value: Any, otherwise: int) -> int:
 
 
 def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
-    """Returns the numbers of prompt and answer tokens that a body reports; None if it reports none."""
+    """Returns the number of prompt tokens and of answer tokens in a body; None if it reports none."""
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None

@@ -98,7 +98,8 @@ class LocalTeacher:
         """Returns one answer per prompt.
 
         Args:
-            prompts: the users' messages. If the tokenizer has a chat template, it is applied to each.
+            prompts: the users' messages. If the tokenizer has a chat template, the template is applied to
+                each prompt.
             parameters: `max_tokens`, `temperature` (0 means greedy), `top_p`, `top_k`.
         """
         import torch

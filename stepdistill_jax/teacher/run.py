@@ -48,7 +48,7 @@ class Counts:
     Attributes:
         rows: number of rows written.
         with_rationale: number of rows with a usable answer.
-        with_label: number of rows whose gold label the teacher was not given.
+        with_label: number of rows that have a gold label which the teacher was not given.
         right: number of these rows that the teacher labelled correctly.
         requests: number of requests that were answered.
         truncated: number of answers that were truncated at the token limit.
@@ -112,7 +112,7 @@ class Run:
         """Asks about every row, and writes the rows in order.
 
         A row is written only after all rows before it. So that a slow answer does not block other
-        requests, up to four times as many rows are in progress as there may be requests (at least 64).
+        requests, up to 4 x `concurrency` rows, but at least 64, may be in progress at once.
 
         Raises:
             Stopped: a limit was reached, or the server is down. If a limit was reached, the answers to
@@ -175,7 +175,7 @@ class Run:
         return samples  # type: ignore[return-value]
 
     async def _shared(self, key: str, row: Example, prompt: str) -> Sample:
-        """Returns the answer for a key. It is requested only once for all rows with the same prompt."""
+        """Returns the answer for a key. Rows with the same prompt share one request."""
         task = self._under_way.get(key)
         if task is None:
             # another row with this prompt may have got the answer since `_begin` looked
@@ -188,7 +188,10 @@ class Run:
         return await task
 
     async def _ask(self, key: str, row: Example, prompt: str) -> Sample:
-        """Asks a question. The run's first question is sent alone, to find errors that all would get."""
+        """Asks a question.
+
+        The run's first question is sent alone, to find errors that all questions would get.
+        """
         if self._probe is not None:
             await self._probe.wait()
             return await self._answer(key, row, prompt)

@@ -47,8 +47,8 @@ def output_row(
         samples: the answers to the question, in order.
         task: task whose metric compares labels.
         source: source of the rationales.
-        label_given: whether the teacher was given the label. There is then no vote, and the teacher's
-            label is not written.
+        label_given: whether the teacher was given the label. If it was, there is no vote, and the
+            teacher's label is not written.
         provenance: provenance of the row, to which the answers are added.
 
     Returns:
