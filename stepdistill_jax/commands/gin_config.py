@@ -243,7 +243,7 @@ def _bind_optimizer(reached: Bindings) -> None:
 
 
 def _text(reached: Bindings, imports: Sequence[str]) -> str:
-    """Returns the bindings as a gin text, with imports first, then macros, then parameters."""
+    """Returns the bindings as a gin text: first the imports, then the macros, then the parameters."""
     lines = {
         key: f"{key} = {'1e999' if b.value == math.inf else repr(b.value)}"
         for key, b in sorted(reached.items())

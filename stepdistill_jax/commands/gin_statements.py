@@ -177,10 +177,10 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     """Merges the bindings of several files.
 
     A later file overrides earlier ones, but the order of shipped parts does not matter. If a part contains
-    a reference such as `@optimizer()`, it is taken to define everything about `optimizer`: bindings of
-    `optimizer` in earlier files are dropped, so that its other parameters have their defaults. If two shipped
-    parts bind the same key, the later binding has the earlier one as its `rival`. Parts in `paper/` are an
-    exception, since other parts override them.
+    a reference such as `@optimizer()`, the part is taken to define everything about `optimizer`: bindings
+    of `optimizer` in earlier files are dropped, so that its other parameters have their defaults. If two
+    shipped parts bind the same key, the later binding has the earlier one as its `rival`. Parts in
+    `paper/` are an exception, since other parts override them.
 
     Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the binding of `optimizer.b1`
     in an earlier file is dropped. If `optimizers/adafactor.gin` is used, too, the binding of

@@ -1,6 +1,6 @@
 """`stepdistill settings`: lists the macros and fields of a config, with their defaults and meanings.
 
-All of these are read from the classes and functions that a config binds.
+The command reads macros and fields from the classes and functions that a config binds.
 """
 
 import argparse

@@ -29,7 +29,7 @@ def shipped_folder(name: str) -> pathlib.Path:
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """Returns {name: path} of the shipped experiments. A name is the file's name without `.gin`."""
+    """Returns {name: path} of the shipped experiments. The names are those of the files, without `.gin`."""
     return {path.stem: path for path in sorted(shipped_folder("configs").glob("*.gin"))}
 
 

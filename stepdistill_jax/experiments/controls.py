@@ -26,10 +26,11 @@ def spoil(
 
     Args:
         examples: examples of the train split.
-        kind: how a chosen row is changed. `shuffled` gives it the rationale of another random row, and
-            `wrong` the rationale of a random row with another label. `missing` removes its rationale.
-            `teacher_errs` gives it the rationale of a random row with another label, and that label as
-            the teacher's label, `llm_label`; the `llm_label` of all other rows is their own label.
+        kind: how a chosen row is changed. `shuffled` gives the row the rationale of another random row.
+            `wrong` gives the row the rationale of a random row with another label. `missing` removes the
+            row's rationale. `teacher_errs` is like `wrong`, but the other label also becomes the
+            teacher's label of the row, `llm_label`. The `llm_label` of all other rows is then their own
+            label.
         share: share of rows to change, among the rows with a rationale. They are chosen at random.
         seed: random seed.
 

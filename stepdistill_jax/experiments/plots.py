@@ -82,7 +82,7 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
-    """Returns, for each value, the mean of the last `window` values up to it.
+    """Returns, for each value, the mean of this value and of up to `window` - 1 values before it.
 
     Example: `smoothed([1, 2, 4], 2)` is [1.0, 1.5, 3.0].
     """

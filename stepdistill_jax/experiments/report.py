@@ -50,7 +50,8 @@ class Report:
         page: path of the HTML file.
         files: paths of all written files, the page first.
         comparisons: result of `comparison.compare`.
-        left_out: a dict for each run that is in no table, with `run`, its folder, and `why`, the reason.
+        left_out: a dict for each run that is in no table. The dict has `run`, the folder of the run, and
+            `why`, the reason.
     """
 
     page: pathlib.Path
@@ -75,8 +76,8 @@ def report(
 
     Args:
         runs: workdirs, folders of `sweep`, or folders that contain such folders.
-        output: folder for the files, which is created if it is missing. Files of an earlier report in it
-            are replaced.
+        output: folder for the files, which is created if it is missing. The files of an earlier report in
+            this folder are replaced.
         split: split whose answers are compared.
         baseline: name of the arm with which the other arms are compared; None means the default of
             `compare`.
@@ -129,8 +130,8 @@ def report(
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
     """Returns, for each comparison, the suffix of the names of its files.
 
-    The suffix is empty if there is only one comparison. Otherwise, it is made from the comparison's name; a
-    1-based index is added if the name is empty or not unique.
+    The suffix is empty if there is only one comparison. Otherwise, the suffix is made from the
+    comparison's name; a 1-based index is added if the name is empty or not unique.
     """
     if len(comparisons) == 1:
         return [""]

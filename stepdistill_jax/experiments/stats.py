@@ -11,7 +11,7 @@ CHUNK = 200  # draws at once; [CHUNK, rows] row counts are in memory
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Returns the mean, and the lower and upper end of its 95 % interval by Student's t.
+    """Returns the mean, and the lower and upper end of the mean's 95 % interval by Student's t.
 
     For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). It covers
     the choice of other seeds, but not of other rows. Both ends are None if there is only one value.
@@ -57,7 +57,7 @@ def paired_difference(
 
     A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws the runs
     (seeds) of each arm separately. The interval therefore covers the choice of other test rows and other
-    seeds. If each arm has only one run, it covers only the choice of other test rows.
+    seeds. If each arm has only one run, the interval covers only the choice of other test rows.
 
     Args:
         first: accuracies of the first arm's runs from `resample`, [draws, runs].
@@ -86,8 +86,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     If differences with a corrected p of at most 5 % are called significant, the probability of one or more
     false alarms among all tests is at most 5 %.
 
-    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the result is smaller than the
-    corrected value of the next smaller p value, it is raised to that value. Example:
+    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the product is smaller than
+    the corrected value of the next smaller p value, that corrected value is used instead. Example:
     `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from 3 x 0.01, then 2 x 0.03, then
     max(1 x 0.04, 0.06).
     """

@@ -95,9 +95,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Trains and evaluates the cells that are not done yet, in order.
 
-    A cell is done when its last step and its evaluation are saved in its workdir. A sweep that is killed
-    at any point can therefore be continued by the same call. Cells share a compiled program if they differ
-    only in their seed, their fraction, or numbers that are not constants of the program.
+    A cell is done when its last step and evaluation are saved in the cell's workdir. A sweep that is
+    killed at any point can therefore be continued by the same call. Cells share a compiled program if
+    they differ only in their seed, their fraction, or numbers that are not constants of the program.
 
     Args:
         cells: cells to train. They may have different tasks.

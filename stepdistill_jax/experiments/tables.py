@@ -206,7 +206,7 @@ def settings_table(comparison: Comparison, name: str) -> Table:
 
 
 def _sort_key(value: str) -> tuple[float, str]:
-    """Returns a sort key that puts numbers first, ordered by size, and other strings after them."""
+    """Returns a sort key for strings: numbers come first, ordered by size, and other strings follow."""
     try:
         return float(value), value
     except ValueError:

@@ -54,12 +54,12 @@ class Allowed:
                 file, or a list of labels. The file has one label per line, or contains a JSON list if
                 its name ends in .json.
             labels: labels of the task; empty if they are not a closed set.
-            objective: objective whose target is the label. The model was trained to write its target
-                template.
+            objective: objective whose target is the label. The model was trained to write this
+                objective's target template.
             vocabulary: vocabulary of the model.
             most_ids: largest number of ids in an answer, the end of sequence included; training
                 truncated longer answers.
-            temperature: temperature of the probabilities; scores do not depend on it.
+            temperature: temperature of the probabilities. The scores do not depend on it.
 
         Raises:
             InputError: the model writes more than the label; the file cannot be read; there are fewer
@@ -112,10 +112,10 @@ class Allowed:
             scores: natural log of the probability of each label in `of(row)`, [labels].
 
         Returns:
-            `label` is the label with the highest score, and the first one if several have it. `score` is
-            the score of that label, rounded to 6 decimals. `choices` maps each allowed label to its
-            probability, rounded to 6 significant digits: a softmax of the scores at `temperature`.
-            `probability` is the probability of `label`.
+            `label` is the label with the highest score. If several labels have this score, it is the
+            first of them. `score` is the highest score, rounded to 6 decimals. `choices` maps each
+            allowed label to its probability, rounded to 6 significant digits. The probabilities are a
+            softmax of the scores at `temperature`. `probability` is the probability of `label`.
         """
         labels, scores = self.of(row), np.asarray(scores, np.float64)
         best = int(scores.argmax())

@@ -90,8 +90,8 @@ def evaluate(
         For a mixture whose labels come from several tasks, the result has `task`, `split`, `rows` (the
         number of rows of all tasks) and `tasks` ({name of a task: result of this task}).
         Otherwise, the result has the keys that `predict` returns, and `task`, `split`, `step`,
-        `num_beams` and `length_penalty`. If rationales were requested, it also has `rationale`, a dict
-        with the keys of `RationaleCounts.summary` and `unfinished`, the number of rationales that
+        `num_beams` and `length_penalty`. If rationales were requested, the result also has `rationale`, a
+        dict with the keys of `RationaleCounts.summary` and `unfinished`, the number of rationales that
         reached their maximum length without an end of sequence. If a SeqIO task has its own metrics, the
         result also has `metrics`, {name: value}.
 

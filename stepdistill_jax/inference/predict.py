@@ -245,8 +245,8 @@ def decode_window(
         prompting: result of `prompting_for`.
         window: rows that are decoded together.
         counts: {name: count} to which this function adds, such as `cut_inputs` and `unfinished`.
-            `unparsed` is counted only if it is already a key.
-        update: called after each batch of labels, with the number of its rows.
+            `unparsed` is counted only if `counts` already has this key.
+        update: called after each batch of labels, with the number of rows in the batch.
         allowed: result of `allow`.
 
     Raises:

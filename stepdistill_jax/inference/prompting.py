@@ -36,8 +36,8 @@ class Prompting:
     Attributes:
         objectives: the label's objective, followed by the rationale's objective if rationales are
             requested and the model has one.
-        prefix: text before the input. If it is set, prefix and input replace the label objective's input
-            template; None keeps the template.
+        prefix: text before the input. If a prefix is set, prefix and input replace the label objective's
+            input template; None keeps the template.
         input_length: largest number of ids in an input, the end of sequence included; longer inputs are
             truncated.
         decode_lengths: largest number of ids in an answer, for each objective.
@@ -67,7 +67,7 @@ class Prompting:
         return tuple(name for name in self.reads if not texts.get(name))
 
     def input_pair_of(self, row: Example) -> str:
-        """Returns the row's second input text if the model reads one; else ""."""
+        """Returns the row's second input text if the model reads one; otherwise, an empty string."""
         return row.input_pair if self.input_pair else ""
 
     def prompts(self, row: Example) -> list[str]:
@@ -92,7 +92,8 @@ def prompting_for(
 
     Args:
         model: the model to prompt.
-        options: options of decoding. If `max_decode_len` or `prefix` is set, it replaces the model's own.
+        options: options of decoding. If `max_decode_len` or `prefix` is set, this value replaces the
+            model's own.
         task: prepared dataset whose metric and labels replace the model's own; None keeps the
             model's own.
         with_rationale: whether to prompt for a rationale, too.

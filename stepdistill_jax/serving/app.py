@@ -1,4 +1,4 @@
-"""Implements the HTTP service: its routes, and its answers to requests and to errors."""
+"""Implements the HTTP service: its routes, its answers to requests, and its answers to errors."""
 
 import asyncio
 import contextlib
@@ -54,7 +54,7 @@ class Limits:
 
 
 class Service:
-    """The application that uvicorn runs, and its state. When uvicorn starts the application, it warms up.
+    """The application that uvicorn runs, and its state. When uvicorn starts it, the model is warmed up.
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.

@@ -46,8 +46,8 @@ def annotate(
             and other fields.
         output: path of the file to write. Its rows have the format that `prepare jsonl` reads, with the
             fields `rationale`, `rationales`, `llm_label` and `provenance`. The file is named
-            OUTPUT.partial until it is complete. OUTPUT.defects.jsonl, next to it, lists the defects of
-            answers.
+            OUTPUT.partial until it is complete. The file OUTPUT.defects.jsonl, in the same folder, lists
+            the defects of answers.
         read: further files from which the settings were read, and which must not be overwritten.
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
@@ -68,7 +68,7 @@ def annotate(
         `teacher_accuracy`, the share of these rows that the teacher labelled correctly. A row without a
         usable answer counts as wrong.
         With `dry_run`, the result has `prompt` (the first row's prompt), `first_prompt_tokens`,
-        `parameters` and the keys of `estimated`. With `batch_file`, it is the result of `write_batch`
+        `parameters` and the keys of `estimated`. With `batch_file`, the result is that of `write_batch`
         or `read_batch`.
 
     Raises:

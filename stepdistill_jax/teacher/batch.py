@@ -91,7 +91,7 @@ def read_batch(
 
     Args:
         prompting: prompting with the same prompts and parameters as when the requests were written,
-            since the keys of answers depend on these.
+            since the keys of answers depend on prompts and parameters.
         input: path of the file of questions.
         cache: cache for the answers.
         paths: paths of the files of results.

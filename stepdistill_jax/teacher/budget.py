@@ -18,9 +18,9 @@ class Budget:
     """The tokens and money that one run uses, and its limits.
 
     Each request reserves the largest number of tokens that it may use. A request is sent only if the tokens
-    used so far and all reserved tokens, including its own, are within the limits. The number of tokens in
-    a prompt is estimated in two ways, and the larger estimate is used: one token per 4 characters, and the
-    highest ratio of tokens to characters in the server's reports so far.
+    used so far and all reserved tokens, including this request's own, are within the limits. The number
+    of tokens in a prompt is estimated in two ways, and the larger estimate is used: one token per 4
+    characters, and the highest ratio of tokens to characters in the server's reports so far.
 
     Attributes:
         max_tokens: largest number of tokens; None means no limit.

@@ -54,7 +54,7 @@ class SentAgain(Exception):
 
     Attributes:
         status: HTTP status of the response; 0 if there was no response.
-        wait: seconds that the server asks us to wait; None if it does not.
+        wait: seconds that the server asks us to wait; None if it names no time.
         used: prompt and answer tokens that are charged although there is no answer; None if unknown.
     """
 
@@ -214,7 +214,7 @@ class ChatClient:
         return self._read(prompt, content, parameters)
 
     def _used_by(self, error: Exception) -> tuple[int, int] | None:
-        """Returns (0, 0) tokens if a failed attempt did not connect; otherwise None, since they are unknown."""
+        """Returns the tokens that a failed attempt used; None if their number is unknown."""
         unmade = (self._httpx.ConnectError, self._httpx.ConnectTimeout)
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
@@ -278,7 +278,7 @@ class ChatClient:
         return wait
 
     def _report(self, message: str, wait: float) -> None:
-        """Logs a wait before the next attempt, if it is long or the run's first.
+        """Logs a wait before the next attempt, if the wait is long or is the run's first.
 
         A long wait that delays several requests is logged only once.
         """
@@ -314,7 +314,7 @@ def token_count(value: Any, otherwise: int) -> int:
 
 
 def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
-    """Returns the number of prompt tokens and of answer tokens in a body; None if it reports none."""
+    """Returns the numbers of prompt and answer tokens that a body reports; None if the body has none."""
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None

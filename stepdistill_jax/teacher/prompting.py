@@ -64,7 +64,10 @@ class Prompting:
         return read_answer(self.settings.task, answer, row, label_given=self.settings.label_given)
 
     def known(self, cache: AnswerCache, key: str, row: Example) -> tuple[Answer, Reading] | None:
-        """Returns the answer for a key in the cache; None if it is missing or not usable for the row."""
+        """Returns the answer for a key in the cache.
+
+        The result is None if the answer is missing, or is not usable for the row.
+        """
         answer = cache.get(key)
         if answer is None:
             return None

@@ -49,7 +49,7 @@ class Counts:
         rows: number of rows written.
         with_rationale: number of rows with a usable answer.
         with_label: number of rows that have a gold label which the teacher was not given.
-        right: number of these rows that the teacher labelled correctly.
+        right: number of the rows counted in `with_label` that the teacher labelled correctly.
         requests: number of requests that were answered.
         truncated: number of answers that were truncated at the token limit.
         asked_again: number of requests that repeated a question after an unreadable answer.

@@ -55,7 +55,8 @@ class Reply:
 def by_rule(request: dict[str, Any]) -> Reply:
     """Returns a well-formed answer to the last question of a prompt.
 
-    The label is the right one if the prompt gives it; otherwise, a hash of the question selects it.
+    If the prompt gives the right label, the answer has this label. Otherwise, a hash of the question
+    selects the label.
     """
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")

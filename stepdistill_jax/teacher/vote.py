@@ -12,7 +12,7 @@ Sample = tuple[Answer, Reading]
 
 
 def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
-    """Returns the commonest label, and its share of all labels.
+    """Returns the commonest label, and the fraction of all labels that are equal to it.
 
     Labels that the metric finds equal are counted together, and the first of them is returned. If two
     labels are equally common, the one that appears first is returned.
