@@ -31,12 +31,13 @@ def spoil(
             row's rationale. `teacher_errs` is like `wrong`, but the other label also becomes the
             teacher's label of the row, `llm_label`. The `llm_label` of all other rows is then their own
             label.
-        share: share of rows to change, among the rows with a rationale. They are chosen at random.
+        share: share of rows to change, among the rows with a rationale. The rows to change are chosen at
+            random.
         seed: random seed.
 
     Raises:
-        InputError: `kind` is unknown; or it needs a row with another label, but all rows have the same
-            label.
+        InputError: `kind` is unknown; or `kind` needs a row with another label, but all rows have the
+            same label.
     """
     one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)

@@ -81,8 +81,8 @@ def report(
         split: split whose answers are compared.
         baseline: name of the arm with which the other arms are compared; None means the default of
             `compare`.
-        examples: number of rows that the page shows with the arms' answers. They are spread evenly over
-            the split.
+        examples: number of rows that the page shows with the arms' answers. The rows are spread evenly
+            over the split.
         data_dir: folder of prepared datasets. If the runs' dataset is not there, the report has neither
             tests nor examples.
 
@@ -268,7 +268,7 @@ def _better(found: Sequence[Enough]) -> list[str]:
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
     """Returns up to `count` rows for the page, with the answers of one run per arm.
 
-    The run of an arm is the one with the first seed, at the arm's largest fraction.
+    For each arm, these are the answers of the run with the first seed at the arm's largest fraction.
     """
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]
@@ -316,8 +316,8 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 def _embedded(figure: pathlib.Path) -> str:
     """Returns an SVG file as a data URI.
 
-    The page shows it as an image, so that the SVG can run no script and its names cannot clash with names
-    on the page.
+    The page shows the SVG as an image, so that the SVG can run no script and its names cannot clash with
+    names on the page.
     """
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
@@ -325,7 +325,8 @@ def _embedded(figure: pathlib.Path) -> str:
 def _page(**values: Any) -> str:
     """Returns the HTML of the page.
 
-    Strings from the data are escaped. The page's security policy allows only its own script, by a digest.
+    Strings from the data are escaped. The page's security policy allows only the page's own script, which
+    it identifies by a digest.
     """
     import jinja2
 

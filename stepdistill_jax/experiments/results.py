@@ -187,7 +187,7 @@ def read_runs(
         data_dir: folder of prepared datasets.
 
     Returns:
-        The runs that have answers on the split, and a dict for each run that has none. The dict has
+        The runs that have answers on the split, and a dict for each run that is left out. The dict has
         `run`, the folder of the run, and `why`, the reason to leave it out.
 
     Raises:

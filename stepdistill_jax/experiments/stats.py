@@ -13,8 +13,9 @@ CHUNK = 200  # draws at once; [CHUNK, rows] row counts are in memory
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Returns the mean, and the lower and upper end of the mean's 95 % interval by Student's t.
 
-    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). It covers
-    the choice of other seeds, but not of other rows. Both ends are None if there is only one value.
+    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). The
+    interval accounts for the choice of seeds, but not for the choice of rows. Both ends are None if there
+    is only one value.
 
     Example: `mean_interval([0.6, 0.7, 0.8])` is (0.7, 0.452, 0.948), rounded, with s = 0.1 and t = 4.303.
     """
@@ -30,8 +31,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Returns the accuracy of each run in each draw of rows, [draws, runs].
 
-    In each draw, as many rows as there are in total are drawn at random with replacement. All runs share
-    the drawn rows.
+    Each draw consists of n rows, which are drawn at random with replacement from the n rows. All runs
+    share the drawn rows.
 
     Args:
         right: whether each answer of each run is right, a bool array [runs, rows].
@@ -56,8 +57,8 @@ def paired_difference(
     """Tests the difference of two arms: the second arm's mean accuracy minus the first arm's.
 
     A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws the runs
-    (seeds) of each arm separately. The interval therefore covers the choice of other test rows and other
-    seeds. If each arm has only one run, the interval covers only the choice of other test rows.
+    (seeds) of each arm separately. The interval therefore accounts for the choice of test rows and of
+    seeds. If each arm has only one run, the interval accounts only for the choice of test rows.
 
     Args:
         first: accuracies of the first arm's runs from `resample`, [draws, runs].

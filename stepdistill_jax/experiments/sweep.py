@@ -105,8 +105,8 @@ def sweep(
         data_dir: folder of prepared datasets.
         split: split on which the best step of each run is evaluated; None evaluates nothing. The results
             are saved in the run's workdir, in `evaluation/SPLIT.json` and `predictions/`.
-        with_rationale: whether to also decode rationales, for the arms that write them. Their quality is
-            saved as `rationale` in `evaluation/SPLIT.json`.
+        with_rationale: whether to also decode rationales, for the arms that write them. The quality of
+            the rationales is saved as `rationale` in `evaluation/SPLIT.json`.
         retries: number of times to retry a failed cell, after all other cells.
         asked: the arguments of the command, which are saved in `sweep.json`.
 
@@ -120,7 +120,7 @@ def sweep(
 
     Raises:
         InputError: a cell's workdir contains another run, two cells have the same workdir, or a task
-            lacks the split. It is raised before the first cell is trained.
+            lacks the split. The error is raised before the first cell is trained.
         SystemExit: a signal arrived. The exit status is 75, and finished work is saved.
     """
     if jax.process_count() > 1:

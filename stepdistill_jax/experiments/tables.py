@@ -46,7 +46,7 @@ class Table:
         return path
 
     def csv(self) -> str:
-        """Returns the table as CSV with a header. No cell can be read as a formula by a spreadsheet."""
+        """Returns the table as CSV with a header. A spreadsheet does not read any cell as a formula."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
@@ -174,8 +174,8 @@ def cost_table(comparison: Comparison, name: str) -> Table:
 def settings_table(comparison: Comparison, name: str) -> Table:
     """Returns a table of settings.
 
-    It lists `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from their defaults or
-    between arms.
+    The table lists `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from their
+    defaults or between arms.
     """
     default = flat_settings(with_defaults({}))
     by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)

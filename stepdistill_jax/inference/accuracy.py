@@ -40,7 +40,7 @@ class AccuracyCounts:
         Args:
             prediction: the model's label.
             label: the gold label; empty if unknown.
-            choices: the row's own choices, if it has any.
+            choices: the row's own choices, if the row has any.
             probabilities: {answer: probability} over the allowed answers; None if any answer was allowed.
         """
         self.rows += 1
@@ -63,11 +63,11 @@ class AccuracyCounts:
         """Returns the counts and averages of all rows.
 
         `rows` is the number of rows. `accuracy` and `majority_baseline` are computed over the rows that
-        have a gold label, and are absent if no row has one. `rows_with_label` is present only if some
-        rows have a gold label and others do not. `invalid_labels` is the number of answers that are not
-        valid labels, or None if it is not known which answers are valid. `collapsed` is true if there are two or more rows
-        and all have the same answer. If answers were restricted to choices, the dict also has the keys
-        of `Calibration.summary`.
+        have a gold label. They are absent if no row has a gold label. `rows_with_label` is the number of
+        rows with a gold label, and is present only if other rows have none. `invalid_labels` is the
+        number of answers that are not valid labels, or None if it is not known which answers are valid.
+        `collapsed` is true if there are two or more rows and all have the same answer. If answers were
+        restricted to choices, the dict also has the keys of `Calibration.summary`.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:

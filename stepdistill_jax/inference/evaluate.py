@@ -81,8 +81,8 @@ def evaluate(
         output: JSON file for the result; None writes no file.
         with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
         data_dir: folder of prepared datasets and tokens; None means the default folder.
-        task_module: module that registers the task. If it is None and the model was trained on this
-            task, the module is the one used in training.
+        task_module: module that registers the task. If `task_module` is None and the model was trained on
+            this task, the module from training is used.
         **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`, for which the model's
             own values are used.
 
@@ -197,7 +197,8 @@ def _check_each(
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
     """Returns the names of the model's objectives, and the run's setting `task_objectives`.
 
-    The setting says which objectives the tasks of a mixture train. It is None if it is unknown.
+    The setting says which objectives the tasks of a mixture train. None means that the setting is
+    unknown.
     """
     if info is None:
         return ["label"], None
@@ -324,9 +325,10 @@ def evaluate_tokens(
         options: options of decoding, except `choices=row`; None means `DecodeOptions()`.
         task_metrics: the task's own metrics, for the same rows; None if the task has none.
         keep: function that is called before the task's metrics are computed. Its argument has a dict for
-            each input, with `id` (the 1-based index of the input, as a string), `label`, `score`, the
-            other fields that `predict` writes, and `target` (the gold label). If a metric reads scores
-            of targets, the dict also has `target_score`, the natural log of the target's probability.
+            each input. The keys of the dict are `id` (the 1-based index of the input, as a string),
+            `label`, `score`, the other fields that `predict` writes, and `target` (the gold label). If a
+            metric reads scores of targets, the dict also has `target_score`, the natural log of the
+            target's probability.
 
     Returns:
         The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`. If the task has

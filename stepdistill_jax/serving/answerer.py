@@ -55,7 +55,8 @@ class Answerer:
             engine: result of `open_engine`.
             prompting: result of `prompting_for`, without the rationale.
             allowed: result of `allow`; None if any answer is allowed.
-            explaining: prompting with the rationale; None if the model has no separate objective for it.
+            explaining: prompting with the rationale; None if the model has no separate objective for
+                rationales.
         """
         self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining
@@ -112,7 +113,7 @@ class Answerer:
     def explanation(self, question: Question) -> dict[str, Any]:
         """Returns the row's id and the rationale that `predict` would write.
 
-        The errors are those of `answers`.
+        Raises the same errors as `answers`.
         """
         with self._errors_for_clients():
             return {"id": question.row.id, RATIONALE: self._explained(question)}

@@ -61,7 +61,7 @@ def annotate(
         `prompt_tokens`, `completion_tokens`: tokens used.
         `cost`: money spent; None if the prices are unknown.
         `defects`: {defect: number of answers}.
-        `first_defects`: {defect: the first row with it}.
+        `first_defects`: {defect: the first row with this defect}.
         `rows_per_second`: rows written per second.
         `stopped`: why the run ended before the last row; None if it reached the last row.
         If rows have gold labels, the result also has `with_label`, the number of these rows, and
@@ -116,8 +116,8 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
 
     Returns:
         `rows` is the number of rows, and `answers` the number of missing answers. `prompt_tokens`,
-        `completion_tokens` and `cost` are estimates, with 4 characters per token and answers as long as
-        the exemplars' answers. `most_completion_tokens` and `most_cost` assume answers of `max_tokens`
+        `completion_tokens` and `cost` are estimates that assume 4 characters per token, and answers
+        as long as the exemplars' answers. `most_completion_tokens` and `most_cost` assume answers of `max_tokens`
         tokens each. The costs are None if the prices are unknown.
     """
     settings = prompting.settings

@@ -1,4 +1,4 @@
-"""Saves the answers that were paid for in an SQLite file, which several processes may use at once."""
+"""Saves answers in an SQLite file, so that none is paid for twice. Several processes may use the file."""
 
 import dataclasses
 import json

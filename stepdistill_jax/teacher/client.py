@@ -55,7 +55,8 @@ class SentAgain(Exception):
     Attributes:
         status: HTTP status of the response; 0 if there was no response.
         wait: seconds that the server asks us to wait; None if it names no time.
-        used: prompt and answer tokens that are charged although there is no answer; None if unknown.
+        used: prompt and answer tokens that are charged although there is no answer; None if
+            their number is unknown.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ def now() -> str:
 class ChatClient:
     """Asks a server through its endpoint `chat/completions`.
 
-    The API key is read from the environment and passed only to the HTTP client. It is removed from every
+    The API key is read from the environment and passed only to the HTTP client. The key is removed from every
     message and answer that leaves this class.
     """
 
@@ -325,7 +326,7 @@ def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Returns the seconds to wait according to the headers; None if they do not say.
+    """Returns the seconds to wait according to the headers; None if the headers name no time.
 
     The headers are `retry-after-ms`, and `Retry-After` with seconds or a date.
     """

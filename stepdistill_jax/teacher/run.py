@@ -54,7 +54,7 @@ class Counts:
         truncated: number of answers that were truncated at the token limit.
         asked_again: number of requests that repeated a question after an unreadable answer.
         defects: {defect: number of answers}, over the final answers of the rows.
-        first_defects: {defect: the first row with it}.
+        first_defects: {defect: the first row with this defect}.
     """
 
     rows: int = 0
@@ -93,7 +93,7 @@ class Run:
             output: file for the rows.
             defects: file for the list of defects.
             bar: progress bar.
-            kept: number of answers that are in the cache. They count as usable when the share of
+            kept: number of answers that are in the cache. These answers count as usable when the share of
                 unusable answers is computed.
         """
         self._prompting, self._settings = prompting, prompting.settings
