@@ -65,8 +65,8 @@ def load_model(
             step.
 
     Raises:
-        InputError: the folder contains no model, it lacks the step, the step's files are damaged (the
-            message then suggests a good step), or the weights do not fit the configuration.
+        InputError: the folder contains no model, the folder lacks the step, the step's files are damaged
+            (the message then suggests a good step), or the weights do not fit the configuration.
     """
     path = as_path(path)
     found = on_process_0(

@@ -71,14 +71,13 @@ def predict(
             prefix. An input longer than in training is truncated and counted.
         output: path of the file of JSON lines to write. Each line has `id`, `label` and `score`, the
             natural log of the probability of the answer with its end of sequence, rounded to 6 decimals.
-            It also has `rationale` if rationales are requested, and `probability` and `choices` if
+            Each line also has `rationale` if rationales are requested, and `probability` and `choices` if
             answers are restricted to choices (`inference.allowed_answers`). If the model writes more than
-            a label, the label is parsed from its answer, and the other fields of the target are added
-            (`prompting.read_answer`).
-            The file's name ends in `.partial` until the file is complete and replaces any older output.
-            A restarted run continues after the finished rows. The file then has the same bytes as
-            without the stop; on other devices or in other batches, labels are the same, and scores
-            differ by at most 1e-5.
+            a label, the label is parsed from the model's answer, and the other fields of the target are
+            added (`prompting.read_answer`). The file's name ends in `.partial` until the file is complete
+            and replaces any older output. A restarted run continues after the finished rows. The file
+            then has the same bytes as without the stop; on other devices or in other batches, labels are
+            the same, and scores differ by at most 1e-5.
         task: prepared dataset that determines the metric and the possible labels; None means the
             model's own task.
         with_rationale: also decodes the objective `rationale`, for inspection. The label does not depend

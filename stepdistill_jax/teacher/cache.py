@@ -1,4 +1,4 @@
-"""Saves answers in an SQLite file, so that none is paid for twice. Several processes may use the file."""
+"""Saves the teacher's answers in an SQLite file, which several processes may use at once."""
 
 import dataclasses
 import json

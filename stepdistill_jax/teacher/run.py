@@ -29,7 +29,7 @@ DEFECT_TEXT = 200  # characters of an answer in the list of defects
 
 
 class Stopped(Exception):
-    """Raised when a run ends early. Its answers are saved, and the same command continues the run.
+    """Raised when a run ends early. The answers are saved, and the same command continues the run.
 
     Attributes:
         hopeless: whether to cancel the requests in progress instead of waiting for them.
