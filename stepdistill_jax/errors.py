@@ -31,7 +31,7 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def escaped(text: object) -> str:
-    r"""Returns `text` with all characters escaped that can control a terminal: ESC becomes `\x1b`.
+    r"""Returns `text`, in which characters that can control a terminal are escaped: ESC becomes `\x1b`.
 
     Line ends and tabs are unchanged. All other control characters are escaped, as well as marks that
     change the writing direction, Unicode's own line ends, and halves of surrogate pairs, which no encoding

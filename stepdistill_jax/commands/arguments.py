@@ -222,8 +222,8 @@ def require_seqio(command: str) -> None:
     """Refuses a command that needs SeqIO if SeqIO or one of its dependencies is not installed.
 
     Raises:
-        InputError: a distribution is missing. The message names it, and the commands that work without
-            it.
+        InputError: a distribution is missing. The message names the distribution, and the commands
+            that work without it.
     """
     needed = {
         "tensorflow_text": "tensorflow-text",

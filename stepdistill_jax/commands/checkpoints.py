@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table of the checkpoints. It changes nothing, so it may be used while a run is training.
+    """Prints a table of the checkpoints.
+
+    The command changes nothing, so it may be used while a run is training.
 
     Returns:
         `checkpoints`: a dict for each checkpoint, with `step`, `state`, `bytes`, `metrics`, `problem` and

@@ -27,7 +27,7 @@ LITERAL = (
 
 
 def _of_no_module(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns `function` without a module.
+    """Returns a wrapper of `function` whose `__module__` is None.
 
     If a function named `constant` had a module, gin would use its own `gin.constant` for that name.
     """
@@ -86,7 +86,8 @@ def main_bindings() -> dict[str, str]:
 def selector_of(name: str) -> str:
     """Returns the name under which a configurable is bound.
 
-    This is the short name of one of our configurables, and the name as given of one of optax or the user.
+    One of our configurables is bound under its short name. A function of optax or of the user is bound
+    under the name as given.
 
     Raises:
         InputError: there is no configurable of this name, or there are several.

@@ -96,9 +96,9 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    The result also has a binding for each parameter that no file binds, with the parameter's default. If
-    the binding of a parameter is a macro of the parameter's own name, and no file binds that macro, the
-    macro has the parameter's default.
+    If no file binds a parameter, the result binds the parameter to its default. If a parameter is bound to
+    a macro of the parameter's own name, and no file binds that macro, the result binds the macro to the
+    parameter's default.
 
     Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, `train` reads `@optimizer`,
     which reads `%BETA`. The bindings of all three are returned. A binding in a scope, such as
@@ -164,7 +164,10 @@ def _check_values(reached: Bindings, config: str) -> None:
 
 
 def _source(b: Binding, bindings: Bindings) -> Binding:
-    """Returns the binding whose value a binding has: its own, or that of the macro to which it refers."""
+    """Returns the binding from which `b` gets its value.
+
+    This is `b` itself, unless its value is a macro: then it is the last binding in the chain of macros.
+    """
     seen = []
     while b.macro in bindings:
         if b.macro in seen:
@@ -219,8 +222,8 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 def _bind_optimizer(reached: Bindings) -> None:
     """Replaces a reference to a function of optax or the user in `train.optimizer` by an `OptimizerFunction`.
 
-    That object has the function and its arguments. A run records both, and a resumed run compares them
-    with its own.
+    That object contains the function and its arguments. A run records function and arguments, and a
+    resumed run compares the recorded ones with its own.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None
@@ -240,7 +243,7 @@ def _bind_optimizer(reached: Bindings) -> None:
 
 
 def _text(reached: Bindings, imports: Sequence[str]) -> str:
-    """Returns the bindings as a gin text, with imports first, then macros, then parameters."""
+    """Returns the bindings as a gin text: first the imports, then the macros, then the parameters."""
     lines = {
         key: f"{key} = {'1e999' if b.value == math.inf else repr(b.value)}"
         for key, b in sorted(reached.items())

@@ -1,4 +1,4 @@
-"""Reads gin files into bindings that record the file and line of each.
+"""Reads gin files. Each binding that is read records its file and line.
 
 gin's own `parse_config` does not record file and line, and lets a later file override an earlier one without
 a message. This module uses only gin's parser, and not gin's global state.
@@ -77,7 +77,7 @@ Bindings = dict[str, Binding]
 
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
-    """Returns a context in which the message of an InputError is preceded by its place, `where`."""
+    """Returns a context that puts `where` in front of the message of an InputError."""
     try:
         yield
     except InputError as error:
@@ -96,7 +96,10 @@ def one_line(error: Exception) -> str:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns a path for messages: relative to the current folder if it is below that, else unchanged."""
+    """Returns a path as messages show it.
+
+    A path below the current folder is shown relative to this folder; any other path is unchanged.
+    """
     try:
         return str(path.absolute().relative_to(pathlib.Path.cwd()))
     except ValueError:
@@ -174,10 +177,10 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     """Merges the bindings of several files.
 
     A later file overrides earlier ones, but the order of shipped parts does not matter. If a part contains
-    a reference such as `@optimizer()`, it is taken to define everything about `optimizer`: bindings of
-    `optimizer` in earlier files are dropped, so that its other parameters have their defaults. If two parts
-    bind the same key, the binding gets a `rival`. Parts in `paper/` are an exception, since other parts
-    override them.
+    a reference such as `@optimizer()`, the part is taken to define everything about `optimizer`: bindings
+    of `optimizer` in earlier files are dropped, so that its other parameters have their defaults. If two
+    shipped parts bind the same key, the later binding has the earlier one as its `rival`. Parts in
+    `paper/` are an exception, since other parts override them.
 
     Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the binding of `optimizer.b1`
     in an earlier file is dropped. If `optimizers/adafactor.gin` is used, too, the binding of

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_or_task(args: argparse.Namespace) -> Any:
-    """Returns a `TrainConfig` if the argument names a config; otherwise the argument, the name of a task.
+    """Returns a `TrainConfig` if the argument names a config.
+
+    Otherwise, the argument is the name of a task, and is returned unchanged.
 
     Raises:
         InputError: there is neither a config nor a task of that name. The message suggests a similar one.

@@ -61,7 +61,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    If the process was started as one of several, it may exit instead of returning.
+    If the process was started as one of several, the function may end the process instead of returning.
     """
     typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:

@@ -142,7 +142,9 @@ def _console() -> "Console":
 
 
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
-    """Returns the flags of `train` that select a candidate. Only `plan` accepts `--devices` among them.
+    """Returns the flags that select a candidate.
+
+    `train` accepts all of these flags except `--devices`, which only `plan` accepts.
 
     Args:
         candidate: a compiled candidate.
@@ -167,7 +169,7 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns a line with the flags of a remedy and with what a step then needs."""
+    """Returns a line with the flags of a remedy, and with the memory and work of a step with these flags."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
     bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20.0,
         metavar="X",
-        help="seconds after SIGTERM or Ctrl-C in which requests in progress are still"
-        " answered (default: 20)",
+        help="seconds for which requests in progress are still answered after SIGTERM or"
+        " Ctrl-C (default: 20)",
     )
     add_decode_arguments(parser, prompts=True)
 

@@ -1,6 +1,6 @@
 """`stepdistill settings`: lists the macros and fields of a config, with their defaults and meanings.
 
-All of these are read from the classes and functions that a config binds.
+The command reads macros and fields from the classes and functions that a config binds.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def find_settings(name: str) -> list[Setting]:
 
 
 def summary_of(owner: str) -> str:
-    """Returns the first line of the docstring of an owner, the class or function that has the fields."""
+    """Returns the first line of an owner's docstring. The owner is the class or function with the fields."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES
 
     return (inspect.getdoc(CONFIGURABLES[owner]) or "").partition("\n")[0]
@@ -134,8 +134,7 @@ def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, s
     """Returns {parameter: (unit, meaning)} for a configurable, from docstrings.
 
     If the configurable is a function, its own `Args:` take precedence over the attributes of the class that
-    it returns. The parameter `label_weight` of an arm has the meaning of the attribute `weight`, for the
-    objective `label`.
+    it returns. An arm's parameter `label_weight` means the attribute `weight` of the objective `label`.
     """
     returned = inspect.signature(configurable).return_annotation
     returned = next(iter(typing.get_args(returned)), returned)  # of tuple[Objective, ...]

@@ -29,7 +29,7 @@ def shipped_folder(name: str) -> pathlib.Path:
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """Returns {name: path} of the shipped experiments. The name is that of the file, without `.gin`."""
+    """Returns {name: path} of the shipped experiments. The names are those of the files, without `.gin`."""
     return {path.stem: path for path in sorted(shipped_folder("configs").glob("*.gin"))}
 
 
@@ -53,7 +53,8 @@ def find_config(name: str) -> pathlib.Path:
     """Returns the path of a config: the file `name`, or a shipped experiment or part of that name.
 
     Raises:
-        InputError: there is neither. The message suggests a shipped one with a similar name.
+        InputError: there is no such file, experiment or part. The message suggests a similar name,
+            or lists the names of shipped configs or parts.
     """
     path = pathlib.Path(name).expanduser()
     if os.path.isfile(path):
@@ -75,7 +76,10 @@ def find_config(name: str) -> pathlib.Path:
 
 
 def _sibling_parts(path: pathlib.Path) -> list[str]:
-    """Returns the names of the shipped parts in the folder of a name such as `optimizers/adam.gin`."""
+    """Returns the names of all shipped parts in the folder of a path.
+
+    Example: for `optimizers/adam.gin`, these are the names of all parts in `optimizers/`.
+    """
     folder = shipped_folder("gin") / path.parent.as_posix().removeprefix("gin/")
     # os.path.isdir is False for an impossible name, where pathlib would raise an error
     return sorted(part.name for part in folder.glob("*.gin")) if os.path.isdir(folder) else []

@@ -179,7 +179,7 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
 def _arm(arm: str) -> tuple[list[str], list[str]]:
     """Returns the overrides (as after `--set`) and the gin files that select an arm.
 
-    If the arm is a name of objectives, the weights that the config binds for them apply. If it is a gin
+    If the arm is a name of objectives, the objectives have the weights that the config binds. If it is a gin
     file, all bindings of the file override the config.
     """
     from stepdistill_jax.commands.shipped import find_config, shipped_folder

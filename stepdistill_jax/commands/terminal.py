@@ -1,4 +1,4 @@
-"""Prints lines, tables and tracebacks, with all characters escaped that could control the terminal."""
+"""Prints lines, tables and tracebacks. Characters that could control the terminal are escaped."""
 
 import sys
 import traceback
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def say(text: object) -> None:
-    """Prints a text on standard output, with its control characters escaped."""
+    """Prints a string on standard output. Its control characters are escaped."""
     print(escaped(text))
 
 

@@ -32,7 +32,8 @@ class Point:
         accuracy: mean accuracy of the runs.
         low, high: ends of the 95 % interval of the mean, by Student's t; None if there is only one run.
         collapsed: number of runs whose answers are the same for all rows.
-        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all or none did.
+        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all runs or no runs
+            collapsed.
     """
 
     arm: str
@@ -86,9 +87,9 @@ class Enough:
         fraction: smallest tested fraction at which the arm's mean accuracy is at least `target`; None if
             there is none.
         labels: mean number of labelled examples at `fraction`; None if `fraction` is None.
-        surely: smallest fraction such that, at this and all larger tested fractions, the arm is
-            significantly better than the baseline at its largest fraction (the 95 % interval of the
-            difference is above 0); None if there is none.
+        surely: smallest fraction from which on the arm is significantly better than the baseline at its
+            largest fraction: at this and all larger tested fractions, the 95 % interval of the difference
+            is above 0. None if there is no such fraction.
         tested: whether the arms' answers could be compared row by row. If not, `surely` means nothing.
         baseline_labels: mean number of labelled examples of the baseline at its largest fraction.
         reverse: smallest fraction at which the baseline reaches the accuracy that the arm has at its own
@@ -115,8 +116,8 @@ class Comparison:
         runs: the runs of the group.
         points: the runs of each arm at each fraction, sorted by arm and then by fraction.
         tests: the tests between arms.
-        enough: how much data each arm needs, except the baseline.
-        teacher: accuracy of the teacher's labels on the same rows; None if there are none.
+        enough: for each arm except the baseline, how much data the arm needs.
+        teacher: accuracy of the teacher's labels on the same rows; None if there are no such labels.
         majority: accuracy of always answering the commonest label; None if it is unknown.
     """
 
@@ -135,9 +136,11 @@ class Comparison:
         return list(dict.fromkeys(p.arm for p in self.points))
 
     def is_chance(self, point: Point) -> bool:
-        """Returns whether a point may be no better than always answering the commonest label.
+        """Returns True if the runs of a point do not show that the arm is better than chance.
 
-        It may be if the lower end of its 95 % interval is not above that accuracy.
+        This is the case if the lower end of the point's 95 % interval is at most `majority`, the accuracy
+        of always answering the commonest label. A single run has no interval, so that its accuracy is
+        compared with `majority` instead.
         """
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
@@ -158,8 +161,9 @@ def compare(
 
     Args:
         runs: all runs.
-        baseline: name of the arm with which the other arms are compared. None means `label_only`; if there
-            is no such arm, the first one with the same objectives; if there is none, the first arm.
+        baseline: name of the arm with which the other arms are compared. None means the arm
+            `label_only`. If there is no such arm, the first arm with the same objectives is used, or
+            else the first arm.
 
     Returns:
         A comparison for each group, and a dict for each run that was left out. The dict has `run`, the
@@ -245,7 +249,7 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
 
 
 def short_value(value: str) -> str:
-    """Returns the value of a setting, or only the last part of it if it is a path."""
+    """Returns the value of a setting. If the value is a path, only its last part is returned."""
     # INIT_RULES is a list of names with slashes
     is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value

@@ -26,16 +26,18 @@ def spoil(
 
     Args:
         examples: examples of the train split.
-        kind: how a chosen row is changed. `shuffled` gives it the rationale of another random row, and
-            `wrong` the rationale of a random row with another label. `missing` removes its rationale.
-            `teacher_errs` gives it the rationale of a random row with another label, and that label as
-            the teacher's label, `llm_label`; the `llm_label` of all other rows is their own label.
-        share: share of rows to change, among the rows with a rationale. They are chosen at random.
+        kind: how a chosen row is changed. `shuffled` gives the row the rationale of another random row.
+            `wrong` gives the row the rationale of a random row with another label. `missing` removes the
+            row's rationale. `teacher_errs` is like `wrong`, but the other label also becomes the
+            teacher's label of the row, `llm_label`. The `llm_label` of all other rows is then their own
+            label.
+        share: share of rows to change, among the rows with a rationale. The rows to change are chosen at
+            random.
         seed: random seed.
 
     Raises:
-        InputError: `kind` is unknown; or it needs a row with another label, but all rows have the same
-            label.
+        InputError: `kind` is unknown; or `kind` needs a row with another label, but all rows have the
+            same label.
     """
     one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)
@@ -78,7 +80,7 @@ def prepare_control(
     """Prepares the dataset NAME_KIND_PERCENT, which is the dataset NAME with a train split from `spoil`.
 
     Raises:
-        InputError: the errors of `spoil` and `prepare_variant`.
+        InputError: `spoil` or `prepare_variant` raises it.
     """
     return prepare_variant(
         name,
@@ -110,7 +112,7 @@ def prepare_variant(
             that variable is not set.
 
     Raises:
-        InputError: the errors of `prepare` and `open_prepared`.
+        InputError: `prepare` or `open_prepared` raises it.
     """
     folder = data_folder(data_dir)
     if is_prepared(new_name, folder):

@@ -62,7 +62,7 @@ def demo(
 ) -> dict[str, Any]:
     """Trains each arm in `workdir`/ARM, decodes the test labels, and compares the arms.
 
-    If the arms were trained by an earlier call, this one only decodes.
+    If an earlier call has already trained the arms, this call only decodes.
 
     Args:
         arms: {name: (config, gin text of the config)}. All configs have the same task.
@@ -110,9 +110,12 @@ def demo(
 
 
 def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
-    """Decodes an objective for each input; returns the decoded texts and their numbers of tokens.
+    """Decodes one objective for each input.
 
     `objective` is the index of the objective, and `length` the largest number of tokens to decode.
+
+    Returns:
+        The decoded text for each input, and the number of decoded tokens for each input.
     """
     chosen = info.objectives[objective]
     rows = [
@@ -143,7 +146,10 @@ def _test(
 def _rationales(
     model: LoadedModel, info: TaskInfo, dataset: PreparedDataset, predictions: list[str]
 ) -> list[dict[str, str]]:
-    """Returns the first test rows with the model's labels and rationales; [] if it writes no rationales."""
+    """Returns the first test rows with the model's labels and rationales.
+
+    The list is empty if the model writes no rationales.
+    """
     names = [o.name for o in info.objectives]
     if "rationale" not in names:
         return []

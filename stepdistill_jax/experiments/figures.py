@@ -35,7 +35,7 @@ def _runs_of(points: Sequence[Point]) -> str:
 def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> pathlib.Path:
     """Draws accuracy against the share of the training data, with a line for each arm.
 
-    Whiskers show 95 % intervals, and crosses in an arm's colour show its collapsed runs.
+    Whiskers show 95 % intervals, and crosses in an arm's colour show the arm's collapsed runs.
 
     Returns:
         The path of the SVG file.
@@ -70,7 +70,8 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
 def _tick(comparison: Comparison, fraction: float) -> str:
     """Returns the label of a fraction on the axis, such as `25%`.
 
-    If all arms were trained on the same number of labels, such as `375 labels`, a second line shows it.
+    If all arms were trained on the same number of labels, such as `375 labels`, a second line shows this
+    number.
     """
     labels = {f"{p.labels:.0f}" for p in comparison.points if p.fraction == fraction}
     return f"{100 * fraction:g}%" + (f"\n{labels.pop()} labels" if len(labels) == 1 else "")
@@ -141,7 +142,8 @@ def size_figure(
     """Draws the accuracy of each arm at its largest fraction against the size of the model.
 
     Returns:
-        The path of the SVG file; None, without a figure, if all models have the same size.
+        The path of the SVG file. If all models have the same size, nothing is drawn, and the result is
+        None.
     """
     by_arm: dict[str, list[tuple[int, Point]]] = defaultdict(list)
     for comparison in comparisons:

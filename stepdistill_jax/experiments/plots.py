@@ -82,7 +82,7 @@ def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
-    """Returns, for each value, the mean of the last `window` values up to it.
+    """Returns, for each value, the mean of this value and of up to `window` - 1 values before it.
 
     Example: `smoothed([1, 2, 4], 2)` is [1.0, 1.5, 3.0].
     """
@@ -119,7 +119,10 @@ def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
 
 
 def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
-    """Returns a new figure, its axes for validation accuracy, and its axes for a loss, against the step."""
+    """Returns a new figure and its two axes.
+
+    The first axes are for validation accuracy against the step, the second for a loss against the step.
+    """
     from matplotlib.ticker import MaxNLocator
 
     made, (accuracy, loss) = figure(2)
@@ -131,7 +134,7 @@ def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
 
 
 def figure(columns: int = 1) -> tuple[Any, Any]:
-    """Returns a new figure and its axes, which are a single object or an array of `columns` objects.
+    """Returns a new figure and its axes: one object if `columns` is 1, else an array of `columns` objects.
 
     The figure is created without pyplot. It therefore opens no window and need not be closed.
     """

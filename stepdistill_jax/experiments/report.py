@@ -50,7 +50,8 @@ class Report:
         page: path of the HTML file.
         files: paths of all written files, the page first.
         comparisons: result of `comparison.compare`.
-        left_out: a dict for each run that is in no table, with `run`, its folder, and `why`, the reason.
+        left_out: a dict for each run that is in no table. The dict has `run`, the folder of the run, and
+            `why`, the reason.
     """
 
     page: pathlib.Path
@@ -75,13 +76,13 @@ def report(
 
     Args:
         runs: workdirs, folders of `sweep`, or folders that contain such folders.
-        output: folder for the files, which is created if it is missing. Files of an earlier report in it
-            are replaced.
+        output: folder for the files, which is created if it is missing. The files of an earlier report in
+            this folder are replaced.
         split: split whose answers are compared.
         baseline: name of the arm with which the other arms are compared; None means the default of
             `compare`.
-        examples: number of rows that the page shows with the arms' answers. They are spread evenly over
-            the split.
+        examples: number of rows that the page shows with the arms' answers. The rows are spread evenly
+            over the split.
         data_dir: folder of prepared datasets. If the runs' dataset is not there, the report has neither
             tests nor examples.
 
@@ -127,10 +128,10 @@ def report(
 
 
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns a suffix of file names for each comparison.
+    """Returns, for each comparison, the suffix of the names of its files.
 
-    The suffix is empty if there is only one comparison. Otherwise, it is made from the comparison's name; a
-    1-based index is added if the name is empty or not unique.
+    The suffix is empty if there is only one comparison. Otherwise, the suffix is made from the
+    comparison's name; a 1-based index is added if the name is empty or not unique.
     """
     if len(comparisons) == 1:
         return [""]
@@ -144,7 +145,7 @@ def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
 def _write_comparison(
     comparison: Comparison, folder: pathlib.Path, suffix: str, split: str
 ) -> tuple[list[pathlib.Path], dict[str, Any]]:
-    """Writes the files of a comparison; returns their paths, and the comparison's values for the page."""
+    """Writes the files of a comparison, and returns the files' paths and the values that the page shows."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = accuracy_figure(comparison, split, folder / f"accuracy{suffix}")
     learning = learning_figure(comparison, folder / f"learning{suffix}")
@@ -240,10 +241,10 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """Returns a sentence for each share of the data.
+    """Returns sentences that say which arms are significantly better than the baseline.
 
-    The sentence names the arms that are significantly better than the baseline with this share of the data
-    or more.
+    Each sentence names the arms that are better from one share of the data upwards. A last sentence names
+    the arms that are better at no share.
     """
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
@@ -267,7 +268,7 @@ def _better(found: Sequence[Enough]) -> list[str]:
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
     """Returns up to `count` rows for the page, with the answers of one run per arm.
 
-    The run of an arm is the one with the first seed, at the arm's largest fraction.
+    For each arm, these are the answers of the run with the first seed at the arm's largest fraction.
     """
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]
@@ -315,8 +316,8 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 def _embedded(figure: pathlib.Path) -> str:
     """Returns an SVG file as a data URI.
 
-    The page shows it as an image, so that the SVG can run no script and its names cannot clash with names
-    on the page.
+    The page shows the SVG as an image, so that the SVG can run no script and its names cannot clash with
+    names on the page.
     """
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
@@ -324,7 +325,8 @@ def _embedded(figure: pathlib.Path) -> str:
 def _page(**values: Any) -> str:
     """Returns the HTML of the page.
 
-    Strings from the data are escaped. The page's security policy allows only its own script, by a digest.
+    Strings from the data are escaped. The page's security policy allows only the page's own script, which
+    it identifies by a digest.
     """
     import jinja2
 

@@ -72,12 +72,13 @@ class RunResult:
 
     Attributes:
         workdir: folder of the run.
-        arm: name of the arm, from the sweep. For a run outside a sweep, it is derived from its objectives.
+        arm: name of the arm in the sweep. For a run outside a sweep, the name is derived from the run's
+            objectives.
         fraction: share of the train split that the run was trained on.
         seed: random seed of the run.
         grid: {setting: value} for the settings in the sweep's grid; empty outside a sweep.
         config: the config in `run.json`.
-        gold: the split that the run answered; None if its dataset is not prepared here.
+        gold: the split that the run answered; None if the split's dataset is not prepared here.
         labels: number of labelled examples that the run was trained on.
         parameters: number of parameters of the model.
         step: step of the checkpoint that answered.
@@ -127,7 +128,7 @@ class RunResult:
     def rationale_token_accuracy(self) -> float | None:
         """Token accuracy of the rationale, with teacher forcing, in the validation at `step`.
 
-        It is None if it was not measured.
+        The value is None if the accuracy was not measured.
         """
         key = f"eval/validation/accuracy/{RATIONALE}"
         found = [line[key] for line in self.lines if line["step"] == self.step and key in line]
@@ -149,10 +150,10 @@ class RunResult:
 
     @functools.cached_property
     def cost(self) -> tuple[float, float]:
-        """Seconds and FLOPs of all training steps, with compilation but without validation and saving.
+        """Seconds and FLOPs of all training steps. Compilation counts; validation and saving do not.
 
-        Metrics have the rate r of each logged step, in examples per second. The step took batch_size / r
-        seconds.
+        `metrics.jsonl` contains the rate r of each logged step, in examples per second. Such a step took
+        batch_size / r seconds.
         """
         seconds = flops = 0.0
         for line in self.lines:
@@ -186,8 +187,8 @@ def read_runs(
         data_dir: folder of prepared datasets.
 
     Returns:
-        The runs that have answers on the split, and a dict for each other run. The dict has `run`, the
-        folder of the run, and `why`, the reason to leave it out.
+        The runs that have answers on the split, and a dict for each run that is left out. The dict has
+        `run`, the folder of the run, and `why`, the reason to leave it out.
 
     Raises:
         InputError: a path contains no run, a file is damaged, or no run has answers on the split.
@@ -317,7 +318,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """Returns the field `name` of each row in a file; None if its rows do not have the ids of `gold`."""
+    """Returns the field `name` of each row in a file; None if the rows' ids differ from those in `gold`."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None

@@ -11,10 +11,11 @@ CHUNK = 200  # draws at once; [CHUNK, rows] row counts are in memory
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Returns the mean, and the lower and upper end of its 95 % interval by Student's t.
+    """Returns the mean, and the lower and upper end of the mean's 95 % interval by Student's t.
 
-    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). It covers
-    the choice of other seeds, but not of other rows. Both ends are None if there is only one value.
+    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). The
+    interval accounts for the choice of seeds, but not for the choice of rows. Both ends are None if there
+    is only one value.
 
     Example: `mean_interval([0.6, 0.7, 0.8])` is (0.7, 0.452, 0.948), rounded, with s = 0.1 and t = 4.303.
     """
@@ -30,8 +31,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Returns the accuracy of each run in each draw of rows, [draws, runs].
 
-    In each draw, as many rows as there are in total are drawn at random with replacement. All runs share
-    the drawn rows.
+    Each draw consists of n rows, which are drawn at random with replacement from the n rows. All runs
+    share the drawn rows.
 
     Args:
         right: whether each answer of each run is right, a bool array [runs, rows].
@@ -56,8 +57,8 @@ def paired_difference(
     """Tests the difference of two arms: the second arm's mean accuracy minus the first arm's.
 
     A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws the runs
-    (seeds) of each arm separately. The interval therefore covers the choice of other test rows and other
-    seeds. If each arm has only one run, it covers only the choice of other test rows.
+    (seeds) of each arm separately. The interval therefore accounts for the choice of test rows and of
+    seeds. If each arm has only one run, the interval accounts only for the choice of test rows.
 
     Args:
         first: accuracies of the first arm's runs from `resample`, [draws, runs].
@@ -86,9 +87,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     If differences with a corrected p of at most 5 % are called significant, the probability of one or more
     false alarms among all tests is at most 5 %.
 
-    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the corrected value before it
-    is larger, it is set to that value. Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from
-    3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
+    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the product is smaller than
+    the corrected value of the next smaller p value, that corrected value is used instead. Example:
+    `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from 3 x 0.01, then 2 x 0.03, then
+    max(1 x 0.04, 0.06).
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -95,9 +95,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Trains and evaluates the cells that are not done yet, in order.
 
-    A cell is done when its last step and its evaluation are saved in its workdir. A sweep that is killed
-    at any point can therefore be continued by the same call. Cells share a compiled program if they differ
-    only in their seed, their fraction, or numbers that are not constants of the program.
+    A cell is done when its last step and evaluation are saved in the cell's workdir. A sweep that is
+    killed at any point can therefore be continued by the same call. Cells share a compiled program if
+    they differ only in their seed, their fraction, or numbers that are not constants of the program.
 
     Args:
         cells: cells to train. They may have different tasks.
@@ -105,8 +105,8 @@ def sweep(
         data_dir: folder of prepared datasets.
         split: split on which the best step of each run is evaluated; None evaluates nothing. The results
             are saved in the run's workdir, in `evaluation/SPLIT.json` and `predictions/`.
-        with_rationale: whether to also decode rationales, for the arms that write them. Their quality is
-            saved as `rationale` in `evaluation/SPLIT.json`.
+        with_rationale: whether to also decode rationales, for the arms that write them. The quality of
+            the rationales is saved as `rationale` in `evaluation/SPLIT.json`.
         retries: number of times to retry a failed cell, after all other cells.
         asked: the arguments of the command, which are saved in `sweep.json`.
 
@@ -120,7 +120,7 @@ def sweep(
 
     Raises:
         InputError: a cell's workdir contains another run, two cells have the same workdir, or a task
-            lacks the split. It is raised before the first cell is trained.
+            lacks the split. The error is raised before the first cell is trained.
         SystemExit: a signal arrived. The exit status is 75, and finished work is saved.
     """
     if jax.process_count() > 1:
@@ -267,7 +267,10 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
 def _check_cells(
     cells: Sequence[Cell], folder: pathlib.Path, data_dir: pathlib.Path, split: str | None
 ) -> dict[str, str | None]:
-    """Checks the cells; returns {task: fingerprint of its dataset}, where a SeqIO task has None."""
+    """Checks the cells, and returns {task: fingerprint of the task's dataset}.
+
+    A SeqIO task has no fingerprint, so its value is None.
+    """
     if (folder / RUN).is_file():
         raise InputError(
             f"`workdir` {folder}: expected a folder of runs, but this is the folder of a single run"

@@ -46,7 +46,7 @@ class Table:
         return path
 
     def csv(self) -> str:
-        """Returns the table as CSV with a header. No cell can be read as a formula by a spreadsheet."""
+        """Returns the table as CSV with a header. A spreadsheet does not read any cell as a formula."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
@@ -174,8 +174,8 @@ def cost_table(comparison: Comparison, name: str) -> Table:
 def settings_table(comparison: Comparison, name: str) -> Table:
     """Returns a table of settings.
 
-    It lists `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from their defaults or
-    between arms.
+    The table lists `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from their
+    defaults or between arms.
     """
     default = flat_settings(with_defaults({}))
     by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)
@@ -206,7 +206,7 @@ def settings_table(comparison: Comparison, name: str) -> Table:
 
 
 def _sort_key(value: str) -> tuple[float, str]:
-    """Returns a sort key that puts numbers first, ordered by size, and other strings after them."""
+    """Returns a sort key for strings: numbers come first, ordered by size, and other strings follow."""
     try:
         return float(value), value
     except ValueError:
@@ -214,7 +214,7 @@ def _sort_key(value: str) -> tuple[float, str]:
 
 
 def runs_table(comparisons: Sequence[Comparison], split: str) -> Table:
-    """Returns a table with a row for each run, from which readers can compute other figures."""
+    """Returns a table with a row for each run, from which readers can compute other statistics."""
     head = ("comparison", "arm", "fraction", "seed", "labels", "parameters", "best step")
     head += (f"accuracy on {split}", "rows", "collapsed", "seconds", "TFLOP", "workdir")
     rows = [(c.name, *_run(run)) for c in comparisons for p in c.points for run in p.runs]

@@ -1,7 +1,8 @@
 """Gets labels from a trained model, without TensorFlow and without training code.
 
 The imports are not lazy. Importing the module `inference.predict` binds the name `predict` to the module;
-the import statement below then binds the name to the function, so that `inference.predict(...)` works.
+the import statement below then binds `predict` to the function instead, so that `inference.predict(...)`
+works.
 """
 
 from stepdistill_jax.decoding.beam import beam_search

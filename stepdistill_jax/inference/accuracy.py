@@ -1,4 +1,4 @@
-"""Counts the answers that are right, and those that are not valid labels. No other module counts them."""
+"""Counts how many answers are right and how many are not valid labels. No other module does this."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,10 @@ from stepdistill_jax.inference.calibration import Calibration
 
 
 class AccuracyCounts:
-    """Counts right and invalid answers, over rows in any order and in bounded memory."""
+    """Counts right and invalid answers.
+
+    Rows may be added in any order, and the memory does not grow with the number of rows.
+    """
 
     def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):
         """Starts all counts at zero.
@@ -37,7 +40,7 @@ class AccuracyCounts:
         Args:
             prediction: the model's label.
             label: the gold label; empty if unknown.
-            choices: the row's own choices, if it has any.
+            choices: the row's own choices, if the row has any.
             probabilities: {answer: probability} over the allowed answers; None if any answer was allowed.
         """
         self.rows += 1
@@ -60,11 +63,11 @@ class AccuracyCounts:
         """Returns the counts and averages of all rows.
 
         `rows` is the number of rows. `accuracy` and `majority_baseline` are computed over the rows that
-        have a gold label, and are absent if no row has one. `rows_with_label` is present only if some
-        rows have a gold label and others do not. `invalid_labels` is the number of answers that are not
-        valid labels, or None if it is not known which answers are valid. `collapsed` is true if there are two or more rows
-        and all have the same answer. If answers were restricted to choices, the dict also has the keys
-        of `Calibration.summary`.
+        have a gold label. They are absent if no row has a gold label. `rows_with_label` is the number of
+        rows with a gold label, and is present only if other rows have none. `invalid_labels` is the
+        number of answers that are not valid labels, or None if it is not known which answers are valid.
+        `collapsed` is true if there are two or more rows and all have the same answer. If answers were
+        restricted to choices, the dict also has the keys of `Calibration.summary`.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:
@@ -79,7 +82,9 @@ class AccuracyCounts:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """Returns the summary as one readable line; further lines show the task's metrics and anything unusual.
+    """Returns the summary as text. Its first line shows the counts and measures.
+
+    Further lines show the task's own metrics and anything unusual, if there is any.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.

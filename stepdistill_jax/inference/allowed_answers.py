@@ -47,19 +47,19 @@ class Allowed:
         most_ids: int,
         temperature: float = 1.0,
     ):
-        """Reads the labels, unless each row has its own.
+        """Reads the labels, unless each row has its own choices.
 
         Args:
             choices: `row` for each row's field `choices`, `labels` for the task's labels, the path of a
                 file, or a list of labels. The file has one label per line, or contains a JSON list if
                 its name ends in .json.
             labels: labels of the task; empty if they are not a closed set.
-            objective: objective whose target is the label. The model was trained to write its target
-                template.
+            objective: objective whose target is the label. The model was trained to write this
+                objective's target template.
             vocabulary: vocabulary of the model.
             most_ids: largest number of ids in an answer, the end of sequence included; training
                 truncated longer answers.
-            temperature: temperature of the probabilities; scores do not depend on it.
+            temperature: temperature of the probabilities. The scores do not depend on it.
 
         Raises:
             InputError: the model writes more than the label; the file cannot be read; there are fewer
@@ -89,11 +89,11 @@ class Allowed:
         return self.labels or _each_once(row.choices)
 
     def ids(self, row: Example) -> list[tuple[int, ...]]:
-        """Returns the ids of each label in `of(row)`, each list with its end of sequence."""
+        """Returns, for each label in `of(row)`, the ids of the label, followed by the end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
     def check(self, row: Example) -> None:
-        """Refuses a row without choices, or with choices that the model cannot tell apart.
+        """Refuses a row if it has no choices, or if the model cannot tell its choices apart.
 
         Raises:
             InputError: the row is refused. The message gives the reason, but not the file and line.
@@ -112,10 +112,10 @@ class Allowed:
             scores: natural log of the probability of each label in `of(row)`, [labels].
 
         Returns:
-            `label` is the label with the highest score, and the first one if several have it. `score` is
-            the score of that label, rounded to 6 decimals. `choices` maps each allowed label to its
-            probability, rounded to 6 significant digits: a softmax of the scores at `temperature`.
-            `probability` is the probability of `label`.
+            `label` is the label with the highest score. If several labels have this score, it is the
+            first of them. `score` is the highest score, rounded to 6 decimals. `choices` maps each
+            allowed label to its probability, rounded to 6 significant digits. The probabilities are a
+            softmax of the scores at `temperature`. `probability` is the probability of `label`.
         """
         labels, scores = self.of(row), np.asarray(scores, np.float64)
         best = int(scores.argmax())
@@ -130,7 +130,7 @@ class Allowed:
         }
 
     def _encode(self, label: str) -> tuple[int, ...]:
-        """Returns the ids of a label, encoded like a target in training, but never truncated."""
+        """Encodes a label like a target in training, but without truncation, and returns its ids."""
         target = self._objective.target_template.format_map({self._objective.label_field: label})
         return (*self._vocabulary.encode(target), EOS_ID)
 
@@ -155,7 +155,9 @@ class Allowed:
 
 
 def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowed | None:
-    """Returns the answers that `options.choices` allows for this model and task; None if any is allowed.
+    """Returns the answers that `options.choices` allows for this model and task.
+
+    The result is None if any answer is allowed.
 
     Raises:
         InputError: the labels are unsuitable; see `Allowed`.
@@ -182,7 +184,7 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns the name of the labels' source, for messages, and the labels as the source has them."""
+    """Returns a name for the source of the labels, which messages use, and the unchecked labels."""
     if choices == LABELS:
         if not of_task:
             raise InputError(

@@ -16,7 +16,7 @@ WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 def answers_name(
     task: str, split: str, step: int | None, options: DecodeOptions, with_rationale: bool = False
 ) -> str:
-    """Returns the name, without `.jsonl`, of the file for answers that these options produce."""
+    """Returns the name of the file for the answers, without `.jsonl`. The arguments determine the name."""
     name = f"{task}-{split}-{step}"
     name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
     name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"
@@ -26,7 +26,7 @@ def answers_name(
 
 
 def write_answers(workdir: os.PathLike | str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the rows to `predictions/NAME.jsonl` in a workdir, atomically, replacing an older file.
+    """Writes the rows atomically to `predictions/NAME.jsonl` in a workdir. An older file is replaced.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full. The message names

@@ -12,13 +12,13 @@ _SMALLEST = np.log(np.finfo(np.float64).tiny)
 
 
 class Calibration:
-    """Accumulates the sums that measure calibration, over rows in any order.
+    """Adds up the sums from which the calibration is computed.
 
-    Each row must have a known gold label.
+    Rows may be added in any order. Each row must have a known gold label.
     """
 
     def __init__(self, temperature: float = 1.0):
-        """Starts without rows. `temperature` is that of the probabilities passed to `add`."""
+        """Starts without rows. `temperature` is the temperature of the probabilities that `add` receives."""
         self._temperature = temperature
         self._count, self._sure, self._right = np.zeros((3, BINS))
         self._losses = np.zeros(len(TEMPERATURES))
@@ -73,8 +73,9 @@ class Calibration:
 
 
 def _surprise(logs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """Returns -log of the probability of the gold labels, [...].
+    """Returns -log(total probability of the gold labels) for each row, [...].
 
-    `logs` are the log probabilities of all labels up to a constant per row, [..., labels].
+    `logs` are the unnormalized log probabilities of all labels, [..., labels]. Adding a constant to a row
+    of `logs` does not change the result.
     """
     return np.logaddexp.reduce(logs, axis=-1) - np.logaddexp.reduce(logs[..., gold], axis=-1)

@@ -67,7 +67,7 @@ class Engine(Protocol):
         """Returns the answers to `rows`, in the order of `rows`.
 
         Args:
-            rows: ids of each input with its end of sequence; no input is empty.
+            rows: ids of each input, including its end of sequence; no input is empty.
             max_decode_len: largest number of tokens in an answer, the end of sequence included.
             on_progress: called with the number of rows of each finished batch.
             decoder_prefix: ids that the decoder reads before the answer. They belong neither to the
@@ -81,7 +81,7 @@ class Engine(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Returns an array for each row: the log probabilities of the row's given answers.
+        """Returns, for each row, an array with the log probability of each of the row's given answers.
 
         See `choices.ChoiceScorer`.
         """
@@ -144,7 +144,8 @@ class JaxEngine:
     def identity(self) -> str:
         """Digest of the parameters, configuration and vocabulary in memory.
 
-        The digest does not cover `stepdistill.json`, since its prompts and lengths are options of a run.
+        The digest does not cover `stepdistill.json`, since the prompts and lengths in that file are options
+        of a run.
         """
         config = dataclasses.asdict(self._config)
         if config["logits_softcap"] is None:  # so that older, unfinished outputs can be continued
@@ -177,10 +178,11 @@ class JaxEngine:
         return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
-        """Returns the batch size for a number of rows: `batch_size`, halved while all rows still fit.
+        """Returns the batch size for a number of rows.
 
-        A smaller batch saves the time that padding rows take. Halving keeps the number of different
-        shapes small, and a program is compiled for each shape.
+        This is `batch_size`, halved as long as all rows still fit into a single batch. A smaller batch
+        saves the time that padding rows take. Halving keeps the number of different shapes small, and a
+        program is compiled for each shape.
         """
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
@@ -296,7 +298,7 @@ class CTranslate2Engine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Implements `Engine.score`. It encodes an input again for each of the input's answers.
+        """Implements `Engine.score`. CTranslate2 encodes an input again for each answer to the input.
 
         Raises:
             InputError: an answer lacks the end of sequence, which CTranslate2 always adds.

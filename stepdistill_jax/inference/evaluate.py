@@ -81,17 +81,17 @@ def evaluate(
         output: JSON file for the result; None writes no file.
         with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
         data_dir: folder of prepared datasets and tokens; None means the default folder.
-        task_module: module that registers the task. If it is None and the model was trained on this
-            task, the module is the one used in training.
+        task_module: module that registers the task. If `task_module` is None and the model was trained on
+            this task, the module from training is used.
         **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`, for which the model's
             own values are used.
 
     Returns:
         For a mixture whose labels come from several tasks, the result has `task`, `split`, `rows` (the
-        number of rows of all tasks) and `tasks` (each task's own result, by name).
+        number of rows of all tasks) and `tasks` ({name of a task: result of this task}).
         Otherwise, the result has the keys that `predict` returns, and `task`, `split`, `step`,
-        `num_beams` and `length_penalty`. If rationales were requested, it also has `rationale`, a dict
-        with the keys of `RationaleCounts.summary` and `unfinished`, the number of rationales that
+        `num_beams` and `length_penalty`. If rationales were requested, the result also has `rationale`, a
+        dict with the keys of `RationaleCounts.summary` and `unfinished`, the number of rationales that
         reached their maximum length without an end of sequence. If a SeqIO task has its own metrics, the
         result also has `metrics`, {name: value}.
 
@@ -197,7 +197,8 @@ def _check_each(
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
     """Returns the names of the model's objectives, and the run's setting `task_objectives`.
 
-    The setting tells which objective each task of the run's mixture gave; it is None if it is unknown.
+    The setting says which objectives the tasks of a mixture train. None means that the setting is
+    unknown.
     """
     if info is None:
         return ["label"], None
@@ -207,9 +208,9 @@ def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
 
 
 def _own_module(info: TaskInfo | None, task: str) -> str | None:
-    """Returns the module that registered the model's own task.
+    """Returns the module that registered the task on which the model was trained.
 
-    The result is None if the model was trained without a module, or on another task than `task`.
+    The result is None if the model was trained without a module, or if its task is not `task`.
     """
     if info is None or info.task != task:
         return None
@@ -311,11 +312,12 @@ def evaluate_tokens(
 ) -> dict[str, Any]:
     """Decodes the labels of inputs that are already ids, and compares them with the gold labels.
 
-    A user's own SeqIO task gives such inputs.
+    Such inputs come from a user's own SeqIO task.
 
     Args:
         path: workdir or model directory.
-        inputs: ids of each row with its end of sequence; inputs longer than in training are truncated.
+        inputs: ids of each input, including its end of sequence. An input longer than in training is
+            truncated.
         labels: the gold label of each row.
         metric: name of the metric that compares an answer with the gold label.
         allowed: the task's labels if they are a closed set; else empty. The option `choices=labels`
@@ -323,9 +325,10 @@ def evaluate_tokens(
         options: options of decoding, except `choices=row`; None means `DecodeOptions()`.
         task_metrics: the task's own metrics, for the same rows; None if the task has none.
         keep: function that is called before the task's metrics are computed. Its argument has a dict for
-            each input, with `id` (the 1-based index of the input, as a string), `label`, `score`, the
-            other fields that `predict` writes, and `target` (the gold label). If a metric reads scores
-            of targets, the dict also has `target_score`, the natural log of the target's probability.
+            each input. The keys of the dict are `id` (the 1-based index of the input, as a string),
+            `label`, `score`, the other fields that `predict` writes, and `target` (the gold label). If a
+            metric reads scores of targets, the dict also has `target_score`, the natural log of the
+            target's probability.
 
     Returns:
         The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`. If the task has

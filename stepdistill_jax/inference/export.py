@@ -45,7 +45,7 @@ def export(
     """Writes the model of one step for other programs.
 
     The format `hf` is a directory in Hugging Face's layout, with configuration, weights, tokenizer, task
-    and model card. `predict` writes the same bytes for it as for the workdir at that step.
+    and model card. From this directory, `predict` writes the same bytes as from the workdir at that step.
 
     The format `jax` is the label decoder as a `jax.export` program, with the weights in separate files. A
     process that has only jax can run it; the `README.md` in the folder shows how.
@@ -174,7 +174,7 @@ def _metrics(model: LoadedModel) -> dict[str, Any]:
 
 
 def _task_info(model: LoadedModel) -> TaskInfo | None:
-    """Returns the contents of the new `stepdistill.json`: the model's own, and the exported step."""
+    """Returns the contents of the new `stepdistill.json`: the model's own contents and the exported step."""
     info = model.task_info
     if info is None or model.step is None:
         return info

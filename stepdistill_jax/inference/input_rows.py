@@ -20,11 +20,11 @@ WINDOW_CHARS = (
 def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
     """Returns the question of a row.
 
-    The input may be blank. The id keeps its type, which may be a number.
+    The input may be blank. The id keeps its type, so that a number stays a number.
 
     Args:
         row: a row in the generic format.
-        more: names of further fields to read, since a prompt contains them; the row may lack them.
+        more: names of further fields that a prompt contains. They are also read, but the row may lack them.
 
     Raises:
         InputError: a field is missing or has the wrong type.
@@ -39,7 +39,7 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
 
 
 def _rename(row: JsonRow) -> str:
-    """Returns the end of the error message for a row without an input: what the user should do."""
+    """Returns what the user should do about a row without an input, as the end of the error message."""
     if is_csv(row.path):
         return "; its first line names the columns, and one of them must be 'input'"
     if len(row.fields) == 1:
@@ -80,9 +80,10 @@ def read_questions(
 
 
 def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
-    """Returns the next `most_rows` rows, or fewer if their texts already have 16 Mi characters.
+    """Returns up to `most_rows` further rows.
 
-    The list is empty after the last row.
+    The list ends early once the texts of its rows have 16 Mi characters or more. After the last row, the list
+    is empty.
     """
     window, chars = [], 0
     for row in rows:
@@ -161,8 +162,8 @@ class InputFile:
         Without `rows`, the file's bytes are compared only if its size or modification time has changed.
 
         Args:
-            rows: number of good rows that were read, to be passed after the last row. The bytes of the
-                file are then always compared.
+            rows: number of good rows that were read. Pass it after the last row; the bytes of the file
+                are then always compared.
 
         Raises:
             InputError: the file was replaced, changed or removed.

@@ -76,7 +76,7 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Decodes the rationales of rows, or another objective that is not the label's.
+    """Decodes an objective other than the label's, such as the rationale, for each row.
 
     Args:
         model: engine opened by `open_engine`.
@@ -105,7 +105,9 @@ def score_targets(
     targets: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Returns the natural log of each target's probability, [rows] float32; 0 for a target without ids.
+    """Returns the natural log of each target's probability, [rows] float32.
+
+    The value for a target without ids is 0.
 
     Args:
         score: `Engine.score`, or a `ChoiceScorer` that is already bound to the parameters.

@@ -61,12 +61,12 @@ def load_model(
         path: a workdir, which contains `checkpoints/`, or a directory in Hugging Face's layout.
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
         mesh: devices for the parameters; None means the default device. If the mesh has devices of
-            several processes, all these processes must call this function, and process 0 chooses the
+            several processes, all of these processes must call this function, and process 0 chooses the
             step.
 
     Raises:
-        InputError: the folder contains no model, it lacks the step, the step's files are damaged (the
-            message then suggests a good step), or the weights do not fit the configuration.
+        InputError: the folder contains no model, the folder lacks the step, the step's files are damaged
+            (the message then suggests a good step), or the weights do not fit the configuration.
     """
     path = as_path(path)
     found = on_process_0(
@@ -144,8 +144,8 @@ def params_fingerprint(params: Any) -> str:
 def _checksum(x: jax.Array) -> jax.Array:
     """Returns the sum of h and the sum of h^2 over all elements, modulo 2^32, [2] uint32.
 
-    h is a hash of an element's bits and its position in the array. Sums of integers modulo 2^32 do not
-    depend on the order of the terms, so they are the same for any sharding of the array.
+    h is a hash of an element's bits and of the element's position in the array. Sums of integers modulo
+    2^32 do not depend on the order of the terms, so both sums are the same for any sharding of the array.
     """
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

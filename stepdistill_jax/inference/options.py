@@ -1,4 +1,4 @@
-"""Defines `DecodeOptions`, which select a checkpoint, how it decodes, and on which devices."""
+"""Defines `DecodeOptions`: which checkpoint is used, how it decodes, and on which devices."""
 
 import dataclasses
 import inspect
@@ -18,7 +18,7 @@ QUANTIZATIONS = ("int8",)  # for the JAX engine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """The options that `predict`, `evaluate` and `serve` share, and that each accepts as keywords.
+    """The options that `predict`, `evaluate` and `serve` share. Each function accepts them as keywords.
 
     Attributes:
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
@@ -31,7 +31,8 @@ class DecodeOptions:
             `max_decode_len` of `stepdistill.json`, or 64 if the directory lacks that file.
         num_beams: number of beams of beam search (`inference.beam_search`). 1 means greedy decoding,
             which chooses the likeliest token at each step.
-        length_penalty: exponent of the answer's length, by which beam search divides a score; None means 1.
+        length_penalty: beam search divides the log probability of an answer by the answer's length to the
+            power of this number; None means 1.
         choices: the allowed answers: `row` for each row's `choices`, `labels` for the task's labels, the
             path of a file of labels, or a list. Nothing is decoded then: each allowed answer is scored
             exactly, and the likeliest is the label (`inference.allowed_answers`). None allows any answer.

@@ -71,14 +71,13 @@ def predict(
             prefix. An input longer than in training is truncated and counted.
         output: path of the file of JSON lines to write. Each line has `id`, `label` and `score`, the
             natural log of the probability of the answer with its end of sequence, rounded to 6 decimals.
-            It also has `rationale` if rationales are requested, and `probability` and `choices` if
+            Each line also has `rationale` if rationales are requested, and `probability` and `choices` if
             answers are restricted to choices (`inference.allowed_answers`). If the model writes more than
-            a label, the label is parsed from its answer, and the other fields of the target are added
-            (`prompting.read_answer`).
-            The file's name ends in `.partial` until the file is complete and replaces any older output.
-            A restarted run continues after the finished rows. The file then has the same bytes as
-            without the stop; on other devices or in other batches, labels are the same, and scores
-            differ by at most 1e-5.
+            a label, the label is parsed from the model's answer, and the other fields of the target are
+            added (`prompting.read_answer`). The file's name ends in `.partial` until the file is complete
+            and replaces any older output. A restarted run continues after the finished rows. The file
+            then has the same bytes as without the stop; on other devices or in other batches, labels are
+            the same, and scores differ by at most 1e-5.
         task: prepared dataset that determines the metric and the possible labels; None means the
             model's own task.
         with_rationale: also decodes the objective `rationale`, for inspection. The label does not depend
@@ -89,13 +88,18 @@ def predict(
         **options: fields of `DecodeOptions`.
 
     Returns:
-        The keys of `AccuracyCounts.summary`, and: `unfinished`, the number of answers that reached
-        `max_decode_len` without an end of sequence; `cut_inputs`, the number of truncated inputs;
-        `skipped`, the number of skipped rows; `rows_per_second`, with the time for compilation included.
-        If rationales are requested, `unfinished_rationales`. If the model writes more than a label,
-        `unparsed`, the number of answers in which no label was found. If the model reads more than the
-        input, `reads`, the names of these fields, and `incomplete_inputs`, the number of rows that lack
-        one of them.
+        The keys of `AccuracyCounts.summary`, and the following keys:
+        `unfinished`: number of answers that reached `max_decode_len` without an end of sequence.
+        `cut_inputs`: number of truncated inputs.
+        `skipped`: number of skipped rows.
+        `rows_per_second`: rows per second; the time includes compilation.
+        `unfinished_rationales`: number of rationales that reached their maximum length without an end of
+        sequence; present only if rationales are requested.
+        `unparsed`: number of answers in which no label was found; present only if the model writes more
+        than a label.
+        `reads`: names of the fields that the model reads in addition to the input; present only if there
+        are any.
+        `incomplete_inputs`: number of rows that lack one of these fields; present only with `reads`.
 
     Raises:
         InputError: an option or the model is bad; a row is bad (the message names the file and line); the
@@ -218,7 +222,7 @@ def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
 
 
 def window_rows(model: Engine, allowed: Allowed | None) -> int:
-    """Returns the number of rows to decode together."""
+    """Returns the number of rows in a window, which are decoded together."""
     most = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
     if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each choice
         most = max(1, most * WINDOW_LABELS // len(allowed.labels))
@@ -240,8 +244,8 @@ def decode_window(
         prompting: result of `prompting_for`.
         window: rows that are decoded together.
         counts: {name: count} to which this function adds, such as `cut_inputs` and `unfinished`.
-            `unparsed` is counted only if it is already a key.
-        update: called after each batch of labels, with the number of its rows.
+            `unparsed` is counted only if `counts` already has this key.
+        update: called after each batch of labels, with the number of rows in the batch.
         allowed: result of `allow`.
 
     Raises:

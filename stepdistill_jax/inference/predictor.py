@@ -1,4 +1,4 @@
-"""Defines `load`, which opens a trained model in Python. Its labels are those that `predict` writes to files."""
+"""Defines `load`, which opens a trained model in Python. The model gives the same labels as `predict`."""
 
 import collections
 import dataclasses
@@ -37,14 +37,14 @@ def load(path: os.PathLike | str, **options: Any) -> "Predictor":
 
 
 class Predictor:
-    """A trained model. Several threads may share it; their calls run one after another.
+    """A trained model. Several threads may share the object; their calls run one after another.
 
     The model is compiled for each new shape, which depends on the number of rows and their lengths. Later
     calls with the same shape reuse the compiled program.
 
     Attributes:
         path: directory of the model.
-        step: step of the checkpoint; None if the directory holds only one model.
+        step: step of the checkpoint; None if the directory contains only one model.
         labels: labels of the task if they are a closed set; else empty.
     """
 
@@ -115,7 +115,7 @@ def checked_row(
 
     Args:
         fields: fields of the row, as in `predict`'s input.
-        number: 1-based index of the row in its call, for messages.
+        number: 1-based index of the row among the rows of the call, for messages.
         prompting: result of `prompting_for`.
         allowed: result of `allow`.
         most_choices: largest number of choices that the row may have; None allows any number.

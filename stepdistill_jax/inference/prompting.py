@@ -36,8 +36,8 @@ class Prompting:
     Attributes:
         objectives: the label's objective, followed by the rationale's objective if rationales are
             requested and the model has one.
-        prefix: text before the input. If it is set, prefix and input replace the label objective's input
-            template; None keeps the template.
+        prefix: text before the input. If a prefix is set, prefix and input replace the label objective's
+            input template; None keeps the template.
         input_length: largest number of ids in an input, the end of sequence included; longer inputs are
             truncated.
         decode_lengths: largest number of ids in an answer, for each objective.
@@ -62,12 +62,12 @@ class Prompting:
         return tuple(dict.fromkeys(name for names in pair + shown for name in names))
 
     def lacks(self, row: Example) -> tuple[str, ...]:
-        """Returns the names in `reads` whose fields are missing or empty in a row."""
+        """Returns the fields in `reads` that are missing or empty in a row."""
         texts = row.texts
         return tuple(name for name in self.reads if not texts.get(name))
 
     def input_pair_of(self, row: Example) -> str:
-        """Returns the row's second input text if the model reads one; else ""."""
+        """Returns the row's second input text if the model reads one; otherwise, an empty string."""
         return row.input_pair if self.input_pair else ""
 
     def prompts(self, row: Example) -> list[str]:
@@ -92,8 +92,10 @@ def prompting_for(
 
     Args:
         model: the model to prompt.
-        options: options of decoding. If `max_decode_len` or `prefix` is set, it replaces the model's own.
-        task: prepared dataset whose metric and labels replace the model's own; None keeps these.
+        options: options of decoding. If `max_decode_len` or `prefix` is set, this value replaces the
+            model's own.
+        task: prepared dataset whose metric and labels replace the model's own; None keeps the
+            model's own.
         with_rationale: whether to prompt for a rationale, too.
         data_dir: folder in which `task` is prepared.
 
@@ -134,7 +136,7 @@ def prompting_for(
 def rationale_prompting_for(
     model: LoadedModel | Engine, options: DecodeOptions | None = None
 ) -> Prompting | None:
-    """Returns the prompting for label and rationale; None if the model has no objective of that name."""
+    """Returns the prompting for label and rationale; None if the model has no objective for rationales."""
     objectives = model.task_info.objectives if model.task_info else BARE_OBJECTIVES
     if not any(o.name == RATIONALE for o in objectives[1:]):
         return None
@@ -161,7 +163,7 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
 
 
 def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
-    """Returns the result of `read_answer`, with `score`, rounded to 6 decimals, among its fields."""
+    """Returns the result of `read_answer`, after adding `score`, rounded to 6 decimals, to the fields."""
     found, parsed = read_answer(objective, text)
     # + 0.0: a rounded -0.0 would be written as such
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed

@@ -19,7 +19,7 @@ def named_label(rationale: str, labels: Sequence[str]) -> str | None:
     """Returns the label that the rationale names last; None if it names none.
 
     A label counts only as complete words. Case is ignored, and an English plural ending (s or es) is
-    allowed. Where two labels start at the same word, the longer one counts.
+    allowed. If two labels start at the same word, the longer one counts.
 
     Example: `named_label("Of these, only wooded areas have beavers.", ["zoo", "wooded area"])` is
     "wooded area".
@@ -53,8 +53,8 @@ def named_answer(
         labels: the possible labels of the row or task.
 
     Returns:
-        The answer, or None if the rationale names none; and one of `VERDICTS`, or None if the possible
-        labels are unknown, as in a task of free text.
+        The answer, and one of `VERDICTS`. The answer is None if the rationale names none. The verdict is
+        None if the possible labels are unknown, as in a task of free text.
     """
     if metric == "value_match":
         named = named_number(rationale)
@@ -76,7 +76,10 @@ def references(example: Example) -> list[str]:
 
 
 class RationaleCounts:
-    """Measures the quality of rationales over rows in any order, in bounded memory."""
+    """Measures the quality of rationales.
+
+    Rows may be added in any order, and the memory does not grow with the number of rows.
+    """
 
     def __init__(self, metric: str, labels: Sequence[str] = ()):
         """Starts all counts at zero.
@@ -123,9 +126,9 @@ class RationaleCounts:
             `empty`: number of rationales without text.
             `mean_words`: mean number of words of a rationale, separated by white space.
             `references`: number of rows that have a rationale in the dataset.
-            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference, each compared with its
-            most similar reference; None if there are no such rows.
-            `chrf`: mean sentence chrF2 (0 to 100) over the same rows; None if there are none.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference. Each rationale is
+            compared with the most similar reference of its row. None if no row has a reference.
+            `chrf`: mean sentence chrF2 (0 to 100) over the same rows. None if there are no such rows.
             `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of
             `named_answer`; None if the possible labels are unknown.
             `teacher`: the same three counts for the teacher's rationales and labels; None if there are no

@@ -31,8 +31,8 @@ def skipped_of(output: os.PathLike | str) -> pathlib.Path:
 class SkippedRows:
     """Counts bad rows. Process 0 also logs them and writes the list.
 
-    A resumed run reads the input from its start, and so writes the complete list again. The list gets its
-    final name together with the output. If no row was skipped, there is no list.
+    A resumed run reads the input from its start, and therefore writes the complete list again. The list
+    gets its final name together with the output. If no row was skipped, there is no list.
 
     Attributes:
         count: number of bad rows so far.

@@ -33,9 +33,10 @@ def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> 
         max_decode_len: largest number of tokens in an answer, the end of sequence included.
 
     Returns:
-        A program with the arguments `params` and `encoder_input_tokens`, whose result is that of
-        `greedy_decode`: ids, scores and finished. `params` is a dict whose keys are the parameters' paths
-        with dots, such as `encoder.encoder_norm.scale`. `encoder_input_tokens` is [batch, length] int32.
+        A program with the arguments `params` and `encoder_input_tokens`. Like `greedy_decode`, the
+        program returns ids, scores and finished. `params` is a dict whose keys are the parameters'
+        paths with dots, such as `encoder.encoder_norm.scale`. `encoder_input_tokens` is [batch, length]
+        int32.
     """
 
     def decode_labels(flat, encoder_input_tokens):
@@ -53,7 +54,8 @@ def write_decoder(
 ) -> tuple[jax.export.Exported, int]:
     """Writes the program `label_decoder.jax_export` and, in `params/`, a file for each parameter array.
 
-    The parameter files are .npy files, which can be mapped into memory. Each is read back and compared.
+    The parameter files are .npy files, which can be mapped into memory. After writing a file, the function
+    reads it back and compares it with the array.
 
     Returns:
         The exported program, and the total number of parameters.

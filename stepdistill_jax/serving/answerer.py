@@ -55,7 +55,8 @@ class Answerer:
             engine: result of `open_engine`.
             prompting: result of `prompting_for`, without the rationale.
             allowed: result of `allow`; None if any answer is allowed.
-            explaining: prompting with the rationale; None if the model has no separate objective for it.
+            explaining: prompting with the rationale; None if the model has no separate objective for
+                rationales.
         """
         self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining
@@ -112,7 +113,7 @@ class Answerer:
     def explanation(self, question: Question) -> dict[str, Any]:
         """Returns the row's id and the rationale that `predict` would write.
 
-        The errors are those of `answers`.
+        Raises the same errors as `answers`.
         """
         with self._errors_for_clients():
             return {"id": question.row.id, RATIONALE: self._explained(question)}
@@ -148,11 +149,12 @@ class Answerer:
         return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
-        """Yields functions that compile all programs when they are called, one for each shape.
+        """Yields one function per shape. Calling a function compiles the program for its shape.
 
-        After that, rows of any length can be answered without compiling. The programs for rows with their
-        own choices are not compiled, since their shapes are not known in advance. CTranslate2 compiles
-        nothing; its only function answers one row. A function raises InputError if the model gives NaN.
+        After all functions have been called, rows of any length can be answered without compiling. If
+        rows have their own choices, the programs that score these choices are not compiled, since their
+        shapes are not known in advance. CTranslate2 compiles nothing, so at most one function is yielded
+        for it, which answers one row. A function raises InputError if the model gives NaN.
         """
         unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):

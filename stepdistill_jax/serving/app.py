@@ -1,4 +1,4 @@
-"""Implements the HTTP service: its routes, and its answers to requests and to errors."""
+"""Implements the HTTP service: its routes, its answers to requests, and its answers to errors."""
 
 import asyncio
 import contextlib
@@ -54,15 +54,15 @@ class Limits:
 
 
 class Service:
-    """The application that uvicorn runs, and its state. When uvicorn starts the application, it warms up.
+    """The application that uvicorn runs, and its state. When uvicorn starts it, the model is warmed up.
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.
         answered: number of answered rows.
         open: number of requests in progress.
         unanswered: number of requests that were still in progress when the grace time ended.
-        failure: the error that ended the service; None if there was none. An error in the warm-up, or
-            one that belongs to no request, ends the service.
+        failure: the error that ended the service; None if no error did. The service ends at an error in
+            the warm-up, and at an error that belongs to no request.
         on_failure: function that is called after such an error.
     """
 

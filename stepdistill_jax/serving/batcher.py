@@ -44,7 +44,8 @@ class _Waiting:
 class _Lane:
     """The waiting rows of one `lane_length`, in order of arrival.
 
-    `seconds` is the engine's time that the lane has used so far.
+    `seconds` is the engine's time that is charged to this lane so far. When an empty lane receives a row,
+    `seconds` is raised to the value that the lane served last had before its batch, unless it is higher.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -63,7 +64,7 @@ class Batcher:
 
     There is a lane for each `lane_length`, and the lanes share the engine's time (start-time fair queueing,
     Goyal et al. 1996). The lane that has used the least time is served next. A lane gains no advantage
-    from the time when it was empty. Therefore a short row among hundreds of long rows waits only for the
+    from a time when it was empty. Therefore a short row among hundreds of long rows waits only for the
     running batch, not for all the long rows.
 
     Attributes:
@@ -91,7 +92,8 @@ class Batcher:
             batch_size: largest number of rows in a batch.
             max_wait_secs: longest time that a row waits for other rows while the engine is idle.
             max_queue: largest value of `rows`.
-            on_batch: function that is called after each batch, with its number of rows and its seconds.
+            on_batch: function that is called after each batch, with the batch's number of rows and its
+                time in seconds.
         """
         self.max_queue = max_queue
         self.rows = 0
@@ -106,7 +108,7 @@ class Batcher:
         self._working: concurrent.futures.Future | None = None
 
     def submit(self, rows: Sequence[Any]) -> list[asyncio.Future]:
-        """Puts rows into the queue; if there is no room for all of them, none is put there.
+        """Puts all rows into the queue, or none of them if there is not enough room for all.
 
         Returns:
             A future for each row, whose result is the answer or an exception. Cancelling the future
@@ -173,12 +175,15 @@ class Batcher:
                 pass
 
     def _starts(self, lane: _Lane) -> float:
-        """Returns the time, on the event loop's clock, at which the lane's batch may start; 0 if it is full."""
+        """Returns the time on the event loop's clock at which the lane's next batch may start.
+
+        If there are enough rows for a full batch, the time is 0.
+        """
         full = len(lane.waiting) >= self._batch_size
         return 0.0 if full else lane.first.arrived + self._max_wait
 
     async def _decoded(self, rows: list[Any]) -> tuple[Sequence[Any], float]:
-        """Decodes a batch; returns its answers and the seconds that this took."""
+        """Decodes a batch, and returns the answers and the seconds that decoding took."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         try:

@@ -1,4 +1,4 @@
-"""Reads requests up to a limit of size, and detects clients that disconnect."""
+"""Reads requests up to a size limit, and detects clients that disconnect."""
 
 import asyncio
 from typing import Any

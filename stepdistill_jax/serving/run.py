@@ -41,7 +41,7 @@ def serve(
         max_queue: largest number of unanswered rows. Requests with further rows are refused with status
             503.
         timeout_secs: seconds after which a request ends with status 504.
-        grace_secs: seconds after a signal in which requests in progress are still answered.
+        grace_secs: seconds for which requests in progress are still answered after a signal.
         **options: fields of `DecodeOptions`.
 
     Returns:

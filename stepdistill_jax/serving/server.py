@@ -23,7 +23,7 @@ KEEP_ALIVE_SECS = (
 
 
 def stopped_before_listening(name: str) -> NoReturn:
-    """Exits with status 0. It is called at a signal that arrives before the server listens."""
+    """Exits with status 0. This function is called if a signal arrives before the server listens."""
     log(f"{name}: stopped before it was listening")
     raise SystemExit(0)
 
@@ -116,8 +116,8 @@ class _Protocol(H11Protocol, asyncio.BufferedProtocol):
     """Parses HTTP with h11, and reads 4 KiB at a time.
 
     h11 is used because it limits the size of an incomplete request head, unlike httptools. By default,
-    asyncio reads 256 KiB at a time. If a client sent them in chunks of one byte, h11 would handle 40,000
-    events in a row, and no other client would be served for seconds.
+    asyncio reads 256 KiB at a time. If a client sent these 256 KiB in chunks of one byte, h11 would
+    handle 40,000 events in a row, and no other client would be served for seconds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

@@ -46,8 +46,8 @@ def annotate(
             and other fields.
         output: path of the file to write. Its rows have the format that `prepare jsonl` reads, with the
             fields `rationale`, `rationales`, `llm_label` and `provenance`. The file is named
-            OUTPUT.partial until it is complete. OUTPUT.defects.jsonl, next to it, lists the defects of
-            answers.
+            OUTPUT.partial until it is complete. The file OUTPUT.defects.jsonl, in the same folder, lists
+            the defects of answers.
         read: further files from which the settings were read, and which must not be overwritten.
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
@@ -61,14 +61,14 @@ def annotate(
         `prompt_tokens`, `completion_tokens`: tokens used.
         `cost`: money spent; None if the prices are unknown.
         `defects`: {defect: number of answers}.
-        `first_defects`: {defect: the first row with it}.
+        `first_defects`: {defect: the first row with this defect}.
         `rows_per_second`: rows written per second.
-        `stopped`: why the run ended before the last row; None if it did not.
+        `stopped`: why the run ended before the last row; None if it reached the last row.
         If rows have gold labels, the result also has `with_label`, the number of these rows, and
         `teacher_accuracy`, the share of these rows that the teacher labelled correctly. A row without a
         usable answer counts as wrong.
-        With `dry_run`, the result has `prompt` (that of the first row), `first_prompt_tokens`,
-        `parameters` and the result of `estimated`. With `batch_file`, it is the result of `write_batch`
+        With `dry_run`, the result has `prompt` (the first row's prompt), `first_prompt_tokens`,
+        `parameters` and the keys of `estimated`. With `batch_file`, the result is that of `write_batch`
         or `read_batch`.
 
     Raises:
@@ -116,8 +116,8 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
 
     Returns:
         `rows` is the number of rows, and `answers` the number of missing answers. `prompt_tokens`,
-        `completion_tokens` and `cost` are estimates, with 4 characters per token and answers as long as
-        the exemplars' answers. `most_completion_tokens` and `most_cost` assume answers of `max_tokens`
+        `completion_tokens` and `cost` are estimates that assume 4 characters per token, and answers
+        as long as the exemplars' answers. `most_completion_tokens` and `most_cost` assume answers of `max_tokens`
         tokens each. The costs are None if the prices are unknown.
     """
     settings = prompting.settings

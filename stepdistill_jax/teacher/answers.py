@@ -31,7 +31,8 @@ class Answer:
     Attributes:
         text: the raw text.
         finish_reason: why the answer ended, as the server reports it: `stop`, `length`, ...
-        prompt_tokens, completion_tokens: tokens that the server reports; estimates if it reports none.
+        prompt_tokens, completion_tokens: numbers of tokens that the server reports; estimates if the
+            server reports none.
         time: time of arrival in UTC, in the format of ISO 8601.
         parameters: fields of the request other than the model and the messages.
     """

@@ -36,8 +36,8 @@ def write_batch(
         prompting: prompts and parameters of the requests.
         input: path of the file of questions.
         cache: cache of answers.
-        path: path of the first file of requests. If all requests do not fit into one file, further files
-            follow, with the numbers 2, 3, ... in their names (`numbered`).
+        path: path of the first file of requests. If the requests do not all fit into one file, further
+            files follow, with the numbers 2, 3, ... in their names (`numbered`).
         inputs: files that must not be overwritten, as in `check_outputs`.
 
     Returns:
@@ -70,7 +70,7 @@ def write_batch(
 
 
 def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
-    """Returns the path of the file with a 1-based number: `requests.jsonl`, `requests-2.jsonl`, ..."""
+    """Returns the path of the file with a 1-based index: `requests.jsonl`, `requests-2.jsonl`, ..."""
     return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
@@ -91,7 +91,7 @@ def read_batch(
 
     Args:
         prompting: prompting with the same prompts and parameters as when the requests were written,
-            since the keys of answers depend on these.
+            since the keys of answers depend on prompts and parameters.
         input: path of the file of questions.
         cache: cache for the answers.
         paths: paths of the files of results.

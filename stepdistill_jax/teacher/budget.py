@@ -10,17 +10,17 @@ from stepdistill_jax.teacher.prompts import estimate_tokens
 
 
 class BudgetReached(Exception):
-    """Raised when the next request might exceed a limit. The message is that limit."""
+    """Raised when the next request might exceed a limit. The message names the limit and its value."""
 
 
 @dataclasses.dataclass
 class Budget:
     """The tokens and money that one run uses, and its limits.
 
-    Before a request is sent, the tokens that it may use at most are added to those already used and to
-    those that the requests in progress may use at most. The request is sent only if the sum is within the
-    limits. The tokens of a prompt are estimated from its characters: as one per 4 characters, or at the
-    highest ratio of tokens to characters that the server has reported so far if that gives more.
+    Each request reserves the largest number of tokens that it may use. A request is sent only if the tokens
+    used so far and all reserved tokens, including this request's own, are within the limits. The number
+    of tokens in a prompt is estimated in two ways, and the larger estimate is used: one token per 4
+    characters, and the highest ratio of tokens to characters in the server's reports so far.
 
     Attributes:
         max_tokens: largest number of tokens; None means no limit.
@@ -66,9 +66,9 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
-        """Returns a context in which the tokens of a request, with the longest answer, are reserved.
+        """Returns a context in which the largest number of tokens that a request may use is reserved.
 
-        If they do not fit within the limits, it waits until requests in progress have ended.
+        If these tokens do not fit within the limits, the context waits until requests in progress end.
 
         Raises:
             BudgetReached: the tokens do not fit, although no other request is in progress.
@@ -91,7 +91,7 @@ class Budget:
         self._tokens_per_character = max(self._tokens_per_character, ratio)
 
     def _most(self, prompt: str, longest_answer: int) -> tuple[int, int]:
-        """Returns the largest numbers of prompt tokens and answer tokens that a request may use."""
+        """Returns the largest number of prompt tokens and of answer tokens that a request may use."""
         learned = int(self._tokens_per_character * len(prompt)) + 1
         return max(estimate_tokens(len(prompt)), learned), longest_answer
 
@@ -125,7 +125,7 @@ class Reservation:
     async def renew(self) -> None:
         """Reserves the tokens for the next attempt, unless they are still reserved.
 
-        If they do not fit within the limits, it waits until requests in progress have ended.
+        If the tokens do not fit within the limits, this waits until requests in progress have ended.
 
         Raises:
             BudgetReached: the tokens do not fit, although no other request is in progress.

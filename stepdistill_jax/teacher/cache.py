@@ -1,4 +1,4 @@
-"""Saves the answers that were paid for in an SQLite file, which several processes may use at once."""
+"""Saves the teacher's answers in an SQLite file, which several processes may use at once."""
 
 import dataclasses
 import json
@@ -67,7 +67,10 @@ class AnswerCache:
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> InputError:
-        """Returns the error to raise for an exception of SQLite: the file is bad, or cannot be used now."""
+        """Returns the InputError that replaces an exception of SQLite.
+
+        Its message says either that the file is bad, or that it cannot be used at the moment.
+        """
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
             return InputError(
                 f"`cache` {self.path}: {error}; the saved answers are safe; remove the cause, and start again"
@@ -94,7 +97,7 @@ class AnswerCache:
         return answer if done.rowcount else self.get(key) or answer
 
     def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
-        """Stores all answers of a batch until the process ends, and returns their number."""
+        """Stores all answers of a batch until the process ends, and returns the number of answers."""
         count = 0
         self._db.execute("BEGIN")
         try:

@@ -54,8 +54,9 @@ class SentAgain(Exception):
 
     Attributes:
         status: HTTP status of the response; 0 if there was no response.
-        wait: seconds that the server asks us to wait; None if it does not.
-        used: prompt and answer tokens that are charged although there is no answer; None if unknown.
+        wait: seconds that the server asks us to wait; None if it names no time.
+        used: prompt and answer tokens that are charged although there is no answer; None if
+            their number is unknown.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ def now() -> str:
 class ChatClient:
     """Asks a server through its endpoint `chat/completions`.
 
-    The API key is read from the environment and passed only to the HTTP client. It is removed from every
+    The API key is read from the environment and passed only to the HTTP client. The key is removed from every
     message and answer that leaves this class.
     """
 
@@ -122,13 +123,13 @@ class ChatClient:
         self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """Returns `text` with the key removed, in any usual encoding of the key."""
+        """Removes the key, in any usual encoding, from `text`, and returns the result."""
         return self._secret.hide(text)
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Sends a prompt, again after each temporary error, and returns the first answer that arrives.
+        """Sends a prompt, and sends it again after a temporary error. Returns the first answer that arrives.
 
         Args:
             prompt: the user's message.
@@ -214,7 +215,7 @@ class ChatClient:
         return self._read(prompt, content, parameters)
 
     def _used_by(self, error: Exception) -> tuple[int, int] | None:
-        """Returns the tokens that a failed attempt used: none if it did not connect, else None (unknown)."""
+        """Returns the tokens that a failed attempt used; None if their number is unknown."""
         unmade = (self._httpx.ConnectError, self._httpx.ConnectTimeout)
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
@@ -278,7 +279,10 @@ class ChatClient:
         return wait
 
     def _report(self, message: str, wait: float) -> None:
-        """Logs the run's first wait, and each long wait, but only once for all requests that it delays."""
+        """Logs a wait before the next attempt, if the wait is long or is the run's first.
+
+        A long wait that delays several requests is logged only once.
+        """
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:
@@ -311,7 +315,7 @@ def token_count(value: Any, otherwise: int) -> int:
 
 
 def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
-    """Returns the numbers of prompt and answer tokens that a body reports; None if it reports none."""
+    """Returns the numbers of prompt and answer tokens that a body reports; None if the body has none."""
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None
@@ -322,7 +326,7 @@ def _usage(body: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Returns the seconds to wait according to the headers; None if they do not say.
+    """Returns the seconds to wait according to the headers; None if the headers name no time.
 
     The headers are `retry-after-ms`, and `Retry-After` with seconds or a date.
     """

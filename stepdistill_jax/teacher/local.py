@@ -98,7 +98,8 @@ class LocalTeacher:
         """Returns one answer per prompt.
 
         Args:
-            prompts: the users' messages. If the tokenizer has a chat template, it is applied to each.
+            prompts: the users' messages. If the tokenizer has a chat template, the template is applied to
+                each prompt.
             parameters: `max_tokens`, `temperature` (0 means greedy), `top_p`, `top_k`.
         """
         import torch
@@ -128,7 +129,7 @@ class LocalTeacher:
         ]
 
     def _ends(self, prompt_length: int) -> list[Any] | None:
-        """Returns a stopping criterion that ends an answer when it begins another question.
+        """Returns a stopping criterion that ends an answer when the model begins to write another question.
 
         Only a causal model needs one; the result for other models is None.
         """

@@ -22,8 +22,8 @@ class Prompting:
         settings: settings of the run.
         prompter: object that writes the prompts.
         parameters: additional fields of each request.
-        identity: fingerprint of a local teacher's files, which distinguishes it from other teachers with
-            the same name; None for a server.
+        identity: fingerprint of a local teacher's files, which distinguishes this teacher from others
+            with the same name; None for a server.
     """
 
     settings: Settings
@@ -64,7 +64,10 @@ class Prompting:
         return read_answer(self.settings.task, answer, row, label_given=self.settings.label_given)
 
     def known(self, cache: AnswerCache, key: str, row: Example) -> tuple[Answer, Reading] | None:
-        """Returns the answer for a key in the cache; None if it is missing or not usable for the row."""
+        """Returns the answer for a key in the cache.
+
+        The result is None if the answer is missing, or is not usable for the row.
+        """
         answer = cache.get(key)
         if answer is None:
             return None

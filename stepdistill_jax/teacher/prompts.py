@@ -32,7 +32,7 @@ class Prompter:
         task: one of `TASKS`.
         exemplars: rows with rationale and label, which the prompt shows before the question.
         instructions: text that replaces the template's instructions; empty keeps them.
-        label_given: whether the prompt contains the gold label and asks for its rationale.
+        label_given: whether the prompt contains the gold label and asks for a rationale of this label.
     """
 
     task: str

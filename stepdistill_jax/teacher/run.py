@@ -29,7 +29,7 @@ DEFECT_TEXT = 200  # characters of an answer in the list of defects
 
 
 class Stopped(Exception):
-    """Raised when a run ends early. Its answers are saved, and the same command continues the run.
+    """Raised when a run ends early. The answers are saved, and the same command continues the run.
 
     Attributes:
         hopeless: whether to cancel the requests in progress instead of waiting for them.
@@ -48,13 +48,13 @@ class Counts:
     Attributes:
         rows: number of rows written.
         with_rationale: number of rows with a usable answer.
-        with_label: number of rows whose gold label the teacher was not given.
-        right: number of these rows that the teacher labelled correctly.
+        with_label: number of rows that have a gold label which the teacher was not given.
+        right: number of the rows counted in `with_label` that the teacher labelled correctly.
         requests: number of requests that were answered.
         truncated: number of answers that were truncated at the token limit.
         asked_again: number of requests that repeated a question after an unreadable answer.
         defects: {defect: number of answers}, over the final answers of the rows.
-        first_defects: {defect: the first row with it}.
+        first_defects: {defect: the first row with this defect}.
     """
 
     rows: int = 0
@@ -93,7 +93,7 @@ class Run:
             output: file for the rows.
             defects: file for the list of defects.
             bar: progress bar.
-            kept: number of answers that are in the cache. They count as usable when the share of
+            kept: number of answers that are in the cache. These answers count as usable when the share of
                 unusable answers is computed.
         """
         self._prompting, self._settings = prompting, prompting.settings
@@ -112,7 +112,7 @@ class Run:
         """Asks about every row, and writes the rows in order.
 
         A row is written only after all rows before it. So that a slow answer does not block other
-        requests, up to four times as many rows are in progress as there may be requests (at least 64).
+        requests, up to 4 x `concurrency` rows, but at least 64, may be in progress at once.
 
         Raises:
             Stopped: a limit was reached, or the server is down. If a limit was reached, the answers to
@@ -175,7 +175,7 @@ class Run:
         return samples  # type: ignore[return-value]
 
     async def _shared(self, key: str, row: Example, prompt: str) -> Sample:
-        """Returns the answer for a key. It is requested only once for all rows with the same prompt."""
+        """Returns the answer for a key. Rows with the same prompt share one request."""
         task = self._under_way.get(key)
         if task is None:
             # another row with this prompt may have got the answer since `_begin` looked
@@ -188,7 +188,10 @@ class Run:
         return await task
 
     async def _ask(self, key: str, row: Example, prompt: str) -> Sample:
-        """Asks a question. The run's first question is sent alone, to find errors that all would get."""
+        """Asks a question.
+
+        The run's first question is sent alone, to find errors that all questions would get.
+        """
         if self._probe is not None:
             await self._probe.wait()
             return await self._answer(key, row, prompt)

@@ -1,4 +1,4 @@
-"""Removes an API key from the text of a server, in any usual encoding of the key."""
+"""Removes an API key, in any usual encoding, from text that a server sent."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ _ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one o
 
 
 class Secret:
-    r"""Finds an API key in texts and replaces it, in any usual encoding of the key.
+    r"""Replaces an API key in strings by ***, in whatever usual encoding the key appears.
 
     Each character of the key may appear as itself; after backslashes, since JSON writes `/` as `\/` and
     `repr` doubles backslashes; as `\u002f` or `\x2f`; percent-encoded once or twice; as an HTML entity; or

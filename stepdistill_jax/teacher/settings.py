@@ -38,7 +38,7 @@ class Settings:
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
         retries: number of times to ask again after an unreadable answer. Before the run's first usable
             answer, only its first question is asked again.
-        attempts: number of times to send a request to a failing server, before the question stays
+        attempts: number of times to send a request to a failing server, before the question is left
             without an answer.
         timeout: time limit of a request, in seconds.
         max_truncated: largest share of truncated or otherwise unusable answers. The run stops if it has

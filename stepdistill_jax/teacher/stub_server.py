@@ -36,7 +36,8 @@ class Reply:
         cut: number of bytes of the body after which the connection is closed; None sends the whole body.
         drip: seconds to wait after each byte of the body; 0 sends the body in one piece.
         endless: whether to repeat the body, in chunks, until the client disconnects.
-        tokens: numbers of prompt and answer tokens to report; None means one for every 4 characters.
+        tokens: number of prompt tokens and number of answer tokens to report; None means one token for
+            every 4 characters.
     """
 
     text: str = ""
@@ -54,7 +55,8 @@ class Reply:
 def by_rule(request: dict[str, Any]) -> Reply:
     """Returns a well-formed answer to the last question of a prompt.
 
-    The label is the right one if the prompt gives it; otherwise, a hash of the question selects it.
+    If the prompt gives the right label, the answer has this label. Otherwise, a hash of the question
+    selects the label.
     """
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")

@@ -12,7 +12,7 @@ UNCOMPRESSED = "identity"
 
 
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
-    """Returns a client with a single connection, which refuses compressed responses and too long ones.
+    """Returns a client with a single connection, which refuses responses that are compressed or too long.
 
     The client asks for uncompressed responses, so that the limit of 4 MiB applies both to the bytes that
     are sent and to those in memory. The limit also covers the bodies of redirects and errors, which httpx

@@ -12,7 +12,7 @@ Sample = tuple[Answer, Reading]
 
 
 def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
-    """Returns the commonest label, and its share of all labels.
+    """Returns the commonest label, and the fraction of all labels that are equal to it.
 
     Labels that the metric finds equal are counted together, and the first of them is returned. If two
     labels are equally common, the one that appears first is returned.
@@ -47,8 +47,8 @@ def output_row(
         samples: the answers to the question, in order.
         task: task whose metric compares labels.
         source: source of the rationales.
-        label_given: whether the teacher was given the label. There is then no vote, and the teacher's
-            label is not written.
+        label_given: whether the teacher was given the label. If it was, there is no vote, and the
+            teacher's label is not written.
         provenance: provenance of the row, to which the answers are added.
 
     Returns:
