@@ -55,9 +55,9 @@ def attention(
         dropout_broadcast: whether all queries that read the same values share one dropout mask. These are the
             queries of one head, or of a group of heads if `kv_heads` is smaller than `heads`.
         softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
-        window: a query sees only keys that are less than this many places away; None means all.
-        scale: factor by which (query . key) is multiplied. It is 1 in T5, whose initial query kernel contains
-            1 / sqrt(d).
+        window: a query sees only keys that are less than this many places away; None means no limit.
+        scale: factor by which (query . key) is multiplied. In T5 it is 1, since the initial query kernel
+            already includes the factor 1 / sqrt(d).
         implementation: one of `config.ATTENTIONS`. "xla" means plain operations, which XLA fuses. "pallas"
             means one kernel, which a CPU interprets in tests. If there are only a few queries, as in decoding,
             or if the kernel does not support an option, plain operations are always used. Here, "auto" means

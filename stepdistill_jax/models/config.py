@@ -76,7 +76,7 @@ class Side:
             deviation depends on the widths of the kernel.
 
     Raises:
-        InputError: a size is out of bounds, or the key/value heads do not divide the heads.
+        InputError: a size is out of bounds, or `num_kv_heads` does not divide `num_heads`.
     """
 
     emb_dim: int
@@ -145,8 +145,8 @@ class ModelConfig(abc.ABC):
             decode before they are merged (`models.lora.merge`).
         quantized: whether kernels are int8 with a scale for each output. Such a model can only decode
             (`models.quantized.quantize`).
-        unrolled_decoder: whether each layer of the decoder has its own parameter tree, which is meant for
-            decoding on a GPU (`models.unrolled.unrolled`). If False, the layers are stacked.
+        unrolled_decoder: whether each layer of the decoder has its own parameter tree
+            (`models.unrolled.unrolled`). True is meant for decoding on a GPU. If False, the layers are stacked.
 
     Raises:
         InputError: the dtype is `float16` (which overflows in T5's feed-forward layers) or unknown, another

@@ -16,8 +16,8 @@ HALF = 64  # positions p and p + 64 share a word if bit 6 of p is 0
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool) -> jax.Array:
     """Sets random elements to 0 and scales up the others.
 
-    The rate is rounded to a multiple of 1 / 65,536, and the elements that are kept are divided by 1 - the rounded
-    rate. The mask depends only on the rng, the shape and the rate.
+    The rate is rounded to a multiple of 1 / 65,536, and the elements that are kept are divided by
+    (1 - rounded rate). The mask depends only on the rng, the shape and the rate.
 
     Args:
         x: an array [..., length, features].
@@ -44,7 +44,10 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool
 
 
 def kept_draws(rate: float) -> int:
-    """Returns `kept`, from 1 to `DRAWS`: dropout keeps an element if its draw is below `kept`."""
+    """Returns `kept`, a number from 1 to `DRAWS`.
+
+    Each element has a draw, a random number from 0 to `DRAWS` - 1. Dropout keeps it if the draw is below `kept`.
+    """
     return max(1, round(DRAWS * (1 - rate)))
 
 

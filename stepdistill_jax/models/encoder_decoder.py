@@ -162,8 +162,8 @@ class EncoderDecoder(nn.Module):
             cache: the cache, from `start_cache` or the previous step.
             encoder_segment_ids: segments of the inputs, [batch, length]; 0 is padding.
             index: position of the decoded token, scalar int32.
-            encoded: only needed if the cache has no keys and values of the inputs. The pair of the states from
-                `encode`, [batch, length, embed], and their transpose, [batch, embed, length].
+            encoded: a pair of arrays: the states from `encode`, [batch, length, embed], and their transpose,
+                [batch, embed, length]. It is only needed if the cache has no keys and values of the inputs.
 
         Returns:
             The logits, [batch, vocab] float32, and the cache with this position filled in.

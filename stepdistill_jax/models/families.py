@@ -28,8 +28,8 @@ def model_config(
             such as T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
         vocab_size: number of ids of the vocabulary.
         bos_id: the vocabulary's bos id, or 0 if it has none. None means the id of the published models. If
-            there is no bos, the decoder of a T5Gemma starts with the end of sequence, since transformers
-            would treat 0 as padding and not attend to it.
+            there is no bos, the decoder of a T5Gemma starts with the end-of-sequence id, since the
+            `transformers` library would treat id 0 as padding and not attend to it.
         **overrides: values for fields of the family's configuration. They replace the values of the published
             model.
 

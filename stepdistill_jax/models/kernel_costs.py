@@ -4,7 +4,7 @@ XLA does not know what a custom call computes, so a plan looks up its cost here.
 registers a formula:
 
     @kernel_cost("my_attention")
-    def _cost(operands, results): ...
+    def _cost(operands, results):
         return KernelCost(flops=..., bytes=..., other=...)
 """
 

@@ -52,7 +52,7 @@ def dense(
 ) -> nn.Dense | LoraDense | QuantizedDense:
     """Returns a dense layer without bias: plain, with a LoRA adapter, or int8, depending on the config.
 
-    It has an adapter if the rank of `projection` in `config.lora` is above 0. Kernels are 2-D, since
+    The layer has an adapter if the rank of `projection` in `config.lora` is above 0. Kernels are 2-D, since
     `nn.DenseGeneral` with axis names raises an error inside a mesh.
 
     Args:
@@ -242,8 +242,8 @@ class Attention(nn.Module):
         q . (K e) equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e. Per
         query, this takes inputs / kv times as many operations as attention over keys and values, but keys and
         values need not be computed. If there are as many key/value heads as query heads, the two ways take the
-        same work at about `kv` queries for each input. With fewer queries, this way is less work. It also needs
-        no memory for keys and values.
+        same work when each input has about `kv` queries. With fewer queries, this way is less work. It also
+        needs no memory for keys and values.
 
         Args:
             x: the decoder's states, [batch, q, embed].

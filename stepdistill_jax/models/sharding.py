@@ -183,7 +183,11 @@ def _nearest_layout(
 
 
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
-    """Returns the devices as an array [data, fsdp, tensor]. Several slices lie along its first axes."""
+    """Returns the devices as an array [data, fsdp, tensor].
+
+    If there are several slices, they are placed along `data` as far as its size allows, then along `fsdp` and
+    `tensor`.
+    """
     # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     slices = len({getattr(d, "slice_index", None) for d in devices})
@@ -219,7 +223,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array of which each device has a complete copy."""
+    """Returns the sharding that gives each device a complete copy of an array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -231,8 +235,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
     """Turns a tree of host arrays [rows, ...] into global arrays whose rows are sharded over the mesh.
 
-    Every process copies to each of its devices the rows that belong there. This works for any mesh, even if two
-    processes need the same rows because of a tensor axis.
+    Each process copies rows to its own devices, and each device gets only the rows of its shard. This works for
+    any mesh, even if two processes need the same rows because of a tensor axis.
 
     Args:
         batch: arrays with the rows of this process's blocks, one block after the other. With the default values
@@ -262,7 +266,7 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
 def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None) -> tuple[int, ...]:
     """Returns the indices of the blocks of a batch that the given devices need, ascending.
 
-    A batch is `num_blocks` equal blocks of rows, and a device needs each block that contains any of its
+    A batch consists of `num_blocks` equal blocks of rows, and a device needs each block that contains any of its
     rows. Two processes need the same block if the boundary between their rows is inside it, or if a tensor
     axis spans processes.
 

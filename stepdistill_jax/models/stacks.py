@@ -51,7 +51,7 @@ class _Layer(nn.Module):
     deterministic: bool
 
     def normed(self, y: jax.Array, block: str) -> jax.Array:
-        """Normalises the output of a block if the family has such norms, and otherwise returns it unchanged."""
+        """Normalises the output of a block if `config.post_norms` is set. Otherwise, returns it unchanged."""
         if not self.config.post_norms:
             return y
         return RMSNorm(self.config, name=f"post_{block}_layer_norm")(y)

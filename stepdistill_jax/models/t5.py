@@ -22,7 +22,7 @@ class T5Config(ModelConfig):
         num_encoder_layers: number of layers of the encoder (`num_layers`).
         num_decoder_layers: number of layers of the decoder (`num_decoder_layers`).
         num_buckets: number of buckets of the relative position bias (`relative_attention_num_buckets`).
-        max_distance: all distances from this one on share a bucket (`relative_attention_max_distance`).
+        max_distance: all distances of at least this length share one bucket (`relative_attention_max_distance`).
         shared_relative_position_bias: whether all layers of a side share one table of biases. In UMT5, each
             layer has its own table.
         scale_decoder_outputs: whether the input of the output layer is divided by sqrt(emb_dim), as in v1.0

@@ -27,7 +27,7 @@ _PROGRAMS = {
 
 
 def name_of(program: str, causal: bool) -> str:
-    """Returns a kernel's name, under which it runs and its cost is registered."""
+    """Returns a kernel's name. The kernel runs under this name, and its cost is registered under it."""
     return f"gpu_attention_{program}" + "_causal" * causal
 
 

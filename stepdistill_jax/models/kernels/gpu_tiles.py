@@ -269,7 +269,7 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """Returns which of `count` places from `start` on are before the end of an array of `length`, [count] bool.
+    """Returns whether each of `count` places from `start` on lies inside an array of `length` places, [count] bool.
 
     If `step`, the number of places of a program, divides `length`, no place lies beyond the end, and the result
     is None.
@@ -308,9 +308,9 @@ def store_bias(call, ref, query, key, x):
 
 
 def _bias_tile(call, ref, query, key):
-    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask of its places inside the array.
+    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask [64, keys].
 
-    The mask is None if no tile reaches beyond the end of the array.
+    The mask is true at the places that lie inside the array. It is None if no tile reaches beyond the end of the array.
     """
     at = ref.at[pl.ds(query, HALF), pl.ds(key, call.keys)]
     if call.q_len % call.queries == 0 and call.k_len % call.keys == 0:

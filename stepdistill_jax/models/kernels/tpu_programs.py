@@ -1,8 +1,8 @@
 """The programs of the attention kernels for TPUs.
 
-In an array of scores, keys are rows and queries are columns. So a sum over keys adds up vectors, and one value
-per query, such as its largest score, is a single row. A program has one row of the batch and two heads. In each
-round of its loop, it processes 128 queries as 256 columns:
+In an array of scores, keys are rows and queries are columns. So a sum over keys adds whole rows to each
+other, and its result, one value for each query, is a single row. A program has one row of the batch and two
+heads. In each round of its loop, it processes 128 queries as 256 columns:
 
     column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
@@ -159,7 +159,7 @@ def backward(
 
 
 def _each(q, some: Callable) -> None:
-    """Calls `some` for each round, which is a block of 128 queries."""
+    """Calls `some(i, None)` for each round i. In a round, a program processes 128 queries."""
     rounds = q.shape[1] // QUERIES
     unroll = rounds if rounds <= _UNROLLED else 1
     jax.lax.fori_loop(0, rounds, some, None, unroll=unroll)
@@ -236,8 +236,9 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    `combine` first adds up (or takes the maximum of) the upper and the lower half of the rows, several times.
-    The operations on the rows of a half are independent, so none has to wait for another.
+    `combine`, an addition or a maximum, first merges the upper and the lower half of the rows, several times.
+    These operations are independent for each pair of rows, so none has to wait for another. Then `reduce`
+    reduces the rows that are left.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
