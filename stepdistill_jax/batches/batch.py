@@ -106,7 +106,8 @@ class Batches:
         decoder_objective_ids        1  1  0  2  2  2  1  1
         decoder_loss_weights         1  1  0  1  1  1 .5 .5
 
-    If the data has several parts, `decoder_task_ids` has the index, from 1, of each target token's part.
+    If the data has several parts, `decoder_task_ids` has, for each target token, the 1-based index of its
+    part.
 
     With `pairs`, all rows of an example are adjacent in one packed or padded row. The examples of a
     packed row are numbered from 1: first those with several targets, then the others.
@@ -124,17 +125,17 @@ class Batches:
         target_length: maximum number of tokens of a target together with its decoder prefix. Longer
             targets are truncated in the same way.
         seed: seed of the order, and of the choice of examples for `data_fraction`.
-        pack: whether to pack the rows. If False, they are padded. Each objective then has its own
-            group, except that all objectives share one group with `pairs`. Row i of a group belongs to
-            the i-th example of the step. The rows of a group are as long as the longest row that the
-            data has for the group. Encodings are not shared.
+        pack: whether to pack the rows. If False, they are padded. There is then one group for each
+            objective and variant (index of a rationale) or, with `pairs`, only one group. Row i of a
+            group belongs to the i-th example of the step. All rows of a group are padded to the
+            length of the group's longest row in the data. Encodings are not shared.
         row_multiple: the row count of a batch is a multiple of this number. The number is the product
             of the number of devices over which a batch is sharded and the number of microbatches.
         data_fraction: share of the examples to use. The examples of a smaller share are a subset of those
             of a larger share.
         row_lengths: input length and target length of a packed row (`batches/row_lengths.py` chooses
-            them). (0, 0) means `input_length` and `target_length`. With `pairs`, each of the two is
-            raised to the length of the longest example if that is greater.
+            them). (0, 0) means `input_length` and `target_length`. With `pairs`, a length that is
+            too short for the longest example is raised to the length of that example.
         pairs: whether all targets of an example are in the same packed row, so that a loss can compare
             them.
         loss_mean: `token` or `example`. With `example`, the loss weight of each target token is divided
@@ -306,7 +307,7 @@ class Batches:
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the row count of a batch, rounded up, if its fullest shard needs `num_rows` rows."""
+        """Returns the rounded-up row count of a batch whose fullest shard needs `num_rows` rows."""
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
@@ -415,7 +416,7 @@ class Batches:
         return tuple(self._packed(drawn, tables, lengths) for tables, lengths in each)
 
     def batch_rows(self, fullest: int) -> int:
-        """Returns the row count of each group of a batch if the fullest shard needs `fullest` rows."""
+        """Returns the row count of each group of a batch whose fullest shard needs `fullest` rows."""
         # padded: a row for each example. Packed: the smallest row count into which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)
@@ -492,8 +493,7 @@ class Batches:
         """Returns the encodings of all examples of a store. The example at place i is example i of the store.
 
         All rationales of an example are included. With `pairs` and sampled rationales, an example
-        counts as having one rationale, as in a step, which is as long as the example's longest
-        rationale.
+        counts as having only one rationale, as in a step. The length of its longest rationale is used.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):

@@ -38,8 +38,8 @@ class Encodings:
 
     Attributes:
         of_row: for each row, the index of the encoding that it reads, from 0, [rows] int64.
-        offset: for each row, the number of decoder tokens to the left of its own that belong to other rows of
-            the same encoding, [rows] int64.
+        offset: for each row, the number of columns between the start of its encoding's targets and the start
+            of its own target, [rows] int64. These columns contain targets of other rows of the encoding.
         row_sizes: for each row, its input length and its decoder length, [rows, 2] int64.
         is_first: for each row, whether it is the first row of its encoding, [rows] bool. The inputs of this row
             are the ones that are encoded.
@@ -310,9 +310,10 @@ def choose_row_counts(
     """Returns the row counts that the packed block of a shard may have: at most four, ascending.
 
     A block gets the smallest count into which it fits, and the rows that it does not need are empty. Each count
-    is another shape to compile, so there are only four. The first two minimise the mean count, and so the empty
-    rows, over the probes. The third lies above the largest probe by about one or two standard deviations of the
-    probes. The fourth is `bound`, rounded up: it is far larger, but hardly ever needed.
+    is another shape to compile, so there are only four. The first two minimise the mean count over the
+    probes, and thereby the number of empty rows. The third lies above the largest probe by about one or two
+    standard deviations of the probes. The fourth is `bound`, rounded up: it is far larger, but hardly ever
+    needed.
 
     Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
@@ -355,13 +356,14 @@ def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
     """Returns a number of packed rows that `first_fit` never exceeds for `batch_size` examples.
 
     `first_fit` opens a new packed row only when no waiting row fits into the current one, because its
-    input or its target is too long. Let the load of a packed row be the sum of input / capacity + target /
-    capacity over its encodings. Then the loads of two consecutive packed rows add up to more than 1. So m
-    packed rows have a total load above (m - 1) / 2, and m < 2 load + 1.
+    input or its target is too long. Let the load of a packed row be the sum, over its encodings, of
+    input length / input capacity + target length / target capacity. Then the loads of two consecutive packed
+    rows add up to more than 1. So m packed rows have a total load above (m - 1) / 2, which means that
+    m < 2 * total load + 1.
 
     Args:
-        loads: for each example, the sum of input / capacity + target / capacity over its encodings,
-            [examples]. An example that a batch may contain twice is listed twice.
+        loads: for each example, its load, which is the same sum over the example's encodings, [examples]. An
+            example that a batch may contain twice is listed twice.
         rows_each: for each example, its number of encodings, [examples]. An encoding is always in a
             single packed row.
         batch_size: number of examples in a batch.

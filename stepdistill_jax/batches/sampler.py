@@ -90,7 +90,7 @@ class TokenTable:
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """Number of tokens of prefix and target, or 0 if an example has no row: [examples] int64."""
+        """Total length of prefix and target of each example, or 0 if the example has no row, [examples] int64."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -178,7 +178,8 @@ def _loss_weights(
 class ExampleIds(NamedTuple):
     """Drawn examples, as three arrays [examples] int64.
 
-    For each example: the index of its store, its index in the store, and the epoch in which it is drawn.
+    They contain, for each example, the index of its store, its index in the store, and the epoch in which it
+    is drawn.
     """
 
     stores: np.ndarray

@@ -47,8 +47,8 @@ class ChoiceScorer:
     for at most 512 tokens at a time, so the memory for logits does not grow with the number of answers. A score
     does not depend on the other answers or on the other inputs.
 
-    The scorer keeps its compiled programs, one for each combination of the bucket of input lengths, the width
-    of the decoder rows, and the number of decoder rows for an input.
+    The scorer keeps its compiled programs. There is one for each combination of input length bucket, width of
+    the decoder rows, and number of decoder rows for an input.
 
     Example: `ChoiceScorer(config)(params, [[5, 7, 1]], [[[4, 1], [6, 8, 1]]])` is `[array([-2.1, -9.8])]`.
     """
@@ -185,10 +185,10 @@ def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: i
 def _batches(
     rows: Sequence[Ids], answers: Sequence[Sequence[Ids]], batch_size: int
 ) -> Iterator[list[int]]:
-    """Yields the places of the rows of each batch.
+    """Yields, for each batch, the places of its rows.
 
-    The rows of a batch are similar in their number of decoder rows, their input length and their number of
-    answer tokens.
+    The rows of a batch need similar numbers of decoder rows. They have inputs of similar lengths and similar
+    numbers of answer tokens.
     """
     tokens = [sum(map(len, of_row)) for of_row in answers]
 

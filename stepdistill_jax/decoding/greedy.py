@@ -228,9 +228,9 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
 
     A batch is split into equal parts, one for each device along the batch axes of the mesh. Without a mesh,
     there is one part. The result is `batch_size`, or 64 rows for each part if `batch_size` is None. It is
-    rounded up so that all parts are equal. On a GPU, each part has at least 8 rows, since XLA pads the rows of
-    each smaller matmul separately, and computes a single row without tensor cores and with 1.5 times as many
-    operations.
+    rounded up so that all parts are equal. On a GPU, each part has at least 8 rows. XLA would pad 2 to 7 rows to
+    8 in each matmul separately. It would compute a single row without tensor cores and with 1.5 times as many
+    operations as 8 rows.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
@@ -240,7 +240,7 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
 
 
 class LabelDecoder:
-    """Decodes any number of rows of ids, in any order and of any length. It is greedy by default.
+    """Decodes any number of rows of ids, in any order and of any length. Decoding is greedy by default.
 
     A `LabelDecoder` keeps its compiled programs, one for each bucket of input lengths. The answer of a row
     does not depend on the other rows.

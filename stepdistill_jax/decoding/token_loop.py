@@ -1,4 +1,4 @@
-"""Decodes token by token: the start, the step and the loop of greedy decoding and of sampling.
+"""Decodes token by token. The start, the step and the loop are shared by greedy decoding and sampling.
 
 Beam search uses the same start and step, but has its own loop.
 """

@@ -1,4 +1,4 @@
-"""Finds changes to a config with which its step fits. Each change is compiled before it is recommended.
+"""Finds changes to a config that make its step fit into memory. Each change is compiled before it is recommended.
 
 In this package, the slices of a step are its microbatches (`num_microbatches`).
 """
@@ -33,7 +33,7 @@ _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The candidate that does not fit, for which helpful changes are searched.
+    """A candidate that does not fit into memory. `remedies` looks for changes that make it fit.
 
     Attributes:
         config: config of the run.
@@ -138,7 +138,7 @@ def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Returns the config after the given changes, except `remat_policy`, which `compiled` takes as an argument."""
+    """Returns the config with the given changes. `remat_policy` is not applied: `compiled` takes it as an argument."""
     fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
     if "optimizer" in changes:
         fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
@@ -150,9 +150,9 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the combination of all changes that save memory on their own.
+    """Compiles the combination of all changes that each save memory on their own.
 
-    If the size of the base is unknown, because the TPU compiler refused it, the combination contains all
+    If the TPU compiler refused the base, the size of the base is unknown. The combination then contains all
     changes.
 
     Returns:

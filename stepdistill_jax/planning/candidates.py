@@ -86,7 +86,10 @@ def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
 
 
 def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
-    """Returns batch shards x slices. The row counts of a batch must be multiples of this number."""
+    """Returns the number of batch shards times the number of slices.
+
+    The row counts of a batch must be multiples of this number.
+    """
     return batch_shards(make_mesh(layout, target.devices)) * config.num_microbatches
 
 
@@ -121,7 +124,10 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
 def _policies(
     config: TrainConfig, target: Target, name: str, layout: Layout
 ) -> Iterator[dict[str, Any]]:
-    """Compiles one layout under as many remat policies as necessary, and yields the least recomputation first."""
+    """Compiles one layout under as many remat policies as necessary.
+
+    The candidate with the least recomputation is yielded first.
+    """
     # The policy that recomputes most is compiled second. If it does not fit, no policy in between does.
     least, *between, most = REMAT_POLICIES
     first = compiled(config, target, name, layout, least)

@@ -63,7 +63,7 @@ def collectives(
     Args:
         module: the optimised program (`compiled.as_text()`).
         num_devices: number of devices of the mesh. An operation that names no group uses all of them.
-        unknown_trips: the argument of `runs`.
+        unknown_trips: as for `runs`.
 
     Returns:
         The collectives, sorted from the most to the fewest sent bytes.

@@ -217,7 +217,7 @@ def _source(inner: Computation, instruction: Instruction) -> Instruction:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction is a custom call that is neither a library's matmul nor a marker."""
+    """Returns whether an instruction is a custom call, but neither a cuBLAS matmul nor one of the free `MARKS`."""
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 

@@ -55,7 +55,7 @@ def plan_decode(
         layout: a name, such as `fsdp` or `fsdp_tensor 4x2`, or a `Layout`; None means the config's layout.
         rows: number of rows to decode at once, over all devices. None means 64 rows for each shard of the
             batch. A GPU decodes at least 8 rows in each shard.
-        quantization: `int8` for int8 kernels; None for kernels in the config's `dtype`.
+        quantization: `int8` for int8 weight matrices; None for weight matrices in the config's `dtype`.
         hbm: memory of one device in bytes, as for `plan`.
         data_dir: folder of prepared datasets.
 
@@ -68,7 +68,8 @@ def plan_decode(
         `kernels_per_token`, the time and the number of kernels for one more token.
 
     Raises:
-        InputError: `topology` is None, or the decoder does not fit into memory. Also raised as for `plan`.
+        InputError: `topology` is None, the decoder does not fit into memory, or an argument is one
+            that `plan` would refuse.
     """
     if topology is None:
         raise InputError(

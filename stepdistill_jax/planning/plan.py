@@ -141,7 +141,9 @@ def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
 
 
 def _seconds(shown: dict[str, Any], kind: str | None) -> dict[str, float]:
-    """Returns, for each kind of device, the seconds of a step at the bfloat16 peak, as if moving data took no time.
+    """Returns, for each kind of device, how many seconds a step would take at the device's peak bfloat16 FLOP rate.
+
+    The time to move data within a device and between devices is ignored.
 
     `kind` is a kind of device; None means all known kinds.
     """

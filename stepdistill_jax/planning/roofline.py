@@ -112,7 +112,7 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
         module: an optimised program for the chip.
         chip: the chip whose rates are used.
         on_tpu: whether memory spaces other than 0 are on the chip.
-        unknown_trips: the argument of `runs`.
+        unknown_trips: as for `runs`.
     """
     costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()
     for run in runs(module, unknown_trips):

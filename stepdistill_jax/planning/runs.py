@@ -39,7 +39,7 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
     Args:
         module: the parsed module.
         unknown_trips: how often the first loop of unknown length runs. The other loops of unknown length are then
-            left out, since the rows of a decoder are in only one of its loops at each token. None means that each
+            left out, since a decoder decodes each token in only one of its loops. None means that each
             loop of unknown length runs once.
     """
     seen: list[str] = []
