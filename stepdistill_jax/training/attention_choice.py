@@ -76,7 +76,7 @@ def untried_attention(
 
     Returns:
         The model's configuration with the choice, and the reason why no kernel can be used. The reason is
-        None if a kernel can be used, or if the choice is "xla" without a check of the kernels.
+        None if a kernel can be used, or if "xla" was chosen without checking the kernels.
     """
     device = mesh.devices.flat[0]
     if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
@@ -99,7 +99,10 @@ def untried_attention(
 
 
 def _beyond_kernels(model: ModelConfig) -> str | None:
-    """Returns a string that names the model's attention features without a kernel, or None if there are none."""
+    """Returns a string that lists the model's attention features that no kernel supports.
+
+    Returns None if the model has no such features.
+    """
     sides = (model.encoder, model.decoder)
     beyond = {
         "soft caps of scores": any(side.score_softcap is not None for side in sides),

@@ -50,8 +50,8 @@ class OptimizerConfig:
         weight_decay: weight decay of AdamW or Adafactor. The paper uses 0, unlike optax's default.
         clip_norm: largest global norm of the gradients. Gradients with a larger norm are scaled down
             to this norm.
-        mu_dtype: type of AdamW's first moment, `float32` or `bfloat16` (optax has the same name). The
-            second moment is always float32: it changes by a share of 1 - b2 in each step, which
+        mu_dtype: type of AdamW's first moment, `float32` or `bfloat16` (optax uses the same name). The
+            second moment is always float32: each step changes it only by the fraction 1 - b2, which
             bfloat16 would round away.
     """
 
@@ -178,7 +178,7 @@ class TrainConfig:
             then the mean over the targets.
         token_weights: maps an objective to the field of the train rows that has a weight for each word
             of its target, e.g. {"rationale": "rationale_weights"}. None gives all words equal weights.
-        lora: ranks of LoRA adapters, which are then the only trained weights. None trains all weights.
+        lora: ranks of LoRA adapters. If set, only the adapters are trained. None trains all weights.
         watchdog_medians: a step is stuck if it takes more than this many times the median of recent
             steps. The process then ends. 0 turns this off.
         watchdog_min_secs (seconds): shortest time after which a step can be stuck. For the first step,

@@ -47,8 +47,8 @@ def cross_entropy(
         The sum, a float32 scalar; only this output has a gradient.
         Each token's negative log probability in nats, [batch, length] float32.
         For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
-        So if the target and another id are the likeliest, the target counts as correct. With argmax,
-        only the first of these ids would count.
+        So a target that shares the highest probability with another id counts as correct. With
+        argmax, it would count only if it were the first of these ids.
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, tied, False, False)
     return _total(scale, nll), nll, correct

@@ -65,10 +65,10 @@ class ExtraLoss(abc.ABC):
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
             output: `output.logits(states)` returns float32 logits. If they are computed for all rows at
                 once, they are the largest array of the step. `output.kernel` is [embed, vocab] float32.
-            group: arrays [rows, length] (see `batches.batch`): `decoder_target_tokens`,
+            group: arrays [rows, length] (see `batches.batch`), among them `decoder_target_tokens`,
                 `decoder_segment_ids`, `decoder_objective_ids` (index of the objective, from 1; 0 is
-                padding), `decoder_loss_weights`, for a mixture `decoder_task_ids`, for a `PairedLoss`
-                `decoder_example_ids`, ..., and the encoder's arrays.
+                padding), `decoder_loss_weights` and the encoder's arrays. For a mixture, `group` also
+                has `decoder_task_ids`, and for a `PairedLoss`, `decoder_example_ids`.
         """
 
     def to_json(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class PairedLoss(ExtraLoss):
         objective: int,
         by: Callable[..., jax.Array] = jax.ops.segment_sum,
     ) -> jax.Array:
-        """Reduces the values of each example's target tokens of one objective, by default to their sum.
+        """For each example, reduces the values of one objective's target tokens, by default to their sum.
 
         Args:
             values: a value for each target token, [rows, length, ...].

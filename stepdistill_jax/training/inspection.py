@@ -60,10 +60,11 @@ def inspect(
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`,
         `vocabulary_size`, and
 
-        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows" (with a target),
-            "absent" (examples without a target), "inputs", "targets"}}. "inputs" and "targets" describe
-            lengths in tokens before truncation: "min", "mean", "median", "p99", "max" and "histogram"
-            (list of {"from", "to", "rows"}). The length of a target includes its decoder prefix;
+        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows" (count of rows
+            with a target), "absent" (count of examples without a target), "inputs", "targets"}}.
+            "inputs" and "targets" describe lengths in tokens before truncation: "min", "mean",
+            "median", "p99", "max" and "histogram" (list of {"from", "to", "rows"}).
+            The length of a target includes its decoder prefix;
         `shares`: only for a mixture, the result of `TaskData.shares`;
         `cut`: {name: {"inputs", "targets"}}, the counts of truncated inputs and targets;
         `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token;

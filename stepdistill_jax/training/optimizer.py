@@ -14,7 +14,10 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """Returns the learning rate as a function of the step, from 0, or None if a user's optimizer hides it."""
+    """Returns the learning rate as a function of the step, where 0 is the first step.
+
+    Returns None if the rate of a user's optimizer is unknown.
+    """
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 

@@ -168,7 +168,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _code(function: Any) -> Any:
-    """Returns a Python function's code object, which knows file and line, or None for other callables."""
+    """Returns a Python function's code object, which records its file and line, or None for other callables."""
     return getattr(inspect.unwrap(function), "__code__", None)
 
 

@@ -152,7 +152,10 @@ def assemble(
 def _row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig, workdir: pathlib.Path
 ) -> tuple[int, int]:
-    """Returns the input and target length of packed rows. A resumed run keeps its lengths in any layout."""
+    """Returns the input and target length of packed rows.
+
+    A resumed run keeps its lengths, even if its layout has changed.
+    """
     if config.pack and (workdir / RUN).is_file():
         # older versions did not choose lengths; their rows have the maximum lengths of inputs and targets
         kept = read_run(workdir).get("row_lengths")
@@ -236,7 +239,10 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and its initial step in `path` (None if `path` is a model directory)."""
+    """Returns whether the run has begun, and the step of `path` whose weights it starts from.
+
+    The step is None if `path` is a model directory.
+    """
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")
     return False, resolve_step(path, "best") if is_workdir(path) else None
@@ -245,8 +251,9 @@ def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]
 def max_decode_len(data: TaskData, config: TrainConfig) -> int:
     """Returns the maximum length of a decoded answer in tokens: the config's `max_decode_len`, if it is set.
 
-    If it is not set, or if an answer contains more than a label, this is the length of the first objective's
-    longest target in the data, at most `target_length`, rounded up to a multiple of 8.
+    If it is not set, or if an answer contains more than a label, the result is the length of the first
+    objective's longest target in the data, or `target_length` if that is smaller. This length is rounded up
+    to a multiple of 8.
     """
     if config.max_decode_len is not None and not data.objectives[0].writes_more:
         return config.max_decode_len

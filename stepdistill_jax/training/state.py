@@ -159,7 +159,7 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Adds the adapters that `init_state` would draw to plain weights, which are already on the devices."""
+    """Returns `base`, plain weights on the devices, combined with the adapters that `init_state` would draw."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 

@@ -117,9 +117,9 @@ def train_step(
     Returns:
         The new state.
         The metrics: `sums` (an `ObjectiveSums` with a column for each objective of each task), `loss` (in
-        nats per token), `grad_norm` (before the clip) and, if a weight is a schedule, `weights` (their
-        values in this step). If there is an extra loss, the last column of `sums` and the last of
-        `weights` belong to it.
+        nats per token), `grad_norm` (before the clip) and, if any loss weight is a schedule, `weights`
+        (the values of all loss weights in this step). If there is an extra loss, the last column of
+        `sums` and the last value of `weights` belong to it.
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
     # 2 tasks with 2 objectives and an extra loss: 5 columns, 2 for task 1, 2 for task 2, 1 for the extra loss
@@ -170,8 +170,8 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
     """Returns `updated`, or `before` if the loss or the gradient is not finite.
 
     `optax.apply_if_finite` would add counters to every checkpoint, read each gradient once more, and
-    apply the update after its last allowed error. The norm is needed for the clip anyway, and XLA selects
-    the values while it writes the update.
+    apply even a non-finite update after too many errors in a row. The norm is needed for the clip
+    anyway, and XLA selects the values while it writes the update.
     """
     # a NaN or infinity in any gradient makes the global norm NaN or infinite
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -12,14 +12,16 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
 
     STARTING, STEPPING -> SAVING    a step has ended
     SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
-    SAVING -> STEPPING              after saving a better step, or every `checkpoint_every`-th
-    any -> the same                 loss or gradient is not finite: the update is skipped
-    any -> STARTING                 `max_consecutive_nonfinite` in a row: the run rolls back, once,
-                                    to an older checkpoint's parameters
-    any -> failed (1)               not finite with `on_nonfinite` "stop"; too many in a row a second
-                                    time, or without a checkpoint to roll back to
+    SAVING -> STEPPING              the step is saved if it is the best so far, or if it is a multiple
+                                    of `checkpoint_every`
+    any -> the same                 a step's loss or gradient is not finite: its update is skipped
+    any -> STARTING                 `max_consecutive_nonfinite` such steps in a row: the run rolls
+                                    back, once, to an older checkpoint's parameters
+    any -> failed (1)               such a step, if `on_nonfinite` is "stop"; too many such steps in a
+                                    row for the second time, or with no checkpoint to roll back to
     any -> stuck (134)              the state lasts too long
-    any -> stopped                  `grace_secs` after a signal (75); at a second signal (128 + number)
+    any -> stopped                  `grace_secs` after a signal (75), or at a second signal (128 + the
+                                    signal's number)
     SAVING -> stopped (75)          the step that was running at a signal is saved
     SAVING -> done (0)              the last step is saved
 
@@ -73,7 +75,7 @@ State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
 
 
 class _TooManyBadSteps(Exception):
-    """Raised by `flush` after step `step`. The run is rolled back when the loop has released its state."""
+    """Raised by `flush` after step `step`. The run is rolled back after the loop has released the state."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -90,7 +92,7 @@ def leave_at_start(signal_name: str) -> None:
 
 
 def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Calls `life()` and returns its result. After each rollback of the run, calls it again.
+    """Calls `life()` and returns its result. If the run has to roll back, does so and calls `life()` again.
 
     Raises:
         FloatingPointError: raised by `life`; advice is added to its message.
@@ -116,7 +118,10 @@ class Supervisor:
     """Supervises a run from its newest checkpoint on. `last` contains the metrics of the newest step."""
 
     def __init__(self, run: Run, stop: StopSignals):
-        """Starts in the state STARTING. `stop` must be an entered context. Each state sets its reaction to signals."""
+        """Starts in the state STARTING.
+
+        `stop` must be an entered context. Each state sets how `stop` reacts to a signal.
+        """
         config = run.config
         self._run, self._stop = run, stop
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
@@ -179,7 +184,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Restores the counts of the run's earlier starts, up to step `start`."""
+        """Restores what earlier starts recorded up to step `start`: losses, non-finite steps and a rollback."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)
@@ -433,9 +438,9 @@ def _roll_back(run: Run, step: int) -> None:
     The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). If they were repeated
     in the same order, they would fail again.
 
-    The last good checkpoint is the newest one at a multiple of `checkpoint_every` after which the next step was
-    finite. Steps that were saved for another reason, such as a stop signal, do not count. So a run gives the
-    same result with and without stops.
+    The last good checkpoint is the newest one whose step is a multiple of `checkpoint_every` and whose next step
+    was finite. Steps that were saved for another reason, such as a stop signal, do not count. So a run gives
+    the same result with and without stops.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to

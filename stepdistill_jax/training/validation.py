@@ -63,7 +63,7 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Creates the functions that validations call, and the metrics of the parts' own tasks.
+        """Creates the functions that validations call, and the metrics that the parts' own tasks define.
 
         `batches` must cover the split once, in order. `batch_size` is the number of rows that the decoder
         decodes together.
@@ -142,7 +142,8 @@ class Validator:
         for name in (best_metric or "label_accuracy", f"loss/{self.data.objectives[0].name}"):
             if (value := found.get(f"eval/{self.data.split}/{name}")) is None:
                 raise InputError(
-                    f"`best_metric`: this validation has no {name!r}, but the metric must return it each time"
+                    f"`best_metric`: this validation has no {name!r}, but every validation must return"
+                    " this metric"
                 )
             bare = name
             for part in self.data.parts:
@@ -174,7 +175,7 @@ class Validator:
 
         Args:
             params: parameters of a step.
-            on_batch: called after each batch of losses and of answers; may raise.
+            on_batch: called after each batch whose losses or answers are computed; may raise an exception.
             keep: called with each answer: `id` (1-based index of its row), `label`, `score` (natural log
                 of its probability), `target`, and, with several parts, `task`.
 
