@@ -32,7 +32,7 @@ def evaluate(text: str) -> float | None:
 
 
 def equal(left: float, right: float) -> bool:
-    """Returns whether two values differ by at most a relative 1e-6, or by at most 1e-9 near zero."""
+    """Returns whether two values are equal within a relative tolerance of 1e-6 or an absolute one of 1e-9."""
     return math.isclose(left, right, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
 
 

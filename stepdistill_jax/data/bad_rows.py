@@ -45,7 +45,7 @@ class BadRows:
         ]
 
     def warnings(self, total: int) -> list[dict[str, Any]]:
-        """Returns a list with one warning about the skipped rows, as from `data.labels.warnings`, or []."""
+        """Returns a list of one warning about the skipped rows, or []. See `data.labels.warnings`."""
         if not self.count:
             return []
         places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]
@@ -88,10 +88,10 @@ def failed_list(directory: pathlib.Path) -> pathlib.Path:
 
 
 def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-    """Moves defects.jsonl from the folder `new` to `failed_list(directory)`; returns that path.
+    """Moves defects.jsonl from the folder `new` to `failed_list(directory)`, and returns the new path.
 
     Raises:
-        InputError: a file that `prepare` did not write already has that path.
+        InputError: at the new path, there is already a file that `prepare` did not write.
     """
     path = failed_list(directory)
     check_outputs({path: LIST})
@@ -100,7 +100,7 @@ def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
 
 
 def remove_list(directory: pathlib.Path) -> None:
-    """Removes the list of defects that an earlier run, which failed, left for `directory`."""
+    """Removes the list of defects that an earlier, failed run left for `directory`."""
     path = failed_list(directory)
     if path.is_file() and not path.is_symlink() and LIST.wrote(path):
         path.unlink()

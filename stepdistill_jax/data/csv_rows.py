@@ -179,7 +179,7 @@ def _header(path: os.PathLike | str, line: int, cells: list[str]) -> list[str]:
 
 
 def _value(cell: str, number: bool) -> Any:
-    """Returns None for a blank cell, a float for a number in a column of numbers, and else the text."""
+    """Returns None for a blank cell, a float for a number in a column of numbers, or else the cell's text."""
     if not cell.strip():
         return None
     if number:

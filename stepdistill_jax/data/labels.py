@@ -20,8 +20,8 @@ def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]
     """Returns {label: {split: number of rows}}, with the commonest label first.
 
     The result is empty unless the labels are a closed set: at least five rows per label on average, and
-    at most 1,000 labels, or 20 if most of them are numbers. Otherwise answers are free, so that it is
-    normal for a label to have a single row.
+    at most 1,000 labels (at most 20 if most labels are numbers). Otherwise, answers are free text, so it
+    is normal that many labels occur only once.
     """
     found: dict[str, dict[str, int]] = {}
     for split, counts in splits.items():
@@ -41,7 +41,7 @@ def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
 
     Kinds for closed sets of labels: `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
-    Kinds for all datasets: `duplicate_rows`, and `different_labels`, whose count is a number of inputs. The
+    Kinds for all datasets: `duplicate_rows`, and `different_labels`, which counts inputs, not rows. The
     message is one line, which states the problem, the count, the first places, and what to do.
     """
     counts = label_counts(splits)

@@ -24,14 +24,14 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the
     rationale "A dog is an animal." and the answer "entailment".
 
-    A label with a capital, a full stop or other words around it is repaired, if the answer names exactly
-    one label and has no `not`, `or` or similar word.
+    A label with a capital letter, with a full stop or among other words is repaired if the answer names
+    exactly one label and contains no word such as `not` or `or`.
 
     Returns:
         The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        label_not_a_choice (the answer by the published rule is not exactly a label), truncated. A text that
-        continues with another premise before any answer has the problem no_answer, although the
-        published rule takes the answer of the invented pair.
+        label_not_a_choice (the answer that the published rule finds is not exactly a label), truncated. A
+        text that continues with another premise before any answer has the problem no_answer, although
+        the published rule takes the answer of the invented pair.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()

@@ -272,8 +272,9 @@ def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
     """Returns the objectives of the arm with the given name, or checks and returns the given objectives.
 
     Raises:
-        InputError: the arm is unknown; there is no objective; two have the same name; all weights are
-            0; the first objective has a decoder prefix, or no words between two fields of its target.
+        InputError: the arm is unknown; there is no objective; two names are equal; all weights are
+            0; the first objective has a decoder prefix, or its target has two fields without words between
+            them.
     """
     if isinstance(objectives, str):
         one_of("objectives", objectives, ARMS)
@@ -318,7 +319,7 @@ def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...
 def check_first(objectives: Sequence[Objective]) -> None:
     """Raises InputError if the first objective has a decoder prefix.
 
-    The first objective is used for inference, also by programs that know no decoder prefixes.
+    The first objective is used for inference, also by programs that do not support decoder prefixes.
     """
     if objectives[0].decoder_prefix:
         raise InputError(

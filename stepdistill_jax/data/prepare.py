@@ -47,8 +47,8 @@ def prepare(
 
     Writes `data_dir/NAME/` with the TFDS dataset, SPLIT.jsonl, defects.jsonl, dataset.json and a
     vocabulary trained on the train split. The folder appears complete or not at all. An existing folder
-    with the same fingerprint is left unchanged. One with another fingerprint is replaced, and a note says
-    so. Rows are read one by one, so that memory does not grow with the source.
+    with the same fingerprint is left unchanged. A folder with another fingerprint is replaced, and a
+    note says so. Rows are read one by one, so that memory does not grow with the source.
 
     Args:
         name: `cqa`, `svamp`, `esnli`, `anli` (files in the paper's layout, or exports), `jsonl` (your own

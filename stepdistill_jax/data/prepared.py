@@ -261,7 +261,7 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
 
 
 def how_to_prepare(name: str) -> str:
-    """Returns the advice to run the command that prepares `name`."""
+    """Returns the end of an error message, which tells the user the command that prepares `name`."""
     if name in (EMBEDDED, GENERATED):
         return f"run `stepdistill prepare {name}`"
     original = name.removesuffix(PAPER_SUFFIX)

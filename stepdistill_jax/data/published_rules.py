@@ -1,4 +1,4 @@
-"""Parses a teacher's text exactly as the paper's published code does; `rationale.py` is our own parser.
+"""Parses a teacher's text exactly as the paper's published code does. Our own parser is in `rationale.py`.
 
 Each function returns (rationale, label). A missing part is blank: " " or "", as published.
 """

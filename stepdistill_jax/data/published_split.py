@@ -19,8 +19,8 @@ def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray
         seed: seed of the permutation of the rows. The first rows after the permutation become test.
 
     Returns:
-        The 0-based indices of the train rows, [train] int64, and of the test rows, [test] int64, each in
-        drawn order.
+        The 0-based indices of the train rows, [train] int64, and of the test rows, [test] int64. Each
+        array is in the order of the permutation.
     """
     order = np.random.default_rng(seed).permutation(rows)
     test = math.ceil(test_size * rows)

@@ -25,8 +25,9 @@ class Parsed:
 
     Attributes:
         rationale: the text before the answer.
-        answer: the answer that the published rule finds; for choices, the choice that the letter names.
-        answer_text: for choices, the text after the letter.
+        answer: the answer that the published rule finds. If the question has choices, it is the choice that
+            the letter names.
+        answer_text: the text after the letter, if the question has choices.
         repaired: the answer after our repairs.
         problems: names of the text's defects; see `defects.KINDS`.
         wrong_sums: equations in the rationale whose two sides differ.
@@ -133,7 +134,7 @@ def parse_equation(text: str) -> Parsed:
 def split(
     text: str, marker: str, next_question: str = NEXT_QUESTION
 ) -> tuple[tuple[str, ...], str, str | None]:
-    """Splits a text, up to the next question, at the marker before its answer.
+    """Splits a text at the marker before the answer, and ignores the next question and all that follows.
 
     Returns:
         The problems, the rationale, and the text after the first marker and before any second one. That

@@ -51,7 +51,10 @@ def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[s
 
 
 def _there_and_back(text: str, vocabulary: SentencePieceVocabulary) -> tuple[int, bool, bool]:
-    """Returns (number of unknown pieces, whether words change, whether only whitespace changes)."""
+    """Encodes and decodes a text.
+
+    Returns (number of unknown pieces, whether words change, whether only whitespace changes).
+    """
     ids = vocabulary.encode(text)
     back = vocabulary.decode(ids)
     changed = back != text

@@ -53,7 +53,7 @@ class JsonRow:
             name: the field.
             strip: whether to strip outer whitespace; inputs are not stripped.
             blank: whether a blank text is allowed.
-            hint: end of the message for an absent field, which says what to do.
+            hint: text that says what to do. It ends the message for an absent field.
 
         Raises:
             InputError: the field is absent or blank, or its value is not text or not valid Unicode.
@@ -260,7 +260,7 @@ def read_example(
 
 
 class UniqueIds:
-    """Finds ids that occur twice in a file. Stores a hash and a line for each id, in 100 bytes per row."""
+    """Finds ids that occur twice in a file. The hash and the line of each id take 100 bytes of memory."""
 
     def __init__(self):
         self._lines: dict[int, int] = {}

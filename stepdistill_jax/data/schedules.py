@@ -96,7 +96,7 @@ def check_weight(name: str, weight: Any) -> None:
 
 
 def end_value(weight: Weight) -> float:
-    """Returns the final weight. Validation uses it at every step, so that its losses can be compared."""
+    """Returns the final weight. Validation always uses it, so that losses of different steps are comparable."""
     return weight.end_value if isinstance(weight, Schedule) else weight
 
 

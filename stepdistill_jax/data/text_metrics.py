@@ -17,7 +17,7 @@ def text_match(prediction: str, label: str) -> bool:
 
 
 def value_match(prediction: str, label: str) -> bool:
-    """Returns whether two equations have equal values within a relative 1e-6, e.g. `( 8 + 2 )` and `10.0`.
+    """Returns whether two equations, e.g. `( 8 + 2 )` and `10.0`, have equal values (see `arithmetic.equal`).
 
     A label that is not an equation is compared as text.
     """
@@ -102,7 +102,7 @@ class LabelCounts:
 
 
 def _value_key(label: str) -> str:
-    """Returns a key that is the same for labels of equal value, compared by 6 significant digits."""
+    """Returns a key that is the same for labels whose values agree to 6 significant digits."""
     value = arithmetic.evaluate(label)
     return f"text {normalize(label)}" if value is None else f"value {value + 0.0:.6g}"
 

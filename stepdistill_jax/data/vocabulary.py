@@ -123,7 +123,7 @@ class SentencePieceVocabulary:
         self.framing = self._read_framing() if self._is_gemma() else T5_FRAMING
 
     def _is_gemma(self) -> bool:
-        """Returns whether the model is BPE with bos and byte fallback. UMT5's has a bos, but is unigram."""
+        """Returns whether the model is BPE with bos and byte fallback. UMT5's model has bos, but is unigram."""
         if self._processor.bos_id() <= PAD_ID:
             return False
         from sentencepiece import sentencepiece_model_pb2
@@ -207,7 +207,7 @@ class ByteVocabulary:
     unk_id = UNK_ID
 
     def pieces(self) -> list[str]:
-        """Returns the name of each id in `transformers`, which is `chr(byte)` for a byte."""
+        """Returns the piece of each id, named as in `transformers`: the piece of a byte is `chr(byte)`."""
         return ["<pad>", "</s>", "<unk>", *map(chr, range(256))]
 
     def encode(self, text: str) -> list[int]:

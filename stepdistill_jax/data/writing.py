@@ -73,7 +73,10 @@ def write_rows(
 
 
 def describe(reading: Reading) -> dict[str, Any]:
-    """Returns the fields of dataset.json that are known before rows are read; the fingerprint covers them."""
+    """Returns the fields of dataset.json that are known before rows are read.
+
+    The fingerprint of the dataset covers these fields.
+    """
     return {
         "metric": reading.metric,
         "reader": {"name": reading.reader, "version": reading.version},

@@ -1,8 +1,8 @@
 """Makes word problems (question, solution, answer) from the templates of the package `reasoning-gym`.
 
 The templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): fixed sentences with
-varying names and numbers. Ten templates are only in the split `unseen`. The other splits share the
-other templates, each with different numbers.
+varying names and numbers. Ten templates are used only in the split `unseen`. The other splits
+share the remaining templates, but differ in the numbers that are filled in.
 """
 
 import hashlib
@@ -49,14 +49,14 @@ def read(
     No other split uses the templates of `unseen`. Train, validation and test share their templates.
     The same `rows`, `seed` and package version give the same examples. Validation, test and unseen do
     not depend on `rows`. All questions differ, and questions of two splits differ in more than names:
-    `split_of_numbers` assigns each template with its numbers to one split. The example with the id
+    `split_of_numbers` assigns each pair of a template and its numbers to one split. The example with the id
     `t17-3` is the third of its split, and is made from template 17 of the package.
 
     Args:
         rows: number of train rows; None means 20,000.
         seed: seed of all names and numbers; None means 0.
-        held_out_rows: number of rows of each split other than train. Splits that it does not name are
-            left out.
+        held_out_rows: number of rows of each split other than train. A split that is not named here
+            is left out.
 
     Raises:
         InputError: the package is not installed, or a number is out of range. While rows are read:
@@ -98,7 +98,9 @@ def read(
 
 
 def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
-    """Returns {number: template} of the templates that work, the package's version, and its code's folder.
+    """Returns the templates that work, the version of the package, and the folder of its code.
+
+    The templates are returned as {number: template}.
 
     Raises:
         InputError: the package is not installed.
@@ -119,7 +121,8 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 def split_of_numbers(template: int, question: str) -> str:
     """Returns the split of a question. It depends only on the template and the numbers in the question.
 
-    About a tenth of the sets of numbers of each template belong to test, and a tenth to validation.
+    For each template, about a tenth of all possible sets of numbers belong to test, and a tenth to
+    validation.
     """
     numbers = " ".join(re.findall(r"\d+", question))
     return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")

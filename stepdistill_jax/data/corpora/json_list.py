@@ -43,7 +43,11 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """Iterates over a list's items. Items that are not texts may be incomplete, but `read_texts` refuses them."""
+    """Iterates over a list's items.
+
+    An item that is not a text, such as a number, may be cut off where the buffer ends. `read_texts` refuses
+    such items in any case.
+    """
 
     def __init__(self, file: IO[str], path: pathlib.Path):
         self._file, self._path = file, path

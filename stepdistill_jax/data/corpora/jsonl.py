@@ -37,7 +37,7 @@ def read(
 
     A file is CSV or TSV if its suffix says so, else JSON lines. `data.rows` describes the format of a
     row. Each row needs a `label` or an `llm_label`. If a row has several rationales, training uses
-    `rationale`, or else the first.
+    `rationale`, or else the first of `rationales`.
 
     A single file or list is split by a hash of the id: about 80 % of the rows become train, 10 %
     validation and 10 % test. In a folder without a validation file, a tenth of train becomes validation.

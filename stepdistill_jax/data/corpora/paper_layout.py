@@ -266,7 +266,7 @@ def paired(
             no texts.
 
     Raises:
-        InputError: the numbers of rows and texts differ, so pairs may be misaligned.
+        InputError: there are more rows than texts, or more texts than rows, so pairs may be misaligned.
     """
     rows = read_rows(path)
     if not teachers:

@@ -104,7 +104,7 @@ def _written(row: Any, name: str, number: int) -> bytes:
     """Returns a row of a list as JSON.
 
     Raises:
-        InputError: the row contains itself, or lists that are nested a thousand deep.
+        InputError: the row contains itself, or its lists are nested about a thousand levels deep.
     """
     try:
         # a value unknown to JSON is refused or ignored later: its type's name is enough here

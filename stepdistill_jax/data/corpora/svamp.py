@@ -27,8 +27,8 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     A row is {"input", "label"} in the paper's files, and {"ID", "Body", "Question", "Equation"} in the
     original and in exports. The id of a row without "ID" is its 1-based index.
 
-    asdiv/asdiv_train.json, with rows of the same form, and asdiv/llm/train_CoT_I.json become the
-    split `unlabelled`. The folder asdiv lies next to the folder of SVAMP's files, as in the paper's
+    The split `unlabelled` is read from asdiv/asdiv_train.json, whose rows have the same form, and from
+    asdiv/llm/train_CoT_I.json. The folder asdiv lies next to the folder of SVAMP's files, as in the paper's
     archive, or inside that folder.
     """
     reading = paper_layout.read(
