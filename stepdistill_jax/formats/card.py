@@ -43,7 +43,8 @@ not state it.{terms}
 
 Inputs longer than {input_length} tokens are truncated; an answer has at most {max_decode_len} tokens.
 
-The package `stepdistill-jax` adds the prefix to each input and answers a file of `{{"input": ...}}` lines:
+The package `stepdistill-jax` reads a file with one `{{"input": ...}}` per line, adds the prefix to each input and
+writes the answers:
 
 ```
 stepdistill predict THIS_FOLDER in.jsonl out.jsonl
@@ -66,7 +67,8 @@ print(tokenizer.decode(ids, skip_special_tokens=True))
 
 _CTRANSLATE2 = """
 For CTranslate2, which is faster on CPUs, `stepdistill export THIS_FOLDER NEW_FOLDER --format ctranslate2` writes a
-directory. Without that package (`pip install ctranslate2 transformers torch`; the last two only convert the model):
+directory. Without `stepdistill-jax`, convert the model yourself (`pip install ctranslate2 transformers torch`; only the
+conversion needs `torch`):
 
 ```python
 import ctranslate2
@@ -77,7 +79,7 @@ from transformers import AutoTokenizer
 class Converter(TransformersConverter):
     def load_model(self, *args, **kwargs):
         model = super().load_model(*args, **kwargs)
-        # transformers 5 says true for every T5, and the converter then scales the logits down
+        # transformers 5 sets this to true for every T5, and the converter then scales the logits down
         model.config.tie_word_embeddings = {scaled}
         return model
 
@@ -106,12 +108,13 @@ print(tokenizer.decode(ids[start.shape[1] :], skip_special_tokens=True))
 ```
 """
 _SPECIAL = """\
-If a text spells a special token (`</s>`, `<pad>`, `<unk>`), `stepdistill` splits it into letters, and `transformers` reads
-that token."""
+If an input contains the spelling of a special token (`</s>`, `<pad>`, `<unk>`), `stepdistill` treats it as ordinary text,
+but `transformers` turns it into the special token."""
 _GEMMA_TERMS = """ Google's weights of T5Gemma are under the Gemma Terms of Use
 (https://ai.google.dev/gemma/terms), which also apply to models made from them."""
 _UMT5 = """ `transformers` 5 divides the logits of every UMT5 by the square root of its width, but this model
-was trained without that division. Its scores and samples there are therefore wrong, and its greedy labels right."""
+was trained without that division. In `transformers`, its scores and samples are therefore wrong, but its
+greedy labels are right."""
 
 
 def model_card(
@@ -211,11 +214,11 @@ def _prompt(objective: Objective) -> str:
 
 
 def _answers(objective: Objective) -> str:
-    """Returns notes on how other programs find the label in an answer, and which other fields a prompt needs."""
+    """Returns notes on how to find the label in an answer, and on the fields that a prompt needs besides the input."""
     said = ""
     if objective.writes_more:
         said += (
-            f"\n\nAn answer is written as `{objective.target_template}`, of which `stepdistill`"
+            f"\n\nThe model writes each answer as `{objective.target_template}`, and `stepdistill`"
             " returns only the label."
         )
         before = objective.target_template.partition(f"{{{objective.label_field}}}")[0]
@@ -224,7 +227,10 @@ def _answers(objective: Objective) -> str:
             said += f" The label follows the last {words!r}."
     if objective.read_beside_input:
         named = " and ".join(objective.read_beside_input)
-        said += f"\n\nThe prompt contains {named} in addition to the input, so each row must have that as well."
+        said += (
+            f"\n\nThe prompt contains {named} in addition to the input."
+            " Each row must contain every field of the prompt."
+        )
     return said
 
 

@@ -1,4 +1,7 @@
-"""Converts between Hugging Face's `config.json` and our configurations. Each family has two functions."""
+"""Converts between Hugging Face's `config.json` and our configurations.
+
+Each model family has one function that reads the file and one that writes it.
+"""
 
 import pathlib
 from collections.abc import Callable
@@ -36,14 +39,14 @@ def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) 
     The weights, if given, decide whether the output layer is tied to the embedding.
 
     Raises:
-        InputError: a field is missing or wrong, a field changes results in a way that is not
-            implemented, or the architecture is unknown.
+        InputError: a field is missing or wrong, a field asks for a computation that is not implemented,
+            or the architecture is unknown.
     """
     family = _FAMILIES[choice(path, raw, "model_type", None, _FAMILIES)]
     tied = flag(path, raw, "tie_word_embeddings", True)
     if weights is not None:
         names = NAMES[family.config]
-        # an embedding and a head that are equal count as tied, unless config.json says that they are separate
+        # a head that equals the embedding counts as tied, unless config.json says that it is not
         tied = names.head not in weights.shapes() or (tied and not has_own_head(weights, names))
     try:
         return family.read(path, raw, tied)
@@ -134,7 +137,7 @@ def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Gemm
             f" ({sides['encoder'].emb_dim}), got {given!r}"
         )
     choice(here, decoder, "pad_token_id", PAD_ID, [PAD_ID])
-    # instruction-tuned models also stop at the end of a turn, which no target of ours has
+    # instruction-tuned models also stop at the end-of-turn token, which none of our targets contains
     ends = decoder.get("eos_token_id", EOS_ID)
     if (ends[:1] if isinstance(ends, list) else [ends]) != [EOS_ID]:
         raise InputError(
@@ -196,7 +199,7 @@ def _read_side(where: str, raw: dict[str, Any]) -> Side:
 
 
 def _is_plain(rope: dict[str, Any]) -> bool:
-    # a separate type for each kind of layer, or a scaling factor, is not supported
+    # neither a separate RoPE type for each kind of layer nor a scaling factor is supported
     return rope.get("rope_type", "default") == "default" and rope.keys() <= {
         "rope_type",
         "rope_theta",
@@ -231,7 +234,7 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
             "attention_dropout": config.dropout_rate,
             "dropout_rate": config.dropout_rate,
             "query_pre_attn_scalar": round(scalar),
-            # transformers makes the window's mask even if no layer has one
+            # transformers makes the mask of the window even if no layer has a window
             "sliding_window": max(windows) or 4096,
             "layer_types": [_LAYER_TYPES[0 if window else 1] for window in windows],
             "final_logit_softcapping": config.logits_softcap,

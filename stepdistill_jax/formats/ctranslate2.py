@@ -135,7 +135,8 @@ def write_ctranslate2(
     folder = pathlib.Path(directory)
     write_model_files(folder, config, vocabulary, task_info)
     (folder / GENERATION_CONFIG).unlink()  # for `transformers`, which finds no weights here
-    if (folder / SPIECE).is_file():  # a ByT5 needs it: it names the vocabulary of bytes
+    # a ByT5 keeps the next file, which says that its vocabulary is bytes
+    if (folder / SPIECE).is_file():
         (folder / TOKENIZER_CONFIG).unlink()
     tensors = to_hf(params, config)
     num_parameters = sum(x.size for x in tensors.values())
@@ -184,7 +185,7 @@ def read_ctranslate2(directory: os.PathLike | str) -> CTranslate2Files:
             " converters may scale the logits of a T5, so export the model from its original directory"
         )
     vocabulary, tokens = read_vocabulary(folder), read_json(folder / CTRANSLATE2_TOKENS)
-    # CTranslate2 itself does not check that the model has as many rows
+    # CTranslate2 itself does not check that the embedding has one row per token
     whole = isinstance(tokens, list) and len(tokens) == size
     if not whole or tokens != token_names(vocabulary, size):
         raise InputError(
@@ -210,22 +211,23 @@ def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
 
 
 def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
-    """Returns the pieces, then a name for each further row of the embedding.
+    """Returns the pieces of the vocabulary, followed by a name for each further row of the embedding.
 
-    CTranslate2 finds ids by names. No piece equals the name of a further row, such as `<row 32100>`,
-    since no piece contains a space.
+    CTranslate2 looks up ids by name, so all names must differ. The name of a further row, such as
+    `<row 32100>`, differs from every piece, since no piece contains a space.
     """
     pieces = vocabulary.pieces()
     return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
 
 
 def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantizes each row of a matrix, so that every processor computes the same matmul with it.
+    """Quantizes each row of a matrix, so that a matmul with it has the same result on every processor.
 
     CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD
-    before Zen 4, Intel before Cascade Lake) adds the products of two adjacent weights in 16 bits,
-    and a larger sum saturates silently. So the scale keeps the sum of two adjacent weights within
-    8 bits, too. The sum of the two products is then at most 255 * (127 + 1), less than 2 ** 15.
+    before Zen 4, Intel before Cascade Lake) adds two adjacent products in a signed 16-bit integer,
+    which saturates silently. So the scale keeps not only each weight but also the sum of two adjacent
+    weights within 127. The sum of the two products is then at most 255 * (127 + 1), where the 1 is for
+    rounding, and this is less than 2 ** 15.
 
     Args:
         matrix: [rows, inputs], float32.

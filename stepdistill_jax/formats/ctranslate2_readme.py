@@ -7,13 +7,14 @@ _README = """\
 # {task} for CTranslate2
 
 A T5 of {parameters} parameters in {quantization}, for CTranslate2 on the cores of a CPU (`pip install ctranslate2`).
-`stepdistill-jax` {version} wrote this folder. It adds the prefix to each input of a file of `{{"input": ...}}` lines, and answers it:
+`stepdistill-jax` {version} wrote this folder. The command below reads a file with one `{{"input": ...}}` per line,
+adds the prefix to each input and writes the answers:
 
 ```
 stepdistill predict THIS_FOLDER in.jsonl out.jsonl
 ```
 
-With CTranslate2 alone, add the prefix yourself; an input has at most {input_length} tokens, an answer {max_decode_len}:
+With CTranslate2 alone, add the prefix yourself. An input has at most {input_length} tokens, and an answer at most {max_decode_len}:
 
 ```python
 import ctranslate2

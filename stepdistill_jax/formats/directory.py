@@ -121,7 +121,7 @@ def is_ctranslate2(directory: os.PathLike | str) -> bool:
     names = (CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS)
     if is_remote(folder) or not any((folder / name).is_file() for name in names):
         return False
-    return not has_weights(folder)  # a `model.bin` of another tool may lie next to them
+    return not has_weights(folder)  # a `model.bin` of another tool may lie next to the weights
 
 
 def read_model_files(directory: os.PathLike | str) -> ModelFiles:
@@ -201,7 +201,10 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
     path = as_path(directory) / TASK_INFO
     raw = read_object(path)
     if type(raw.get("format")) is not int or raw["format"] < 1:
-        raise InputError(f"{path}: 'format' is missing, so this is not a {TASK_INFO} of ours")
+        raise InputError(
+            f"{path}: 'format' is missing or not a whole number above 0, so this is not a {TASK_INFO}"
+            " of stepdistill-jax"
+        )
     if raw["format"] > FORMAT_VERSION:
         raise InputError(
             f"{path}: format {raw['format']} is newer than this version reads ({FORMAT_VERSION});"

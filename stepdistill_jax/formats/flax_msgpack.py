@@ -12,9 +12,11 @@ from stepdistill_jax.formats.tensors import Tensor, map_file
 
 
 def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of a file, or of one shard, by Hugging Face's torch names.
+    """Returns the tensors of a file or of one shard as {Hugging Face's torch name: tensor}.
 
-    Flax names a matrix [in, out] `kernel`, a table `embedding`, and the scale of a norm `weight`.
+    In the file, the last part of a name is `kernel` for an [in, out] matrix, `embedding` for an embedding
+    table, and `weight` for the scale of a norm. Torch calls all of them `weight`, and stores a matrix as
+    [out, in].
 
     Raises:
         InputError: a tensor has an unknown name, or the file cannot be read (see `read_tree`).
@@ -49,7 +51,7 @@ def read_tree(path: os.PathLike | str) -> dict[str, Any]:
         )
     try:
         tree = flax.serialization.msgpack_restore(data)
-        flax.traverse_util.flatten_dict(tree, sep="/")  # raises unless all keys are texts
+        flax.traverse_util.flatten_dict(tree, sep="/")  # raises unless all keys are strings
     except Exception as error:  # raised by msgpack, Flax or numpy, whichever finds it first
         reason = printable(f"{type(error).__name__} {error}", 200)
         raise InputError(f"{path}: not a complete msgpack file of Flax ({reason})") from None

@@ -35,7 +35,7 @@ def load_params(
 ) -> Any:
     """Returns the parameters of a model directory as float32, whatever type they are stored in.
 
-    Each process reads the slices of its own devices, one parameter at a time. So the host needs memory
+    Each process reads the slices for its own devices, one parameter at a time. So the host needs memory
     for one slice in addition to the parameters (tests/formats/test_memory.py measures this).
 
     Args:

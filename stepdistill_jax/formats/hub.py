@@ -14,7 +14,7 @@ from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import is_remote
 
 SITE, TIMEOUT_SECS = "huggingface.co", 20.0
-# the hub has pages of these names, so no owner has one: `models/x` is a folder that does not exist
+# the hub has pages of these names, so no owner has such a name: `models/x` can only be a folder
 _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 

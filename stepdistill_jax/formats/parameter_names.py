@@ -11,7 +11,7 @@ from stepdistill_jax.models.t5gemma import T5GemmaConfig
 HEAD, EMBEDDING = "lm_head.weight", "shared.weight"
 # some tools save the tied embedding under these names, too
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# files of v1.0 contain the last one, a table that no T5 reads: cross-attention has no position bias
+# files of v1.0 contain a position bias for cross-attention (the last name below), which no T5 reads
 IGNORED = (
     *EMBEDDING_COPIES,
     "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
@@ -79,7 +79,7 @@ def _t5gemma_names(config: Any) -> dict[str, str]:
         for when in ("pre", "post"):
             path = f"{ours}{when}_mlp_layer_norm/scale"
             table[path] = f"{theirs}{when}_feedforward_layernorm.weight"
-        # of a gated layer, `gate` passes through the activation and `up` is linear
+        # in a gated layer, `gate` passes through the activation and `up` is linear
         for name, theirs_name in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down")):
             table[f"{ours}mlp/{name}/kernel"] = f"{theirs}mlp.{theirs_name}_proj.weight"
     return table
@@ -90,11 +90,11 @@ class Names:
     """Names of a family's tensors in Hugging Face's layout.
 
     Attributes:
-        table: function of a configuration that returns the tensor name of each of our paths; `{}` stands
-            for the layer. For example, it maps `decoder/layers/mlp/wo/kernel` to
+        table: function that takes a configuration and returns {our path: tensor name}. `{}` in a tensor name
+            stands for the index of the layer. For example, the result maps `decoder/layers/mlp/wo/kernel` to
             `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
         head: name of the output layer.
-        embedding: name of the table that is also the output layer if the two are tied.
+        embedding: name of the embedding table that serves as the output layer, too, if the two are tied.
         ignored: names of tensors that some files contain, but no model reads.
     """
 

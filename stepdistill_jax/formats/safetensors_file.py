@@ -22,10 +22,10 @@ _DTYPES = {
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of one file by name. Only the header is read.
+    """Returns the tensors of one file as {name: tensor}. Only the header is read.
 
     Raises:
-        InputError: the file is truncated or not safetensors, or a tensor has no float type.
+        InputError: the file is truncated or not safetensors, or a tensor does not contain floats.
     """
     try:  # we use the library only to check that header and file match: its slices would be copies
         with safetensors.safe_open(path, "numpy"):
@@ -49,7 +49,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
         view = memoryview(data)[start + begin : start + end]
         try:
             tensors[name] = np.frombuffer(view, dtype).reshape(entry["shape"])
-        except ValueError as error:  # such as a shape of 100 sizes, or 2**63 times 0
+        except ValueError as error:  # such as a shape with 100 axes, or [2**63, 0]
             raise InputError(
                 f"{path}: {name} has a shape that no array can have ({error})"
             ) from None

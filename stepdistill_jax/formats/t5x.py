@@ -34,9 +34,9 @@ from stepdistill_jax.models.t5 import T5Config
 CHECKPOINT, METADATA, OCDBT = "checkpoint", "_METADATA", "manifest.ocdbt"
 _PLACEHOLDER = "PLACEHOLDER://"
 _SMALL, _UNPACKED = (
-    64 << 20,
-    2000,
-)  # bytes; bytes per stored byte: gzip, which T5X uses, reaches about 1000
+    64 << 20,  # bytes
+    2000,  # unpacked bytes per stored byte; gzip, which T5X uses, reaches about 1000
+)
 _LAYER_AXIS = 1  # param_scan_axis of t5x's minimal models
 # our path -> Hugging Face name, for every kind of T5
 _NAMES = {
@@ -72,7 +72,7 @@ def open_t5x(directory: pathlib.Path) -> Weights:
     """Opens the parameters (`target`) of a T5X checkpoint.
 
     Raises:
-        InputError: a file is missing or truncated, its version is below 2, or it has no parameters.
+        InputError: a file is missing or truncated, or the checkpoint has a version below 2 or no parameters.
     """
     if (folder := find_t5x(directory)) is None:
         raise InputError(f"{directory}: no T5X checkpoint (neither {CHECKPOINT} nor {METADATA})")
@@ -165,7 +165,7 @@ def _our_path(path: str) -> tuple[str, str | None]:
 class _Stored:
     """A stored parameter, read as [in, out], or as [layers, in, out] if it is a stack of all layers.
 
-    The axes of heads and of their width are joined into one axis.
+    If the array has one axis for the heads and one for the width of a head, the two are joined into one.
     """
 
     def __init__(self, array: Tensor, path: str, *, stacked: bool, folder: pathlib.Path):
@@ -242,7 +242,7 @@ def _open_first_form(folder: pathlib.Path) -> dict[str, Tensor]:
     target = state.get("target") if isinstance(state, dict) else None
     if not isinstance(target, dict) or not target:
         raise InputError(f"{file}: has no `target`, where T5X keeps the parameters")
-    ocdbt = (folder / OCDBT).is_file()  # Orbax's first format also keeps its tree in this file
+    ocdbt = (folder / OCDBT).is_file()  # Orbax's first format also keeps its tree in `checkpoint`
     tensors, folders = {}, {}
     for path, leaf in _leaves(target):
         if isinstance(leaf, dict):
@@ -315,7 +315,7 @@ def _open_arrays(
 
     futures = {path: tensorstore.open(spec(name), read=True) for path, name in names.items()}
     opened = {}
-    stored = functools.cache(lambda: _bytes_in(folder))  # slow: it visits all chunks of all arrays
+    stored = functools.cache(lambda: _bytes_in(folder))  # slow: it visits the files of all arrays
     for path, future in futures.items():
         try:
             opened[path] = future.result()

@@ -47,11 +47,11 @@ class Weights:
             self.tensors[EMBEDDING] = self.tensors[copies[0]]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Returns the shape of each tensor by its name."""
+        """Returns {name: shape} of all tensors."""
         return {name: tuple(t.shape) for name, t in self.tensors.items()}
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the type that a tensor is stored in."""
+        """Returns the dtype in which a tensor is stored."""
         return np.dtype(self.tensors[name].dtype)
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -135,7 +135,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_file_name(name: Any) -> bool:
-    """Returns whether a value from a file is a plain file name, so that it cannot point outside its folder."""
+    """Returns whether a value from a file is a plain file name and thus cannot point outside its folder."""
     if not isinstance(name, str) or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
         return False
     return name not in ("", ".", "..") and pathlib.PurePath(name).name == name

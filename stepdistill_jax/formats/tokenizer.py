@@ -49,7 +49,7 @@ _JAMO, _SYLLABLE = "\u1100\u1161\u11a8", "\uac01"
 def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
     """Completes the files that `formats.directory.write_model_files` wrote, and checks them.
 
-    A SentencePiece vocabulary gets a `tokenizer.json`; bytes need none. The tokenizer that
+    A SentencePiece vocabulary gets a `tokenizer.json`; a byte vocabulary needs none. The tokenizer that
     `transformers` opens must give our ids for `PROBES`, which include texts unlike any training data.
 
     Raises:
@@ -78,7 +78,7 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
     """
     from transformers import AutoTokenizer  # 2 to 3 s
 
-    # no longest input: the tokenizer would warn about longer ones
+    # a length that no input exceeds, since the tokenizer warns about inputs that exceed it
     tokenizer = AutoTokenizer.from_pretrained(directory, model_max_length=10**9)
     framing = vocabulary.framing
     for text in PROBES:
@@ -133,7 +133,7 @@ def _template(framing: Framing, pieces: Sequence[str]) -> Any:
 
 
 def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
-    """Returns a `tokenizers.Tokenizer` of T5's kind; the caller adds its special tokens."""
+    """Returns a `tokenizers.Tokenizer` of T5's kind, to which the caller must add the special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -163,7 +163,7 @@ def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
 
 
 def _bpe(proto: Any, model: pathlib.Path) -> Any:
-    """Returns a `tokenizers.Tokenizer` of Gemma's kind; the caller adds its special tokens.
+    """Returns a `tokenizers.Tokenizer` of Gemma's kind, to which the caller must add the special tokens.
 
     SentencePiece merges the two neighbours whose joint piece has the highest score. `tokenizers` merges
     pairs in the order of a list instead. The list here goes through the pieces by descending score,
@@ -197,13 +197,13 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
             byte_fallback=True,
         )
     )
-    # as in transformers' GemmaTokenizer, whose pre-tokenizer no longer finds a blank
+    # as in transformers' GemmaTokenizer; the pre-tokenizer never splits, since no blank is left
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    # `normalized`: matches them after blanks have become "▁", since several of them are runs of "▁"
+    # `normalized=True` matches these pieces after blanks have become "▁"; several are runs of "▁"
     whole = [p.piece for p in proto.pieces if p.type == kinds.USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=True) for piece in whole])
     return tokenizer

@@ -13,11 +13,11 @@ from stepdistill_jax.formats.tensors import Tensor
 
 
 def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of a file, or of one shard, by name.
+    """Returns the tensors of a file or of one shard as {name: tensor}.
 
-    The zip format, which torch has written since 1.6, is mapped; the older format is read into memory.
-    A zip with compressed members is refused: torch never writes one, mapping would show compressed bytes
-    as weights, and a pickle of 2 MB could unpack to 2 GB.
+    A file in the zip format, which torch has written since 1.6, is memory-mapped; a file in the older
+    format is read into memory. A zip file with compressed members is refused: torch never writes one, the
+    map would show compressed bytes as weights, and a pickle of 2 MB could unpack to 2 GB.
 
     Raises:
         InputError: torch is not installed, the file is truncated, or it contains anything but tensors.

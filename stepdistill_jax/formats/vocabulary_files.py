@@ -21,14 +21,14 @@ from stepdistill_jax.runtime.files import atomic_write, write_json
 from stepdistill_jax.runtime.stores import is_remote, local_copy
 
 SPIECE, TOKENIZER_MODEL = (
-    "spiece.model",
-    "tokenizer.model",
-)  # name of the SentencePiece model of T5, and of Gemma
+    "spiece.model",  # SentencePiece model of a T5
+    "tokenizer.model",  # SentencePiece model of a T5Gemma
+)
 FAST_TOKENIZER = "tokenizer.json"
 
 
 def model_name(vocabulary: Vocabulary) -> str:
-    """Returns the file name of a SentencePiece model in a model directory."""
+    """Returns the file name that the SentencePiece model of a vocabulary has in a model directory."""
     return TOKENIZER_MODEL if vocabulary.framing.bos_id else SPIECE
 
 
@@ -67,7 +67,10 @@ def write_vocabulary(
 
 
 def _gemma_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Returns the fields of a `GemmaTokenizer`'s file: the framing, and the names of special pieces."""
+    """Returns the fields of a `tokenizer_config.json` for Gemma's vocabulary.
+
+    The fields say whether an input gets bos and eos, and which pieces are the special tokens.
+    """
     framing, pieces = dataclasses.asdict(vocabulary.framing), vocabulary.pieces()
     ids = {"bos": framing.pop("bos_id"), "eos": EOS_ID, "pad": PAD_ID, "unk": vocabulary.unk_id}
     named = {f"{name}_token": pieces[i] for name, i in ids.items()}
@@ -102,7 +105,7 @@ def _where_to_find_it(directory: pathlib.Path, name: str) -> str:
         )
     if find_t5x(directory):
         return (
-            f"; a T5X checkpoint has none: copy the sentencepiece.model that its gin file names to"
-            f' {SPIECE} here, or for ByT5 write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
+            f"; a T5X checkpoint contains none: its gin file names a sentencepiece.model, which you copy here as"
+            f' {SPIECE}; for ByT5, write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
         )
     return ""

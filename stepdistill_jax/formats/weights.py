@@ -68,7 +68,8 @@ def has_own_head(weights: Weights, names: Names) -> bool:
         return False
     if shapes[names.head] != shapes.get(names.embedding) or len(shapes[names.head]) != 2:
         return True
-    for start in range(0, shapes[names.head][0], _BLOCK):  # the first block tells them apart
+    # if the tables differ, the first block almost always shows it
+    for start in range(0, shapes[names.head][0], _BLOCK):
         index = (slice(start, start + _BLOCK), slice(None))
         if not np.array_equal(
             weights.read(names.head, index), weights.read(names.embedding, index)
@@ -78,7 +79,7 @@ def has_own_head(weights: Weights, names: Names) -> bool:
 
 
 def _how_to_convert(directory: pathlib.Path) -> str:
-    """Returns the command that converts TensorFlow weights to safetensors, or "" without such weights."""
+    """Returns a message part: how to convert TensorFlow weights to safetensors, or "" if there are none."""
     names = (_TENSORFLOW, _TENSORFLOW + INDEX_SUFFIX)
     there = [name for name in names if (directory / name).is_file()]
     if not there:
