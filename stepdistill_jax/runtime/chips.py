@@ -17,7 +17,7 @@ class Chip:
         integer, other: rates of element-wise operations on integers and on all other types, 1/s. Each is an
             estimate: number of lanes times clock rate. An H100 has 64 lanes for integers and 128 for other
             types in each of its 132 multiprocessors; a TPU's vector unit has 4 x 8 x 128 lanes.
-        clock: clock rate by which the cycles that the TPU compiler counts become seconds, Hz.
+        clock: clock rate that converts the TPU compiler's cycle counts to seconds, Hz.
         float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a TPU),
             FLOP/s; None means the value of `bfloat16`.
         exact: rate of float32 matmuls at the highest precision, FLOP/s; None means a sixth of `bfloat16`,

@@ -31,7 +31,6 @@ def enable(folder: os.PathLike | str) -> None:
 
     If `folder` cannot be written, the run goes on, and only reads the programs in it.
 
-
     Call this function before anything is compiled. The variable JAX_COMPILATION_CACHE_DIR takes precedence
     over `folder`, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. All programs are kept, even small
     ones, so a second start of a job compiles nothing. Only process 0 writes, so all processes must see the

@@ -131,9 +131,9 @@ def is_process_0() -> bool:
 
 
 def leave(code: int) -> None:
-    """Ends this process within seconds, with exit status `code`, if it has joined a job; otherwise returns.
+    """If this process has joined a job, ends it within seconds with exit status `code`. Otherwise, returns.
 
-    If several processes end at the same time, each ends with its own exit status. If one process ends alone,
+    If several processes end at the same time, each ends with its own exit status. If only one process ends,
     it does not wait for the others. JAX would make it wait for minutes.
     """
     if _joined is None:
@@ -152,8 +152,8 @@ def leave(code: int) -> None:
 def end_soon(code: int) -> None:
     """Ends this process with exit status `code` after `GRACE_SECS` seconds, unless the process has ended by then.
 
-    Without this, the exit could take minutes: Orbax's threads delay it after a save that could not begin, and
-    so does a compilation that a signal has interrupted.
+    Without this limit, the exit could take minutes: Orbax's threads delay the exit after a save that could not
+    begin, and a compilation that a signal has interrupted delays it as well.
     """
     timer = threading.Timer(GRACE_SECS, os._exit, (code,))
     timer.daemon = True

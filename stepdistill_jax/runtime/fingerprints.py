@@ -68,7 +68,10 @@ def sampled_digest(folder: pathlib.Path) -> str:
 
 
 def sampled_sha256(path: pathlib.Path) -> str:
-    """Returns a hex digest of a file: of all its bytes, or of 4 MiB in evenly spread pieces if it is larger."""
+    """Returns a hex digest of a file.
+
+    If the file is larger than 4 MiB, at most 4 MiB of it are read, in evenly spread pieces.
+    """
     size, pieces = path.stat().st_size, hashlib.sha256()
     # 4 KiB at each start; the stride ceil(size / 1024) gives at most 1024 starts
     with open(path, "rb") as f:

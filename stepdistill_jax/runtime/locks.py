@@ -34,7 +34,7 @@ def locked(
 ) -> Iterator[bool]:
     """A context that holds a lock. It yields True, or False if the file system does not support locks.
 
-    Some network disks do not support them.
+    Some network disks do not support locks.
 
     Args:
         path: path of a file that serves only as a lock. At the end, the file is removed or, with `wait`,

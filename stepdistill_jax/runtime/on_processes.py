@@ -101,8 +101,8 @@ def until_stopped(
         kept: function that returns the number of rows saved so far.
 
     Raises:
-        SystemExit: with several processes, one of them has received a SIGTERM. All processes exit with status
-            75.
+        SystemExit: the job has several processes, and one of them has received a SIGTERM. All processes exit
+            with status 75.
     """
     import jax
 

@@ -164,7 +164,7 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
 
 
 def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises InputError if the vocabulary cannot write the words of a target template that mark the label.
+    """Raises InputError if the vocabulary cannot write the words that mark the label in a target template.
 
     Without these words, the label could not be found in an answer.
     """

@@ -20,9 +20,9 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 class TaskMetrics:
     """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
 
-    Only process 0 reads the rows, once, with SeqIO. The task's `postprocess_fn` is called with each row as
-    its argument `example`, which has all fields of the task. As in `seqio.Evaluator`, SeqIO's metric objects
-    call it for targets and answers.
+    Only process 0 reads the rows. It reads them once, with SeqIO. As in `seqio.Evaluator`, SeqIO's metric
+    objects call the task's `postprocess_fn` for targets and for answers. That function's argument `example` is
+    the row, which has all fields of the task.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.

@@ -18,8 +18,8 @@ class Group:
     """Tasks of a mixture whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset. For plain tasks, name of the task with the labels or, without one, of the
-            first task.
+        name: name of the dataset. For plain tasks, the name of the task that has the first objective of the
+            run or, if there is no such task, the name of the first task.
         tasks: the `seqio.Task`s.
         objectives: the objective of each task.
         rate: rate at which examples of this group are drawn, relative to the rates of the other groups.

@@ -23,13 +23,13 @@ AT_ONCE = 1024  # number of examples that are tokenised together, on all cores
 class PreparedRows:
     """Reads the rows of a split from SPLIT.jsonl, and iterates over their tokens.
 
-    The tokens are the same as with `registry.joint_task`, but take a tenth of the time. Labels and rationales
-    must be used unchanged (`can_read`): a supervision that selects among them needs SeqIO. A dataset prepared
-    with `paper_exact` is always read by this class.
+    The tokens are the same as those of `registry.joint_task`, but are made in a tenth of the time. Labels and
+    rationales must be used unchanged (`can_read`): a supervision that selects among them needs SeqIO. A
+    dataset prepared with `paper_exact` is always read by this class.
 
     Attributes:
         dataset, split: a prepared dataset and the name of its split.
-        objectives: objectives. An example has a row for each of them.
+        objectives: the objectives to tokenise. Each example has a row for each objective.
         vocabulary: vocabulary of inputs and targets.
         supervision: supervision of the rows; None keeps every row unchanged.
         share: for a dataset prepared with `paper_exact`, the pair (share of the rows to use, seed with which
@@ -65,9 +65,9 @@ class PreparedRows:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, np.ndarray]]:
-        """Pairs (name of a prepared split, mask of the rows to use, [rows] bool) for the share.
+        """The prepared splits to read, as pairs (name of the split, mask of the rows to use, [rows] bool).
 
-        An empty list means that `split` is used completely.
+        If `share` selects all rows, the list is empty, and `split` is used completely.
         """
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
         if self.share == WHOLE:

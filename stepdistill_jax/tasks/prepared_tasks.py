@@ -36,7 +36,7 @@ class Registration:
     """The SeqIO tasks and mixture that `register_prepared` registered for a dataset.
 
     Attributes:
-        dataset: the dataset when it was registered.
+        dataset: the dataset, as it was at the time of registration.
         vocabulary: vocabulary of the tasks: path of a `spiece.model`, or `bytes`.
         tasks: {name of an objective: its `seqio.Task`}.
         mixture: the `seqio.Mixture`.

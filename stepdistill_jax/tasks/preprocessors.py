@@ -25,7 +25,8 @@ def render(
 
     The results are those of `Objective.render`, but are computed in TensorFlow. The types of the dataset's
     elements are checked first, so that a missing field is reported before any row is read. If the first
-    objective has a label but is not `is_plain`, the gold label is added as the feature `LABEL_TEXT`.
+    objective has a label but is not plain (`Objective.is_plain`), the gold label is added as the feature
+    `LABEL_TEXT`.
 
     Args:
         dataset: a `tf.data.Dataset` of examples.
@@ -151,7 +152,7 @@ def with_absent_rows(task: Any) -> Any:
 def paired_mixture() -> Any:
     """Returns the class of a dataset's mixture: a `seqio.Mixture` that keeps the rows of an example together.
 
-    The mixture yields all rows of an example one after the other, and loses none. SeqIO's own sampling would
+    The mixture yields every row. The rows of an example directly follow each other. SeqIO's own sampling would
     mix the rationales and labels of different examples, and would stop at the end of the shortest task. With
     `shuffle`, the rows of an example stay together only if a seed is given. If the mixture is a member of
     another mixture, SeqIO samples from its tasks as from all other tasks.

@@ -231,7 +231,7 @@ def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
     Only the task of the first objective gets a metric, which compares the labels in targets and answers. If
-    rows are cached (`seqio_cache_tasks`), they are cached tokenised but not truncated.
+    rows are cached (`seqio_cache_tasks`), the cache contains their tokens, not truncated.
     """
     import seqio
 
@@ -286,7 +286,7 @@ class Column:
 
     Attributes:
         objective: index of the column's objective, from 1.
-        variant: index, from 0, of the rationale that the column contains, in an example's list of rationales.
+        variant: which rationale of an example's list the column contains, an index from 0.
         name: name of the column in the store. Its features are `NAME_inputs` and `NAME_targets`.
         reads_rationale: whether a template of the objective contains a rationale.
     """
@@ -300,8 +300,8 @@ class Column:
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
     """Returns the columns of a store.
 
-    An objective that reads a rationale has one column for each of the `rationales` rationales. Any other
-    objective has one column. For example, `step_by_step` with 2 rationales has the columns `label`,
+    An objective that reads a rationale has `rationales` columns, one for each rationale of an example. Any
+    other objective has one column. For example, `step_by_step` with 2 rationales has the columns `label`,
     `rationale` and `rationale.1`.
     """
     columns = []

@@ -30,9 +30,9 @@ class Supervision:
 
     Attributes:
         label_source: which label is used: `gold`; `llm`, the teacher's label (standard distillation);
-            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label,
-            but only if the teacher's label is equal according to the task's metric. Examples without the
-            selected label are left out.
+            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label
+            if the teacher's label is equal according to the task's metric (for other examples, see
+            `disagree_weight`). Examples without the selected label are left out.
         disagree_weight: if `label_source` is `agree`, the weight of an example whose teacher's label differs
             or is missing is multiplied by this factor. 0 leaves the example out.
         rationales: `first` uses the example's `rationale`. `all` makes a row from each rationale in the
@@ -40,7 +40,7 @@ class Supervision:
             run's seed. If `label_source` is `agree`, `all` and `sample` leave out rationales that argue for
             another label.
         rationale_source: only rationales with this `source` are used (`human`, `llm`, or a teacher's name).
-            None means all sources. A field `rationale` of a row without a list has the source `llm`.
+            None means all sources. If a row has no list, the source of its field `rationale` is `llm`.
 
     Raises:
         InputError: a field has a value that is not allowed.
@@ -100,7 +100,7 @@ def check_rationales(
 
     Raises:
         InputError: no example has such a rationale, so a run would train only on labels. The message lists
-            the sources that there are.
+            the sources that exist.
     """
     if supervision.rationale_source is None:
         return

@@ -28,10 +28,11 @@ class Part:
         rate: rate at which examples of this part are drawn, relative to the rates of the other parts.
         metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
         labels: the distinct labels of the dataset if there are only a few, otherwise ().
-        task: the `seqio.Task` of the first column, or None. If it gives the labels, its metrics are computed.
+        task: the `seqio.Task` of the first column, or None. If the labels come from this task,
+            its metrics are computed.
         input_pair: whether rows have a second input text (`Example.input_pair`).
-        own_inputs: whether the inputs are those of a plain task, instead of being made by the objectives'
-            templates.
+        own_inputs: True if the inputs are those of a plain task, False if the objectives' templates made
+            them.
         drawn: how the rows of several tasks of a mixture were paired, or why they were not; "" if there is
             only one task.
     """
@@ -131,7 +132,7 @@ class TaskData:
 
     @property
     def shares_encoding(self) -> bool:
-        """Whether all targets of an example have the same input, so that they can read one encoding of it."""
+        """Whether all targets of an example have the same input, so that the input is encoded only once."""
         return share_encoding(self.objectives) and not any(p.own_inputs for p in self.parts)
 
     @property

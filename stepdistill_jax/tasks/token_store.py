@@ -253,8 +253,8 @@ def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> Tok
 
     The manifest, the sizes of the files, and at most 4 MiB of each file are checked, so the time to open a
     store does not grow with its size. If the store is damaged, a warning is logged. The result is also None
-    if another process replaces the store at the same time. A caller that then writes the store finds the one
-    of the other process.
+    if another process replaces the store at the same time. A caller that then writes the store finds the
+    other process's store.
 
     Args:
         directory: the store's folder.

@@ -234,11 +234,12 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a dataset as dicts of NumPy arrays. A row has the features `names` that the dataset has.
+    """Yields a dataset's rows as dicts of NumPy arrays.
 
-    TensorFlow returns several rows at once, padded to the same length, and the padding is removed afterwards.
-    Passing single rows would take two thirds of the total time. Rows with a feature that is neither a scalar
-    nor [length] cannot be padded. They are returned singly, and with all features.
+    Each dict contains the features in `names` that the dataset has. TensorFlow returns several rows at once,
+    padded to the same length, and the padding is removed afterwards. Returning single rows would take two
+    thirds of the total time. Rows with a feature that is neither a scalar nor [length] cannot be padded. Such
+    rows are returned one by one, with all features.
     """
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]

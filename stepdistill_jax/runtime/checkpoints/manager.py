@@ -244,9 +244,9 @@ class Checkpoints:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Returns False for a log record whose error Orbax raises as well as logs.
+    """Log filter. Returns False for the record of an error that is also raised.
 
-    `_reported` already reports that error.
+    `_reported` reports such errors, so they need not be logged.
     """
     if not record.exc_info:
         return True
@@ -257,7 +257,7 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 def _reason(error: Exception) -> str:
     """Returns the message of an error as one line.
 
-    Of a long message, only the end is returned, where TensorStore puts the cause.
+    If the message is long, only its end is returned, since TensorStore puts the cause there.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"

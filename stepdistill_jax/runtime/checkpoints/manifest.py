@@ -1,7 +1,7 @@
 """Writes and checks the manifest of a saved step: the sizes and digests of the step's files, and its metrics.
 
 The manifest is written last, so a step without a manifest is incomplete. A step is damaged if its files do
-not match the manifest, or if its folder is named after another step than the manifest.
+not match the manifest, or if the number in the manifest differs from the name of the step's folder.
 """
 
 import json

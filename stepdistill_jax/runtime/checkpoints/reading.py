@@ -1,7 +1,8 @@
 """Computes digests of a step's files. Each process of a job reads a share of the files.
 
-The shares have about equal sizes in bytes, no matter which process wrote which file: every process must see all
-files anyway, to restore them in another layout. If a process cannot read a file of its share, process 0 reads it.
+The shares have about equal sizes in bytes, no matter which process wrote which file. To restore a step in
+another layout, every process must be able to read all files anyway. If a process cannot read a file of its
+share, process 0 reads the file.
 """
 
 import heapq
@@ -15,7 +16,7 @@ from stepdistill_jax.runtime.stores import StoreError, store_errors
 
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """Returns {name of a file: its crc32}. If a file cannot be read, raises an OSError that names it."""
+    """Returns {name of a file: its crc32}. If a file cannot be read, raises an OSError that names the file."""
     return {name: crc for name, (crc, _) in digest_each(_checksum, step_folder, names).items()}
 
 
