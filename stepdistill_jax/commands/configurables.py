@@ -87,7 +87,7 @@ def selector_of(name: str) -> str:
     """Returns the name under which a configurable is bound.
 
     One of our configurables is bound under its short name. A function of optax or of the user is bound
-    under the name as given.
+    under `name`, unchanged.
 
     Raises:
         InputError: there is no configurable of this name, or there are several.

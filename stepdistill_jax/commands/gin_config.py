@@ -96,12 +96,12 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    If no file binds a parameter, the result binds the parameter to its default. If a parameter is bound to
-    a macro of the parameter's own name, and no file binds that macro, the result binds the macro to the
-    parameter's default.
+    If no file binds a parameter, the result binds the parameter to its default. If a file binds a parameter
+    to the macro of the same name, as in `train.seed = %SEED`, and no file binds this macro, the result binds
+    the macro to the parameter's default.
 
     Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, `train` reads `@optimizer`,
-    which reads `%BETA`. The bindings of all three are returned. A binding in a scope, such as
+    which reads `%BETA`. The bindings of `train`, `optimizer` and `BETA` are returned. A binding in a scope, such as
     `hint/Objective.weight`, is read by the reference `@hint/Objective`, which also reads
     `Objective.weight`.
     """

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `serving.serve`, which returns after a signal, and prints how many rows were answered."""
+    """Serves labels until a signal arrives, then prints how many rows were answered."""
     join_and_cache(args.path)
     from stepdistill_jax.runtime.distributed import end_soon
     from stepdistill_jax.serving import serve

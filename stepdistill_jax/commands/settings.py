@@ -105,7 +105,7 @@ def settings() -> list[Setting]:
 
 
 def find_settings(name: str) -> list[Setting]:
-    """Returns the settings with a name, or all settings of the owner with that name. Case is ignored.
+    """Returns the settings whose macro, field or owner is `name`. Case is ignored.
 
     Raises:
         InputError: there are no such settings. The message suggests a similar name.
@@ -134,7 +134,8 @@ def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, s
     """Returns {parameter: (unit, meaning)} for a configurable, from docstrings.
 
     If the configurable is a function, its own `Args:` take precedence over the attributes of the class that
-    it returns. An arm's parameter `label_weight` means the attribute `weight` of the objective `label`.
+    it returns. A parameter such as `label_weight` of an arm has the unit of the attribute `weight` of
+    `Objective`, and its meaning is "of the objective label: " and the meaning of `weight`.
     """
     returned = inspect.signature(configurable).return_annotation
     returned = next(iter(typing.get_args(returned)), returned)  # of tuple[Objective, ...]

@@ -36,8 +36,9 @@ def shipped_configs() -> dict[str, pathlib.Path]:
 def find_shipped(name: str) -> pathlib.Path | None:
     """Returns the path of a shipped experiment or part; None if the name is unknown.
 
-    Names of an experiment are, for example, `demo_step_by_step`, `demo_step_by_step.gin` and
-    `configs/demo_step_by_step.gin`. Names of a part are `layouts/fsdp.gin` and `gin/layouts/fsdp.gin`.
+    An experiment may be named `demo_step_by_step`, `demo_step_by_step.gin` or
+    `configs/demo_step_by_step.gin`, for example. A part may be named `layouts/fsdp.gin` or
+    `gin/layouts/fsdp.gin`.
     """
     path = pathlib.PurePath(name)
     name_of_config = path.suffix in ("", ".gin") and str(path.parent) in (".", "configs")

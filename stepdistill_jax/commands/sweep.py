@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
-    """Returns each cell of the sweep, with the flags that give `train` the same config.
+    """Returns a pair for each cell of a sweep: the cell, and the flags that give `train` its config.
 
     Raises:
         InputError: a flag is not a valid list, or the config of a cell is wrong. The message names the

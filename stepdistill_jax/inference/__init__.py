@@ -1,8 +1,7 @@
 """Gets labels from a trained model, without TensorFlow and without training code.
 
-The imports are not lazy. Importing the module `inference.predict` binds the name `predict` to the module;
-the import statement below then binds `predict` to the function instead, so that `inference.predict(...)`
-works.
+All names are imported at once, not on first use. Otherwise, importing the module `inference.predict` would
+leave the name `predict` bound to that module, and the call `inference.predict(...)` would fail.
 """
 
 from stepdistill_jax.decoding.beam import beam_search

@@ -1,4 +1,4 @@
-"""Counts how many answers are right and how many are not valid labels. No other module does this."""
+"""Counts how many answers are right and how many are not valid labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -82,9 +82,10 @@ class AccuracyCounts:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """Returns the summary as text. Its first line shows the counts and measures.
+    """Returns the summary as text. The first line of the text shows the counts and measures.
 
-    Further lines show the task's own metrics and anything unusual, if there is any.
+    If the task has its own metrics, a further line shows them. Two more lines may follow: one names the
+    fields that the model reads in addition to the input, and one warns if all answers are the same.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.

@@ -54,8 +54,8 @@ class Allowed:
                 file, or a list of labels. The file has one label per line, or contains a JSON list if
                 its name ends in .json.
             labels: labels of the task; empty if they are not a closed set.
-            objective: objective whose target is the label. The model was trained to write this
-                objective's target template.
+            objective: objective that trains the model to write labels. The target template of the
+                objective shows what the model writes.
             vocabulary: vocabulary of the model.
             most_ids: largest number of ids in an answer, the end of sequence included; training
                 truncated longer answers.
@@ -184,7 +184,7 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns a name for the source of the labels, which messages use, and the unchecked labels."""
+    """Returns the name that messages use for the source of the labels, and the unchecked labels."""
     if choices == LABELS:
         if not of_task:
             raise InputError(

@@ -16,7 +16,7 @@ WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 def answers_name(
     task: str, split: str, step: int | None, options: DecodeOptions, with_rationale: bool = False
 ) -> str:
-    """Returns the name of the file for the answers, without `.jsonl`. The arguments determine the name."""
+    """Returns the name of the file for the answers, without `.jsonl`."""
     name = f"{task}-{split}-{step}"
     name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
     name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"

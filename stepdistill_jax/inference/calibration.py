@@ -29,7 +29,8 @@ class Calibration:
 
         Args:
             probabilities: probability of each allowed label; they sum to 1.
-            is_gold: whether each allowed label equals the gold label; all False if no allowed label does.
+            is_gold: for each allowed label, whether it equals the gold label. If the gold label is not
+                allowed, all are False.
         """
         p, gold = np.asarray(probabilities, np.float64), np.asarray(is_gold, bool)
         best = int(p.argmax())

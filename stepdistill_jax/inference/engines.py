@@ -298,7 +298,7 @@ class CTranslate2Engine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Implements `Engine.score`. CTranslate2 encodes an input again for each answer to the input.
+        """Implements `Engine.score`. CTranslate2 encodes an input once for each of its answers.
 
         Raises:
             InputError: an answer lacks the end of sequence, which CTranslate2 always adds.

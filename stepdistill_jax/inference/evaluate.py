@@ -197,8 +197,8 @@ def _check_each(
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
     """Returns the names of the model's objectives, and the run's setting `task_objectives`.
 
-    The setting says which objectives the tasks of a mixture train. None means that the setting is
-    unknown.
+    The setting says which objective each task of a mixture trains. The setting is None if the run did
+    not set it, or if the model's files do not record it.
     """
     if info is None:
         return ["label"], None
@@ -324,8 +324,8 @@ def evaluate_tokens(
             restricts answers to them.
         options: options of decoding, except `choices=row`; None means `DecodeOptions()`.
         task_metrics: the task's own metrics, for the same rows; None if the task has none.
-        keep: function that is called before the task's metrics are computed. Its argument has a dict for
-            each input. The keys of the dict are `id` (the 1-based index of the input, as a string),
+        keep: function that is called before the task's metrics are computed. Its argument is a list with
+            one dict for each input. The keys of the dict are `id` (the 1-based index of the input, as a string),
             `label`, `score`, the other fields that `predict` writes, and `target` (the gold label). If a
             metric reads scores of targets, the dict also has `target_score`, the natural log of the
             target's probability.

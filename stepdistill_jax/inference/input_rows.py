@@ -39,7 +39,7 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
 
 
 def _rename(row: JsonRow) -> str:
-    """Returns what the user should do about a row without an input, as the end of the error message."""
+    """Returns the end of the error message for a row without an input: what the user should do."""
     if is_csv(row.path):
         return "; its first line names the columns, and one of them must be 'input'"
     if len(row.fields) == 1:

@@ -25,8 +25,8 @@ class DecodeOptions:
         batch_size: number of rows decoded at once, on all devices together; None means 64 for each
             device that decodes separate rows.
         layout: how the devices of all processes share the work (`sharding.LAYOUTS`). With `data`, each
-            device stores the complete model and decodes separate rows. `tensor` splits a model that does
-            not fit on one device.
+            device stores the complete model and decodes separate rows. `tensor` splits the model over
+            several devices, for a model that does not fit on one.
         max_decode_len: largest number of ids in a label, its end of sequence included. None means
             `max_decode_len` of `stepdistill.json`, or 64 if the directory lacks that file.
         num_beams: number of beams of beam search (`inference.beam_search`). 1 means greedy decoding,
@@ -41,8 +41,8 @@ class DecodeOptions:
         prefix: text that replaces the model's own prompt and precedes the input; None means the model's
             own prompt.
         engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine that reads the directory.
-        quantization: type of the JAX engine's kernels in memory: `int8` with a scale for each output
-            (`models.quantized`), or None for float32.
+        quantization: type in which the JAX engine keeps the kernels of projections in memory: `int8`, with a
+            scale for each output (`models.quantized`); None means float32.
     """
 
     step: str | int = "best"

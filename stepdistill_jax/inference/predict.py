@@ -76,8 +76,8 @@ def predict(
             a label, the label is parsed from the model's answer, and the other fields of the target are
             added (`prompting.read_answer`). The file's name ends in `.partial` until the file is complete
             and replaces any older output. A restarted run continues after the finished rows. The file
-            then has the same bytes as without the stop; on other devices or in other batches, labels are
-            the same, and scores differ by at most 1e-5.
+            then has the same bytes as without the stop. Two runs with different devices or batches
+            give the same labels, and scores that differ by at most 1e-5.
         task: prepared dataset that determines the metric and the possible labels; None means the
             model's own task.
         with_rationale: also decodes the objective `rationale`, for inspection. The label does not depend
@@ -222,9 +222,9 @@ def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
 
 
 def window_rows(model: Engine, allowed: Allowed | None) -> int:
-    """Returns the number of rows in a window, which are decoded together."""
+    """Returns the number of rows in a window. The rows of a window are decoded together."""
     most = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
-    if allowed and len(allowed.labels) > WINDOW_LABELS:  # a window holds a number for each choice
+    if allowed and len(allowed.labels) > WINDOW_LABELS:  # each choice of each row has a score
         most = max(1, most * WINDOW_LABELS // len(allowed.labels))
     return most
 

@@ -124,15 +124,15 @@ class RationaleCounts:
         Returns:
             `rows`: number of rows.
             `empty`: number of rationales without text.
-            `mean_words`: mean number of words of a rationale, separated by white space.
+            `mean_words`: mean number of words in a rationale. Words are separated by white space.
             `references`: number of rows that have a rationale in the dataset.
             `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference. Each rationale is
             compared with the most similar reference of its row. None if no row has a reference.
-            `chrf`: mean sentence chrF2 (0 to 100) over the same rows. None if there are no such rows.
+            `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference. None if no row has one.
             `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of
             `named_answer`; None if the possible labels are unknown.
-            `teacher`: the same three counts for the teacher's rationales and labels; None if there are no
-            such rows.
+            `teacher`: the same three counts for the teacher's rationales and labels; None if no row with
+            both has a verdict.
             `disagreements`: the first rows whose verdict is `inconsistent`.
         """
         return {
