@@ -87,10 +87,11 @@ class Enough:
         fraction: smallest tested fraction at which the arm's mean accuracy is at least `target`; None if
             there is none.
         labels: mean number of labelled examples at `fraction`; None if `fraction` is None.
-        surely: smallest fraction from which on the arm is significantly better than the baseline at its
-            largest fraction: at this and all larger tested fractions, the 95 % interval of the difference
-            is above 0. None if there is no such fraction.
-        tested: whether the arms' answers could be compared row by row. If not, `surely` means nothing.
+        surely: smallest fraction such that, at this and all larger tested fractions, the arm is
+            significantly better than the baseline at the baseline's largest fraction. This means that the
+            95 % interval of the difference is above 0. None if there is no such fraction.
+        tested: whether the arms' answers could be compared row by row. If this is False, `surely` is
+            meaningless.
         baseline_labels: mean number of labelled examples of the baseline at its largest fraction.
         reverse: smallest fraction at which the baseline reaches the accuracy that the arm has at its own
             largest fraction; None if there is none.
@@ -162,8 +163,8 @@ def compare(
     Args:
         runs: all runs.
         baseline: name of the arm with which the other arms are compared. None means the arm
-            `label_only`. If there is no such arm, the first arm with the same objectives is used, or
-            else the first arm.
+            `label_only`. If there is no arm of this name, the first arm with the same objectives is
+            used. If there is none either, the first of all arms is used.
 
     Returns:
         A comparison for each group, and a dict for each run that was left out. The dict has `run`, the
@@ -299,9 +300,9 @@ def _point(*runs: RunResult) -> Point:
 
 
 def _drawn(runs: Sequence[RunResult]) -> dict[RunResult, np.ndarray]:
-    """Returns {run: accuracies, [draws]} for the runs that have answers.
+    """Returns, for each run that has answers, its accuracies in random draws of rows, [draws].
 
-    Each accuracy is computed on rows drawn at random with replacement; all runs share the drawn rows.
+    In each draw, rows are drawn with replacement. All runs share the drawn rows.
     """
     known = [r for r in runs if r.right is not None and len(r.right)]
     if not known:

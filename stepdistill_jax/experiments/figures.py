@@ -70,8 +70,8 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
 def _tick(comparison: Comparison, fraction: float) -> str:
     """Returns the label of a fraction on the axis, such as `25%`.
 
-    If all arms were trained on the same number of labels, such as `375 labels`, a second line shows this
-    number.
+    If all arms were trained on the same number of labels at this fraction, the label has a second line
+    with this number, such as `375 labels`.
     """
     labels = {f"{p.labels:.0f}" for p in comparison.points if p.fraction == fraction}
     return f"{100 * fraction:g}%" + (f"\n{labels.pop()} labels" if len(labels) == 1 else "")

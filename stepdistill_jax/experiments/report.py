@@ -188,7 +188,7 @@ def _write_comparison(
 def headline(comparison: Comparison) -> list[str]:
     """Returns the main results in sentences.
 
-    For each arm, a sentence says how much data it needs to reach the accuracy that the baseline has with
+    For each arm, a sentence says how much data the arm needs to reach the accuracy that the baseline has with
     all data. Further sentences name the arms that need a teacher at test time.
     """
     sentences = []
@@ -268,7 +268,7 @@ def _better(found: Sequence[Enough]) -> list[str]:
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
     """Returns up to `count` rows for the page, with the answers of one run per arm.
 
-    For each arm, these are the answers of the run with the first seed at the arm's largest fraction.
+    The answers of an arm come from the run with the first seed at the arm's largest fraction.
     """
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]

@@ -1,4 +1,4 @@
-"""Reads the results of runs: settings, answers on a split, metrics and cost. It needs no weights or devices."""
+"""Reads the results of runs (settings, answers on a split, metrics and cost) without weights or devices."""
 
 import dataclasses
 import functools
@@ -81,7 +81,7 @@ class RunResult:
         gold: the split that the run answered; None if the split's dataset is not prepared here.
         labels: number of labelled examples that the run was trained on.
         parameters: number of parameters of the model.
-        step: step of the checkpoint that answered.
+        step: step of the checkpoint that the answers come from.
         accuracy: accuracy on the split.
         rows: number of rows in the split.
         majority: accuracy of always answering the commonest label; None if it was not saved.
@@ -135,9 +135,10 @@ class RunResult:
         return found[-1] if found else None
 
     def verdict(self, row: int) -> tuple[str | None, str | None]:
-        """Returns the result of `named_answer` for a row's label and rationale.
+        """Returns the answer that a row's rationale names, and whether this answer agrees with the label.
 
-        The result is (None, None) if the run has no rationales or its dataset is not prepared here.
+        See `named_answer`. The result is (None, None) if the run has no rationales, or if the run's dataset
+        is not prepared here.
         """
         if self.gold is None or self.answers is None or self.rationales is None:
             return None, None
@@ -150,7 +151,7 @@ class RunResult:
 
     @functools.cached_property
     def cost(self) -> tuple[float, float]:
-        """Seconds and FLOPs of all training steps. Compilation counts; validation and saving do not.
+        """Seconds and FLOPs of all training steps, including compilation, but not validation or saving.
 
         `metrics.jsonl` contains the rate r of each logged step, in examples per second. Such a step took
         batch_size / r seconds.

@@ -87,7 +87,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     If differences with a corrected p of at most 5 % are called significant, the probability of one or more
     false alarms among all tests is at most 5 %.
 
-    The k-th smallest of n values, with k from 0, is multiplied by n - k. If the product is smaller than
+    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. If the product is smaller than
     the corrected value of the next smaller p value, that corrected value is used instead. Example:
     `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from 3 x 0.01, then 2 x 0.03, then
     max(1 x 0.04, 0.06).

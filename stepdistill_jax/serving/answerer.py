@@ -153,8 +153,8 @@ class Answerer:
 
         After all functions have been called, rows of any length can be answered without compiling. If
         rows have their own choices, the programs that score these choices are not compiled, since their
-        shapes are not known in advance. CTranslate2 compiles nothing, so at most one function is yielded
-        for it, which answers one row. A function raises InputError if the model gives NaN.
+        shapes are not known in advance. CTranslate2 compiles nothing, so for CTranslate2 this method yields
+        at most one function, which answers one row. A function raises InputError if the model gives NaN.
         """
         unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):

@@ -61,8 +61,8 @@ class Service:
         answered: number of answered rows.
         open: number of requests in progress.
         unanswered: number of requests that were still in progress when the grace time ended.
-        failure: the error that ended the service; None if no error did. The service ends at an error in
-            the warm-up, and at an error that belongs to no request.
+        failure: the error that ended the service; None if no error ended it. An error ends the service
+            if it occurs in the warm-up, or if it does not belong to any request.
         on_failure: function that is called after such an error.
     """
 

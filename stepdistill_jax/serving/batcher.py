@@ -44,8 +44,9 @@ class _Waiting:
 class _Lane:
     """The waiting rows of one `lane_length`, in order of arrival.
 
-    `seconds` is the engine's time that is charged to this lane so far. When an empty lane receives a row,
-    `seconds` is raised to the value that the lane served last had before its batch, unless it is higher.
+    `seconds` is the engine's time that has been charged to this lane so far. A lane that was empty must not
+    gain an advantage from its pause. When it receives a row, its `seconds` is therefore raised to at least
+    the `seconds` that the most recently served lane had at the start of its batch.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`

@@ -48,7 +48,7 @@ def annotate(
             fields `rationale`, `rationales`, `llm_label` and `provenance`. The file is named
             OUTPUT.partial until it is complete. The file OUTPUT.defects.jsonl, in the same folder, lists
             the defects of answers.
-        read: further files from which the settings were read, and which must not be overwritten.
+        read: files from which the caller read the settings. They must not be overwritten.
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
     Returns:
@@ -68,8 +68,8 @@ def annotate(
         `teacher_accuracy`, the share of these rows that the teacher labelled correctly. A row without a
         usable answer counts as wrong.
         With `dry_run`, the result has `prompt` (the first row's prompt), `first_prompt_tokens`,
-        `parameters` and the keys of `estimated`. With `batch_file`, the result is that of `write_batch`
-        or `read_batch`.
+        `parameters` and all keys of the result of `estimated`. With `batch_file`, the result is that of
+        `write_batch` or `read_batch`.
 
     Raises:
         InputError: a setting or row is bad, or the server refuses the request.
@@ -107,7 +107,7 @@ def annotate(
 
 
 def defects_of(output: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the list of defects that belongs to an output."""
+    """Returns the path of the file that lists the defects of the answers for `output`."""
     return output.with_name(f"{output.name.removesuffix('.jsonl')}.defects.jsonl")
 
 
@@ -117,8 +117,8 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
     Returns:
         `rows` is the number of rows, and `answers` the number of missing answers. `prompt_tokens`,
         `completion_tokens` and `cost` are estimates that assume 4 characters per token, and answers
-        as long as the exemplars' answers. `most_completion_tokens` and `most_cost` assume answers of `max_tokens`
-        tokens each. The costs are None if the prices are unknown.
+        as long as the exemplars' answers. `most_completion_tokens` and `most_cost` assume that each
+        answer has `max_tokens` tokens. The costs are None if the prices are unknown.
     """
     settings = prompting.settings
     budget = Budget(price_input=settings.price_input, price_output=settings.price_output)

@@ -70,7 +70,7 @@ def write_batch(
 
 
 def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
-    """Returns the path of the file with a 1-based index: `requests.jsonl`, `requests-2.jsonl`, ..."""
+    """Returns the path of the file with this index, counted from 1: `requests.jsonl`, `requests-2.jsonl`, ..."""
     return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 

@@ -39,7 +39,7 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Starts without requests in progress."""
+        """Prepares to count. At the start, no tokens are reserved."""
         self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()

@@ -75,7 +75,7 @@ class Prompter:
 
     @property
     def answer_tokens(self) -> int:
-        """Estimated number of tokens in an answer: the mean of the exemplars' answers, or 60 without exemplars."""
+        """Estimated number of tokens in an answer: the mean over the exemplars, or 60 if there are none."""
         if not self.exemplars:
             return 60
         lengths = [len(e.rationale) + len(self._answer(e)) + 20 for e in self.exemplars]
@@ -83,7 +83,7 @@ class Prompter:
 
 
 def estimate_tokens(characters: int) -> int:
-    """Returns the estimated number of tokens in a text, one for every 4 characters, rounded up.
+    """Returns the estimated number of tokens in a text of `characters` characters: a quarter, rounded up.
 
     Example: `estimate_tokens(10)` is 3.
     """

@@ -1,4 +1,4 @@
-"""Asks about many rows at once, and writes them in order.
+"""Asks the teacher about many rows at once, and writes them in order.
 
 The number of simultaneous requests and the number of rows in memory are limited.
 """
@@ -53,7 +53,7 @@ class Counts:
         requests: number of requests that were answered.
         truncated: number of answers that were truncated at the token limit.
         asked_again: number of requests that repeated a question after an unreadable answer.
-        defects: {defect: number of answers}, over the final answers of the rows.
+        defects: {defect: number of answers}, counted over the final answers of the rows.
         first_defects: {defect: the first row with this defect}.
     """
 

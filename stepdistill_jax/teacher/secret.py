@@ -12,10 +12,15 @@ _ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one o
 class Secret:
     r"""Replaces an API key in strings by ***, in whatever usual encoding the key appears.
 
-    Each character of the key may appear as itself; after backslashes, since JSON writes `/` as `\/` and
-    `repr` doubles backslashes; as `\u002f` or `\x2f`; percent-encoded once or twice; as an HTML entity; or
-    after zero bytes, as in UTF-16. The complete key may also appear in hex or base64, alone or after other
-    text (`Bearer KEY`).
+    Each character of the key may appear in any of these forms:
+    - as itself;
+    - as an escape such as `\u002f` or `\x2f`;
+    - percent-encoded once or twice;
+    - as an HTML entity;
+    - in one of the forms above, preceded by backslashes (JSON may write `/` as `\/`, and `repr` doubles
+      backslashes) or by zero bytes (UTF-16).
+
+    The complete key may also appear in hex or base64, alone or after other text (`Bearer KEY`).
 
     Example: `Secret("sk-a/b+c").hide(r"bad key sk-a\/b+c")` is "bad key ***".
     """

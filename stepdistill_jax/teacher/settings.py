@@ -32,7 +32,8 @@ class Settings:
         temperature: sampling temperature. None means 0 for one sample and 0.7 for several; `default`
             leaves the temperature out of the request.
         max_tokens: largest number of tokens in an answer, including a model's reasoning.
-        reasoning_effort: field of the request for reasoning models; None leaves it out.
+        reasoning_effort: value of the field `reasoning_effort` of each request, which only reasoning
+            models support; None leaves the field out.
         parameters: additional fields of the request (`{"top_p": 0.9}`).
         label_given: whether the prompt contains the gold label and asks only for a rationale.
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
@@ -48,7 +49,8 @@ class Settings:
         price_input: price of a million prompt tokens; None if it is unknown.
         price_output: price of a million answer tokens; None if it is unknown.
         cache: SQLite file of answers; None means `teacher_cache.sqlite` next to the output.
-        batch_file: ("write", FILE) or ("read", FILE, ...), for OpenAI's batch format.
+        batch_file: ("write", FILE) writes the requests to FILE in OpenAI's batch format, and
+            ("read", FILE, ...) reads the results of a batch. None asks the server directly.
         dry_run: whether to send nothing, and only show the first prompt and the estimated cost.
         backoff: longest wait before the second attempt, in seconds. The wait doubles with each attempt.
     """

@@ -90,7 +90,7 @@ class StubServer:
     """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Reply] = by_rule, port: int = 0):
-        """Sets the function that makes replies, and the port; 0 means any free port."""
+        """Sets the function that makes replies, and the port to listen on. Port 0 means any free port."""
         self._reply, self._port = reply, port
         self.requests = self.most_at_once = self._open = 0
         self.last_head = ""
