@@ -164,7 +164,7 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
 
 
 def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises InputError if the vocabulary cannot write the words that mark the label in a target template.
+    """Raises InputError if the vocabulary cannot encode the words that mark the label in a target template.
 
     Without these words, the label could not be found in an answer.
     """
@@ -184,7 +184,7 @@ def _key_of(supervision: Supervision | None) -> Any:
 def _joint_store(
     make_task, name, split, objectives, columns, vocabulary, folder, key, compare=False
 ) -> tuple[TokenStore, Vocabulary]:
-    """Returns (store, vocabulary) of a prepared dataset or an `add_task` task. The store has all objectives."""
+    """Returns (store of the rows of all objectives, vocabulary) of a prepared dataset or an `add_task` task."""
     opened = load_vocabulary(vocabulary)
     _check_words(objectives[0], opened)
     first, templates = objectives[0], [[o.input_template, o.target_template] for o in objectives]

@@ -151,7 +151,7 @@ class _MixtureLoader:
     ) -> Vocabulary:
         """Returns the vocabulary of all tasks of the mixture.
 
-        If there are plain tasks, it is the vocabulary that these share. Otherwise, it is the vocabulary of
+        If there are plain tasks, it is the vocabulary that they share. Otherwise, it is the vocabulary of
         `init_from`. Without `init_from`, it is a vocabulary trained on all prepared datasets of the mixture
         or, if there are none, the vocabulary that all tasks of `add_task` share.
         """

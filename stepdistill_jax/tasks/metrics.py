@@ -60,7 +60,7 @@ class TaskMetrics:
 
     @functools.cached_property
     def targets(self) -> list[list[int]]:
-        """Ids of each labelled row's target, not truncated. `target_scores` are the scores of these targets."""
+        """Ids of each labelled row's target, not truncated. `compute` needs the scores of these targets."""
         return self._part.label_targets()
 
     def try_out(self) -> list[str]:

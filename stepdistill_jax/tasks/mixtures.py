@@ -199,7 +199,10 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields the list of the direct member tasks of each mixture inside `mixture`, and last of `mixture` itself."""
+    """Yields a list of tasks for each mixture inside `mixture`, and finally one for `mixture` itself.
+
+    A list contains the tasks that are direct members of that mixture.
+    """
     import seqio
 
     direct = []

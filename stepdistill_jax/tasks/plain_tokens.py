@@ -76,7 +76,7 @@ def common_vocabulary(
 
 
 def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
-    """Returns a plain task's vocabulary as `load_vocabulary` takes it: the path of a file, or `bytes`.
+    """Returns a plain task's vocabulary as an argument for `load_vocabulary`: the path of a file, or `bytes`.
 
     Raises:
         InputError: an encoder-decoder cannot be trained on the task (`check_trainable`).

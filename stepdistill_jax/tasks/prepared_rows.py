@@ -67,7 +67,7 @@ class PreparedRows:
     def _parts(self) -> list[tuple[str, np.ndarray]]:
         """The prepared splits to read, as pairs (name of the split, mask of the rows to use, [rows] bool).
 
-        If `share` selects all rows, the list is empty, and `split` is used completely.
+        The list is empty if `share` selects all rows. Then every row of `split` is read.
         """
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
         if self.share == WHOLE:

@@ -323,7 +323,8 @@ def joint_task(
     """Returns an unregistered `seqio.Task` in which each row has the features of all objectives.
 
     Since the source is read only once, an example's rows stay together. The features are those of the columns
-    `columns_of(objectives, most)`. If `supervision` is None, every example is kept unchanged.
+    `columns_of(objectives, most)`, where `most` is the number of rationales of an example. If `supervision` is
+    None, every example is kept unchanged.
     """
     import seqio
 

@@ -250,7 +250,7 @@ def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
 def random_spans_helper(
     inputs_length: int, noise_density: float, mean_noise_span_length: float
 ) -> tuple[int, int]:
-    """Returns (length of a segment whose corrupted inputs have `inputs_length` ids, length of its targets).
+    """Returns (segment length, target length) for a segment whose corrupted inputs have `inputs_length` ids.
 
     Inputs and targets include the end of sequence. A segment of n ids, with `noise` noise ids in `spans`
     spans, gives n - noise + spans + 1 input ids and noise + spans + 1 target ids.

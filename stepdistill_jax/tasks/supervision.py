@@ -33,8 +33,8 @@ class Supervision:
             `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label
             if the teacher's label is equal according to the task's metric (for other examples, see
             `disagree_weight`). Examples without the selected label are left out.
-        disagree_weight: if `label_source` is `agree`, the weight of an example whose teacher's label differs
-            or is missing is multiplied by this factor. 0 leaves the example out.
+        disagree_weight: factor for the weight of an example in which the teacher's label differs from the gold
+            label or is missing. Used only if `label_source` is `agree`. 0 leaves the example out.
         rationales: `first` uses the example's `rationale`. `all` makes a row from each rationale in the
             example's list `rationales`. `sample` draws one rationale of the list in each epoch, with the
             run's seed. If `label_source` is `agree`, `all` and `sample` leave out rationales that argue for

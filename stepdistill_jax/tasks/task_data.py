@@ -114,7 +114,10 @@ class TaskData:
         share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
-        """Returns the data of one store, which has columns for up to `most_rationales` rationales of an example."""
+        """Returns data with a single part, which contains the examples of `store`.
+
+        The store must have columns for up to `most_rationales` rationales of an example.
+        """
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
         parts = (Part(name, store, columns, **part),)
@@ -165,11 +168,11 @@ class TaskData:
         return len(self.parts) > 1 or any(part.drawn for part in self.parts)
 
     def shares(self) -> list[dict[str, Any]]:
-        """Returns the share that each objective of each part has in a long run, before rows are truncated.
+        """Returns a dict for each objective of each part: its expected shares of the examples, rows and tokens.
 
-        Each share is a dict with `task` (name of the part), `objective`, `examples` (the part's share of all
-        examples), `rows` (share of all rows), `target_tokens` (share of all target tokens), and `drawn` (see
-        `Part`).
+        The shares are computed before rows are truncated. The entries of each dict are `task` (name of the
+        part), `objective`, `examples` (the part's share of all examples), `rows` (share of all rows),
+        `target_tokens` (share of all target tokens), and `drawn` (see `Part`).
         """
         # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
         # has the part's mean number of rows and target tokens.

@@ -20,7 +20,7 @@ AT_ONCE = 1024  # number of examples in memory
 
 
 def file_name(objective: int, feature: str, what: str) -> str:
-    """Returns the name of the file for `what`, which is `ids` or `offsets`. `objective` is an index from 0."""
+    """Returns the name of a feature's file. `what` is `ids` or `offsets`. `objective` is an index from 0."""
     return f"{objective + 1}-{feature}.{what}"
 
 

@@ -97,7 +97,7 @@ class TokenExample:
         label_text: text with which predictions are compared: the label, or the first objective's target if
             there is no label.
         row_id: value of the field `id`, or None if the task has no such field. Rows of several tasks are
-            paired if their values are equal.
+            paired if their ids are equal.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -210,7 +210,7 @@ def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
 
 
 def own_tag() -> str:
-    """Returns the tag of this host's writers (`folders.sole_writer`).
+    """Returns the `tag` that processes on this host pass to `folders.sole_writer`.
 
     Each host has its own tag, since some disks lock files only within a host.
     """

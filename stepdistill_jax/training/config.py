@@ -125,7 +125,8 @@ class TrainConfig:
             own objectives and need no entry.
         extra_loss: a further term of the loss, or None.
         batch_size (examples): number of examples per step. The step uses all rows of each example.
-        pack: whether several rows share one packed row. False pads the rows of each objective instead.
+        pack: whether several short rows are packed into one longer row. False pads the rows of each objective
+            instead.
         input_length (tokens): maximum length of an input. Longer inputs are truncated, and their number
             is logged.
         target_length (tokens): maximum length of a target. Longer targets are truncated, and their
@@ -151,7 +152,7 @@ class TrainConfig:
         seed: seed of initial weights, dropout and data order.
         data_fraction: share of the train split to use. A smaller share is a subset of a larger one. For
             a dataset prepared with `paper_exact`, the seed decides which examples are in the share,
-            and the validation examples are drawn from it.
+            and the validation examples are drawn from this share.
         best_metric: validation metric that decides which step is best, named without
             `eval/validation/`. The largest value wins, or the smallest if the name starts with `loss`.
             None means the label accuracy, averaged over the parts of a mixture. If two steps
@@ -167,7 +168,7 @@ class TrainConfig:
         max_decode_len (tokens): maximum length of a decoded label, including its end of sequence, in
             validation and in later predictions. None means the length of the longest train label,
             rounded up to a multiple of 8. If answers contain more than a label, the longest train
-            target of that objective is used, and this setting is ignored.
+            target of the first objective is used, and this setting is ignored.
         remat_policy: what the backward pass recomputes to save memory: `elementwise`, `minimal` or
             `full`.
         scan_layers: whether all layers are compiled as one loop. False suits runs of many hours: on a

@@ -85,7 +85,7 @@ def tried_row_lengths(
     """Returns the candidates for the lengths of packed rows, each with the FLOPs of a step.
 
     Args:
-        config: the run's config. A row length that it sets is the only candidate for that length.
+        config: the run's config. If it sets a row length, this length is the only candidate.
         batches: batches of the train split (`batches_of`).
         model: configuration of the trained model.
     """
@@ -107,7 +107,7 @@ def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) 
 
 
 def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
-    """Returns the batches with packed rows of these lengths. A length grows if an example is longer."""
+    """Returns the batches with packed rows of these lengths. A length is increased if an example is longer."""
     pairs = zip(lengths, batches.longest(), strict=True)
     fitting = [length if longest <= length else round_up(longest, 8) for length, longest in pairs]
     return dataclasses.replace(batches, row_lengths=tuple(fitting))

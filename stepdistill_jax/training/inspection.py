@@ -261,7 +261,7 @@ def _text(data: TaskData, ids: list[int]) -> str:
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
-    """Returns the row lengths of a candidate, and the fill, rows per step and FLOPs that they lead to."""
+    """Returns a candidate's row lengths and the fill, rows per step and FLOPs that result from these lengths."""
     return {
         "row_input_length": tried.input_length,
         "row_target_length": tried.target_length,

@@ -22,7 +22,7 @@ class LearningRate:
         constant    rises from 0 to P in W steps, then stays at P
         linear      rises from 0 to P in W steps, then falls in a straight line to E at N
         cosine      rises from 0 to P in W steps, then falls along half a cosine to E at N
-        rsqrt       stays at P for W steps, then is P sqrt(W / step), as in T5 (Raffel et al. 2020,
+        rsqrt       stays at P for W steps, then is P x sqrt(W / step), as in T5 (Raffel et al. 2020,
                     section 3.1.2)
 
     After step N, `linear` and `cosine` stay at E.

@@ -172,9 +172,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns the reasons why `train_steps` must not grow. There are none if no learning rate depends on it.
+    """Returns the reasons why a resumed run must not raise `train_steps`, or [] if it may.
 
-    `before` and `now` are the configs of the earlier start and of this start, as in `run.json`.
+    It must not if a learning rate depends on `train_steps`. `before` and `now` are the configs of the earlier
+    start and of this start, as in `run.json`.
     """
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")

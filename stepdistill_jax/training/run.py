@@ -239,7 +239,7 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step of `path` whose weights it starts from.
+    """Returns whether the run has begun, and the step in `path` whose weights the run starts from.
 
     The step is None if `path` is a model directory.
     """

@@ -159,7 +159,7 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Returns `base`, plain weights on the devices, combined with the adapters that `init_state` would draw."""
+    """Combines `base`, the plain weights on the devices, with the adapters that `init_state` would draw."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 

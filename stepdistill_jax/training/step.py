@@ -99,8 +99,8 @@ def train_step(
     """Computes the loss and the gradient of the global batch and makes one update.
 
     The counts of the complete batch are known before it is cut into slices, so each slice adds its share
-    of the exact gradient. The result does not depend on slices, devices or packing. With adapters,
-    gradient, clip and update concern only the adapters. If the loss or the gradient is not finite,
+    of the exact gradient. The result does not depend on slices, devices or packing. If there are adapters,
+    only their gradients are computed, clipped and used for the update. If the loss or the gradient is not finite,
     parameters and optimizer keep their values, but the step number still grows by 1.
 
     Args:
@@ -238,9 +238,10 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """Returns `eval_step`, compiled once for each batch shape, for the plain model with merged adapters.
+    """Returns `eval_step`, compiled once for each batch shape.
 
-    Equal arguments return the same function, as for `jit_train_step`.
+    The compiled function takes plain parameters, into which any adapters have been merged. Equal arguments
+    return the same function, as for `jit_train_step`.
     """
     return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
 

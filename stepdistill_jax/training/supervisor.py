@@ -2,13 +2,13 @@
 
 The loop passes each step to `record` and `save`. The run is in one of four states:
 
-    state       it lasts                        at most           a stop signal
-    STARTING    until the first step ends       12 min_secs       ends the process: nothing to save
-    STEPPING    until the next step ends        medians x median  lets the step end and be saved
-    SAVING      between two steps               12 min_secs       lets one more step end and be saved
-    VALIDATING  for a part of SAVING            12 min_secs       interrupts it: the step is saved,
-                (of STARTING, if a stop                           and the next start validates it
-                postponed the validation)
+    state       duration                   time limit        effect of a stop signal
+    STARTING    until the first step ends  12 x min_secs     the process ends without saving
+    STEPPING    until the next step ends   medians x median  the step ends and is saved
+    SAVING      between two steps          12 x min_secs     one more step runs and is saved
+    VALIDATING  during SAVING, or during   12 x min_secs     the validation is interrupted, the step
+                STARTING if a stop                           is saved, and the next start validates
+                postponed the validation                     the step
 
     STARTING, STEPPING -> SAVING    a step has ended
     SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
@@ -26,8 +26,8 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     SAVING -> done (0)              the last step is saved
 
 `min_secs` and `medians` are the settings `watchdog_min_secs` and `watchdog_medians`. `median` is the median
-time of recent steps; a step may always last `min_secs`. A number in parentheses is the exit status. Every
-process has a supervisor, and all supervisors make the same decisions.
+time of recent steps. The time limit of STEPPING is at least `min_secs`. A number in parentheses is the exit
+status. Every process has a supervisor, and all supervisors make the same decisions.
 """
 
 import collections
@@ -225,7 +225,8 @@ class Supervisor:
     def flush(self, before: float | None = None) -> None:
         """Writes the metrics that `record` has kept.
 
-        `before` is the time at which the next step ended, or None if it has not ended.
+        `before` is the time at which the step after the written step ended, or None if that step has not
+        ended. If the end of the written step is unknown, it is estimated from `before`.
 
         Raises:
             FloatingPointError: the loss or gradient of the written step is not finite, and the run must end.
@@ -478,7 +479,7 @@ class Watchdog:
     """
 
     def __init__(self, medians: float, min_secs: float):
-        """Sets the limits (`medians` and `min_secs` of the module's table). A `medians` of 0 means no limits."""
+        """Sets the time limits, as the module docstring describes. If `medians` is 0, there are no limits."""
         self.last_step: int | None = None  # for the message
         self._medians, self._min_secs = medians, min_secs
         self._interval = min(1.0, min_secs / 10)

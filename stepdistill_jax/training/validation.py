@@ -63,7 +63,7 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Creates the functions that validations call, and the metrics that the parts' own tasks define.
+        """Creates the functions that validations call, and the metrics that the SeqIO tasks of the parts define.
 
         `batches` must cover the split once, in order. `batch_size` is the number of rows that the decoder
         decodes together.
@@ -126,14 +126,14 @@ class Validator:
         return float(np.mean(of_parts))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
-        """Returns two numbers that rank a step. Larger is better in both. The second number breaks ties.
+        """Returns two numbers that rank a step. For each number, larger is better. The second number breaks ties.
 
-        The first is the value of `best_metric`, and the second is the label's loss times -1.
+        The first is the value of `best_metric`, and the second is the label loss times -1.
 
         Args:
             found: the result of `compute`.
             best_metric: name of a metric without `eval/<split>/`; None means `label_accuracy`. Its value is
-                multiplied by -1 if the name starts with `loss` (after the name of a part, if it has one).
+                multiplied by -1 if the name, without a leading part name, starts with `loss`.
 
         Raises:
             InputError: this validation has no such metric.
@@ -254,7 +254,7 @@ class Validator:
         found: Decoded,
         on_batch: Callable[[], None],
     ) -> dict[str, float]:
-        """Returns the metrics that the part's own task defines."""
+        """Returns the metrics that the SeqIO task of a part defines."""
         if (metrics := self.metrics.get(part.name)) is None:
             return {}
         target_scores = None
