@@ -63,7 +63,7 @@ class UnusableRows(InputError):
 
     Attributes:
         rows: the bad rows.
-        path: file that lists these rows and all defects.
+        path: file that lists the bad rows, and the defects of all other rows.
         notices: warnings about the good rows, one line each.
     """
 
@@ -83,7 +83,7 @@ class UnusableRows(InputError):
 
 
 def failed_list(directory: pathlib.Path) -> pathlib.Path:
-    """Returns the path of the list of defects that a failed run leaves: `DATA_DIR/NAME.defects.jsonl`."""
+    """Returns the path to which a failed run writes its list of defects: `DATA_DIR/NAME.defects.jsonl`."""
     return directory.with_name(f"{directory.name}.{DEFECTS}")
 
 

@@ -62,7 +62,7 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what native code writes to standard error, but shows it if the block raises.
+    """Hides what native code writes to standard error in the `with` block, but shows it if the block raises.
 
     TensorFlow, whatever its log level, writes lines about oneDNN and CUDA while it loads and looks for devices.
     """
@@ -102,8 +102,8 @@ def features(more: Sequence[str] = ()) -> Any:
 def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
     """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS's own encoder does.
 
-    TFDS's encoder handles features of any kind, but takes 18 times as long. A test compares the two. If the
-    row lacks a text, the text is empty in the result.
+    TFDS's encoder handles features of any kind, but takes 18 times as long. A test compares the
+    results. Text fields that the row lacks are empty in the result.
     """
     tf = tensorflow()
     train = tf.train
@@ -194,7 +194,7 @@ def build_in_subprocess(
 ) -> Iterator[None]:
     """Runs `build` in another process while this one runs the `with` block.
 
-    The other process ends when this one does, even if this one is killed.
+    The other process never outlives this one, even if this one is killed.
 
     Raises:
         InputError: the other process cannot use TensorFlow.

@@ -89,7 +89,7 @@ class SplitCounts:
         self._note(row)
 
     def _note(self, row: CheckedExample) -> None:
-        """Keeps the row's hashes, which `data.labels` compares, and the row's place in the source."""
+        """Records the hashes that `data.labels` compares, the row's place in the source, and its gold label."""
         example, at = row.example, len(self._places)
         text = example.input + example.input_pair
         question = (example.input, sorted(example.more.items()), example.choices)

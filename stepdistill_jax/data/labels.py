@@ -125,8 +125,8 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
 def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
     """Yields the warnings about equal rows, and about equal inputs with different labels.
 
-    Row indices count from 0 over all splits. Rows with hashes [7, 9, 7, 7] have `firsts` [0, 1] and
-    `inverse` [0, 1, 0, 0]; rows 2 and 3 are not the first of their value, so both repeat row 0.
+    Row indices count from 0 over all splits. For rows with the hashes [7, 9, 7, 7], `firsts` is [0, 1] and
+    `inverse` is [0, 1, 0, 0]. Rows 2 and 3 are not the first with their hash, so each repeats row 0.
     """
 
     def joined(name: str) -> np.ndarray:
@@ -210,9 +210,9 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns ` (such as A and B, C and D)` with two places for each group of rows that is shown.
+    """Returns the places of pairs of rows, in the form ` (such as A and B, C and D)`.
 
-    There are `count` groups. If all are shown, `such as` is left out.
+    `count` is the number of all pairs. If `places` contains all of them, `such as` is left out.
     """
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""

@@ -141,10 +141,10 @@ class Objective:
         """Returns the fields of a decoded answer, among them `label`, or None if the answer has no label.
 
         With the target template `{rationale} so the answer is {label}`, the answer `"it rains so the
-        answer is no"` gives `{"label": "no", "rationale": "it rains"}`. The last occurrence of the
-        words before the label counts, and after it the first occurrence of the words that follow the
-        label. The whole answer is the label if the target is a label alone, has no label, or has two
-        fields without words between them.
+        answer is no"` gives `{"label": "no", "rationale": "it rains"}`. The label begins after
+        the last occurrence of the words that precede it in the template. It ends at the next occurrence
+        of the words that follow it in the template. The whole answer is the label if the target is a
+        label alone, has no label, or has two fields without words between them.
         """
         if not self.writes_more:
             return {"label": text}
@@ -272,9 +272,9 @@ def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
     """Returns the objectives of the arm with the given name, or checks and returns the given objectives.
 
     Raises:
-        InputError: the arm is unknown; there is no objective; two names are equal; all weights are
-            0; the first objective has a decoder prefix, or its target has two fields without words between
-            them.
+        InputError: the arm is unknown; there is no objective; two objectives have the same name;
+            all weights are 0; the first objective has a decoder prefix; the target of the first objective
+            has two fields without words between them.
     """
     if isinstance(objectives, str):
         one_of("objectives", objectives, ARMS)
@@ -308,7 +308,7 @@ def gives_rationale(objectives: Sequence[Objective]) -> bool:
 
 
 def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives for validation. In the first one's target, `label` replaces `llm_label`."""
+    """Returns the objectives for validation. In the first target, `label` replaces `llm_label`."""
     first = objectives[0]
     if first.label_field != "llm_label":
         return tuple(objectives)

@@ -86,8 +86,8 @@ def prepare(
         only whitespace differs.
 
     Raises:
-        UnusableRows: under `stop`, some rows cannot be used. They are listed with the other defects
-            in `data_dir/NAME.defects.jsonl`; no other file is written.
+        UnusableRows: some rows cannot be used, and `on_error` is `stop`. The rows are listed with all
+            other defects in `data_dir/NAME.defects.jsonl`; no other file is written.
         InputError: an argument is wrong, or the source cannot be read. Nothing is written.
     """
     one_of("on_error", on_error, ON_ERROR)
@@ -257,10 +257,9 @@ def _read(
 
 
 def _existing(name: str, data_dir: pathlib.Path) -> tuple[prepared.PreparedDataset | None, str]:
-    """Returns the prepared dataset of this name, or None, and what is damaged.
+    """Returns (the prepared dataset of this name, "").
 
-    The first value is None if the dataset does not exist or is damaged. The second value is "" unless the
-    dataset is damaged.
+    Returns (None, "") if there is no such dataset, and (None, what is damaged) if it is damaged.
 
     Raises:
         InputError: the folder contains files that `prepare` did not write.

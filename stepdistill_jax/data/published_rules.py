@@ -1,6 +1,6 @@
 """Parses a teacher's text exactly as the paper's published code does. Our own parser is in `rationale.py`.
 
-Each function returns (rationale, label). A missing part is blank: " " or "", as published.
+Each function returns (rationale, label). A missing part is " " or "", as in the published code.
 """
 
 import re

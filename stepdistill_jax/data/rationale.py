@@ -165,10 +165,11 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 
 
 def in_parentheses(text: str) -> str:
-    r"""Returns the text from the first `(` to the last `)` of one line, or "" if there is no such line.
+    r"""Returns the text from the first `(` to the last `)` of a line.
 
-    The line is the first in which a `)` follows a `(`. The result equals the first match of the regular
-    expression `\(.*\)`, which takes quadratic time if no parenthesis closes.
+    The line is the first one in which a `)` follows a `(`. If there is none, returns "". The result
+    equals the first match of the regular expression `\(.*\)`, which takes quadratic time if no
+    parenthesis closes.
     """
     for line in text.split("\n"):
         first, last = line.find("("), line.rfind(")")

@@ -99,7 +99,7 @@ def split_of(number: int, split: str, files: Container[str]) -> str:
     """Returns the split of a row. If validation has no file, tenth 0 of train becomes validation.
 
     Args:
-        number: the row's `tenth`.
+        number: what `tenth` returns for the row's id.
         split: the split of the row's file.
         files: the splits that have files.
     """

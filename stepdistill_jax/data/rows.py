@@ -30,9 +30,9 @@ _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 class JsonRow:
     """A JSON object whose fields are read with a type check. Errors name the file, the line and the field.
 
-    An integer can also be read as text: its digits. Other numbers, true and false cannot be read as text,
-    since each can be written in more than one way (1e3 or 1000.0, true or True). A field that is null
-    counts as absent.
+    An integer can also be read as text, namely as its digits. Other numbers and the values true and false
+    cannot be read as text, since each of them can be written in more than one way (1e3 or 1000.0, true
+    or True). A field that is null counts as absent.
 
     Attributes:
         fields: the object.

@@ -63,7 +63,7 @@ class Schedule:
         return cls(**raw)
 
     def __format__(self, spec: str) -> str:
-        """Returns e.g. `linear 1 to 0 over steps 0 to 1000`. `spec` is the format of the two weights."""
+        """Returns e.g. `linear 1 to 0 over steps 0 to 1000`, with both weights formatted according to `spec`."""
         values = f"{self.init_value:{spec}} to {self.end_value:{spec}}"
         end = self.transition_begin + self.transition_steps
         return f"{self.shape} {values} over steps {self.transition_begin} to {end}"

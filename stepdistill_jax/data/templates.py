@@ -63,8 +63,8 @@ def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     """Returns the fields of a text that was written with the template, or None if the text does not match.
 
     The values of other fields may contain the same words that surround `field` in the template. So the
-    last occurrence of the words before `field` counts, and after it the first occurrence of the words
-    that follow `field`. Each run of whitespace counts as one space, as for a tokenizer.
+    value of `field` begins after the last occurrence of the words before `field`, and ends at the next
+    occurrence of the words after `field`. Each run of whitespace counts as one space, as for a tokenizer.
 
     Example: with `{rationale} so {label}`, "wet so slow so no" gives
     {"rationale": "wet so slow", "label": "no"}.

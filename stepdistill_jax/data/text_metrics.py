@@ -114,8 +114,8 @@ def is_valid(
 
     Args:
         prediction: decoded text.
-        metric: the task's metric; under `value_match` an answer must have a value.
-        labels: the labels of the task's train split if there are few; else empty.
+        metric: the task's metric; under `value_match`, an answer is valid if it is an expression with a value.
+        labels: the labels of the task's train split; empty if there are too many to list.
         choices: the row's allowed answers, which are used in place of `labels`.
 
     Returns:

@@ -50,7 +50,9 @@ T5_FRAMING = Framing()
 
 
 def truncate(ids: Sequence[int], length: int) -> list[int]:
-    """Returns at most `length` ids. If `ids` ends with eos, the result ends with eos, too, as in `batches`.
+    """Returns at most `length` ids. If `ids` ends with eos, so does the result.
+
+    The texts of a batch are truncated in the same way.
 
     Example: `truncate([5, 6, 7, 1], 3)` is [5, 6, 1], and `truncate([5, 6, 7], 2)` is [5, 6].
     """

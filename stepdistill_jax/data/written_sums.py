@@ -57,7 +57,7 @@ def _agree(left: str, right: str) -> bool:
 
 
 def _results(side: str) -> Iterator[tuple[float, float]]:
-    """Yields (value, allowed difference) for a right side, and then for the number at its start."""
+    """Yields (value, allowed difference) for the whole right side, and for the number that it begins with."""
     first = _FIRST_NUMBER.match(side)
     for part in dict.fromkeys((side, first[0] if first else side)):
         plain = part.translate(_SIGNS)

@@ -49,10 +49,10 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 
 
 def every_example() -> dict[str, list[Example]]:
-    """Returns {label: its examples}, 6,912 for each of the two labels. Every `id` is empty.
+    """Returns {label: all examples with it}, 6,912 for each of the two labels. Every `id` is empty.
 
-    A hash of the input determines their order, and so which of them `read` chooses. Unlike the numbers of
-    a random generator, a hash does not change with the version of a library.
+    The examples are sorted by a hash of their input. `read` takes the first ones of each label. Unlike
+    the numbers of a random generator, a hash does not change with the version of a library.
     """
     words = itertools.product(
         *(

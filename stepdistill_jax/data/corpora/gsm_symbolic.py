@@ -55,12 +55,12 @@ def read(
     Args:
         rows: number of train rows; None means 20,000.
         seed: seed of all names and numbers; None means 0.
-        held_out_rows: number of rows of each split other than train. A split that is not named here
-            is left out.
+        held_out_rows: {split: number of its rows} for the splits other than train. A split that is not
+            named here is left out.
 
     Raises:
         InputError: the package is not installed, or a number is out of range. While rows are read:
-            the templates have fewer different questions than `rows`.
+            the templates cannot give `rows` different questions.
     """
     rows = whole("rows", ROWS if rows is None else rows, 1)
     seed = whole("seed", 0 if seed is None else seed, 0)
@@ -98,9 +98,9 @@ def read(
 
 
 def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
-    """Returns the templates that work, the version of the package, and the folder of its code.
+    """Returns {number: template}, the version of the package, and the folder of the package's code.
 
-    The templates are returned as {number: template}.
+    The dict contains only the templates that the package lists as working.
 
     Raises:
         InputError: the package is not installed.
@@ -119,7 +119,7 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 
 
 def split_of_numbers(template: int, question: str) -> str:
-    """Returns the split of a question. It depends only on the template and the numbers in the question.
+    """Returns the split of a question, which depends only on the question's template and numbers.
 
     For each template, about a tenth of all possible sets of numbers belong to test, and a tenth to
     validation.
@@ -129,7 +129,7 @@ def split_of_numbers(template: int, question: str) -> str:
 
 
 def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
-    """Returns a list with one note about the templates with fewer rows than the others, or []."""
+    """Returns a list of one note, which names the templates that gave fewer rows than others, or []."""
     most = max(made.values(), default=0)
     fewer = [f"{template} ({count})" for template, count in made.items() if count < most - 1]
     if not fewer:
@@ -204,7 +204,7 @@ def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExamp
 
 
 def _short(text: str) -> str:
-    """Returns `text` with each `36.0` written `36`.
+    """Returns `text` with whole numbers such as `36.0` written as `36`.
 
     Example: `_short("26.0 - 4 = 22.0")` is "26 - 4 = 22"; `0.5` and `12.00.3` are left unchanged.
     """

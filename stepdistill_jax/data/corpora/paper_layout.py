@@ -150,7 +150,7 @@ def judged(
     by_text: bool = False,
     human: tuple[str, ...] = (),
 ) -> CheckedExample:
-    """Returns `example` with the teacher's rationale and label, people's explanations, and defects.
+    """Adds the teacher's texts and people's explanations to `example`, and judges the teacher's answer.
 
     Args:
         example: id, input, label and choices.
@@ -184,7 +184,7 @@ def judged(
 
 
 def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
-    """Returns a defect of a text, with the part of the text that shows this defect."""
+    """Returns a `Defect` of this kind, which quotes the part of the teacher's text that shows the defect."""
     text = completion.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
@@ -194,7 +194,7 @@ def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
 
 
 def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> list[pathlib.Path]:
-    """Returns the paths of llm/PART_CoT_0.json, _1, ...; [] if there are no such files and none is required.
+    """Returns the paths of llm/PART_CoT_0.json, _1, ...; [] if there are none and `required` is False.
 
     Raises:
         InputError: required files are missing, or the numbers in the file names have a gap.
@@ -262,8 +262,8 @@ def paired(
     Args:
         source: folder to which the names of teacher files are relative.
         path: file of the rows.
-        teachers: files which together have as many texts as there are rows. With None or [], rows have
-            no texts.
+        teachers: files of teacher texts, which together have one text for each row. If None or empty,
+            None is yielded in place of each text.
 
     Raises:
         InputError: there are more rows than texts, or more texts than rows, so pairs may be misaligned.

@@ -51,7 +51,7 @@ class _Corpus:
     """Says how the published code reads one dataset.
 
     Attributes:
-        to_example: function that converts a row, without the teacher's part.
+        to_example: function that converts a row to an example without the teacher's rationale and label.
         rule: function that parses the teacher's text.
         prefix: prefix of the dataset's file names, and name of the dataset's folder in `gpt-neox`.
         drawn: whether validation is drawn from train. If False, validation has its own file.
@@ -127,7 +127,7 @@ class _File:
     Attributes:
         folder: folder to which the names of teacher files are relative.
         path: file of the rows.
-        corpus: the dataset of the published code.
+        corpus: says how the published code reads the dataset.
         teachers: files of the teacher's texts; may be empty.
         neox: whether GPT-NeoX wrote the texts.
     """

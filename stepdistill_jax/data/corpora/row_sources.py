@@ -25,8 +25,8 @@ class RowSource:
     """The rows of one split, or of a file that is still to be split.
 
     Attributes:
-        name: name in messages: the path of the file, or `the list`.
-        key: name of the rows in the dataset's `sources`, which the dataset's fingerprint covers.
+        name: name to show in messages: the path of the file, or `the list`.
+        key: key of `digest` in the dataset's `sources`, which the dataset's fingerprint covers.
         digest: hex digest of the rows' contents.
         rows: function that starts reading, and yields the rows.
     """

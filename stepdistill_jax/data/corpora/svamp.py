@@ -1,6 +1,7 @@
 """Reads SVAMP with PaLM rationales, in the paper's layout; answers are equations, compared by value.
 
-If ASDiv's questions are found, they become further inputs to train on, with the teacher's labels only.
+If ASDiv's questions are found, they are further inputs to train on. They have no gold labels, only the
+teacher's.
 """
 
 import dataclasses
