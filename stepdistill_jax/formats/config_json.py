@@ -157,11 +157,11 @@ def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Gemm
 
 
 def _read_side(where: str, raw: dict[str, Any]) -> Side:
-    """Reads one of the two modules in a T5Gemma's `config.json`. Missing fields get transformers' defaults.
+    """Reads the encoder or the decoder of a T5Gemma's `config.json`. Missing fields get transformers' defaults.
 
     Args:
-        where: file and module to name in messages.
-        raw: fields of the module.
+        where: name of the file and of the encoder or decoder, for messages.
+        raw: fields of the encoder or decoder.
     """
     choice(where, raw, "attention_bias", False, [False])
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}

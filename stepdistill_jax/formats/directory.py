@@ -36,7 +36,7 @@ class TaskInfo:
 
     Attributes:
         task: name of the dataset, task or mixture.
-        objectives: templates and weights; inference uses the first objective.
+        objectives: the objectives of training with their templates and weights; inference uses the first one.
         input_length: largest number of ids in an input, the end of sequence included; longer inputs are
             truncated.
         target_length: largest number of ids in a target of any objective; longer targets are truncated.

@@ -19,7 +19,10 @@ _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 
 def local_model(given: str) -> str:
-    """Returns the folder of a model: `given`, or the local copy of the hub's model of this name.
+    """Returns the folder of a model.
+
+    If `given` is not a folder but the name of a model on the hub, the result is a local copy of that model.
+    Otherwise, the result is `given` itself.
 
     Args:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.

@@ -87,7 +87,7 @@ def _t5gemma_names(config: Any) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Names of a family's tensors in Hugging Face's layout.
+    """The names that Hugging Face gives to the tensors of one model family.
 
     Attributes:
         table: function that takes a configuration and returns {our path: tensor name}. `{}` in a tensor name

@@ -1,4 +1,4 @@
-"""Opens the parameters of T5X checkpoints by Hugging Face's torch names, and ignores optimizer state.
+"""Opens the parameters of T5X checkpoints under Hugging Face's torch names. Ignores the optimizer state.
 
 Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file
 `checkpoint`, in which a parameter is an array or the TensorStore spec of a zarr folder next to it; the
@@ -146,10 +146,10 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
 
 
 def _our_path(path: str) -> tuple[str, str | None]:
-    """Returns our path of a parameter, and its layer.
+    """Returns our path of the parameter that T5X calls `path`, and the layer of this parameter.
 
-    The layer is an index in digits, "" for a stack of all layers, and None for a parameter that is in no
-    layer.
+    The layer is its index as a string such as "3", "" if the parameter is stacked over all layers, or None
+    if the parameter belongs to no layer.
     """
     if path == "token_embedder/embedding":
         return "token_embedder", None
@@ -300,7 +300,7 @@ def _inside(folder: pathlib.Path, name: Any) -> str:
 def _open_arrays(
     folder: pathlib.Path, names: Mapping[str, str], *, ocdbt: bool, driver: str
 ) -> dict[str, Tensor]:
-    """Opens zarr arrays in the folder, or in its OCDBT database. `names` is {our path: name of the array}."""
+    """Opens zarr arrays in a folder or in the folder's OCDBT database. `names` is {our path: name of the array}."""
     import tensorstore
 
     base = {"driver": "file", "path": f"{folder.absolute()}/"}

@@ -36,7 +36,8 @@ class Weights:
         """Collects the tensors of a model.
 
         Args:
-            tensors: tensors by name. A copy of the embedding replaces a missing `shared.weight`.
+            tensors: {name: tensor}. If `shared.weight` is missing, a copy of it that the file stores under
+                another name is used instead (`EMBEDDING_COPIES`).
             stacks: {name: tensor [layers, *shape]} of tensors that store all layers together. `{}` in a name
                 stands for the layer. Reading all layers at once avoids decompressing the same chunk for
                 each layer.

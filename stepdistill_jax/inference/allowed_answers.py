@@ -200,7 +200,8 @@ def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
 def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
     """Returns the labels as stripped strings, after checking that they are valid.
 
-    There must be two or more labels, and none may be blank or repeated. `name` is the labels' source.
+    There must be two or more labels, and none may be blank or repeated. Messages give `name`
+    as the source of the labels.
     """
     labels = [as_text(x, f"label {i}", name).strip() for i, x in enumerate(labels, 1)]
     first: dict[str, int] = {}

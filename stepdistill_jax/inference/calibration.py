@@ -18,7 +18,7 @@ class Calibration:
     """
 
     def __init__(self, temperature: float = 1.0):
-        """Starts without rows. `temperature` is the temperature of the probabilities that `add` receives."""
+        """Starts all sums at zero. `temperature` is the temperature of the probabilities that `add` receives."""
         self._temperature = temperature
         self._count, self._sure, self._right = np.zeros((3, BINS))
         self._losses = np.zeros(len(TEMPERATURES))

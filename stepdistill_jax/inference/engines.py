@@ -81,7 +81,7 @@ class Engine(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Returns, for each row, an array with the log probability of each of the row's given answers.
+        """Returns, for each row, the log probabilities of the answers given for this row, as an array.
 
         See `choices.ChoiceScorer`.
         """

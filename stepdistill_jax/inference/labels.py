@@ -76,11 +76,11 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Decodes an objective other than the label's, such as the rationale, for each row.
+    """Decodes, for each row, the answer to an objective other than the label's, such as the rationale.
 
     Args:
         model: engine opened by `open_engine`.
-        prompting: result of `prompting_for`, with the rationale.
+        prompting: result of `prompting_for`; it must include the objective.
         objective: index of the objective in `prompting.objectives`.
         inputs: ids of each row's prompt for that objective.
 

@@ -1,4 +1,4 @@
-"""Defines `DecodeOptions`: which checkpoint is used, how it decodes, and on which devices."""
+"""Defines `DecodeOptions`, the options that choose the checkpoint, the way of decoding and the devices."""
 
 import dataclasses
 import inspect
@@ -41,8 +41,8 @@ class DecodeOptions:
         prefix: text that replaces the model's own prompt and precedes the input; None means the model's
             own prompt.
         engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine that reads the directory.
-        quantization: type in which the JAX engine keeps the kernels of projections in memory: `int8`, with a
-            scale for each output (`models.quantized`); None means float32.
+        quantization: type in which the JAX engine keeps the kernels of projections in memory. For `int8`, each
+            output of a kernel has its own scale (`models.quantized`). None means float32.
     """
 
     step: str | int = "best"

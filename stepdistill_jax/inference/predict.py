@@ -1,4 +1,4 @@
-"""Predicts labels for a file of inputs. If a run is stopped, a restart continues after its finished rows.
+"""Predicts labels for a file of inputs. A restarted run continues after the rows that are already finished.
 
 If there are several processes, all read the same input and decode each batch together, and process 0
 writes the output.
@@ -74,10 +74,10 @@ def predict(
             Each line also has `rationale` if rationales are requested, and `probability` and `choices` if
             answers are restricted to choices (`inference.allowed_answers`). If the model writes more than
             a label, the label is parsed from the model's answer, and the other fields of the target are
-            added (`prompting.read_answer`). The file's name ends in `.partial` until the file is complete
-            and replaces any older output. A restarted run continues after the finished rows. The file
-            then has the same bytes as without the stop. Two runs with different devices or batches
-            give the same labels, and scores that differ by at most 1e-5.
+            added (`prompting.read_answer`). Until the file is complete, its name ends in `.partial`. The
+            complete file replaces any older output. A restarted run continues after the finished rows, and
+            its output has the same bytes as that of a run without a stop. Two runs with different devices
+            or batches give the same labels, and scores that differ by at most 1e-5.
         task: prepared dataset that determines the metric and the possible labels; None means the
             model's own task.
         with_rationale: also decodes the objective `rationale`, for inspection. The label does not depend
@@ -99,7 +99,8 @@ def predict(
         than a label.
         `reads`: names of the fields that the model reads in addition to the input; present only if there
         are any.
-        `incomplete_inputs`: number of rows that lack one of these fields; present only with `reads`.
+        `incomplete_inputs`: number of rows that lack at least one of these fields; present only if
+        `reads` is present.
 
     Raises:
         InputError: an option or the model is bad; a row is bad (the message names the file and line); the

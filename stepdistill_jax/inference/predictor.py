@@ -64,7 +64,7 @@ class Predictor:
         choices: os.PathLike | str | Sequence[str] | None = None,
         choices_temperature: float = 1.0,
     ) -> list[dict[str, Any]]:
-        """Returns a dict for each row, with the fields that `inference.predict` writes (`id`, `label`, ...).
+        """Returns, for each row, a dict of the fields that `inference.predict` writes (`id`, `label`, ...).
 
         Args:
             rows: a list of strings, or of dicts with the fields that `inference.predict` reads (`input`,

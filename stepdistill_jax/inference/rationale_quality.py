@@ -128,11 +128,12 @@ class RationaleCounts:
             `references`: number of rows that have a rationale in the dataset.
             `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference. Each rationale is
             compared with the most similar reference of its row. None if no row has a reference.
-            `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference. None if no row has one.
+            `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference. None if no row has
+            a reference.
             `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of
             `named_answer`; None if the possible labels are unknown.
-            `teacher`: the same three counts for the teacher's rationales and labels; None if no row with
-            both has a verdict.
+            `teacher`: the same three counts for the dataset's rationales and the teacher's labels, over the rows
+            that have both; None if none of these rows has a verdict.
             `disagreements`: the first rows whose verdict is `inconsistent`.
         """
         return {

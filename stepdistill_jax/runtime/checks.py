@@ -1,6 +1,6 @@
 """Checks the values of parameters.
 
-Messages write the name of a parameter in backticks. A command replaces the name by the command's own flag.
+Messages write the name of a parameter in backticks. A command replaces this name with its own flag.
 """
 
 import re

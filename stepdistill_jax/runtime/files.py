@@ -238,7 +238,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (line number from 1, line) for each line of a file, with None instead of a line that is too long."""
+    """Yields (line number from 1, line) for each line of a file. A line that is too long is yielded as None."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1

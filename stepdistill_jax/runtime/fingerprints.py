@@ -55,8 +55,8 @@ def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
 def sampled_digest(folder: pathlib.Path) -> str:
     """Returns a hex digest of the names, sizes and sampled pieces of all files below a folder.
 
-    It reads at most 4 MiB of each file, which is enough to tell two trainings of a model apart. README.md and
-    hidden files are ignored, since downloads store dates in hidden files.
+    The function reads at most 4 MiB of each file, which is enough to tell two trainings of a model apart.
+    README.md and hidden files are ignored, since downloads store dates in hidden files.
     """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):

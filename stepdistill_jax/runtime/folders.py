@@ -17,7 +17,7 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
     """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
 
-    To replace an older `target`, the caller first moves the older folder next to the new one, under the name
+    To replace an older `target`, the caller first moves the older folder next to the new one, and names it
     `REPLACED`. If there is no `target` at the end, the older folder is moved back.
 
     Args:

@@ -37,10 +37,11 @@ def locked(
     Some network disks do not support locks.
 
     Args:
-        path: path of a file that serves only as a lock. At the end, the file is removed or, with `wait`,
-            kept, since other processes may be waiting for it.
+        path: path of a file that serves only as a lock. At the end, the file is removed if it
+            contains nothing but `note`. If `wait` is true, the file is kept, since other processes may be
+            waiting for it.
         name: as in `open_locked`.
-        note: content of the file, which a process that does not get the lock can read.
+        note: bytes that are written to the file. A process that does not get the lock can read them.
         wait: whether to wait while another process holds the lock, instead of raising InUse.
 
     Raises:

@@ -1,8 +1,8 @@
 """Runs a function on process 0 or on all processes of a job, and shares its results and errors among them.
 
-All processes must call these functions in the same order: in the main thread, or in another thread that has a
-channel of its own. If one process fails, all processes raise an error. So they end together, and none waits
-for a process that has exited. If there is only one process, nothing is sent.
+All processes must call these functions in the same order. A thread other than the main thread must pass a
+channel of its own. If one process fails, all processes raise an error. So all end together, and none waits for
+a process that has exited. If there is only one process, nothing is sent.
 """
 
 import contextlib

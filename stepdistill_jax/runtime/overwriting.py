@@ -106,8 +106,8 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input is one of `written` or lies in one of them, after links are resolved. The message
-            names both paths.
+        InputError: an input, after links are resolved, is one of the paths in `written` or lies below one of
+            them. The message names the input and that path.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):

@@ -27,7 +27,7 @@ def translate_names(by: Callable[[str], str]) -> None:
 
 
 def translated(message: str) -> str:
-    """Returns `message` with the names of parameters replaced by the running command's flags."""
+    """Replaces the names of parameters in `message` with the running command's flags, and returns the result."""
     return _written(message)
 
 

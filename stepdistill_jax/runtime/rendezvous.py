@@ -1,9 +1,9 @@
 """Waits for all processes of a job before JAX joins them, and reports which processes are missing.
 
 JAX itself does not report them. Process 0 listens on the coordinator's address. Every other process connects
-to it, and sends the job's token and its own index. At the end, process 0 sends all of them the same answer:
-that they may start, or which processes are missing. Then JAX's service uses the port. A connection without
-the token is closed and changes nothing.
+to process 0, and sends the job's token and its own index. At the end, process 0 sends the same answer to all
+of them: either that they may start, or which processes are missing. After that, JAX's service uses the port.
+A connection without the token is closed and changes nothing.
 """
 
 import contextlib

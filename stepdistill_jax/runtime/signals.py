@@ -49,8 +49,8 @@ class StopSignals:
     Attributes:
         act: function that the main thread calls with the name of the first signal. If `act` is None, the
             signal only sets `received`.
-        limit_secs: time after the first signal at which the process is ended, with the exit status of that
-            signal; 0 means no limit.
+        limit_secs: number of seconds from the first signal until the process is ended, with the exit status
+            that belongs to this signal; 0 means no limit.
         received: name of the first signal, or "" if there was none.
     """
 

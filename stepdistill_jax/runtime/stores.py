@@ -60,7 +60,7 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
 class StoreError(Exception):
     """A store did not answer, even after its client retried. The message is one line with the URL.
 
-    It is not a subclass of OSError, so that code that treats an unreadable file as damaged does not catch it.
+    This class is not a subclass of OSError: code that treats an unreadable file as damaged must not catch it.
 
     Attributes:
         reason: the message without the URL.

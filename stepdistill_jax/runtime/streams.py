@@ -129,8 +129,9 @@ class ResumableFile(StreamedFile):
     the file, and its errors are raised on all processes.
 
     Attributes:
-        state: a dict, the same on every process: `rows` and `bytes`, the numbers of rows and bytes that were
-            written, and the counts that were given to `append`.
+        state: a dict that is the same on every process. `rows` and `bytes` are the numbers of rows and bytes
+            written so far, `crc32` is the checksum of these bytes, and `key` contains the digests of the
+            inputs. The dict also contains the counts that were passed to the last call of `append`.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):

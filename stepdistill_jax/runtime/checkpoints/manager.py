@@ -162,7 +162,7 @@ class Checkpoints:
         Args:
             step: number of the step.
             params: tree with the shape, dtype and sharding of each parameter.
-            rest: the same for the arrays in the rest of the train state.
+            rest: tree with the shape, dtype and sharding of each array in the rest of the train state.
 
         Raises:
             InputError: the saved arrays have other names, shapes or dtypes. The message names the first such

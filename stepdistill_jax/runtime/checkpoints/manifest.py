@@ -379,7 +379,7 @@ def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
 def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
     """Moves a step within the store without downloading it.
 
-    If the process is killed meanwhile, both folders remain.
+    If the process is killed meanwhile, the old and the new folder may both contain files of the step.
     """
     import fsspec
 
