@@ -86,8 +86,8 @@ def main_bindings() -> dict[str, str]:
 def selector_of(name: str) -> str:
     """Returns the name under which a configurable is bound.
 
-    One of our configurables is bound under its short name. A function of optax or of the user is bound
-    under `name`, unchanged.
+    One of our configurables is bound under its short name. A function from optax or from the user's code
+    is bound under `name`, unchanged.
 
     Raises:
         InputError: there is no configurable of this name, or there are several.

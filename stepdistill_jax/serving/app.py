@@ -54,7 +54,7 @@ class Limits:
 
 
 class Service:
-    """The application that uvicorn runs, and its state. When uvicorn starts it, the model is warmed up.
+    """The application that uvicorn runs, and its state. The model is warmed up when the application starts.
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.
@@ -67,7 +67,7 @@ class Service:
     """
 
     def __init__(self, answerer: Answerer, limits: Limits):
-        """Sets up the routes and the queue. The service starts when uvicorn starts it."""
+        """Sets up the routes and the queue. The service starts when uvicorn starts the application."""
         self.state = STARTING
         self.answered = self.open = self.unanswered = 0
         self.failure: Exception | None = None

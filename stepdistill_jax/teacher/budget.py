@@ -39,7 +39,7 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Prepares to count. At the start, no tokens are reserved."""
+        """Starts without any reserved tokens."""
         self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
@@ -81,7 +81,7 @@ class Budget:
             await self._close(reservation)
 
     def spend(self, prompt: str, answer: Answer) -> None:
-        """Counts the tokens of an answer, whether it is readable or not."""
+        """Adds the tokens of an answer to the tokens used. Unreadable answers count, too."""
         self._count(prompt, answer.prompt_tokens, answer.completion_tokens)
 
     def _count(self, prompt: str, prompt_tokens: int, completion_tokens: int) -> None:
