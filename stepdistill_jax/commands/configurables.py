@@ -116,7 +116,7 @@ def selector_of(name: str) -> str:
 
 
 def _of_optax(name: str) -> Callable[..., Any] | None:
-    """Returns the function of optax with this name (`lion`, `contrib.muon`).
+    """Returns the optax function that has this name, such as `lion` or `contrib.muon`.
 
     The result is None if there is no such function, or if it does not return a gradient transformation.
     """

@@ -101,9 +101,9 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or runs the service during uvicorn's lifespan.
 
-        An answer is sent only after the end of the request's body. The connection is closed if the body
-        is longer than `MOST_READ_BYTES`, if it does not end within `timeout_secs`, or if the server is
-        stopping.
+        The answer is sent after the end of the request's body. If the body does not end within
+        `MOST_READ_BYTES` and `timeout_secs`, or if the server is stopping, the answer is sent without
+        waiting for the end, and the connection is then closed.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)
