@@ -86,8 +86,8 @@ def main_bindings() -> dict[str, str]:
 def selector_of(name: str) -> str:
     """Returns the name under which a configurable is bound.
 
-    One of our configurables is bound under its short name. A function of optax or of the user is bound
-    under `name`, unchanged.
+    One of our configurables is bound under its short name. A function from optax or from the user's code
+    is bound under `name`, unchanged.
 
     Raises:
         InputError: there is no configurable of this name, or there are several.
@@ -116,7 +116,7 @@ def selector_of(name: str) -> str:
 
 
 def _of_optax(name: str) -> Callable[..., Any] | None:
-    """Returns the function of optax with this name (`lion`, `contrib.muon`).
+    """Returns the optax function that has this name, such as `lion` or `contrib.muon`.
 
     The result is None if there is no such function, or if it does not return a gradient transformation.
     """

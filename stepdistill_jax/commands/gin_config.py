@@ -220,10 +220,10 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Replaces a reference to a function of optax or the user in `train.optimizer` by an `OptimizerFunction`.
+    """Binds `train.optimizer` to an `OptimizerFunction` if it refers to a function that is not ours.
 
-    That object contains the function and its arguments. A run records function and arguments, and a
-    resumed run compares the recorded ones with its own.
+    Such a function comes from optax or from the user's code. The `OptimizerFunction` contains the function
+    and its arguments. A run records both of them, and a resumed run compares the records with its config.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None

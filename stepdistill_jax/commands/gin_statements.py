@@ -77,7 +77,7 @@ Bindings = dict[str, Binding]
 
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
-    """Returns a context that puts `where` in front of the message of an InputError."""
+    """Puts `where` in front of the message of an InputError that is raised in the `with` block."""
     try:
         yield
     except InputError as error:

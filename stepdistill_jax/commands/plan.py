@@ -148,7 +148,7 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
     Args:
         candidate: a compiled candidate.
-        policy: remat policy of the config, which needs no flag.
+        policy: remat policy that the config sets. No flag is returned for this policy.
         given: whether the user has set the layout on the command line.
     """
     # "fsdp_tensor 32x8" is the layout fsdp_tensor with tensor = 8

@@ -124,7 +124,7 @@ def find_settings(name: str) -> list[Setting]:
 
 
 def summary_of(owner: str) -> str:
-    """Returns the first line of an owner's docstring. The owner is the class or function with the fields."""
+    """Returns the first line of the docstring of `owner`, the class or function that has the fields."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES
 
     return (inspect.getdoc(CONFIGURABLES[owner]) or "").partition("\n")[0]
@@ -134,8 +134,9 @@ def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, s
     """Returns {parameter: (unit, meaning)} for a configurable, from docstrings.
 
     If the configurable is a function, its own `Args:` take precedence over the attributes of the class that
-    it returns. A parameter such as `label_weight` of an arm has the unit of the attribute `weight` of
-    `Objective`, and its meaning is "of the objective label: " and the meaning of `weight`.
+    it returns. An arm's parameter such as `label_weight` sets the attribute `weight` of one `Objective`,
+    `label`. The parameter has the unit of `weight`, and its meaning is "of the objective label: " followed
+    by the meaning of `weight`.
     """
     returned = inspect.signature(configurable).return_annotation
     returned = next(iter(typing.get_args(returned)), returned)  # of tuple[Objective, ...]

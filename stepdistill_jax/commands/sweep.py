@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=A,B",
-        help="values of a setting that `--set` can change, with separate cells for each"
-        " value; may be given several times",
+        help="a setting that `--set` can change, and the values to try; the sweep runs separate"
+        " cells for each value; may be given several times",
     )
     parser.add_argument(
         "--evaluate",

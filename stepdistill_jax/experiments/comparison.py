@@ -300,7 +300,7 @@ def _point(*runs: RunResult) -> Point:
 
 
 def _drawn(runs: Sequence[RunResult]) -> dict[RunResult, np.ndarray]:
-    """Returns, for each run that has answers, its accuracies in random draws of rows, [draws].
+    """Returns {run: its accuracy in each random draw of rows, [draws]} for the runs that have answers.
 
     In each draw, rows are drawn with replacement. All runs share the drawn rows.
     """

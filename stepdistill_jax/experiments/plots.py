@@ -76,7 +76,7 @@ def plot_curves(workdir: os.PathLike | str) -> Any:
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and the values of the metric `key`, from the lines that have it."""
+    """Returns the steps and the values of the metric `key`, from the lines that contain this metric."""
     found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 

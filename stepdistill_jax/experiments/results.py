@@ -1,4 +1,4 @@
-"""Reads the results of runs (settings, answers on a split, metrics and cost) without weights or devices."""
+"""Reads the settings, answers, metrics and cost of runs. This needs neither weights nor devices."""
 
 import dataclasses
 import functools

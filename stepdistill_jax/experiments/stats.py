@@ -31,8 +31,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Returns the accuracy of each run in each draw of rows, [draws, runs].
 
-    Each draw consists of n rows, which are drawn at random with replacement from the n rows. All runs
-    share the drawn rows.
+    Each draw takes as many rows as `right` has, at random and with replacement. All runs share the drawn
+    rows.
 
     Args:
         right: whether each answer of each run is right, a bool array [runs, rows].

@@ -97,7 +97,7 @@ def sweep(
 
     A cell is done when its last step and evaluation are saved in the cell's workdir. A sweep that is
     killed at any point can therefore be continued by the same call. Cells share a compiled program if
-    they differ only in their seed, their fraction, or numbers that are not constants of the program.
+    they differ only in their seed, their fraction, or numbers that are not compiled into the program.
 
     Args:
         cells: cells to train. They may have different tasks.

@@ -152,7 +152,7 @@ def rationale_table(comparison: Comparison, name: str) -> Table:
 
 
 def cost_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of the training cost of each arm at its largest fraction, as means over its runs."""
+    """Returns a table of each arm's mean training cost per run, at the arm's largest fraction."""
     head = ("arm", "fraction", "parameters", "steps", "seconds of steps", "TFLOP of steps")
     rows = []
     for arm in comparison.arms:

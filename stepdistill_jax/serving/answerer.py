@@ -53,10 +53,10 @@ class Answerer:
 
         Args:
             engine: result of `open_engine`.
-            prompting: result of `prompting_for`, without the rationale.
+            prompting: result of `prompting_for` for the label alone.
             allowed: result of `allow`; None if any answer is allowed.
-            explaining: prompting with the rationale; None if the model has no separate objective for
-                rationales.
+            explaining: result of `prompting_for` that also asks for the rationale; None if the model has
+                no separate objective for rationales.
         """
         self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining

@@ -54,7 +54,7 @@ class Limits:
 
 
 class Service:
-    """The application that uvicorn runs, and its state. When uvicorn starts it, the model is warmed up.
+    """The application that uvicorn runs, and its state. The model is warmed up when the application starts.
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.
@@ -67,7 +67,7 @@ class Service:
     """
 
     def __init__(self, answerer: Answerer, limits: Limits):
-        """Sets up the routes and the queue. The service starts when uvicorn starts it."""
+        """Sets up the routes and the queue. The service starts when uvicorn starts the application."""
         self.state = STARTING
         self.answered = self.open = self.unanswered = 0
         self.failure: Exception | None = None
@@ -101,9 +101,9 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or runs the service during uvicorn's lifespan.
 
-        An answer is sent only after the end of the request's body. The connection is closed if the body
-        is longer than `MOST_READ_BYTES`, if it does not end within `timeout_secs`, or if the server is
-        stopping.
+        The answer is sent after the end of the request's body. If the body does not end within
+        `MOST_READ_BYTES` and `timeout_secs`, or if the server is stopping, the answer is sent without
+        waiting for the end, and the connection is then closed.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)

@@ -93,8 +93,8 @@ class Batcher:
             batch_size: largest number of rows in a batch.
             max_wait_secs: longest time that a row waits for other rows while the engine is idle.
             max_queue: largest value of `rows`.
-            on_batch: function that is called after each batch, with the batch's number of rows and its
-                time in seconds.
+            on_batch: function that is called after each batch. Its arguments are the row count of the
+                batch and the seconds that the batch took.
         """
         self.max_queue = max_queue
         self.rows = 0

@@ -90,8 +90,8 @@ def read_batch(
     """Reads the results of a batch, and saves the usable answers in the cache.
 
     Args:
-        prompting: prompting with the same prompts and parameters as when the requests were written,
-            since the keys of answers depend on prompts and parameters.
+        prompting: prompts and parameters of the requests. They must be the same as when the requests were
+            written, since the keys of answers depend on them.
         input: path of the file of questions.
         cache: cache for the answers.
         paths: paths of the files of results.
@@ -99,7 +99,7 @@ def read_batch(
     Returns:
         `results`: number of results in the files.
         `failed`: number of results without an answer.
-        `kept`: number of usable answers, now saved in the cache.
+        `kept`: number of usable answers that this call saved in the cache.
         `other`: number of results whose question is not in the input, or whose answer was already in the
         cache.
         `defects`: {defect: number of answers}.

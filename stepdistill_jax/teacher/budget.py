@@ -39,7 +39,7 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Prepares to count. At the start, no tokens are reserved."""
+        """Starts without any reserved tokens."""
         self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
@@ -66,9 +66,10 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
-        """Returns a context in which the largest number of tokens that a request may use is reserved.
+        """Returns a context manager that reserves the tokens of a request: as many as it may use at most.
 
-        If these tokens do not fit within the limits, the context waits until requests in progress end.
+        If these tokens do not fit within the limits, the `with` statement waits until requests in progress
+        end.
 
         Raises:
             BudgetReached: the tokens do not fit, although no other request is in progress.
@@ -81,7 +82,7 @@ class Budget:
             await self._close(reservation)
 
     def spend(self, prompt: str, answer: Answer) -> None:
-        """Counts the tokens of an answer, whether it is readable or not."""
+        """Adds the tokens of an answer to the tokens used. Unreadable answers count, too."""
         self._count(prompt, answer.prompt_tokens, answer.completion_tokens)
 
     def _count(self, prompt: str, prompt_tokens: int, completion_tokens: int) -> None:
@@ -144,11 +145,12 @@ class Reservation:
     async def lose(self, used: tuple[int, int] | None) -> None:
         """Counts the tokens of an attempt that gave no answer.
 
-        If the attempt used any tokens, this also ends the reservation.
+        If the attempt used any tokens, or if their number is unknown, this also ends the reservation.
 
         Args:
-            used: prompt and answer tokens that were used. None means unknown: all reserved tokens are
-                then counted, since the server may have written an answer that did not arrive.
+            used: numbers of prompt tokens and of answer tokens that were used. None means that they are
+                unknown. All reserved tokens are then counted, since the server may have written an
+                answer that did not arrive.
         """
         budget = self._budget
         if used == (0, 0):

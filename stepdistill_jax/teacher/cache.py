@@ -31,7 +31,7 @@ _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, paramet
 
 
 class AnswerCache:
-    """The complete, readable answers, stored under their keys. Other answers are not saved.
+    """An SQLite file of answers, each saved under its key. Only complete, readable answers are saved.
 
     When `put` returns, the operating system has the answer, so a kill of the process does not lose it.
     """

@@ -37,7 +37,7 @@ class Teacher(Protocol):
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Returns one answer, which may be incomplete. `reservation` counts failed attempts."""
+        """Returns one answer, which may be incomplete. `reservation` counts the tokens of failed attempts."""
         ...
 
     async def close(self) -> None:
@@ -134,8 +134,8 @@ class ChatClient:
         Args:
             prompt: the user's message.
             parameters: additional fields of the request.
-            reservation: reservation of the budget, which counts the tokens of failed attempts. It delays
-                an attempt that might exceed a limit.
+            reservation: object that reserves tokens of the budget, and counts the tokens of failed
+                attempts. The reservation delays an attempt that might exceed a limit.
 
         Raises:
             BudgetReached: another attempt might exceed a limit.

@@ -131,7 +131,7 @@ class LocalTeacher:
     def _ends(self, prompt_length: int) -> list[Any] | None:
         """Returns a stopping criterion that ends an answer when the model begins to write another question.
 
-        Only a causal model needs one; the result for other models is None.
+        Only causal models need this criterion. For other models, the result is None.
         """
         import torch
 

@@ -133,7 +133,7 @@ def unanswered(
     """Yields (row, prompt, key) for each answer that is missing from the cache, and updates `estimate`.
 
     Rows with the same prompt share their answers, so each key is yielded only once. To know the keys that
-    were yielded, the function stores 32 bytes for each.
+    were yielded, the function stores 32 bytes per key.
     """
     seen: set[bytes] = set()
     for row in rows:

@@ -111,8 +111,8 @@ class Run:
     async def all(self, rows: Iterator[Example]) -> None:
         """Asks about every row, and writes the rows in order.
 
-        A row is written only after all rows before it. So that a slow answer does not block other
-        requests, up to 4 x `concurrency` rows, but at least 64, may be in progress at once.
+        A row is written only after all rows before it. Up to max(64, 4 x `concurrency`) rows may be in
+        progress at once, so that a slow answer does not block other requests.
 
         Raises:
             Stopped: a limit was reached, or the server is down. If a limit was reached, the answers to
