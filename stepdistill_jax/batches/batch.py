@@ -269,7 +269,7 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps of batches without `shuffle`, which take each example once."""
+        """Number of steps in one pass over the examples; meaningful without `shuffle`."""
         return -(-self.num_examples // self.batch_size)
 
     @functools.cached_property

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="cqa, svamp, esnli or anli (the paper's files, or exports), jsonl (your own"
+        help="cqa, svamp, esnli or anli (the paper's files, or a Hugging Face or TFDS export), jsonl (your own"
         " rows, also CSV and TSV), delivery (built into the package), or gsm_symbolic"
         " (word problems; needs the extra [gsm])",
     )

@@ -160,7 +160,7 @@ class SentencePieceVocabulary:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the file, and also of the framing if the framing is not T5's."""
+        """Digest of the file. It includes the special ids around inputs if they differ from T5's."""
         return self._digest
 
     @functools.cached_property

@@ -187,8 +187,8 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Yields, for each batch, the places of its rows.
 
-    The rows of a batch need similar numbers of decoder rows. They have inputs of similar lengths and similar
-    numbers of answer tokens.
+    A batch consists of input rows that take similar numbers of decoder rows, and that have similar input
+    lengths and numbers of answer tokens.
     """
     tokens = [sum(map(len, of_row)) for of_row in answers]
 

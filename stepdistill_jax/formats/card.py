@@ -235,7 +235,7 @@ def _answers(objective: Objective) -> str:
 
 
 def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
-    """Returns the usual name of the architecture, e.g. `A UMT5`. An mT5 or Flan-T5 counts as T5 v1.1."""
+    """Returns the usual name of the architecture with its article, such as `A UMT5`. mT5 and Flan-T5 count as T5 v1.1."""
     if isinstance(config, T5GemmaConfig):
         return "A T5Gemma"
     if vocabulary.source == BYTES:

@@ -118,7 +118,7 @@ def _frame(dataset: Any, *, framing: Framing) -> Any:
 
 
 def empty_absent_targets(dataset: Any) -> Any:
-    """SeqIO preprocessor: removes the end of sequence from absent targets, so that they are empty.
+    """SeqIO preprocessor: empties the target of an example without target text, which is only an EOS.
 
     The row is kept, so that row i of every objective belongs to the same example.
     """

@@ -145,7 +145,7 @@ def add_task(
         )
     elif splits is not None:
         raise InputError(
-            f"add_task({name!r}): splits is only for a function; the source has its own"
+            f"add_task({name!r}): pass `splits` only if the source is a function; this source defines its own splits"
         )
     elif not isinstance(source, seqio.DataSource):
         raise InputError(

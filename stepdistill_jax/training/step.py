@@ -170,8 +170,9 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
     """Returns `updated`, or `before` if the loss or the gradient is not finite.
 
     `optax.apply_if_finite` would add counters to every checkpoint, read each gradient once more, and
-    apply even a non-finite update after too many errors in a row. The norm is needed for the clip
-    anyway, and XLA selects the values while it writes the update.
+    apply even a non-finite update after too many errors in a row. Here the check costs almost nothing:
+    the clip needs the gradient's norm anyway, and XLA chooses between old and new values as it writes
+    the update.
     """
     # a NaN or infinity in any gradient makes the global norm NaN or infinite
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

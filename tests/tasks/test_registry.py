@@ -267,7 +267,7 @@ def test_bad_arguments_are_named(roads, tmp_path):
         add_task("other", source=rows, splits=["train"], vocabulary=tmp_path / "no.model")
     with pytest.raises(InputError, match="a function that takes the split's name"):
         add_task("other", source=7)
-    with pytest.raises(InputError, match="splits is only for a function"):
+    with pytest.raises(InputError, match="pass `splits` only if the source is a function"):
         add_task("other", source=[1, 2], splits=["train"])
 
 

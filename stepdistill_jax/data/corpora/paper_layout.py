@@ -249,8 +249,8 @@ def input_files(
         if files:
             return folder, files
     raise InputError(
-        f"`source` {source}: it has no {prefix}_train.json or {prefix}_test.json, and no train.jsonl"
-        " of an export"
+        f"`source` {source}: found neither the paper's {prefix}_train.json or {prefix}_test.json, nor"
+        " the train.jsonl of an export"
     )
 
 
