@@ -1,8 +1,9 @@
-"""Prepares a process's part of the coming batches: the shards with rows on the process's devices.
+"""Prepares the part of the coming batches that a process needs: the shards with rows on its devices.
 
 The row count of a batch depends on its fullest shard, and its token totals depend on all shards. So
 each process first packs its shards of the next 8 steps. Then the processes exchange the row and token
-counts of their shards for these steps, and each process makes its arrays, one step at a time.
+counts of their shards for these steps. Each process then makes the arrays of its shards, one step at
+a time.
 """
 
 import dataclasses

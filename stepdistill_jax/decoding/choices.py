@@ -187,8 +187,8 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Yields, for each batch, the places of its rows.
 
-    The rows of a batch need similar numbers of decoder rows. They have inputs of similar lengths and similar
-    numbers of answer tokens.
+    The rows of a batch are similar: their inputs have similar lengths, and their answers have similar numbers
+    of tokens and need similar numbers of decoder rows.
     """
     tokens = [sum(map(len, of_row)) for of_row in answers]
 

@@ -66,7 +66,7 @@ def plan(
         `model`: the fields of the model's configuration.
         `candidates`: for each candidate, a dict with `name`, `fits`, `work` (the FLOPs of the step divided by the
         FLOPs that the same tokens need on one device) and the entries of `Figures.to_json`. A candidate that was
-        not compiled has `error` instead of sizes. If it was not compiled because of its work, `fits` is None.
+        not compiled has `error` instead of sizes. If the reason is that it needs too much work, `fits` is None.
         `best`: the cheapest candidate that fits, or None.
         `remedies`: if no candidate fits, changed candidates that fit. The entry `changes` of each contains the new
         values of settings, or the new number of devices.
