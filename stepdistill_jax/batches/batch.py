@@ -474,7 +474,8 @@ class Batches:
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
         """Returns the encodings of `rows`.
 
-        Each item of `rows` describes the rows of a table: (input lengths, decoder lengths, places).
+        Each item of `rows` describes the rows of one table. It contains three arrays: the rows' input
+        lengths, their decoder lengths and the places of their examples.
         """
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)

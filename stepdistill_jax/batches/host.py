@@ -138,9 +138,10 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Combines, for each step, the row and token counts of all processes' shards.
+    """Returns, for each step, the largest row count of any shard and the sums of the shards' token counts.
 
-    A shard that several processes make is counted only once.
+    `of_processes` has the counts of each process's shards. A shard that several processes make is counted
+    only once.
     """
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]
