@@ -185,8 +185,8 @@ def _nearest_layout(
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     """Returns the devices as an array [data, fsdp, tensor].
 
-    If there are several slices, they are placed along the axis `data` as far as its size allows. Slices that are
-    left over are placed along `fsdp` and then along `tensor`.
+    If there are several slices, as many as possible are placed side by side along the axis `data`, then along
+    `fsdp`, and then along `tensor`.
     """
     # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
