@@ -50,8 +50,8 @@ class Packed(NamedTuple):
 
     Attributes:
         rows: the group's rows, listed table by table. The list is empty if the group has no rows.
-        encodings: the encodings that these rows read; None if the group has no rows.
-        packing: positions of these encodings in the packed rows; None if the group has no rows.
+        encodings: the encoded inputs that these rows read; None if the group has no rows.
+        packing: positions of the encodings in the packed rows; None if the group has no rows.
     """
 
     rows: Rows
@@ -71,18 +71,19 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    A step takes `batch_size` examples. An example has one row for each objective for which it has a
-    target. If it has several rationales, it has one row for each of them, or only for one that is drawn
-    anew in each epoch (`TaskData.sample_rationales`). In each epoch, the order of the examples is a
-    permutation that depends only on (seed, epoch).
+    A step takes `batch_size` examples. An example has one row, an input with its target, for each
+    objective for which it has a target. If an example has several rationales, it has one row for each
+    of them, or only for one that is drawn anew in each epoch (`TaskData.sample_rationales`). In each
+    epoch, the order of the examples is a permutation that depends only on (seed, epoch).
 
     The examples of a step are split into `num_shards` shards of consecutive examples, of about equal
-    size. Each shard is packed separately into a block of rows. All blocks have the same number of rows:
-    as many as the fullest shard needs, rounded up. The batch is the blocks in order. So the batch does
-    not depend on the number of processes, and each process packs only the shards whose rows its devices
-    own (`batches/host.py`).
+    size. The rows of each shard are packed separately, into a block of packed rows. A packed row is a
+    row of the batch's arrays and contains the tokens of many rows. All blocks have the same number of
+    packed rows: as many as the fullest shard needs, rounded up. The batch consists of all blocks, in
+    order. So the batch does not depend on the number of processes, and each process packs only the
+    shards whose packed rows are on its devices (`batches/host.py`).
 
-    Two examples, the second with weight 0.5 and no rationale (objective 2), packed:
+    Here are two packed examples. The second has weight 0.5 and no rationale (objective 2):
 
         encoder_input_tokens   20  5  1 21  5  1 20  6  1  0
         encoder_segment_ids     1  1  1  2  2  2  3  3  3  0
@@ -94,8 +95,8 @@ class Batches:
 
     If all objectives have the same input (`share_encoding`), the input is encoded once, and all targets
     of the example read the same encoder segment. `decoder_encoder_segment_ids` says, for each target
-    token, which encoder segment it reads. The same two examples, where the targets of objective 2 begin
-    with the decoder prefix 9, a token without loss:
+    token, which encoder segment it reads. Here are the same two examples with a shared input. The
+    target of objective 2 begins with the decoder prefix 9, a token without loss:
 
         encoder_input_tokens        20  5  1 20  6  1
         encoder_segment_ids          1  1  1  2  2  2
@@ -109,9 +110,9 @@ class Batches:
     If the data has several parts, `decoder_task_ids` has, for each target token, the 1-based index of its
     part.
 
-    With `pairs`, all rows of an example are adjacent in one packed or padded row. The examples of a
-    packed row are numbered from 1: first those with several targets, then the others.
-    `decoder_example_ids` has the number of each target token's example:
+    With `pairs`, all targets of an example are next to each other in the same packed (or padded) row.
+    The examples in a packed row are numbered from 1: first the examples with several targets, then
+    the others. `decoder_example_ids` has, for each target token, the number of its example:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -473,7 +474,8 @@ class Batches:
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
         """Returns the encodings of `rows`.
 
-        Each item of `rows` describes the rows of a table: (input lengths, decoder lengths, places).
+        Each item of `rows` describes the rows of one table. It contains three arrays: the rows' input
+        lengths, their decoder lengths and the places of their examples.
         """
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)

@@ -1,8 +1,9 @@
-"""Prepares a process's part of the coming batches: the shards with rows on the process's devices.
+"""Prepares the part of the coming batches that a process needs: the shards with rows on its devices.
 
 The row count of a batch depends on its fullest shard, and its token totals depend on all shards. So
 each process first packs its shards of the next 8 steps. Then the processes exchange the row and token
-counts of their shards for these steps, and each process makes its arrays, one step at a time.
+counts of their shards for these steps. Each process then makes the arrays of its shards, one step at
+a time.
 """
 
 import dataclasses
@@ -137,9 +138,10 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Combines, for each step, the row and token counts of all processes' shards.
+    """Returns, for each step, the largest row count of any shard and the sums of the shards' token counts.
 
-    A shard that several processes make is counted only once.
+    `of_processes` has the counts of each process's shards. A shard that several processes make is counted
+    only once.
     """
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]

@@ -34,7 +34,7 @@ CANDIDATES = 24  # candidates from each list for these two; more take time and p
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """Encodings of inputs, the rows that read each of them, and the order of these rows' targets.
+    """Which input encoding each row reads, and where the rows' targets are within an encoding's targets.
 
     Attributes:
         of_row: for each row, the index of the encoding that it reads, from 0, [rows] int64.
@@ -62,7 +62,7 @@ class Encodings:
         """Returns one encoding for each row or, if `shared`, one for all rows of an example.
 
         If the targets of an example are together longer than `target_length`, the example is encoded
-        again for those that do not fit. So no target is truncated to make room for another.
+        again for the targets that do not fit. So no target is truncated to make room for another.
 
         Example: an example has three shared rows of the sizes (3, 2), (3, 3) and (3, 4), and
         `target_length` is 6. Then `of_row` is [0, 0, 1], `offset` is [0, 2, 0], and the sizes of the two
@@ -97,7 +97,7 @@ class Encodings:
         return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
     def of_examples(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sums up the encodings of each example.
+        """Adds up the lengths of each example's encodings.
 
         Returns:
             The places of the examples, ascending, [examples], and their total input and target lengths,
@@ -116,7 +116,7 @@ class Packing:
         row: index of the packed row that the encoding is in, from 0.
         input_start: column of the packed row where the encoding's inputs start.
         target_start: column of the packed row where the encoding's targets start.
-        segment: index of the encoder segment within its packed row, from 1.
+        segment: index of the encoding's segment within the packed row, from 1.
         num_rows: number of packed rows.
     """
 
@@ -158,11 +158,11 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     target columns than of its input columns, such as most rationales, and is sorted by target length. The input
     list contains all other rows, such as most labels, and is sorted by input length. In either list, the
     longest row comes first. The next row comes from the target list if the packed row has a larger share of its
-    target columns free than of its input columns. Otherwise, the next row comes from the input list. It is the
-    first row of the list that fits. If no row of this list fits, the next row comes from the other list. So
-    inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a single list
-    sorted by the larger share, which would pack the rationales together. Once only about two more rows fit into
-    a packed row, the pair that fills it best is chosen, which saves another 3%.
+    target columns free than of its input columns. Otherwise, the next row comes from the input list. The first
+    row of the chosen list that fits is taken. If no row of this list fits, the next row comes from the other
+    list. So inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a
+    single list sorted by the larger share, since such a list would pack the rationales together. Once only
+    about two more rows fit into a packed row, the pair that fills it best is chosen. This saves another 3%.
 
     Example: with the capacity (4, 4), the sizes (3, 1), (1, 1), (1, 3) are put into the packed rows 0, 1, 0.
     The row of size (3, 1) comes first, and the row of size (1, 3) fills the rest of its packed row.

@@ -26,8 +26,8 @@ class RowLengths:
 
     Attributes:
         input_length, target_length: lengths of the inputs and of the targets of a packed row, in tokens.
-        rows: mean number of packed rows in a sampled step. The number of each step is first rounded up to a
-            multiple of `row_multiple`.
+        rows: mean number of packed rows over sampled steps. Before the mean is taken, the number of each
+            step is rounded up to a multiple of `row_multiple`.
         cost: mean cost of a step: `rows` times the cost of one packed row.
     """
 

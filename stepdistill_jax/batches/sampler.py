@@ -1,4 +1,4 @@
-"""Chooses the examples of a step and their rows, which depend only on the data, the settings and the step.
+"""Chooses the examples of a step and their rows. The choice depends only on the data, the settings and the step.
 
 `Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run can resume from its step number alone.
 `rows_of` finds the rows of these examples in each `TokenTable`.
@@ -272,7 +272,10 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """Function from (store, epoch) to the permuted pool. It caches two permutations per store on average."""
+        """Function that takes (store, epoch) and returns the store's pool in the order of this epoch.
+
+        It caches two permutations per store on average.
+        """
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -282,7 +285,10 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Function from the index of a block to the store and the turn of each position, two arrays [65,536]."""
+        """Function that takes the index of a block and returns the store and the turn of each of its positions.
+
+        The result is two arrays [65,536].
+        """
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng((self.seed, len(self.pools), 2, block))

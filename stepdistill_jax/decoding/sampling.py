@@ -39,7 +39,8 @@ def sample_decode(
         top_k: only the `top_k` likeliest tokens (and tokens tied with the last of them) can be drawn;
             0 means all tokens.
         top_p: of the tokens that `top_k` leaves, only the smallest set of likeliest tokens whose total
-            probability reaches `top_p` can be drawn. This is at least one token; 1 means all.
+            probability reaches `top_p` can be drawn. The set has at least one token. If `top_p` is 1,
+            it has all tokens that `top_k` leaves.
 
     Returns:
         The arrays (ids, scores, finished) that `greedy_decode` describes. The scores are log probabilities

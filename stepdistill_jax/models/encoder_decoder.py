@@ -196,7 +196,7 @@ class EncoderDecoder(nn.Module):
         cache: Cache,
         encoder_segment_ids: jax.Array,
     ) -> jax.Array:
-        """Returns the decoder's states for given targets, as `states` does, but reads a cache.
+        """Returns the decoder's states for given targets, as `states` does, but reads the inputs from a cache.
 
         Args:
             decoder_input_tokens: ids that the decoder reads, [batch, target length] int32.

@@ -1,4 +1,4 @@
-"""The model families, by name."""
+"""The table `FAMILIES`, which maps names to model families, and a function that configures a model of a family."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ def model_config(
     """Returns the configuration of a published model, adapted to a vocabulary.
 
     The vocabulary size is rounded up to a multiple of 128, so that the rows of the embedding can be sharded
-    over the usual numbers of devices, like the 32128 rows of T5's own embedding.
+    over the usual numbers of devices. T5's own embedding has such a size: 32128 rows.
 
     Args:
         family: a name in `FAMILIES`. For Flan-T5, this is `t5_v1_1`.

@@ -54,8 +54,8 @@ class Layout:
     """Sizes of the mesh axes. One of `data`, `fsdp` and `tensor` may be -1, which means all remaining devices.
 
     Attributes:
-        data: number of copies of the parameters inside each of the `dcn_data` groups. Each copy processes its
-            own rows.
+        data: number of copies of the parameters inside each of the `dcn_data` groups. The devices of each copy
+            process their own rows.
         fsdp: number of shards into which parameters and rows are split.
         tensor: number of shards into which heads, feed-forward width and vocabulary are split.
         dcn_data: number of groups of devices. The data centre's network (DCN) connects the groups, and each
@@ -84,8 +84,8 @@ LAYOUTS: dict[str, Layout] = {
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of a layout over the given devices, or over all devices if `devices` is None.
 
-    The layout is a name in `LAYOUTS` or a `Layout`. The mesh is arranged so that the parts of one copy of the
-    parameters communicate over the fast links of one slice. If devices do not know their slice, or are
+    The layout is a name in `LAYOUTS` or a `Layout`. The mesh is arranged so that the devices of one copy of
+    the parameters communicate over the fast links inside one slice. If devices do not know their slice, or are
     virtual devices of one machine (CPU), each process counts as a slice. The devices are then divided, in the
     order of their processes, into `dcn_data` equal blocks.
 
@@ -185,8 +185,8 @@ def _nearest_layout(
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     """Returns the devices as an array [data, fsdp, tensor].
 
-    If there are several slices, they are placed along `data` as far as its size allows, then along `fsdp` and
-    `tensor`.
+    If there are several slices, as many as possible are placed side by side along the axis `data`, then along
+    `fsdp`, and then along `tensor`.
     """
     # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}

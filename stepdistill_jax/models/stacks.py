@@ -91,11 +91,13 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """A decoder layer, used in one of three ways.
 
-    1. `cache` is None: teacher forcing. Keys and values of the input are computed from `context.encoded`.
-    2. `cache` has only `cross_key` and `cross_value`, the keys and values of the input: teacher forcing, which
-       reads these keys and values.
-    3. `cache` has `key` and `value`, those of earlier tokens: one token is decoded. In attention to the encoder,
-       the layer reads `cross_key` and `cross_value` or, if `context.encoded` is given, the encoder's states.
+    1. Teacher forcing without a cache (`cache` is None). The layer computes the keys and values of the input from
+       `context.encoded`.
+    2. Teacher forcing with a cache that has only `cross_key` and `cross_value`. The layer reads the keys and
+       values of the input from the cache.
+    3. Decoding of one token, with a cache that has `key` and `value`, the keys and values of earlier tokens. In
+       attention to the encoder, the layer reads `cross_key` and `cross_value` or, if `context.encoded` is given,
+       the encoder's states.
     """
 
     causal: bool

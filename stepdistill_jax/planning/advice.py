@@ -173,10 +173,10 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles the config in the layout with the least work, apart from the base's own layout.
+    """Compiles the config in the layout that needs the least work, apart from the base's own layout.
 
-    If several layouts have the least work, the one with the smallest state on a device is compiled. Returns a list
-    with this candidate, or [] if it does not fit.
+    If several layouts need the least work, the one with the smallest state on a device is compiled. Returns a list
+    that contains only this candidate, or [] if the candidate does not fit.
     """
     config, target = base.config, base.target
 
@@ -200,7 +200,7 @@ def _in_another_layout(base: Base) -> list[dict[str, Any]]:
 
 
 def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """Tries the base's config on 2 and then on 4 times as many devices, and yields the first candidate that fits.
+    """Tries the base's config on twice, then four times as many devices, and yields the first candidate that fits.
 
     Nothing is yielded if none fits, or if more devices would add many empty rows.
     """

@@ -36,7 +36,7 @@ class Target:
 
 
 def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
-    """Returns a dict from names to layouts, with all layouts whose axis sizes divide the model's dimensions."""
+    """Returns all layouts whose axis sizes divide the model's dimensions, as a dict from names to layouts."""
 
     # `models.sharding` shards the width over fsdp, and vocabulary, whole key/value heads and mlp over tensor
     def divides(fsdp: int, tensor: int) -> bool:

@@ -66,8 +66,8 @@ def collectives(
         unknown_trips: as for `runs`.
 
     Returns:
-        The collectives, sorted from the most to the fewest sent bytes.
-        The number of loops of unknown length that contain a collective.
+        A pair. The first item lists the collectives, sorted from the most to the fewest sent bytes. The second is
+        the number of loops of unknown length that contain a collective.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):
@@ -87,7 +87,7 @@ def collectives(
 def kind_of(instruction: Instruction) -> str | None:
     """Returns the kind of a collective, or None for any other instruction.
 
-    A collective in two parts, `-start` and `-done`, is recognised by its `-start`.
+    If a collective is written as two instructions, `-start` and `-done`, only `-start` counts as the collective.
     """
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None

@@ -57,8 +57,8 @@ class Figures:
         temp: bytes of the compiler's buffers, in addition to arguments and results.
         total: peak bytes: arguments, buffers, and those results that do not reuse an argument's memory.
         operations: the collectives, sorted from the most to the fewest sent bytes.
-        unknown_loops: number of loops of unknown length that contain collectives. Each loop is counted as one
-            run.
+        unknown_loops: number of loops of unknown length that contain collectives. The figures assume that each of
+            these loops runs once.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
         bound: lower bound of the step's time on the chips of a topology; None for virtual devices.

@@ -64,8 +64,8 @@ def plan_decode(
         `layout` has the sizes of the mesh axes. `rows`, `input_length` and `tokens` are the sizes of the batch.
         `per_device` has the bytes of `params`, `arguments`, `temp` and `total`, and `fits` says whether the total
         is within the limit. `collectives_by_dtype` and `wire_bytes` describe the data that devices exchange.
-        `bound` is the lower bound of the time of a batch, as in `plan`. In addition, it has `token_ms` and
-        `kernels_per_token`, the time and the number of kernels for one more token.
+        `bound` is the lower bound of the time of a batch, as in `plan`. It also has the entries `token_ms` and
+        `kernels_per_token`: the time and the number of kernels that one more token takes.
 
     Raises:
         InputError: `topology` is None, the decoder does not fit into memory, or an argument is one

@@ -66,16 +66,16 @@ def plan(
         `model`: the fields of the model's configuration.
         `candidates`: for each candidate, a dict with `name`, `fits`, `work` (the FLOPs of the step divided by the
         FLOPs that the same tokens need on one device) and the entries of `Figures.to_json`. A candidate that was
-        not compiled has `error` instead of sizes. If it was not compiled because of its work, `fits` is None.
+        not compiled has `error` instead of sizes. If the reason is that it needs too much work, `fits` is None.
         `best`: the cheapest candidate that fits, or None.
-        `remedies`: if no candidate fits, changed candidates that fit. The entry `changes` of each contains the new
+        `remedies`: if no candidate fits, changed candidates that do fit. Each has the entry `changes`: the new
         values of settings, or the new number of devices.
-        `hbm_needed`: if no candidate fits, the memory in bytes with which the smallest candidate would fit. It is
-        None for a topology, whose chips have a fixed memory.
-        `host_bytes`: bytes of host memory that it takes to `save` and to `restore` a checkpoint, per device of the
-        host.
-        `seconds_at_peak`: for each kind of device, a lower bound of the time of a step of the best candidate or,
-        if none fits, of the smallest.
+        `hbm_needed`: if no candidate fits, how many bytes of memory a device would need for the smallest candidate.
+        It is None for a topology, since the memory of its chips is fixed.
+        `host_bytes`: for each device of a host, how many bytes of host memory it takes to `save` and to `restore`
+        a checkpoint.
+        `seconds_at_peak`: for each kind of device, a lower bound of the step time of the best candidate. If no
+        candidate fits, the smallest candidate is used.
 
     Raises:
         InputError: the devices do not exist, or the layout does not fit the devices or the model.

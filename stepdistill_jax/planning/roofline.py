@@ -2,7 +2,8 @@
 
 The time of an operation is the largest of three quotients: FLOPs / peak, bytes / bandwidth of main memory, and
 elementwise operations / rate of the vector units. A device runs operations one after the other, so the bound is
-their sum. The links between devices are not included, since they work while the device computes.
+the sum of their times. The time to send data between devices is not included, since a device can compute while
+it sends.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class Operation:
         part: the part of the model to which the operation belongs.
         times: number of runs of the operation in one run of the module.
         cost: cost of one run.
-        products: seconds that the matmuls of one run take at the chip's peak.
+        products: seconds that the matmuls of one run take at the chip's peak FLOP rate.
         memory: seconds that one run takes to read from and write to main memory.
         elements: seconds that the elementwise operations of one run take.
         cycles: the TPU compiler's estimate of the cycles of one run; 0 if there is none.

@@ -1,4 +1,8 @@
-"""Finds the model of a config and the shapes of a step's rows, from a dataset or from assumptions."""
+"""Finds which model a config would train, and how many rows of which lengths a step would have.
+
+The rows are counted on the prepared dataset, unless their number is given. If there is no prepared dataset, the
+missing values are assumed.
+"""
 
 import dataclasses
 import functools
@@ -31,7 +35,7 @@ Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length)
 
 @dataclasses.dataclass(frozen=True)
 class StepRows:
-    """The rows of a step, for one value of the row multiple (batch shards x microbatches).
+    """The rows of a step in a run with a certain row multiple (batch shards x microbatches).
 
     Attributes:
         groups: for each group, (row count, input length, target length). The row count is rounded up to a
@@ -51,7 +55,7 @@ class StepRows:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The model and the shapes of a step.
+    """The model that a config would train, and the rows of its steps.
 
     Attributes:
         model: the configuration of the model that `train` would build.
@@ -81,7 +85,9 @@ def workload(
     rows: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> Workload:
-    """Returns the model and the rows of a config. They are read from the prepared dataset if there is one.
+    """Returns the model that a config would train, and the rows of its steps.
+
+    If the dataset is prepared, its files are read. Otherwise, missing values are assumed.
 
     Args:
         config: config of the run.

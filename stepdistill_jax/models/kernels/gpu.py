@@ -4,7 +4,7 @@ Scores, weights, masks and random numbers are never written to main memory. The 
 keys with a running softmax (FlashAttention), and stores the logarithm of each softmax's denominator. The
 three backward kernels recompute the weights from it. The programs of a kernel run in parallel. In each backward
 kernel, a program loops over the axis over which its gradient is summed. So no program adds to the output of
-another one, and results are repeatable:
+another one, and results are repeatable. There is a backward kernel for each of these gradients:
 
     queries' gradient           a program has 128 queries of one row and head, and loops over keys
     keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries
