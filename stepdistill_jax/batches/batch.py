@@ -270,7 +270,7 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps in one pass over the examples; meaningful without `shuffle`."""
+        """Number of steps in one pass over the examples. It is meaningful only if `shuffle` is false."""
         return -(-self.num_examples // self.batch_size)
 
     @functools.cached_property

@@ -34,7 +34,7 @@ CANDIDATES = 24  # candidates from each list for these two; more take time and p
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """Which input encoding each row reads, and where the rows' targets are within an encoding's targets.
+    """For each row, the input encoding that it uses and the position of its target.
 
     Attributes:
         of_row: for each row, the index of the encoding that it reads, from 0, [rows] int64.
@@ -100,8 +100,8 @@ class Encodings:
         """Adds up the lengths of each example's encodings.
 
         Returns:
-            The places of the examples, ascending, [examples], and their total input and target lengths,
-            [examples, 2].
+            `places` [examples], the examples' places in ascending order, and `sizes` [examples, 2], each
+            example's total input length and total target length.
         """
         places, of = np.unique(self.places, return_inverse=True)
         sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
@@ -239,7 +239,7 @@ class _Decreasing:
         return bisect.bisect_left(self._keys, -room[self._side])
 
     def first(self, room: list[int]) -> list[tuple["_Decreasing", int]]:
-        """Returns [(self, position)] of the first row whose input and target both fit; [] if there is none."""
+        """Returns [(self, k)], where k is the position of the first row whose input and target both fit, else []."""
         other, other_room = self._lengths[1 - self._side], room[1 - self._side]
         for k in range(self._from(room), len(other)):
             if other[k] <= other_room:

@@ -124,8 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=(),
         metavar=("write|read", "FILE"),
-        help="write: write the requests to FILE in OpenAI's batch format; read: save the"
-        " answers in the result files in the cache",
+        help="write: write the requests to FILE in OpenAI's batch format; read: copy the"
+        " answers of the result files into the cache",
     )
 
 

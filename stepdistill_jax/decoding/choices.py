@@ -187,13 +187,8 @@ def _batches(
 ) -> Iterator[list[int]]:
     """Yields, for each batch, the places of its rows.
 
-    <<<<<<< HEAD
-        A batch consists of input rows that take similar numbers of decoder rows, and that have similar input
-        lengths and numbers of answer tokens.
-    =======
-        The rows of a batch are similar: their inputs have similar lengths, and their answers have similar numbers
-        of tokens and need similar numbers of decoder rows.
-    >>>>>>> h3
+    The rows of a batch are similar: their inputs have similar lengths, and their answers have similar numbers
+    of tokens and need similar numbers of decoder rows.
     """
     tokens = [sum(map(len, of_row)) for of_row in answers]
 

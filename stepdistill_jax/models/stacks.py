@@ -176,9 +176,9 @@ def _turned(queries, keys, turn: Rotation | None):
 def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
     """Returns the window of each layer for `attention.attention`, [layers] int32.
 
-    The windows in `Side.windows` have the same meaning as in Hugging Face: an encoder sees the distances <=
-    window, and a decoder sees the distances < window. The result is None if each window is at least as long as
-    the rows, which have `longest` places, so that no window masks anything.
+    As in Hugging Face, a position of the encoder sees positions at a distance <= window, and a position of the
+    decoder sees positions at a distance < window. The result is None if no window masks anything, because each
+    window covers a whole row of length `longest`.
     """
     # `attention` masks distances >= window, so the window of an encoder becomes one more. A window of 0, which
     # means all, becomes more than any length.

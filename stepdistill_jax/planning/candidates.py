@@ -1,4 +1,4 @@
-"""Compiles the layouts and remat policies with which a config may run, starting with the least work."""
+"""Compiles the step with each layout and remat policy that a config may use, those with the fewest FLOPs first."""
 
 import dataclasses
 from collections.abc import Iterator

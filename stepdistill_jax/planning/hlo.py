@@ -128,7 +128,7 @@ class Computation:
     """A computation, which is a list of instructions in the order in which they are scheduled."""
 
     def __init__(self, name: str):
-        """Makes a computation without instructions."""
+        """Creates an empty computation, which has no instructions yet."""
         self.name = name
         self.instructions: list[Instruction] = []
         self.by_name: dict[str, Instruction] = {}

@@ -64,9 +64,9 @@ class TaskMetrics:
         return self._part.label_targets()
 
     def try_out(self) -> list[str]:
-        """Computes the metrics once with the targets as answers, and returns the names of all values.
+        """Computes the metrics once as a trial, with the targets as answers; returns the names of all metric values.
 
-        In this trial, the score of a target or answer is -1 times its number of tokens.
+        In the trial, the score of each target and answer is minus its number of tokens.
         """
         scores = -np.array(list(map(len, self.targets)), np.float32)
         return list(self.compute(self.targets, scores, scores))

@@ -96,8 +96,8 @@ def _check_preprocessors(task: Any) -> None:
     if task.requires_caching:
         raise _refused(
             task,
-            "this task can only be read from a cache of seqio_cache_tasks, but training stores its own"
-            " tokens; remove required=True from the task's CacheDatasetPlaceholder",
+            "this task can be read only from a cache that `seqio_cache_tasks` wrote, but training tokenises"
+            " the rows itself; remove required=True from the task's CacheDatasetPlaceholder",
         )
 
 

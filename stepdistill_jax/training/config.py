@@ -87,7 +87,7 @@ class OptimizerConfig:
             keep(self, number, "clip_norm", of=of, above=0)
         if self.eps_before_correction and self.name != "adamw":
             raise InputError(
-                f"`{of}eps_before_correction`: {self.name} has no bias correction; set it to False"
+                f"`{of}eps_before_correction` must be False for {self.name}, which has no bias correction"
             )
         if self.mu_dtype != "float32" and self.name != "adamw":
             raise InputError(f"`{of}mu_dtype`: {self.name} has no first moment; set it to float32")

@@ -24,7 +24,7 @@ class ObjectiveSums(struct.PyTreeNode):
 
     With one task, each objective has a column. With several tasks, each objective of each task has a column:
     first all objectives of the first task, then those of the second, and so on. `over_tasks` adds up the
-    columns of all tasks. An extra loss has one more column, the last.
+    columns of all tasks. If there is an extra loss, it has one more column at the end.
 
     Attributes:
         loss: sum over target tokens of weight x cross-entropy, in nats.

@@ -171,7 +171,9 @@ def test_a_bfloat16_first_moment_trains_as_the_float32_one():
 def test_adafactor_has_no_first_moment_to_keep():
     with pytest.raises(InputError, match="adafactor has no first moment"):
         OptimizerConfig(name="adafactor", mu_dtype="bfloat16")
-    with pytest.raises(InputError, match="adafactor has no bias correction"):
+    with pytest.raises(
+        InputError, match="must be False for adafactor, which has no bias correction"
+    ):
         OptimizerConfig(name="adafactor", eps_before_correction=True)
     with pytest.raises(InputError, match="one of float32, bfloat16, not 'float16'"):
         OptimizerConfig(mu_dtype="float16")

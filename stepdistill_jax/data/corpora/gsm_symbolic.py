@@ -59,8 +59,8 @@ def read(
             named here is left out.
 
     Raises:
-        InputError: the package is not installed, or a number is out of range. While rows are read:
-            the templates cannot give `rows` different questions.
+        InputError: the package is not installed, or a number is out of range. Iterating over
+            the rows raises it if the templates cannot give `rows` different questions.
     """
     rows = whole("rows", ROWS if rows is None else rows, 1)
     seed = whole("seed", 0 if seed is None else seed, 0)

@@ -53,8 +53,8 @@ def read(
 
     Raises:
         InputError: there is no such file, `more` contains an invalid name, or a key of `field_map` is not
-            one of our fields. While rows are read: a field that is mapped or named in `more` is in no
-            row, or a file has no row that can be used.
+            one of our fields. Iterating over the rows raises it if no row has a field that is mapped or
+            named in `more`, or if a file has no row that can be used.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)

@@ -74,8 +74,8 @@ def read(
         prefix: prefix of the file names, such as `cqa` for cqa_train.json; None means `name`.
 
     Raises:
-        InputError: there are no files or no teacher texts. While rows are read: a file is broken JSON, or
-            there are not as many texts as rows.
+        InputError: there are no files or no teacher texts. Iterating over the rows raises it if a file is
+            not valid JSON, or if the numbers of texts and rows differ.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)

@@ -84,8 +84,9 @@ def read(name: str, source: pathlib.Path) -> Reading:
         source: see `paper_layout.read`. If `source` is the folder `gpt-neox`, the texts in it replace PaLM's.
 
     Raises:
-        InputError: files that the published code requires are missing. While rows are read: a
-            file is broken JSON, there are not as many texts as rows, or the published rule cannot read a text.
+        InputError: files that the published code requires are missing. Iterating over the rows raises
+            it if a file is not valid JSON, if the numbers of texts and rows differ, or if the published
+            rule cannot parse a text.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []

@@ -245,7 +245,7 @@ def query_rows(call, ref, start, *row):
 
 
 def key_rows(call, ref, start, *row):
-    """Loads the tile of keys that begins at `start` from ref [*row, k, d], and returns it as [keys, d]."""
+    """Loads from ref [*row, k, d] the tile of keys that begins at `start`, and returns it as [keys, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
@@ -296,7 +296,7 @@ def _store(ref, x, tile, inside):
 
 
 def _bias(call, ref, query, key):
-    """Loads the bias of 64 queries and a tile of keys from ref [q, k]: [64, keys]."""
+    """Loads from ref [q, k] the bias between 64 queries and a tile of keys, and returns it as [64, keys]."""
     at, mask = _bias_tile(call, ref, query, key)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
 
