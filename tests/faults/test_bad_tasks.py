@@ -218,7 +218,7 @@ def unfit_tasks():
         ),
         "a cache alone": (
             {"preprocessors": [seqio.CacheDatasetPlaceholder(required=True)]},
-            ("only be read from a cache of seqio_cache_tasks", "remove required=True"),
+            ("read only from a cache that `seqio_cache_tasks` wrote", "remove required=True"),
         ),
         "a draw at each reading": (
             {"preprocessors": [draw_an_id]},
