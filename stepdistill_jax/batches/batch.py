@@ -417,7 +417,7 @@ class Batches:
         return tuple(self._packed(drawn, tables, lengths) for tables, lengths in each)
 
     def batch_rows(self, fullest: int) -> int:
-        """Returns the row count of each group of a batch whose fullest shard needs `fullest` rows."""
+        """Returns the row count that all groups of a batch share, if its fullest shard needs `fullest` rows."""
         # padded: a row for each example. Packed: the smallest row count into which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)

@@ -128,7 +128,7 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns positions without packing: the encoding of the example at place i is alone in row i."""
+        """Returns the positions of unpacked rows: the example at place i has row i, and its one encoding fills it."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
@@ -154,13 +154,12 @@ class Packing:
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     """Packs rows by first-fit decreasing on two lengths: fills one packed row after the other.
 
-    The rows wait in two lists. The target list contains the rows that use a larger share of a packed row's
-    target columns than of its input columns, such as most rationales, and is sorted by target length. The input
-    list contains all other rows, such as most labels, and is sorted by input length. In either list, the
-    longest row comes first. The next row comes from the target list if the packed row has a larger share of its
-    target columns free than of its input columns. Otherwise, the next row comes from the input list. The first
-    row of the chosen list that fits is taken. If no row of this list fits, the next row comes from the other
-    list. So inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a
+    The rows wait in two lists. A row whose target length / target capacity exceeds its input length / input
+    capacity is in the target list, as most rationales are; the list is sorted by target length. All other rows,
+    such as most labels, are in the input list, which is sorted by input length. In either list, the longest
+    row comes first. If a packed row has relatively more room left for targets than for inputs, the next row
+    comes from the target list, otherwise from the input list: the first that fits. If none fits, the other list
+    is tried. So inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a
     single list sorted by the larger share, since such a list would pack the rationales together. Once only
     about two more rows fit into a packed row, the pair that fills it best is chosen. This saves another 3%.
 

@@ -204,10 +204,10 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 
 
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
-    """Returns, for each store, the examples that a run uses, sorted.
+    """Returns, for each store, the sorted indices of the examples that a run uses.
 
-    These are the first usable examples of a store in a random order, which depends only on the seed and the
-    store. So the examples of a smaller fraction are a subset of those of a larger one.
+    To choose them, a store's usable examples are put in a random order, which depends only on the seed and the
+    store, and the first ones are kept. So the examples of a smaller fraction are a subset of those of a larger one.
     """
     if fraction == 1:
         return list(usable)

@@ -38,10 +38,10 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
 
 @functools.cache
 def _settings() -> dict[str, str]:
-    """Returns {name in messages: name in a config} for the fields and classes of a config.
+    """Maps the name of each field or class in an error message to the name that a user writes in a config.
 
     In a config, the name of a field is its macro in `train.gin`, or `train.FIELD` if it has no macro. A
-    class is named by its reference, such as `@lora()` for `LoraConfig`.
+    class is written as a gin reference, such as `@lora()` for `LoraConfig`.
     """
     from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults, main_bindings
 

@@ -81,7 +81,7 @@ def _config_or_task(args: argparse.Namespace) -> Any:
         raise InputError(f"{name}: there is no config of that name{hint}; and {error}") from None
     if any(settings):
         raise InputError(
-            f"--set, --gin_file and --gin. need a config, but {name} is a task; pass a config with"
+            f"--set, --gin_file and --gin.NAME=VALUE need a config, but {name} is a task; pass a config with"
             f" TASK = {name!r} instead"
         )
     return name

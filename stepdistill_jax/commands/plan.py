@@ -169,7 +169,7 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns a line of advice: the flags of a remedy, and the memory and work of a step with these flags."""
+    """Returns a line of advice: flags that would help, and the memory and work of a step with these flags."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
     bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (

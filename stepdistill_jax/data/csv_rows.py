@@ -1,4 +1,4 @@
-"""Reads rows of CSV and TSV files as `JsonRow`, like the rows of JSON lines in `data.rows`."""
+"""Reads the rows of CSV and TSV files as `JsonRow`, as `data.rows` does for JSON-lines files."""
 
 import collections
 import csv

@@ -249,7 +249,8 @@ def _read(
 
         if not teacher:
             raise InputError(
-                "`paper_exact`: the published code needs the teacher's texts; leave `teacher` out"
+                "`paper_exact`: cannot be combined with `teacher=False`, since the published code needs the"
+                " teacher's texts"
             )
         return published.read(name, source)
     reader = importlib.import_module(f"stepdistill_jax.data.corpora.{name}")

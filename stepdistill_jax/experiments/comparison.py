@@ -87,9 +87,9 @@ class Enough:
         fraction: smallest tested fraction at which the arm's mean accuracy is at least `target`; None if
             there is none.
         labels: mean number of labelled examples at `fraction`; None if `fraction` is None.
-        surely: smallest fraction from which on the arm is significantly better than the baseline trained
-            on its largest fraction: at this and every larger tested fraction, the 95 % interval of the
-            difference lies above 0. None if there is no such fraction.
+        surely: smallest tested fraction such that, at this and every larger tested fraction, the arm is
+            significantly better than the baseline trained on its largest fraction (the 95 % interval of the
+            difference lies above 0). None if there is no such fraction.
         tested: whether the arms' answers could be compared row by row. If this is False, `surely` is
             meaningless.
         baseline_labels: mean number of labelled examples of the baseline at its largest fraction.

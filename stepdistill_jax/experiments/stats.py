@@ -63,7 +63,7 @@ def paired_difference(
     Args:
         first: accuracies of the first arm's runs from `resample`, [draws, runs].
         second: accuracies of the second arm's runs in the same draws, [draws, runs].
-        seed: random seed of the drawn runs.
+        seed: seed of the random generator that draws the runs.
 
     Returns:
         The lower end and the upper end of the 95 % interval of the difference, and the two-sided p value.

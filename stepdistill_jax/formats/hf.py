@@ -43,8 +43,8 @@ def load_params(
         config: configuration of the model, from `formats.directory.read_model_files`.
         shardings: sharding of each parameter (`sharding.param_shardings`). None puts everything on the
             default device.
-        sources: {name of a parameter: name of the stored parameter to read it from}. Both names are ours,
-            and the two shapes must be equal (`stored_shapes`). None reads all parameters, each from the
+        sources: {name of a parameter: name of the stored parameter to read it from}. Both are this
+            package's names, not those in the file, and the two shapes must be equal (`stored_shapes`). None reads all parameters, each from the
             stored parameter of the same name.
 
     Returns:

@@ -240,10 +240,10 @@ class Attention(nn.Module):
 
         Let e be a state, q a query, and K and V the kernels of keys and values. Up to rounding, a score
         q . (K e) equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e. Per
-        query, this takes inputs / kv times as many operations as attention over keys and values, but keys and
-        values need not be computed. If there are as many key/value heads as query heads, the two ways take the
-        same work when each input has about `kv` queries. With fewer queries, this way is less work. It also
-        needs no memory for keys and values.
+        query, this takes (width of e) / (width of q) times as many operations as attention over keys and values,
+        but keys and values need not be computed. If there are as many key/value heads as query heads, both ways
+        take the same work when each input sequence has about `kv` queries. With fewer queries, this way is less
+        work. It also needs no memory for keys and values.
 
         Args:
             x: the decoder's states, [batch, q, embed].

@@ -55,11 +55,11 @@ class StepRows:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The model that a config would train, and the rows of its steps.
+    """The model that a config would train, and the packed or padded rows that a step would process.
 
     Attributes:
         model: the configuration of the model that `train` would build.
-        rows_of: function that takes a row multiple and returns the rows of a step in a run with this multiple.
+        rows_of: function of a number, which returns a step's rows; their counts are multiples of the number.
         assumptions: a string for each assumption; empty if everything was read from files.
     """
 
@@ -85,7 +85,7 @@ def workload(
     rows: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> Workload:
-    """Returns the model that a config would train, and the rows of its steps.
+    """Returns the model that a config would train, and the packed or padded rows that a step would process.
 
     If the dataset is prepared, its files are read. Otherwise, missing values are assumed.
 

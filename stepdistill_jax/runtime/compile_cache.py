@@ -1,4 +1,7 @@
-"""Configures JAX's persistent compilation cache, so that the next start reuses programs, and limits its size."""
+"""Configures JAX's persistent compilation cache, so that the next start reuses programs.
+
+It also limits the size of the cache.
+"""
 
 import contextlib
 import os

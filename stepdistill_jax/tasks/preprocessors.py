@@ -118,7 +118,7 @@ def _frame(dataset: Any, *, framing: Framing) -> Any:
 
 
 def empty_absent_targets(dataset: Any) -> Any:
-    """SeqIO preprocessor: empties the target of an example without target text, which is only an EOS.
+    """SeqIO preprocessor: empties targets that consist of only an EOS, because the example has no target text.
 
     The row is kept, so that row i of every objective belongs to the same example.
     """

@@ -228,7 +228,7 @@ class TaskData:
 
 
 def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each part of a mixture that tells the part's shares of the examples, rows and tokens.
+    """Returns a line for each part of a mixture, with its share of the examples and its objectives' shares.
 
     Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0% of the
     rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target tokens`.

@@ -99,7 +99,7 @@ def tried_row_lengths(
 
 
 def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) -> Batches:
-    """Returns the batches with the row lengths that a new run of `config` uses. Padded batches stay unchanged."""
+    """Sets the row lengths of `batches` to those that a new run of `config` chooses; padded ones stay unchanged."""
     if not config.pack:
         return batches
     best = row_lengths.cheapest(tried_row_lengths(config, batches, model))

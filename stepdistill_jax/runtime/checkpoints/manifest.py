@@ -229,7 +229,7 @@ def _quarantine(folder: pathlib.Path, problems: Mapping[int, str | None], good: 
     if good is None and damaged:
         raise CheckpointError(
             f"{folder}: has no good checkpoint to resume from: all are damaged ({', '.join(damaged)});"
-            " restore one from a backup under its number, or start in another `workdir`"
+            " copy one from a backup into a folder named by its step number, or start in another `workdir`"
         )
 
 

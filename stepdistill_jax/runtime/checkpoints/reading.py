@@ -1,7 +1,7 @@
 """Computes digests of a step's files. Each process of a job reads a share of the files.
 
 The shares have about equal sizes in bytes, no matter which process wrote which file. So every
-process should be able to read all files, as it must be to restore a step in another layout. If a process
+process should be able to read all files, which restoring a step in another layout requires anyway. If a process
 cannot read a file of its share, process 0 reads the file.
 """
 
