@@ -181,7 +181,7 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
         f"dataset {config.task!r} is not prepared here, so the model is assumed"
         if config.init_from is None
         else f"`init_from` {config.init_from} does not exist here, so the model is assumed to be"
-        f" {config.model_family} {config.model_size}"
+        f" {config.model_family} {config.model_size} (set MODEL_SIZE to assume another size)"
     )
     assumptions.append(f"{missing} with the published vocabulary of {model.vocab_size} ids")
     return model
