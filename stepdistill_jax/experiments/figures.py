@@ -61,6 +61,8 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
     axis.set(xlabel="share of the training data", ylabel=f"label accuracy on {plain(split)}")
     if len(fractions) > 1:
         axis.set_xscale("log")
+    else:  # the small distances between the arms would fill the figure
+        axis.set_xlim(0.5 * fractions[0], 1.5 * fractions[0])
     axis.set_xticks(fractions, [_tick(comparison, f) for f in fractions])
     axis.minorticks_off()
     made.legend(loc="outside right upper", frameon=False, fontsize=9)

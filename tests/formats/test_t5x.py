@@ -147,7 +147,9 @@ def test_the_newest_step_of_a_model_dir_is_read(v1_1, write_t5x, make_params, tm
 def test_the_vocabulary_must_lie_beside_it_and_the_error_says_which(v1_1, write_t5x, tmp_path):
     _, params = v1_1
     write_t5x(tmp_path, params, zarr=False)
-    with pytest.raises(InputError, match=r"copy the sentencepiece\.model .* to spiece\.model"):
+    with pytest.raises(
+        InputError, match=r"names a sentencepiece\.model, which you copy here as spiece\.model"
+    ):
         read_model_files(tmp_path)
 
 

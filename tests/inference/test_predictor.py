@@ -110,7 +110,7 @@ def test_a_workdir_is_opened_at_its_best_step_or_another(workdir):
         (
             ["a"],
             {"choices_temperature": 2},
-            "`choices_temperature`: .* has an effect only with `choices`",
+            "`choices_temperature`: this option has an effect only with `choices`",
         ),
     ],
 )
