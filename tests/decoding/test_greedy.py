@@ -138,7 +138,7 @@ def decoded_by(tiny_config, tiny_params, rows):
         ("greedy", 1, None),
         ("greedy", 45, None),
         ("greedy", 46, 90),
-        ("greedy", 46, 250),
+        pytest.param("greedy", 46, 250, marks=pytest.mark.slow),
         pytest.param("beam", 1, None, marks=pytest.mark.slow),
         pytest.param("beam", 46, 250, marks=pytest.mark.slow),
         pytest.param("sampling", 1, None, marks=pytest.mark.slow),

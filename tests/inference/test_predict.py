@@ -425,6 +425,7 @@ def test_a_bare_directory_is_asked_with_the_papers_prefix(
     assert [r["label"] for r in read_rows_of(tmp_path / "other.jsonl")] != labels
 
 
+@pytest.mark.slow
 def test_a_longer_limit_finishes_more_rows(model_dir, questions, write_rows, tmp_path):
     source = write_rows(questions[:50])
     short = predict(model_dir, source, tmp_path / "a.jsonl", max_decode_len=2)

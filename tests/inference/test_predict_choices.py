@@ -143,6 +143,7 @@ def test_other_choices_begin_anew(model_dir, questions, small_windows, write_row
     assert windows[2:] == [20, 20]
 
 
+@pytest.mark.slow
 def test_the_rationale_is_decoded_beside_the_choice(
     model_dir, questions, write_rows, read_rows_of, tmp_path
 ):

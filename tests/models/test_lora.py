@@ -80,6 +80,7 @@ def forward(config, params, batch):
     "changes",
     [pytest.param({}, id="v1.1"), pytest.param(V1_0, id="v1.0", marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_adapters_begin_as_the_base_exactly(changes, batch):
     config = adapted(**changes)
     params = params_of(config, zero_b=True)

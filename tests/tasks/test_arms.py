@@ -164,6 +164,7 @@ def test_more_fields_come_back_from_a_prepared_dataset(data_dir):
     assert first.to_json()["why_not"] == "no rain"
 
 
+@pytest.mark.slow
 def test_rows_of_a_function_have_the_fields_that_objectives_name(tmp_path):
     def rows(split):
         yield ROWS[0]

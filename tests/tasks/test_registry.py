@@ -138,6 +138,7 @@ def test_other_objectives_need_no_other_registration(roads, tmp_path):
     assert why["targets"].lengths[5] == 0
 
 
+@pytest.mark.slow
 def test_lists_of_dicts_are_the_rows_that_a_function_would_give(seqio, roads, tmp_path):
     add_task("listed_roads", source={"train": ROWS, "validation": ROWS[:3]})
     listed, given = seqio.get_mixture_or_task("listed_roads"), seqio.get_mixture_or_task(roads)
