@@ -73,7 +73,7 @@ class Batches:
 
     A step takes `batch_size` examples. An example has one row, an input with its target, for each
     objective for which it has a target. If an example has several rationales, it has one row for each
-    of them, or only for one that is drawn anew in each epoch (`TaskData.sample_rationales`). In each
+    rationale. With `TaskData.sample_rationales`, one rationale is drawn in each epoch, and only it has a row. In each
     epoch, the order of the examples is a permutation that depends only on (seed, epoch).
 
     The examples of a step are split into `num_shards` shards of consecutive examples, of about equal
@@ -214,7 +214,7 @@ class Batches:
 
     @property
     def shared(self) -> bool:
-        """Whether an example's input is encoded once for all its targets."""
+        """True if an example's input is encoded only once and all of the example's targets read it."""
         return self.pack and self.data.shares_encoding
 
     @functools.cached_property

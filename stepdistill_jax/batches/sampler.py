@@ -39,7 +39,7 @@ class TruncatedRows:
 
     @functools.cached_property
     def is_truncated(self) -> np.ndarray:
-        """Whether each row is longer than `most`, [examples] bool."""
+        """Returns a mask of the rows that are longer than `most`, [examples] bool."""
         return self.rows.lengths > self.most
 
     def used(self, examples: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ class TokenTable:
 
     @functools.cached_property
     def present(self) -> np.ndarray:
-        """Whether each example has this row, [examples] bool."""
+        """Mask of the examples that have this row, [examples] bool."""
         return self.targets.lengths > 0
 
     @functools.cached_property

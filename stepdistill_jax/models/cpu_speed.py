@@ -29,7 +29,7 @@ BLOCK_TOKENS = 1024  # number of tokens whose activations fit a CPU's cache
 def keep_pages() -> bool:
     """Makes glibc keep the pages that XLA frees, if JAX will run on a CPU.
 
-    XLA allocates a step's buffers anew in each step. Without this setting, glibc returns large buffers to the
+    XLA allocates a step's buffers again in each step. Without this setting, glibc returns large buffers to the
     operating system, which clears every page before it hands it out again. This takes up to 40% of the time
     of a step of a small T5. With this setting, the process never gives back its peak memory.
 

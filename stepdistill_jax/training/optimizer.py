@@ -98,12 +98,12 @@ def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     read the result, so it writes the clipped gradient to memory and reads it three times.
     """
 
-    def update(updates, state, params=None):
+    def clipped(updates, _):
         norm = optax.global_norm(updates)
         factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
-        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates)
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return optax.stateless(clipped)
 
 
 def _adam_of_transformers(
