@@ -251,7 +251,7 @@ def test_asdiv_is_svamp_and_asdiv_with_its_gold_answers(svamp_source):
     [
         ("delivery", {}, r"`paper_exact`: .delivery. is not one of the paper.s datasets \(cqa, svamp, esnli, anli, asdiv\)"),
         ("jsonl", {"new_name": "mine"}, "`paper_exact`: .jsonl. is not one of the paper.s"),
-        ("cqa", {"teacher": False}, "the published code needs the teacher's texts"),
+        ("cqa", {"teacher": False}, "`paper_exact`: cannot be combined with `teacher=False`, since the published code needs the teacher's texts"),
         ("cqa", {"new_name": "cqa"}, "`new_name`: 'cqa' is reserved for `prepare cqa`"),
     ],
 )  # fmt: skip
