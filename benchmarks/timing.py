@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 
 REST_SECS = 0.1  # before a turn, so that spinning OpenMP threads of the last turn go to sleep
 BUSY = 0.2  # if other processes use more cores than this, results are not reliable
@@ -73,7 +73,7 @@ def peer_module(name: str, threads: int | None = None) -> Any:
         module = importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"{name} cannot be imported ({error}); pip install 'stepdistill-jax[bench]'"
+            f"{name} cannot be imported ({error}); {how_to_install('bench')}"
         ) from None
     if threads is not None:
         module.set_num_threads(threads)

@@ -1,13 +1,15 @@
 """Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301) in JAX and Flax.
 
 `load(directory)` returns a trained model that labels texts. `curves(workdir)` returns the metrics of a
-training run as columns, and `plot_curves(workdir)` returns a plot of them.
+training run as columns, and `plot_curves(workdir)` returns a plot of them. `InputError`, a `ValueError`, is raised
+for bad usage and bad input.
 """
 
 __version__ = "0.2.0"
 
 # name -> module, which is imported on first use, so that `import stepdistill_jax` is quick
 _EXPORTS = {
+    "InputError": "errors",
     "load": "inference.predictor",
     "curves": "runtime.metrics",
     "plot_curves": "experiments.plots",

@@ -44,3 +44,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a hint such as `; did you mean 'cqa'?`, or an empty string if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the end of a message: how to install an extra of this package in its tested versions."""
+    return f"run pip install -c constraints.txt -e '.[{extra}]' in the source folder of stepdistill_jax"

@@ -81,7 +81,7 @@ def _show(summary: dict, console) -> None:
         "  stepdistill prepare jsonl --source my_rows.jsonl --name mine\n"
         "  stepdistill inspect mine\n"
         "  stepdistill train demo_step_by_step --workdir runs/mine --set TASK=mine"
-        " --set INPUT_LENGTH=512 --set TARGET_LENGTH=256    # longer texts are truncated\n"
+        " --set INPUT_LENGTH=128 --set TARGET_LENGTH=64    # longer texts are truncated\n"
         "  stepdistill evaluate runs/mine --task mine --split test\n"
         "  stepdistill predict runs/mine questions.jsonl answers.jsonl\n"
         "  stepdistill export runs/mine my_model",

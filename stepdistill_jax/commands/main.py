@@ -138,7 +138,9 @@ def _run(argv: list[str]) -> int:
         at = argv.index(command)
         argv = [command, *argv[:at], *argv[at + 1 :]]
     parser, sub, run = parser_of(command)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        sub.error(f"unrecognized arguments: {' '.join(unknown)}")
     if command is None:
         if args.version:
             _print_versions(as_json=args.json)

@@ -223,8 +223,8 @@ def _table(result: dict[str, Any]):
     from rich.table import Table
 
     table = Table(
-        title=f"One of {result['devices']} devices ({result['device_kind']}), GiB of"
-        f" {result['limit'] / GIB:.1f} usable",
+        title=f"Memory of one of {result['devices']} devices ({result['device_kind']}), in GiB;"
+        f" {result['limit'] / GIB:.1f} GiB can be used",
         title_justify="left",
     )
     has_bounds = any(c.get("bound") for c in result["candidates"])
@@ -257,7 +257,7 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times what its tokens need"
+        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times the FLOPs that the tokens need, without padding"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()

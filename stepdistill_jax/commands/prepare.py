@@ -164,9 +164,11 @@ def show(result: dict[str, Any]) -> None:
         screen.print(f"warning: {escape(warning['message'])}")
     size = result["vocabulary_size"]
     made = f"vocabulary of {size} pieces, " if size else ""
+    defects = sum(sum(figures["defects"].values()) for figures in result["splits"].values())
+    listed = f"{defects:,} defects listed in defects.jsonl" if defects else "no defects"
     screen.print(
-        f"{'Found' if result['reused'] else 'Wrote'} {escape(result['directory'])}: {made}all defects"
-        f" listed in defects.jsonl, labels compared by {result['metric']}",
+        f"{'Found' if result['reused'] else 'Wrote'} {escape(result['directory'])}: {made}{listed}, labels"
+        f" compared by {result['metric']}",
         soft_wrap=True,
     )
     if result["report"]:

@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="NAME",
-        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), or a"
-        " class or function with fields (optimizer) (default: all settings)",
+        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), a class or"
+        " function with fields (optimizer), or a part of a name (dropout) (default: all settings)",
     )
 
 
@@ -78,7 +78,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             say(f"  {s.name}{'  required' if s.required else f' = {s.value}'}{unit}")
             say(textwrap.fill(s.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
         say("")
-    say("To change a setting, pass --set NAME=VALUE, or write NAME = VALUE in a config.")
+    say(
+        "To change a setting, pass --set NAME=VALUE, or write NAME = VALUE in a config. A shipped config may bind"
+        " other values than these defaults; see configs/NAME.gin."
+    )
     return {"settings": [dataclasses.asdict(s) for s in found]}
 
 
@@ -105,7 +108,9 @@ def settings() -> list[Setting]:
 
 
 def find_settings(name: str) -> list[Setting]:
-    """Returns the settings whose macro, field or owner is `name`. Case is ignored.
+    """Returns the settings whose macro, field or owner is `name`, or else those whose name contains it.
+
+    Case is ignored.
 
     Raises:
         InputError: there are no such settings. The message suggests a similar name.
@@ -117,6 +122,8 @@ def find_settings(name: str) -> list[Setting]:
     names = [{s.name, s.field, s.field.partition(".")[2], s.owner} for s in known]
     wanted = name.removeprefix("%").removeprefix("@").removesuffix("()").lower()
     found = [s for s, of in zip(known, names, strict=True) if wanted in {n.lower() for n in of}]
+    if not found:  # `dropout` finds `train.dropout_rate`
+        found = [s for s in known if wanted in s.name.lower() or wanted in s.field.lower()]
     if not found:
         hint = suggestion(name, {n for s in known for n in (s.name, s.field)})
         raise InputError(f"there is no setting {name!r}{hint}; `stepdistill settings` lists all")

@@ -275,7 +275,7 @@ class UniqueIds:
         if first != row.line:
             raise InputError(
                 f"{row.where}: the id {example_id!r} is also at {place(row.path, first)}"
-                " (a row number replaces a missing id)"
+                " (a row without an id gets its number)"
             )
         return example_id
 

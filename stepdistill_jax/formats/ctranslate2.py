@@ -17,7 +17,7 @@ import numpy as np
 
 import stepdistill_jax
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, TOKENIZER_CONFIG, Vocabulary
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.formats.directory import (
     CONFIG,
     CTRANSLATE2_MODEL,
@@ -79,8 +79,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise InputError(
-            f"{wanted_by}: CTranslate2 cannot be imported ({error});"
-            " pip install 'stepdistill-jax[ctranslate2]'"
+            f"{wanted_by}: CTranslate2 cannot be imported ({error}); {how_to_install('ctranslate2')}"
         ) from None
 
 

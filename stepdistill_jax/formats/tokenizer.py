@@ -76,6 +76,7 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
     Raises:
         InputError: the ids differ. The message shows the first text with different ids.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # tokenizers need no torch
     from transformers import AutoTokenizer  # 2 to 3 s
 
     # a length that no input exceeds, since the tokenizer warns about inputs that exceed it

@@ -8,7 +8,7 @@ import zipfile
 import ml_dtypes
 import numpy as np
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.formats.tensors import Tensor
 
 
@@ -26,8 +26,8 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
         import torch
     except ImportError:
         raise InputError(
-            f"{path}: torch is needed to read it; install stepdistill-jax[torch], or use a"
-            " directory with model.safetensors"
+            f"{path}: torch is needed to read it; {how_to_install('torch')}, or use a directory with"
+            " model.safetensors"
         ) from None
     try:
         zipped = zipfile.is_zipfile(path)

@@ -97,6 +97,8 @@ def in_words(summary: dict[str, Any]) -> str:
             f"accuracy {summary['accuracy']:.4g}"
             f" (always the commonest label: {summary['majority_baseline']:.4g})"
         )
+        if "rows_with_label" in summary:
+            parts[-1] += f" over the {summary['rows_with_label']} of {rows} rows that have a label"
     for name, words in (
         ("invalid_labels", "invalid labels"),
         ("unfinished", "unfinished"),

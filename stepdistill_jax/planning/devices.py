@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.runtime.chips import chip_of
 
 # Properties of a TPU machine that libtpu reads. If they are missing, libtpu searches the network and logs errors.
@@ -106,7 +106,7 @@ def topology_devices(name: str) -> list[Any]:
         return _gpus(name, sizes)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
-            f"`topology` {name}: the TPU compiler is not installed; pip install 'stepdistill-jax[tpu]'"
+            f"`topology` {name}: the TPU compiler is not installed; {how_to_install('tpu')}"
         )
     for variable, value in _NO_TPU_HERE.items():
         os.environ.setdefault(variable, value)
@@ -130,7 +130,7 @@ def _gpus(name: str, count: str) -> list[Any]:
     if not any(_found(f"jax_plugins.xla_cuda{version}") for version in (13, 12)):
         raise InputError(
             f"`topology` {name}: the compiler for NVIDIA GPUs is not installed (about 3 GB; no GPU is"
-            " needed); pip install 'stepdistill-jax[aot-cuda]'"
+            f" needed); {how_to_install('aot-cuda')}"
         )
     # without this variable, the plugin looks for a driver
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

@@ -7,6 +7,7 @@ missing values are assumed.
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable
 
 from stepdistill_jax.batches.batch import filled_rows
@@ -15,6 +16,7 @@ from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import ModelConfig
+from stepdistill_jax.models.families import FAMILIES
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import AUTO, TrainConfig
@@ -28,6 +30,20 @@ from stepdistill_jax.training.data import (
 from stepdistill_jax.training.run import model_settings, new_model
 
 STEPS_LOOKED_AT = 32
+# names of models on the Hugging Face hub, such as `google/t5-v1_1-base` and `google/t5gemma-b-b-prefixlm`
+_HUB_NAME = re.compile(
+    r"[^/]+/(?P<family>flan-t5|t5-v1_1|t5gemma|u?mt5|byt5|t5)-(?P<size>\w+|\w+-\w+?)(-(prefixlm|ul2)(-it)?)?"
+)
+_HUB_FAMILIES = {"t5": "t5_v1_0", "flan-t5": "t5_v1_1", "t5-v1_1": "t5_v1_1"}
+_HUB_SIZES = {
+    "3b": "xl",
+    "11b": "xxl",
+    "s-s": "small",
+    "b-b": "base",
+    "l-l": "large",
+    "ml-ml": "ml",
+}
+_HUB_SIZES |= {"xl-xl": "xl"}
 
 
 Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length) of each group
@@ -176,12 +192,27 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
         return dataclasses.replace(read_config(config.init_from), **model_settings(config))
     if config.init_from is None and data is not None:
         return new_model(config, data)
+    published = _published(config.init_from or "")
+    if published is not None:
+        family, size = published
+        config = dataclasses.replace(config, model_family=family, model_size=size)
     model = new_model(config, None)
     missing = (
         f"dataset {config.task!r} is not prepared here, so the model is assumed"
         if config.init_from is None
         else f"`init_from` {config.init_from} does not exist here, so the model is assumed to be"
-        f" {config.model_family} {config.model_size} (set MODEL_SIZE to assume another size)"
+        f" {config.model_family} {config.model_size}"
+        + (" (set MODEL_SIZE to assume another size)" if published is None else " by its name,")
     )
     assumptions.append(f"{missing} with the published vocabulary of {model.vocab_size} ids")
     return model
+
+
+def _published(name: str) -> tuple[str, str] | None:
+    """Returns the family and the size that a model's name on the hub gives, or None for other names."""
+    found = _HUB_NAME.fullmatch(name)
+    if found is None:
+        return None
+    family = _HUB_FAMILIES.get(found["family"], found["family"])
+    size = _HUB_SIZES.get(found["size"], found["size"])
+    return (family, size) if size in FAMILIES[family].sizes else None

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import cast
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 
 _GS = "gs://"
 # a URL, or a store's URL that went through pathlib: `gs:/bucket/run`
@@ -51,7 +51,7 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
         raise InputError(f"{url}: the bucket is missing; expected gs://BUCKET/FOLDER")
     _prepare_stores()
     if importlib.util.find_spec("gcsfs") is None:
-        raise InputError(f"{url}: gs:// needs the package gcsfs: pip install gcsfs")
+        raise InputError(f"{url}: gs:// needs the package gcsfs; {how_to_install('gcs')}")
     from stepdistill_jax.runtime.store_path import StorePath
 
     return cast(pathlib.Path, StorePath(url))

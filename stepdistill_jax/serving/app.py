@@ -35,6 +35,7 @@ from stepdistill_jax.serving.requests import (
 # the answer. So the rest of a refused body is read and discarded, up to this size in total.
 MOST_READ_BYTES = 16 * MAX_BODY_BYTES
 LEFT = 499  # nginx's status for a request whose client has disconnected; nobody receives it
+WARM_UP_LOG_SECS = 10.0
 STARTING, READY, STOPPING = "warming up", "ready", "stopping"
 
 
@@ -146,10 +147,15 @@ class Service:
     async def _work(self) -> None:
         began = time.perf_counter()
         try:
-            for piece in self._answerer.warm_up():
+            pieces = list(self._answerer.warm_up())
+            logged = began
+            for done, piece in enumerate(pieces, 1):
                 await self.batcher.in_thread(piece)
                 if self.state == STOPPING:
                     return
+                if time.perf_counter() - logged > WARM_UP_LOG_SECS:
+                    logged = time.perf_counter()
+                    log(f"warming up: {done} of {len(pieces)} batch shapes are compiled")
             self.state, self._warm = READY, True
             log(f"ready after {time.perf_counter() - began:.1f} s")
             await self.batcher.run()

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.inference.allowed_answers import allow
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.options import decode_options
@@ -68,7 +68,7 @@ def serve(
         from stepdistill_jax.serving import app, server
     except ImportError as error:
         raise InputError(
-            f"serve: {error.name or error} cannot be imported; run pip install 'stepdistill-jax[serve]'"
+            f"serve: {error.name or error} cannot be imported; {how_to_install('serve')}"
         ) from None
     with (
         StopSignals(server.stopped_before_listening) as signals,

@@ -10,7 +10,7 @@ import random
 import time
 from typing import Any, Protocol
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Reservation
@@ -96,8 +96,7 @@ class ChatClient:
             from stepdistill_jax.teacher.transport import bounded_client
         except ImportError as error:
             raise InputError(
-                f"annotate needs {error.name}, which is not installed: pip install"
-                " 'stepdistill-jax[teacher]'"
+                f"annotate needs {error.name}, which is not installed; {how_to_install('teacher')}"
             ) from None
         self._settings, self._openai = settings, openai
         self._key = os.environ.get(settings.api_key_env, "").strip()

@@ -4,7 +4,7 @@ import asyncio
 import pathlib
 from typing import Any
 
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.budget import Reservation
 from stepdistill_jax.teacher.client import now
@@ -30,8 +30,7 @@ class LocalTeacher:
             import transformers
         except ImportError:
             raise InputError(
-                "`teacher=hf:DIR` needs torch, which is not installed: pip install"
-                " 'stepdistill-jax[torch]'"
+                f"`teacher=hf:DIR` needs torch, which is not installed; {how_to_install('torch')}"
             ) from None
         if not pathlib.Path(directory, "config.json").is_file():
             raise InputError(f"`teacher` hf:{directory}: there is no config.json in this folder")

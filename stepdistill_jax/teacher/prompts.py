@@ -11,7 +11,7 @@ from typing import Any
 
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import LETTERS
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.teacher.questions import ASKED, read_questions
 
@@ -130,7 +130,7 @@ def load_prompter(
         import jinja2
     except ImportError:
         raise InputError(
-            "annotate needs jinja2, which is not installed: pip install 'stepdistill-jax[teacher]'"
+            f"annotate needs jinja2, which is not installed; {how_to_install('teacher')}"
         ) from None
     environment = jinja2.Environment(  # noqa: S701  (plain text, not HTML)
         loader=jinja2.FileSystemLoader(TEMPLATES),

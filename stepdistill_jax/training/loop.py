@@ -116,7 +116,10 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     """Logs a short description of the run."""
     extra = [run.config.extra_loss] if run.config.extra_loss else []
     weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
-    log(f"{jax.device_count()} devices ({described['device']}), mesh {described['mesh']}")
+    devices = jax.device_count()
+    log(
+        f"{devices} device{'s' * (devices > 1)} ({described['device']}), mesh {described['mesh']}"
+    )
     if run.config.pack:
         inputs, targets = run.batches.row_lengths
         log(f"packed rows of {inputs} input and {targets} target tokens")
@@ -131,6 +134,11 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
         log(f"optimizer: {optimizer}")
         if not optimizer.takes(run.config.learning_rate):
             log("warning: `learning_rate` has no effect, since it is no argument of the optimizer")
+    elif (rate := optimizer.rate).shape != "rsqrt" and rate.warmup_steps >= run.config.train_steps:
+        log(
+            f"warning: the learning rate never reaches its peak, since its warm-up takes {rate.warmup_steps} steps and the"
+            f" run {run.config.train_steps}; set fewer warm-up steps (`stepdistill settings warmup_steps`)"
+        )
     if described["trained_parameters"] != described["parameters"]:
         log(
             f"LoRA: {described['trained_parameters']:,} parameters are trained"

@@ -51,6 +51,7 @@ def test_each_default_is_the_one_of_a_config_that_binds_nothing(tmp_path):
         ("REMAT_POLICY", {"train.remat_policy"}),
         ("layout", {"LAYOUT", *(f"Layout.{n}" for n in ("data", "fsdp", "tensor", "dcn_data"))}),
         ("@rsqrt()", {"rsqrt.warmup_steps", "rsqrt.learning_rate"}),
+        ("dropout", {"DROPOUT_BROADCAST", "train.dropout_rate"}),
     ],
 )
 def test_a_name_filters(capsys, name, found):

@@ -175,7 +175,7 @@ def test_templates_without_further_questions_leave_their_turns_to_others(package
 
 def test_what_is_missing_or_cannot_be_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(InputError, match=r"reasoning-gym .* pip install 'stepdistill-jax\[gsm\]'"):
+    with pytest.raises(InputError, match=r"reasoning-gym .* '\.\[gsm\]'"):
         prepare("gsm_symbolic", data_dir=tmp_path)
     with pytest.raises(InputError, match="`rows`"):
         prepare("gsm_symbolic", rows=0, data_dir=tmp_path)

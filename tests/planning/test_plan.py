@@ -456,6 +456,21 @@ def test_a_model_that_is_elsewhere_is_assumed_whatever_its_rules(delivery_data_d
     assert "`init_from` /not/here does not exist here" in assumption
 
 
+@pytest.mark.parametrize(
+    ("name", "emb_dim", "vocab_size"),
+    [
+        ("google/t5-v1_1-base", 768, 32128),
+        ("google-t5/t5-3b", 1024, 32128),
+        ("google/umt5-small", 512, 256384),
+        ("google/t5gemma-b-b-prefixlm", 768, 256000),
+        ("me/t5-v1_1-mine", 64, 32128),  # no published size: the config's own
+    ],
+)
+def test_a_name_of_the_hub_gives_family_and_size(name, emb_dim, vocab_size):
+    found = workload(TrainConfig(task="absent", init_from=name, model_size="tiny")).model
+    assert (found.decoder.emb_dim, found.vocab_size) == (emb_dim, vocab_size)
+
+
 def test_more_devices_than_the_process_has_are_refused():
     with pytest.raises(InputError, match="already has 8 CPU devices"):
         plan(CONFIG, devices=16)
@@ -472,7 +487,7 @@ def test_a_layout_that_does_not_divide_is_refused():
 
 def test_a_topology_without_the_tpu_compiler_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(InputError, match=r"stepdistill-jax\[tpu\]"):
+    with pytest.raises(InputError, match=r"'\.\[tpu\]'"):
         plan(CONFIG, topology="v5e:4x4")
 
 

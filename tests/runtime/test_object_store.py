@@ -139,7 +139,7 @@ def test_what_is_missing_is_said(monkeypatch):
         as_path("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"^gs://a/b: .* needs the package gcsfs: pip install gcsfs$"
+        InputError, match=r"^gs://a/b: .* needs the package gcsfs; run pip install .*\[gcs\]"
     ):
         as_path("gs://a/b")
 

@@ -18,7 +18,7 @@ from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.reading import UNSEEN, CheckedExample, Reading, tenth
 from stepdistill_jax.data.written_sums import wrong_sums
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.runtime.checks import whole
 from stepdistill_jax.runtime.fingerprints import hash64, sha256
 
@@ -110,7 +110,7 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
     except ImportError as error:
         raise InputError(
             f"prepare gsm_symbolic: the package {PACKAGE} makes its rows and cannot be imported ({error});"
-            " install the extra: pip install 'stepdistill-jax[gsm]'"
+            f" {how_to_install('gsm')}"
         ) from None
     config = gsm_symbolic.GSMSymbolicDatasetConfig(seed=0, size=1)
     generators = gsm_symbolic.GSMSymbolicDataset(config).generators
