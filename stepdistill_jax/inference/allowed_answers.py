@@ -61,8 +61,8 @@ class Allowed:
         """
         if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
-                f"`choices`: the model writes {objective.target_template!r}, not a label alone, so labels"
-                " cannot be scored; leave `choices` out"
+                f"`choices`: the model writes {objective.target_template!r}, so a label alone has no probability;"
+                " leave `choices` out"
             )
         self._objective, self._vocabulary, self._most_ids = objective, vocabulary, most_ids
         self.temperature = float(temperature)
