@@ -1,6 +1,6 @@
 """Gets labels from a trained model, without TensorFlow and without training code.
 
-All names are imported eagerly, because a lazy `predict` would be hidden by the module `inference.predict`.
+All names are imported eagerly, since the module `inference.predict` would hide a lazy function `predict`.
 """
 
 from stepdistill_jax.decoding.beam import beam_search

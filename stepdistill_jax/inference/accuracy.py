@@ -14,7 +14,6 @@ class AccuracyCounts:
         """Starts all counts at zero.
 
         Args:
-            metric: name of the metric that compares an answer with the gold label.
             labels: the task's labels if they are a closed set; else empty.
             temperature: temperature of the probabilities that `add` receives.
         """
@@ -35,7 +34,6 @@ class AccuracyCounts:
         """Counts one answer.
 
         Args:
-            prediction: the model's label.
             label: the gold label; empty if unknown.
             choices: the row's own choices.
             probabilities: {answer: probability} over the allowed answers; None if any answer was allowed.
@@ -61,7 +59,7 @@ class AccuracyCounts:
 
         Returns:
             `rows`: count of rows.
-            `accuracy`, `majority_baseline`: shares of the rows with a gold label; absent if there are none.
+            `accuracy`, `majority_baseline`: over the rows with a gold label; absent if there are none.
             `rows_with_label`: count of rows with a gold label; absent if all rows or no rows have one.
             `invalid_labels`: count of answers that are not valid labels; None if the valid ones are unknown.
             `collapsed`: whether all rows, at least two, have the same answer.

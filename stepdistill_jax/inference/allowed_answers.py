@@ -29,7 +29,6 @@ class Allowed:
 
     Attributes:
         labels: the allowed labels if they are the same for all rows; empty if each row has its own choices.
-        temperature: temperature of the probabilities.
         key: digest of the allowed answers and the temperature.
     """
 
@@ -51,7 +50,6 @@ class Allowed:
                 ends in .json.
             labels: the task's labels; empty if they are not a closed set.
             objective: objective that trains the model to write labels.
-            vocabulary: vocabulary of the model.
             most_ids: largest count of ids in an answer, the end of sequence included.
             temperature: temperature of the probabilities. The scores do not depend on it.
 
@@ -101,7 +99,6 @@ class Allowed:
         """Returns the output fields of a row.
 
         Args:
-            row: the question.
             scores: natural log of the probability of each label in `of(row)`, [labels].
 
         Returns:

@@ -38,7 +38,6 @@ class Engine(Protocol):
     """A model and the engine that runs it.
 
     Attributes:
-        path: directory of the model.
         task_info: contents of `stepdistill.json`; None if the directory lacks that file.
         step: step of the checkpoint; None if `path` is not a workdir.
         batch_size: count of rows decoded at once.
@@ -69,8 +68,7 @@ class Engine(Protocol):
             rows: ids of each input, with its end of sequence; no input is empty.
             max_decode_len: largest count of tokens in an answer, the end of sequence included.
             on_progress: called with the row count of each finished batch.
-            decoder_prefix: ids that the decoder reads before the answer. They are not part of the answer, and
-                the score leaves them out.
+            decoder_prefix: ids that the decoder reads before the answer; not part of the answer or its score.
         """
         ...
 
@@ -80,7 +78,7 @@ class Engine(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Returns one array per row: the log probabilities of its answers; see `choices.ChoiceScorer`."""
+        """Returns the log probabilities of each row's answers, as one array per row."""
         ...
 
 
@@ -89,7 +87,7 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
 
     Args:
         path: workdir, model directory or CTranslate2 directory.
-        options: options of decoding; None means `DecodeOptions()`.
+        options: None means `DecodeOptions()`.
 
     Raises:
         InputError: the engine cannot read the directory, the model is bad, or an option does not fit the
@@ -181,7 +179,7 @@ class JaxEngine:
 
 
 class CTranslate2Engine:
-    """Engine that runs CTranslate2, with one single-threaded worker for each core of this process.
+    """Engine that runs CTranslate2, with a single-threaded worker for each core that this process may use.
 
     The workers share one copy of the weights. With several threads, a worker waits for its slowest thread.
     """
@@ -240,7 +238,8 @@ class CTranslate2Engine:
         """Implements `Engine.decode`.
 
         Raises:
-            InputError: a row has only an end of sequence, or a decoder prefix meets a length penalty.
+            InputError: a row has only an end of sequence, or a decoder prefix is combined with a
+                length penalty.
         """
         prefix = [self._names[i] for i in decoder_prefix]
         if prefix and self._penalty:

@@ -76,7 +76,6 @@ def evaluate(
         path: workdir or model directory.
         task: name of a prepared dataset, a task registered by `add_task`, or a SeqIO task or mixture. The
             task also determines the metric.
-        split: split of the task.
         output: JSON file for the result; None writes no file.
         with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
         data_dir: folder of prepared datasets and tokens; None means the default folder.
@@ -93,8 +92,8 @@ def evaluate(
         and `tasks` ({task: result}).
 
     Raises:
-        InputError: the model, step, task, split or module does not exist; an option is bad; or the task or
-            the model has no rationales, but they are requested.
+        InputError: the model, step, task, split or module does not exist; an option is bad; or
+            rationales are requested from a task or model without them.
     """
     chosen = decode_options(evaluate, options, without=("max_decode_len", "prefix"))
     if output is not None:
@@ -183,7 +182,7 @@ def _check_each(
 
 
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
-    """Returns the names of the model's objectives, and the run's `task_objectives`; None if unknown."""
+    """Returns the names of the model's objectives, and the run's `task_objectives` (None if unknown)."""
     if info is None:
         return ["label"], None
     config = info.provenance.get("config")
@@ -291,14 +290,12 @@ def evaluate_tokens(
         path: workdir or model directory.
         inputs: ids of each input, with its end of sequence; truncated as in training.
         labels: gold label of each input.
-        metric: name of the metric that compares an answer with the gold label.
         allowed: the task's labels if they are a closed set; else empty.
-        options: options of decoding, except `choices=row`; None means `DecodeOptions()`.
-        task_metrics: the task's own metrics.
+        options: all but `choices=row`; None means `DecodeOptions()`.
         keep: called before the task's metrics are computed, with a list of one dict for each input. A dict
             has `id` (the 1-based index, as a string), the other fields that `predict` writes, and `target`
-            (the gold label). If a metric reads target scores, it also has `target_score`, the natural log of
-            the target's probability.
+            (the gold label). If a metric reads target scores, the dict also has `target_score`, the
+            natural log of the target's probability.
 
     Returns:
         The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`.

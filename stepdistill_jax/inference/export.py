@@ -45,8 +45,7 @@ def export(
     """Writes the model of one step for other programs.
 
     The formats are:
-        `hf`: a directory in Hugging Face's layout, from which `predict` writes the same bytes as from the
-        workdir.
+        `hf`: a directory in Hugging Face's layout. `predict` writes the same bytes as from the workdir.
         `jax`: the label decoder as a `jax.export` program, which needs only jax.
         `ctranslate2`: a directory for CTranslate2, which decodes faster on CPUs. `predict` can read it.
 
@@ -54,8 +53,7 @@ def export(
         workdir: folder of a training run; for `jax` and `ctranslate2`, also a model directory.
         model_dir: folder to write, which must be absent or empty. A failed export leaves no folder.
         step: checkpoint of the workdir: `best`, `last` or a step number.
-        format: `hf`, `jax` or `ctranslate2`.
-        quantization: type of the weights for `ctranslate2`: `int8`, or `float32`, which None means.
+        quantization: type of the weights for `ctranslate2`: `int8` or `float32`; None means `float32`.
 
     Returns:
         `model_dir`, `step` and `format`.

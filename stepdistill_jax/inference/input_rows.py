@@ -21,7 +21,6 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
     """Returns the question of a row. Its input may be blank, and its id may be a number.
 
     Args:
-        row: a row in the generic format.
         more: names of optional fields to read for the prompt.
 
     Raises:
@@ -53,7 +52,7 @@ def read_questions(
     """Yields each row of a file as a question, or as a `BadRow` if it is unusable.
 
     Args:
-        path: path of the file. A .csv or .tsv file is read as such, any other file as JSON lines.
+        path: a .csv or .tsv file; any other file is read as JSON lines.
         check_row: raises InputError, with the reason as its message, for an unusable row.
         more: see `question`.
 
@@ -93,9 +92,7 @@ class InputFile:
     """A file of rows that is read several times and must not change in the meantime.
 
     Attributes:
-        path: path of the file.
         total: count of good rows.
-        digest: digest of the file's bytes.
     """
 
     def __init__(
@@ -108,14 +105,13 @@ class InputFile:
         """Reads the whole file once, and counts its good rows.
 
         Args:
-            path: path of the file.
             on_error: what to do at a bad row: `stop` or `skip`.
             check_row: see `read_questions`.
             reads: names of the fields that the prompts need in addition to the input.
 
         Raises:
-            InputError: the file cannot be read, has no good row, or has none with a field of `reads`; or a
-                row is bad and `on_error` is `stop`.
+            InputError: the file cannot be read, has no good row, or lacks a field of `reads` in all rows; or
+                a row is bad and `on_error` is `stop`.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()

@@ -40,10 +40,7 @@ def label_rows(
     """Returns the label of each row.
 
     Args:
-        model: result of `open_engine`.
-        prompting: result of `prompting_for`.
         allowed: result of `allow`; None decodes the label instead of choosing the likeliest allowed one.
-        rows: the questions.
         inputs: ids of each question's prompt (`encode_input`).
         on_progress: called with the row count of each finished batch.
 
@@ -78,8 +75,6 @@ def explain_rows(
     """Decodes the answers to an objective other than the label's, such as the rationale.
 
     Args:
-        model: result of `open_engine`.
-        prompting: result of `prompting_for`.
         objective: index of the objective in `prompting.objectives`.
         inputs: ids of each row's prompt for that objective.
 

@@ -35,10 +35,8 @@ class LoadedModel:
     """A model with its vocabulary and task.
 
     Attributes:
-        path: directory of the model.
-        config: configuration of the model. Its activations are always float32.
-        params: parameters of the model, with LoRA adapters merged into them.
-        vocabulary: vocabulary of the model.
+        config: configuration of the model, always with float32 activations.
+        params: parameters, with LoRA adapters merged into them.
         task_info: contents of `stepdistill.json`; None if the directory lacks that file.
         step: step of the checkpoint; None if `path` is not a workdir.
     """

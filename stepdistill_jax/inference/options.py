@@ -93,8 +93,6 @@ def decode_options(
     """Returns the `DecodeOptions` in the `**options` of a call.
 
     Args:
-        function: function that was called.
-        given: the `**options` that the function received.
         without: fields of `DecodeOptions` that the function does not accept.
 
     Raises:

@@ -99,7 +99,7 @@ def predict(
     Raises:
         InputError: an option, the model or a row is bad; the input changed in the meantime; or another run
             is writing the output. An error on one process is raised on all.
-        SystemExit: a process of several received a SIGTERM. The status is 75, and a restart continues.
+        SystemExit: one of several processes received a SIGTERM. The status is 75, and a restart continues.
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
@@ -233,13 +233,9 @@ def decode_window(
     """Returns the output fields of each row of a window, and updates the summary's counts.
 
     Args:
-        model: result of `open_engine`.
-        prompting: result of `prompting_for`.
-        window: rows that are decoded together.
         counts: {name: count} to which this function adds. `unparsed` is counted only if `counts` already
             has this key.
         update: called with the row count of each finished batch of labels.
-        allowed: result of `allow`.
 
     Raises:
         NotFinite: the model gives NaN.

@@ -41,7 +41,6 @@ class Predictor:
     The first call with a new shape (count and length of rows) compiles the model.
 
     Attributes:
-        path: directory of the model.
         step: step of the checkpoint; None if the directory contains only one model.
         labels: labels of the task if they are a closed set; else empty.
     """
@@ -112,8 +111,6 @@ def checked_row(
     Args:
         fields: fields of the row, as in `predict`'s input.
         number: 1-based index of the row in the call, for messages.
-        prompting: result of `prompting_for`.
-        allowed: result of `allow`.
         most_choices: largest count of choices; None allows any count.
 
     Raises:

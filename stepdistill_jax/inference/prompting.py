@@ -40,7 +40,6 @@ class Prompting:
         input_length: largest count of ids in an input, the end of sequence included; longer inputs are
             truncated.
         decode_lengths: largest count of ids in an answer, for each objective.
-        metric: name of the task's metric.
         labels: the task's labels if they are a closed set; else empty.
         input_pair: whether a row needs a second input text.
     """
@@ -88,7 +87,6 @@ def prompting_for(
     """Returns the prompting of the model's `stepdistill.json`, or the paper's if that file is missing.
 
     Args:
-        model: the model to prompt.
         options: options of decoding, whose `max_decode_len` and `prefix` replace the model's own.
         task: prepared dataset whose metric and labels replace the model's own.
         with_rationale: whether to prompt for a rationale, too.
@@ -165,8 +163,6 @@ def encode_input(
     """Returns the ids of a prompt, truncated as in training, and whether they were truncated.
 
     Args:
-        vocabulary: vocabulary of the model.
-        text: a prompt.
         input_length: largest count of ids, the beginning and end of sequence included.
         input_pair: the row's second input text, which follows `text` and its end of sequence; empty if
             there is none.

@@ -46,8 +46,6 @@ def named_answer(
     """Returns the answer that a rationale names last, and whether this answer agrees with the label.
 
     Args:
-        rationale: the rationale of a row.
-        label: the label of the same row.
         metric: name of the task's metric. With `value_match`, the answer is the last number in the
             rationale; otherwise, it is one of `labels`.
         labels: the possible labels of the row or task.
@@ -82,7 +80,6 @@ class RationaleCounts:
         """Starts all counts at zero.
 
         Args:
-            metric: name of the metric that compares an answer with a label.
             labels: the task's labels if they are a closed set; else empty.
         """
         # imported here, since rouge_score imports NLTK, which takes a second
@@ -121,10 +118,10 @@ class RationaleCounts:
         Returns:
             `rows`: count of rows.
             `empty`: count of rationales without text.
-            `mean_words`: mean count of white-space separated words in a rationale.
+            `mean_words`: mean word count of a rationale, split at white space.
             `references`: count of rows that have a rationale in the dataset.
-            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference, with the most similar
-            reference of each row; None without references.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference, for the most similar one;
+            None without references.
             `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference; None without references.
             `consistent`, `inconsistent`, `names_no_label`: count of rows with each verdict of `named_answer`;
             None if the possible labels are unknown.
