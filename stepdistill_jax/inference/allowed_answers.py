@@ -165,7 +165,7 @@ def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowe
 
 
 def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
-    """Returns the labels without repetitions, which some questions of CommonsenseQA contain."""
+    """Returns the labels without repetitions. Some questions of CommonsenseQA repeat a label."""
     found: dict[str, str] = {}
     for label in labels:
         found.setdefault(normalize(label), label)
