@@ -131,7 +131,7 @@ class InputFile:
         if absent and self.total:
             raise InputError(
                 f"{self.path}: the field {min(absent)!r} is missing or empty in all rows, but this model reads"
-                " it; let a teacher write it for these rows, too"
+                " it; add the field to the rows, for example with a teacher"
             )
         self.digest = sha256(path)
 
