@@ -1,7 +1,6 @@
 """Gets labels from a trained model, without TensorFlow and without training code.
 
-All names are imported at once, not on first use. Otherwise, importing the module `inference.predict` would
-leave the name `predict` bound to that module, and the call `inference.predict(...)` would fail.
+All names are imported eagerly, since the module `inference.predict` would hide a lazy function `predict`.
 """
 
 from stepdistill_jax.decoding.beam import beam_search

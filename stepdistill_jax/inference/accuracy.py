@@ -8,16 +8,12 @@ from stepdistill_jax.inference.calibration import Calibration
 
 
 class AccuracyCounts:
-    """Counts right and invalid answers.
-
-    Rows may be added in any order, and the memory does not grow with the number of rows.
-    """
+    """Counts right and invalid answers, in bounded memory."""
 
     def __init__(self, metric: str, labels: Sequence[str] = (), temperature: float = 1.0):
         """Starts all counts at zero.
 
         Args:
-            metric: name of the metric that compares an answer with the gold label.
             labels: the task's labels if they are a closed set; else empty.
             temperature: temperature of the probabilities that `add` receives.
         """
@@ -38,9 +34,8 @@ class AccuracyCounts:
         """Counts one answer.
 
         Args:
-            prediction: the model's label.
             label: the gold label; empty if unknown.
-            choices: the row's own choices, if the row has any.
+            choices: the row's own choices.
             probabilities: {answer: probability} over the allowed answers; None if any answer was allowed.
         """
         self.rows += 1
@@ -62,12 +57,13 @@ class AccuracyCounts:
     def summary(self) -> dict[str, Any]:
         """Returns the counts and averages of all rows.
 
-        `rows` is the number of rows. `accuracy` and `majority_baseline` are computed over the rows that
-        have a gold label. They are absent if no row has a gold label. `rows_with_label` is the number of
-        rows with a gold label, and is present only if other rows have none. `invalid_labels` is the
-        number of answers that are not valid labels, or None if it is not known which answers are valid.
-        `collapsed` is true if there are two or more rows and all have the same answer. If answers were
-        restricted to choices, the dict also has the keys of `Calibration.summary`.
+        Returns:
+            `rows`: count of rows.
+            `accuracy`, `majority_baseline`: over the rows with a gold label; absent if there are none.
+            `rows_with_label`: count of rows with a gold label; absent if all rows or no rows have one.
+            `invalid_labels`: count of answers that are not valid labels; None if the valid ones are unknown.
+            `collapsed`: whether all rows, at least two, have the same answer.
+            The keys of `Calibration.summary` if answers were restricted to choices.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:
@@ -82,10 +78,7 @@ class AccuracyCounts:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """Returns the summary as text. The first line of the text shows the counts and measures.
-
-    If the task has its own metrics, a further line shows them. Two more lines may follow: one names the
-    fields that the model reads in addition to the input, and one warns if all answers are the same.
+    """Returns the summary as text: a line of counts and measures, then the task's metrics and any warnings.
 
     Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
     unfinished 0  812.4 rows/s`.

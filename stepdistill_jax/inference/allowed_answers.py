@@ -1,7 +1,4 @@
-"""Restricts answers to those that the option `choices` allows.
-
-This module reads and encodes the allowed answers, and turns their scores into output fields.
-"""
+"""Restricts answers to those that the option `choices` allows."""
 
 import functools
 import os
@@ -28,13 +25,11 @@ _KEPT = 2**16  # labels whose ids are cached: many rows have the same labels
 
 
 class Allowed:
-    """The answers that are allowed for each row, and the ids of these answers.
+    """The allowed answers of each row, and their ids.
 
     Attributes:
         labels: the allowed labels if they are the same for all rows; empty if each row has its own choices.
-        temperature: temperature of the probabilities.
-        key: digest of the allowed answers and the temperature. Two runs with equal keys restrict answers
-            in the same way.
+        key: digest of the allowed answers and the temperature.
     """
 
     def __init__(
@@ -51,25 +46,21 @@ class Allowed:
 
         Args:
             choices: `row` for each row's field `choices`, `labels` for the task's labels, the path of a
-                file, or a list of labels. The file has one label per line, or contains a JSON list if
-                its name ends in .json.
-            labels: labels of the task; empty if they are not a closed set.
-            objective: objective that trains the model to write labels. The target template of the
-                objective shows what the model writes.
-            vocabulary: vocabulary of the model.
-            most_ids: largest number of ids in an answer, the end of sequence included; training
-                truncated longer answers.
+                file, or a list of labels. A file has one label per line, or is a JSON list if its name
+                ends in .json.
+            labels: the task's labels; empty if they are not a closed set.
+            objective: objective that trains the model to write labels.
+            most_ids: largest count of ids in an answer, the end of sequence included.
             temperature: temperature of the probabilities. The scores do not depend on it.
 
         Raises:
-            InputError: the model writes more than the label; the file cannot be read; there are fewer
-                than two labels; or a label is repeated, has the same ids as another label, or has more
-                than `most_ids` ids.
+            InputError: the model writes more than the label, the file cannot be read, or the labels are
+                unsuitable (fewer than two, blank, repeated, too long, or with the same ids).
         """
         if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
-                f"`choices`: the model writes {objective.target_template!r}, so a label alone has no"
-                " probability by which it could be chosen; leave `choices` out"
+                f"`choices`: the model writes {objective.target_template!r}, so a label alone has no probability;"
+                " leave `choices` out"
             )
         self._objective, self._vocabulary, self._most_ids = objective, vocabulary, most_ids
         self.temperature = float(temperature)
@@ -85,18 +76,18 @@ class Allowed:
         self.key = digest([ROW if choices == ROW else self.labels, self.temperature])
 
     def of(self, row: Example) -> tuple[str, ...]:
-        """Returns the labels that are allowed for a row, in their given order, without repetitions."""
+        """Returns the row's allowed labels in their given order, without repetitions."""
         return self.labels or _each_once(row.choices)
 
     def ids(self, row: Example) -> list[tuple[int, ...]]:
-        """Returns, for each label in `of(row)`, the ids of the label, followed by the end of sequence."""
+        """Returns the ids of each label in `of(row)`, with an end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
     def check(self, row: Example) -> None:
-        """Refuses a row if it has no choices, or if the model cannot tell its choices apart.
+        """Refuses a row that has no choices, or choices that the model cannot score.
 
         Raises:
-            InputError: the row is refused. The message gives the reason, but not the file and line.
+            InputError: the row is refused. The message does not name the file and line.
         """
         if self.labels:
             return
@@ -108,14 +99,14 @@ class Allowed:
         """Returns the output fields of a row.
 
         Args:
-            row: the question.
             scores: natural log of the probability of each label in `of(row)`, [labels].
 
         Returns:
-            `label` is the label with the highest score. If several labels have this score, it is the
-            first of them. `score` is the highest score, rounded to 6 decimals. `choices` maps each
-            allowed label to its probability, rounded to 6 significant digits. The probabilities are a
-            softmax of the scores at `temperature`. `probability` is the probability of `label`.
+            `label`: the label with the highest score; the first one if several have this score.
+            `score`: the highest score, rounded to 6 decimals.
+            `probability`: probability of `label`.
+            `choices`: {label: probability} over the allowed labels: the softmax of the scores at
+            `temperature`, rounded to 6 significant digits.
         """
         labels, scores = self.of(row), np.asarray(scores, np.float64)
         best = int(scores.argmax())
@@ -130,7 +121,7 @@ class Allowed:
         }
 
     def _encode(self, label: str) -> tuple[int, ...]:
-        """Encodes a label like a target in training, but without truncation, and returns its ids."""
+        """Returns the ids of a label, encoded like a target in training, but never truncated."""
         target = self._objective.target_template.format_map({self._objective.label_field: label})
         return (*self._vocabulary.encode(target), EOS_ID)
 
@@ -155,9 +146,7 @@ class Allowed:
 
 
 def allow(options: DecodeOptions, prompting: Prompting, model: Engine) -> Allowed | None:
-    """Returns the answers that `options.choices` allows for this model and task.
-
-    The result is None if any answer is allowed.
+    """Returns the answers that `options.choices` allows; None if it allows any answer.
 
     Raises:
         InputError: the labels are unsuitable; see `Allowed`.
@@ -184,7 +173,7 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns the name that messages use for the source of the labels, and the unchecked labels."""
+    """Returns the source of the labels, as messages name it, and the unchecked labels."""
     if choices == LABELS:
         if not of_task:
             raise InputError(
@@ -198,11 +187,7 @@ def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
 
 
 def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
-    """Returns the labels as stripped strings, after checking that they are valid.
-
-    There must be two or more labels, and none may be blank or repeated. Messages give `name`
-    as the source of the labels.
-    """
+    """Returns the stripped labels, or refuses blank, repeated or fewer than two labels."""
     labels = [as_text(x, f"label {i}", name).strip() for i, x in enumerate(labels, 1)]
     first: dict[str, int] = {}
     for number, label in enumerate(labels, 1):

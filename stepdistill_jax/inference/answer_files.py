@@ -1,4 +1,4 @@
-"""Names and writes the files of decoded answers in a workdir's folder `predictions/`."""
+"""Names and writes the files of answers in a workdir's folder `predictions/`."""
 
 import json
 import os
@@ -16,7 +16,7 @@ WITH_RATIONALE = "-rationale"  # predictions/TASK-SPLIT-STEP-rationale.jsonl
 def answers_name(
     task: str, split: str, step: int | None, options: DecodeOptions, with_rationale: bool = False
 ) -> str:
-    """Returns the name of the file for the answers, without `.jsonl`."""
+    """Returns the name of the file of answers, without `.jsonl`."""
     name = f"{task}-{split}-{step}"
     name += "" if options.num_beams == 1 else f"-beams{options.num_beams}"
     name += "" if options.length_penalty is None else f"-penalty{options.length_penalty}"
@@ -26,11 +26,10 @@ def answers_name(
 
 
 def write_answers(workdir: os.PathLike | str, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the rows atomically to `predictions/NAME.jsonl` in a workdir. An older file is replaced.
+    """Writes the rows atomically to `predictions/NAME.jsonl` in a workdir, and replaces an older file.
 
     Raises:
-        OSError: the file cannot be written, for example because the disk is full. The message names
-            the file.
+        OSError: the file cannot be written. The message names the file.
     """
     with atomic_write(as_path(workdir) / PREDICTIONS / f"{name}.jsonl") as f:
         f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

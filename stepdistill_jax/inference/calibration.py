@@ -12,25 +12,21 @@ _SMALLEST = np.log(np.finfo(np.float64).tiny)
 
 
 class Calibration:
-    """Adds up the sums from which the calibration is computed.
-
-    Rows may be added in any order. Each row must have a known gold label.
-    """
+    """Adds up the sums from which the calibration is computed."""
 
     def __init__(self, temperature: float = 1.0):
-        """Starts all sums at zero. `temperature` is the temperature of the probabilities that `add` receives."""
+        """Starts all sums at zero, for probabilities at `temperature`."""
         self._temperature = temperature
         self._count, self._sure, self._right = np.zeros((3, BINS))
         self._losses = np.zeros(len(TEMPERATURES))
         self._loss, self._scored, self._without = 0.0, 0, 0
 
     def add(self, probabilities: Sequence[float], is_gold: Sequence[bool]) -> None:
-        """Adds one row.
+        """Adds one row with a known gold label.
 
         Args:
             probabilities: probability of each allowed label; they sum to 1.
-            is_gold: for each allowed label, whether it equals the gold label. If the gold label is not
-                allowed, all are False.
+            is_gold: whether each allowed label equals the gold label.
         """
         p, gold = np.asarray(probabilities, np.float64), np.asarray(is_gold, bool)
         best = int(p.argmax())
@@ -50,15 +46,14 @@ class Calibration:
         """Returns the measures of calibration; {} if no row was added.
 
         Returns:
-            `expected_calibration_error`: rows are sorted into 15 bins of equal width by the probability
-            of their answer. Each bin has a gap, |share of right answers - mean probability|; the error
-            is the mean of the gaps, weighted by the number of rows (Guo et al. 2017, arXiv:1706.04599,
-            section 2).
+            `expected_calibration_error`: the rows are sorted into 15 equal bins by the probability of
+            their answer. The error is the mean over bins of |share of right answers - mean probability|,
+            weighted by the rows per bin (Guo et al. 2017, arXiv:1706.04599, section 2).
             `log_loss`: mean of -log(probability of the gold label), in nats, over the rows whose gold
-            label is allowed; None if there are no such rows.
+            label is allowed; None if there are none.
             `best_temperature`: the temperature, between 0.05 and 100, with the smallest log loss on the
-            same rows (section 4.2); None if there are no such rows.
-            `gold_not_a_choice`: number of rows whose gold label is not allowed.
+            same rows (section 4.2); None if there are none.
+            `gold_not_a_choice`: count of rows whose gold label is not allowed.
         """
         rows = self._count.sum()
         if not rows:
@@ -74,9 +69,8 @@ class Calibration:
 
 
 def _surprise(logs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """Returns -log(total probability of the gold labels) for each row, [...].
+    """Returns -log(total probability of the gold labels), [...].
 
-    `logs` are the unnormalized log probabilities of all labels, [..., labels]. Adding a constant to a row
-    of `logs` does not change the result.
+    `logs` are unnormalized log probabilities, [..., labels].
     """
     return np.logaddexp.reduce(logs, axis=-1) - np.logaddexp.reduce(logs[..., gold], axis=-1)

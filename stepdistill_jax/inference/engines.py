@@ -38,11 +38,9 @@ class Engine(Protocol):
     """A model and the engine that runs it.
 
     Attributes:
-        path: directory of the model.
-        vocabulary: vocabulary of the model.
         task_info: contents of `stepdistill.json`; None if the directory lacks that file.
-        step: step of the checkpoint; None if `path` is not a workdir, but a directory of a single model.
-        batch_size: number of rows decoded at once.
+        step: step of the checkpoint; None if `path` is not a workdir.
+        batch_size: count of rows decoded at once.
         identity: digest of everything in the model that affects its answers.
         device: kind of device, such as `cpu`.
     """
@@ -67,11 +65,10 @@ class Engine(Protocol):
         """Returns the answers to `rows`, in the order of `rows`.
 
         Args:
-            rows: ids of each input, including its end of sequence; no input is empty.
-            max_decode_len: largest number of tokens in an answer, the end of sequence included.
-            on_progress: called with the number of rows of each finished batch.
-            decoder_prefix: ids that the decoder reads before the answer. They belong neither to the
-                answer nor to its score.
+            rows: ids of each input, with its end of sequence; no input is empty.
+            max_decode_len: largest count of tokens in an answer, the end of sequence included.
+            on_progress: called with the row count of each finished batch.
+            decoder_prefix: ids that the decoder reads before the answer; not part of the answer or its score.
         """
         ...
 
@@ -81,10 +78,7 @@ class Engine(Protocol):
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Returns, for each row, the log probabilities of the answers given for this row, as an array.
-
-        See `choices.ChoiceScorer`.
-        """
+        """Returns the log probabilities of each row's answers, as one array per row."""
         ...
 
 
@@ -93,11 +87,11 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
 
     Args:
         path: workdir, model directory or CTranslate2 directory.
-        options: step and options of decoding; None means `DecodeOptions()`.
+        options: None means `DecodeOptions()`.
 
     Raises:
-        InputError: the engine cannot read the directory, the model is bad, or the options do not fit
-            the model.
+        InputError: the engine cannot read the directory, the model is bad, or an option does not fit the
+            model.
     """
     options = options or DecodeOptions()
     converted = is_ctranslate2(path)
@@ -142,11 +136,7 @@ class JaxEngine:
 
     @property
     def identity(self) -> str:
-        """Digest of the parameters, configuration and vocabulary in memory.
-
-        The digest does not cover `stepdistill.json`, since the prompts and lengths in that file are options
-        of a run.
-        """
+        """Digest of the parameters, configuration and vocabulary; prompts and lengths are not included."""
         config = dataclasses.asdict(self._config)
         if config["logits_softcap"] is None:  # so that older, unfinished outputs can be continued
             del config["logits_softcap"]
@@ -178,11 +168,9 @@ class JaxEngine:
         return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
-        """Returns the batch size for a number of rows.
+        """Returns `batch_size`, halved as long as all rows still fit into one batch.
 
-        This is `batch_size`, halved as long as all rows still fit into a single batch. A smaller batch
-        saves the time that padding rows take. Halving keeps the number of different shapes small, and a
-        program is compiled for each shape.
+        Halving wastes less time on padding rows, but adds only a few shapes to compile.
         """
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
@@ -191,11 +179,9 @@ class JaxEngine:
 
 
 class CTranslate2Engine:
-    """Engine that runs CTranslate2, with one worker for each core that this process may use.
+    """Engine that runs CTranslate2, with a single-threaded worker for each core that this process may use.
 
-    All workers share one copy of the weights, and each worker has one thread. Several threads in a worker
-    would share each matmul and wait for the slowest thread: when another program kept a core busy, a
-    worker with two threads was six times slower than one with a single thread.
+    The workers share one copy of the weights. With several threads, a worker waits for its slowest thread.
     """
 
     device: str = "cpu"
@@ -252,15 +238,14 @@ class CTranslate2Engine:
         """Implements `Engine.decode`.
 
         Raises:
-            InputError: a row consists of only its end of sequence, for which CTranslate2 decodes nothing;
-                or there are a decoder prefix and a length penalty, since CTranslate2 counts the prefix
-                as part of the answer's length.
+            InputError: a row has only an end of sequence, or a decoder prefix is combined with a
+                length penalty.
         """
         prefix = [self._names[i] for i in decoder_prefix]
         if prefix and self._penalty:
             raise InputError(
-                f"{self.path}: CTranslate2 would apply the length penalty also to the decoder prefix of"
-                " rationales; set `length_penalty=0`, or use the directory that this one was made from"
+                f"{self.path}: CTranslate2 would count the decoder prefix of a rationale in the length"
+                " penalty; set `length_penalty=0`, or use the directory that this one was made from"
             )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
@@ -281,9 +266,8 @@ class CTranslate2Engine:
                 ids = [self._ids[name] for name in result.hypotheses[0]]
                 if not ids:
                     raise InputError(
-                        f"{self.path}: a row's prompt is empty (an empty input and an empty prefix), and"
-                        " CTranslate2 gives no answer to it; leave such rows out, or use the directory"
-                        " that this one was made from"
+                        f"{self.path}: CTranslate2 cannot answer a row with an empty input and an empty"
+                        " prefix; leave such rows out, or use the directory that this one was made from"
                     )
                 ids = ids[len(prefix) :]
                 decoded.ids[place], decoded.finished[place] = ids, ids[-1] == EOS_ID
@@ -298,10 +282,10 @@ class CTranslate2Engine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Implements `Engine.score`. CTranslate2 encodes an input once for each of its answers.
+        """Implements `Engine.score`, but encodes an input once for each of its answers.
 
         Raises:
-            InputError: an answer lacks the end of sequence, which CTranslate2 always adds.
+            InputError: an answer lacks the end of sequence.
         """
         if any(ids[-1] != EOS_ID for of_row in answers for ids in of_row):
             raise InputError(
@@ -332,10 +316,9 @@ class CTranslate2Engine:
         return scores
 
     def _pairs(self, rows, answers) -> Iterator[list[tuple[int, int]]]:
-        """Yields batches of pairs (index of a row, index of one of its answers).
+        """Yields batches of pairs (row index, answer index), those with the longest inputs first.
 
-        The inputs of a batch have similar lengths, and the batch with the longest inputs comes first. The
-        answers of a batch have at most `CHUNK_TOKENS` tokens, padding included.
+        The answers of a batch have at most `CHUNK_TOKENS` tokens, padding included.
         """
         pairs, longest = [], 0
         for place in sorted(range(len(rows)), key=lambda i: -len(rows[i])):

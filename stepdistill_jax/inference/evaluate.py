@@ -1,4 +1,4 @@
-"""Evaluates a model on a split of any task: a prepared dataset, or a task that only SeqIO can read."""
+"""Evaluates a model on a split of a prepared dataset or of a SeqIO task."""
 
 import dataclasses
 import math
@@ -66,38 +66,34 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them with the gold labels.
 
-    The rows of a prepared dataset are read without TensorFlow. Any other task is tokenised through
-    SeqIO, as for training, and its own metrics are computed as well.
+    A prepared dataset is read without TensorFlow. Any other task is tokenised through SeqIO, as for training,
+    and its own metrics are computed as well.
 
-    If `path` is a workdir, the answers are saved there, in `predictions/TASK-SPLIT-STEP.jsonl`. Options
-    that are set are appended to the name, before `.jsonl` and in this order: `-beamsN`, `-penaltyX`,
-    `-choices`, `-int8`, `-rationale`.
+    For a workdir, the answers are saved in its `predictions/TASK-SPLIT-STEP.jsonl`. Options that are set are
+    appended to STEP, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`, `-rationale`.
 
     Args:
         path: workdir or model directory.
         task: name of a prepared dataset, a task registered by `add_task`, or a SeqIO task or mixture. The
-            task also determines how labels are compared.
-        split: split of the task.
+            task also determines the metric.
         output: JSON file for the result; None writes no file.
         with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
         data_dir: folder of prepared datasets and tokens; None means the default folder.
-        task_module: module that registers the task. If `task_module` is None and the model was trained on
-            this task, the module from training is used.
-        **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`, for which the model's
-            own values are used.
+        task_module: module that registers the task; None means the module from the model's training, if the
+            model was trained on this task.
+        **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`.
 
     Returns:
-        For a mixture whose labels come from several tasks, the result has `task`, `split`, `rows` (the
-        number of rows of all tasks) and `tasks` ({name of a task: result of this task}).
-        Otherwise, the result has the keys that `predict` returns, and `task`, `split`, `step`,
-        `num_beams` and `length_penalty`. If rationales were requested, the result also has `rationale`, a
-        dict with the keys of `RationaleCounts.summary` and `unfinished`, the number of rationales that
-        reached their maximum length without an end of sequence. If a SeqIO task has its own metrics, the
-        result also has `metrics`, {name: value}.
+        The keys that `predict` returns, and `task`, `split`, `step`, `num_beams` and `length_penalty`.
+        `rationale`: the keys of `RationaleCounts.summary`, and `unfinished`, the count of rationales that
+        reached their maximum length; present only if rationales are requested.
+        `metrics`: {name: value}; present only if a SeqIO task has its own metrics.
+        For a mixture whose labels come from several tasks, only `task`, `split`, `rows` (the total count)
+        and `tasks` ({task: result}).
 
     Raises:
         InputError: the model, step, task, split or module does not exist; an option is bad; or
-            rationales are requested for a SeqIO task, or from a model that was not trained to write them.
+            rationales are requested from a task or model without them.
     """
     chosen = decode_options(evaluate, options, without=("max_decode_len", "prefix"))
     if output is not None:
@@ -150,18 +146,14 @@ def evaluate(
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
     """Refuses a dataset's validation split if the model was trained on some of its rows.
 
-    A dataset that was prepared with `paper_exact` may draw its validation rows at random from the train
-    rows. A run with a `data_fraction` below 1 then draws other validation rows than a run with all data.
-
-    Raises:
-        InputError: the model was trained on some of these rows.
+    With `paper_exact`, a run with a `data_fraction` below 1 draws its own validation split.
     """
     config = info.provenance.get("config") if info and info.task == dataset.name else None
     share = config.get("data_fraction") if isinstance(config, dict) else None
     if split in dataset.drawn[1:] and share not in (None, 1.0):
         raise InputError(
-            f"`split`: the model was trained on {share} of {dataset.name}, and its run drew a different"
-            " validation split, so it was trained on some rows of this one; evaluate the split test"
+            f"`split`: the model was trained on {share} of {dataset.name} with a different validation"
+            " split, so it has seen some of these validation rows; evaluate the split test"
         )
 
 
@@ -173,12 +165,7 @@ def _check_each(
     data_dir: pathlib.Path,
     task_module: str | None,
 ) -> None:
-    """Refuses a mixture if one of its tasks cannot be evaluated, before any task is decoded.
-
-    Raises:
-        InputError: a task lacks the split; or a task is not a prepared dataset, but the options need
-            fields that only rows of prepared datasets have.
-    """
+    """Checks, before any decoding, that each task of a mixture can be evaluated."""
     for name in names:
         found = find_task(name, data_dir=data_dir, task_module=task_module)
         splits = found.source.splits if isinstance(found, TaskSpec) else found.splits
@@ -195,11 +182,7 @@ def _check_each(
 
 
 def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
-    """Returns the names of the model's objectives, and the run's setting `task_objectives`.
-
-    The setting says which objective each task of a mixture trains. The setting is None if the run did
-    not set it, or if the model's files do not record it.
-    """
+    """Returns the names of the model's objectives, and the run's `task_objectives` (None if unknown)."""
     if info is None:
         return ["label"], None
     config = info.provenance.get("config")
@@ -208,10 +191,7 @@ def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
 
 
 def _own_module(info: TaskInfo | None, task: str) -> str | None:
-    """Returns the module that registered the task on which the model was trained.
-
-    The result is None if the model was trained without a module, or if its task is not `task`.
-    """
+    """Returns the module that registered the model's task; None if unknown, or if `task` is another task."""
     if info is None or info.task != task:
         return None
     config = info.provenance.get("config")
@@ -226,10 +206,7 @@ def _evaluate_dataset(
     options: DecodeOptions,
     with_rationale: bool,
 ) -> dict[str, Any]:
-    """Returns the result of `predict` on a split of a prepared dataset.
-
-    If `path` is a workdir, the answers are saved there.
-    """
+    """Returns the result for a prepared dataset, and saves the answers in a workdir."""
     source = on_all_processes(lambda: dataset.file(split))
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     name = answers_name(dataset.name, split, found, options, with_rationale)
@@ -262,10 +239,7 @@ def _evaluate_dataset(
 def _evaluate_part(
     path: os.PathLike | str, part: Part, split: str, options: DecodeOptions
 ) -> dict[str, Any]:
-    """Returns the result of `evaluate_tokens` on a split of a SeqIO task.
-
-    If `path` is a workdir, the answers are saved there.
-    """
+    """Returns the result for a SeqIO task, and saves the answers in a workdir."""
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     if found is not None:
         options = dataclasses.replace(options, step=found)
@@ -310,30 +284,22 @@ def evaluate_tokens(
     task_metrics: TaskMetrics | None = None,
     keep: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Decodes the labels of inputs that are already ids, and compares them with the gold labels.
-
-    Such inputs come from a user's own SeqIO task.
+    """Decodes the labels of the tokenised inputs of a SeqIO task, and compares them with the gold labels.
 
     Args:
         path: workdir or model directory.
-        inputs: ids of each input, including its end of sequence. An input longer than in training is
-            truncated.
-        labels: the gold label of each row.
-        metric: name of the metric that compares an answer with the gold label.
-        allowed: the task's labels if they are a closed set; else empty. The option `choices=labels`
-            restricts answers to them.
-        options: options of decoding, except `choices=row`; None means `DecodeOptions()`.
-        task_metrics: the task's own metrics, for the same rows; None if the task has none.
-        keep: function that is called before the task's metrics are computed. Its argument is a list with
-            one dict for each input. The keys of the dict are `id` (the 1-based index of the input, as a string),
-            `label`, `score`, the other fields that `predict` writes, and `target` (the gold label). If a
-            metric reads scores of targets, the dict also has `target_score`, the natural log of the
-            target's probability.
+        inputs: ids of each input, with its end of sequence; truncated as in training.
+        labels: gold label of each input.
+        allowed: the task's labels if they are a closed set; else empty.
+        options: all but `choices=row`; None means `DecodeOptions()`.
+        keep: called before the task's metrics are computed, with a list of one dict for each input. A dict
+            has `id` (the 1-based index, as a string), the other fields that `predict` writes, and `target`
+            (the gold label). If a metric reads target scores, the dict also has `target_score`, the
+            natural log of the target's probability.
 
     Returns:
-        The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`. If the task has
-        its own metrics, the result also has `metrics`, {name: value}, where None stands for NaN or
-        infinity.
+        The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`.
+        `metrics`: {name: value}, with None for NaN or infinity; present only if the task has its own metrics.
 
     Raises:
         InputError: the model or step does not exist, an option is bad, or a metric fails.

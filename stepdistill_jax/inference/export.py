@@ -44,30 +44,25 @@ def export(
 ) -> dict[str, Any]:
     """Writes the model of one step for other programs.
 
-    The format `hf` is a directory in Hugging Face's layout, with configuration, weights, tokenizer, task
-    and model card. From this directory, `predict` writes the same bytes as from the workdir at that step.
-
-    The format `jax` is the label decoder as a `jax.export` program, with the weights in separate files. A
-    process that has only jax can run it; the `README.md` in the folder shows how.
-
-    The format `ctranslate2` is a directory for CTranslate2, which decodes faster on CPUs. `predict` reads
-    this directory, and its `README.md` shows how to use it without this package.
+    The formats are:
+        `hf`: a directory in Hugging Face's layout. `predict` writes the same bytes as from the workdir.
+        `jax`: the label decoder as a `jax.export` program, which needs only jax.
+        `ctranslate2`: a directory for CTranslate2, which decodes faster on CPUs. `predict` can read it.
 
     Args:
-        workdir: folder of a training run. The formats `jax` and `ctranslate2` also accept a model
-            directory.
-        model_dir: folder to write, which must be absent or empty. If the export fails, no folder is left.
+        workdir: folder of a training run; for `jax` and `ctranslate2`, also a model directory.
+        model_dir: folder to write, which must be absent or empty. A failed export leaves no folder.
         step: checkpoint of the workdir: `best`, `last` or a step number.
-        format: `hf`, `jax` or `ctranslate2`.
-        quantization: type of the weights for `ctranslate2`: `float32` or `int8`; None means `float32`.
+        quantization: type of the weights for `ctranslate2`: `int8` or `float32`; None means `float32`.
 
     Returns:
-        `model_dir`, `step`, `format`, `parameters` (the number of parameters) and `files` (the sorted
-        names of the files and folders in `model_dir`).
+        `model_dir`, `step` and `format`.
+        `parameters`: count of parameters.
+        `files`: sorted names of the files and folders in `model_dir`.
 
     Raises:
-        InputError: the format or quantization is unknown; `workdir` is not a workdir or lacks the step;
-            `model_dir` is not empty; or `transformers` would read the vocabulary differently.
+        InputError: the format, quantization, workdir or step is bad, `model_dir` is not empty, or
+            `transformers` would read the vocabulary differently.
     """
     one_of("format", format, FORMATS)
     if quantization is not None and format != "ctranslate2":
@@ -174,7 +169,7 @@ def _metrics(model: LoadedModel) -> dict[str, Any]:
 
 
 def _task_info(model: LoadedModel) -> TaskInfo | None:
-    """Returns the contents of the new `stepdistill.json`: the model's own contents and the exported step."""
+    """Returns the model's task information, with the exported step added."""
     info = model.task_info
     if info is None or model.step is None:
         return info

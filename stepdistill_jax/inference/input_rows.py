@@ -18,13 +18,10 @@ WINDOW_CHARS = (
 
 
 def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
-    """Returns the question of a row.
-
-    The input may be blank. The id keeps its type, so that a number stays a number.
+    """Returns the question of a row. Its input may be blank, and its id may be a number.
 
     Args:
-        row: a row in the generic format.
-        more: names of further fields that a prompt contains. They are also read, but the row may lack them.
+        more: names of optional fields to read for the prompt.
 
     Raises:
         InputError: a field is missing or has the wrong type.
@@ -39,7 +36,7 @@ def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
 
 
 def _rename(row: JsonRow) -> str:
-    """Returns the end of the error message for a row without an input: what the user should do."""
+    """Returns the end of the message about a row without an input, which tells the user what to do."""
     if is_csv(row.path):
         return "; its first line names the columns, and one of them must be 'input'"
     if len(row.fields) == 1:
@@ -52,13 +49,11 @@ def read_questions(
     check_row: Callable[[Example], None] | None = None,
     more: Sequence[str] = (),
 ) -> Iterator[Example | BadRow]:
-    """Yields, for each row of a file, its question, or a `BadRow` if the row is unusable.
+    """Yields each row of a file as a question, or as a `BadRow` if it is unusable.
 
     Args:
-        path: path of the file. A file that ends in .csv or .tsv is read as CSV or TSV, and any other file
-            as JSON lines.
-        check_row: function that raises InputError for an unusable row. The message of that error gives
-            only the reason.
+        path: a .csv or .tsv file; any other file is read as JSON lines.
+        check_row: raises InputError, with the reason as its message, for an unusable row.
         more: see `question`.
 
     Raises:
@@ -80,10 +75,9 @@ def read_questions(
 
 
 def next_window(rows: Iterator[Example], most_rows: int) -> list[Example]:
-    """Returns up to `most_rows` further rows.
+    """Returns the next rows, at most `most_rows`; empty after the last row.
 
-    The list ends early once the texts of its rows have 16 Mi characters or more. After the last row, the list
-    is empty.
+    The window ends early at 16 Mi characters of text.
     """
     window, chars = [], 0
     for row in rows:
@@ -98,9 +92,7 @@ class InputFile:
     """A file of rows that is read several times and must not change in the meantime.
 
     Attributes:
-        path: path of the file.
-        total: number of good rows.
-        digest: digest of the file's bytes.
+        total: count of good rows.
     """
 
     def __init__(
@@ -110,18 +102,16 @@ class InputFile:
         check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
     ):
-        """Reads the whole file once and counts its good rows, before any row is decoded.
+        """Reads the whole file once, and counts its good rows.
 
         Args:
-            path: path of the file.
             on_error: what to do at a bad row: `stop` or `skip`.
             check_row: see `read_questions`.
-            reads: names of the fields that prompts contain in addition to the input.
+            reads: names of the fields that the prompts need in addition to the input.
 
         Raises:
-            InputError: the file cannot be read; none of its rows is good; a field of `reads` is missing
-                from all rows; or a row is bad and `on_error` is `stop`. The message for a bad row names
-                the file and line.
+            InputError: the file cannot be read, has no good row, or lacks a field of `reads` in all rows; or
+                a row is bad and `on_error` is `stop`.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._stamp = self._stat()
@@ -141,12 +131,12 @@ class InputFile:
         if absent and self.total:
             raise InputError(
                 f"{self.path}: the field {min(absent)!r} is missing or empty in all rows, but this model reads"
-                " it in addition to the input (a teacher must also write it at test time)"
+                " it; add the field to the rows, for example with a teacher"
             )
         self.digest = sha256(path)
 
     def rows(self) -> Iterator[Example | BadRow]:
-        """Yields, for each row of the file, its question, or a `BadRow` if the row is unusable."""
+        """Yields the result of `read_questions` for the file."""
         return read_questions(self.path, self._check_row, self._reads)
 
     def _stat(self) -> tuple[int, ...] | None:
@@ -159,11 +149,9 @@ class InputFile:
     def check(self, rows: int | None = None) -> None:
         """Refuses a file that has changed since it was opened.
 
-        Without `rows`, the file's bytes are compared only if its size or modification time has changed.
-
         Args:
-            rows: number of good rows that were read. Pass it after the last row; the bytes of the file
-                are then always compared.
+            rows: count of good rows read, to pass after the last row. None compares the bytes only if the
+                size or modification time has changed.
 
         Raises:
             InputError: the file was replaced, changed or removed.

@@ -16,10 +16,10 @@ class Labels(NamedTuple):
 
     Attributes:
         answers: the output fields of each row, without the row's id.
-        ids: ids of each answer, as decoded or chosen.
+        ids: ids of each answer.
         scores: natural log of each answer's probability, [rows].
-        unfinished: number of answers that reached the maximum length without an end of sequence.
-        unparsed: number of answers in which no label was found.
+        unfinished: count of answers that reached the maximum length without an end of sequence.
+        unparsed: count of answers in which no label was found.
     """
 
     answers: list[dict[str, Any]]
@@ -40,13 +40,9 @@ def label_rows(
     """Returns the label of each row.
 
     Args:
-        model: engine opened by `open_engine`.
-        prompting: result of `prompting_for`.
-        allowed: result of `allow`. If it is None, the label is decoded; otherwise, the label is the
-            likeliest allowed answer.
-        rows: the questions.
+        allowed: result of `allow`; None decodes the label instead of choosing the likeliest allowed one.
         inputs: ids of each question's prompt (`encode_input`).
-        on_progress: called with the number of rows of each finished batch.
+        on_progress: called with the row count of each finished batch.
 
     Raises:
         NotFinite: the model gives NaN.
@@ -76,17 +72,15 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Decodes, for each row, the answer to an objective other than the label's, such as the rationale.
+    """Decodes the answers to an objective other than the label's, such as the rationale.
 
     Args:
-        model: engine opened by `open_engine`.
-        prompting: result of `prompting_for`; it must include the objective.
         objective: index of the objective in `prompting.objectives`.
         inputs: ids of each row's prompt for that objective.
 
     Returns:
-        The decoded text of each row, and the number of texts that reached the maximum length without an
-        end of sequence.
+        The decoded text of each row.
+        The count of texts that reached the maximum length without an end of sequence.
 
     Raises:
         NotFinite: the model gives NaN.
@@ -105,15 +99,13 @@ def score_targets(
     targets: Sequence[Sequence[int]],
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Returns the natural log of each target's probability, [rows] float32.
-
-    The value for a target without ids is 0.
+    """Returns the natural log of each target's probability, [rows] float32; 0 for a target without ids.
 
     Args:
         score: `Engine.score`, or a `ChoiceScorer` that is already bound to the parameters.
         inputs: ids of each row's prompt.
         targets: ids of each row's target, with its end of sequence.
-        on_progress: called with the number of rows of each finished batch.
+        on_progress: called with the row count of each finished batch.
     """
     places = [i for i, ids in enumerate(targets) if ids]
     found = score([inputs[i] for i in places], [[targets[i]] for i in places], on_progress)

@@ -35,13 +35,10 @@ class LoadedModel:
     """A model with its vocabulary and task.
 
     Attributes:
-        path: directory of the model.
-        config: configuration of the model. Its activations are float32, even if the model was trained with
-            another type.
-        params: parameters of the model, with LoRA adapters merged into them.
-        vocabulary: vocabulary of the model.
+        config: configuration of the model, always with float32 activations.
+        params: parameters, with LoRA adapters merged into them.
         task_info: contents of `stepdistill.json`; None if the directory lacks that file.
-        step: step of the checkpoint; None if `path` is not a workdir, but a directory of a single model.
+        step: step of the checkpoint; None if `path` is not a workdir.
     """
 
     path: pathlib.Path
@@ -60,13 +57,12 @@ def load_model(
     Args:
         path: a workdir, which contains `checkpoints/`, or a directory in Hugging Face's layout.
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
-        mesh: devices for the parameters; None means the default device. If the mesh has devices of
-            several processes, all of these processes must call this function, and process 0 chooses the
-            step.
+        mesh: devices for the parameters; None means the default device. All processes of the mesh must
+            call this function.
 
     Raises:
-        InputError: the folder contains no model, the folder lacks the step, the step's files are damaged
-            (the message then suggests a good step), or the weights do not fit the configuration.
+        InputError: the model or step does not exist, its files are damaged, or its weights do not fit the
+            configuration.
     """
     path = as_path(path)
     found = on_process_0(
@@ -110,18 +106,14 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
 
 
 def _weights(path: pathlib.Path, found: int | None) -> str:
-    """Returns a digest by which several processes check that they read the same weights.
-
-    The digest is empty for a single process, and for a remote path, from which all processes read the
-    same files.
-    """
+    """Returns a digest of the weights to compare between processes; empty for one process or a remote path."""
     if jax.process_count() == 1 or is_remote(path):
         return ""
     return sampled_digest(path if found is None else path / FOLDER / str(found) / "params")
 
 
 def device_mesh(layout: str | Layout) -> Mesh | None:
-    """Returns the mesh of a layout over all devices of all processes; None if there is only one device.
+    """Returns a layout's mesh over all devices of all processes; None if there is only one device.
 
     Raises:
         InputError: the layout is unknown, or does not fit the number of devices.
@@ -133,8 +125,7 @@ def device_mesh(layout: str | Layout) -> Mesh | None:
 def params_fingerprint(params: Any) -> str:
     """Returns a checksum of all parameters, which is the same for a checkpoint and its export.
 
-    The checksum is computed on the devices of the parameters, and does not depend on the sharding of the
-    parameters. If there are several processes, all must call this function.
+    The checksum does not depend on the sharding. All processes must call this function.
     """
     sums = [_checksum(x) for x in jax.tree.leaves(params)]
     return digest([np.asarray(x).tolist() for x in sums])
@@ -142,10 +133,9 @@ def params_fingerprint(params: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Returns the sum of h and the sum of h^2 over all elements, modulo 2^32, [2] uint32.
+    """Returns the sum of h and the sum of h^2, modulo 2^32, [2] uint32, for any sharding of the array.
 
-    h is a hash of an element's bits and of the element's position in the array. Sums of integers modulo
-    2^32 do not depend on the order of the terms, so both sums are the same for any sharding of the array.
+    h is a hash of an element's bits and of the element's position in the array.
     """
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -18,31 +18,29 @@ QUANTIZATIONS = ("int8",)  # for the JAX engine
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """The options that `predict`, `evaluate` and `serve` share. Each function accepts them as keywords.
+    """The options that `predict`, `evaluate` and `serve` accept as keywords.
 
     Attributes:
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
-        batch_size: number of rows decoded at once, on all devices together; None means 64 for each
+        batch_size: count of rows decoded at once, on all devices together; None means 64 for each
             device that decodes separate rows.
         layout: how the devices of all processes share the work (`sharding.LAYOUTS`). With `data`, each
-            device stores the complete model and decodes separate rows. `tensor` splits the model over
-            several devices, for a model that does not fit on one.
-        max_decode_len: largest number of ids in a label, its end of sequence included. None means
-            `max_decode_len` of `stepdistill.json`, or 64 if the directory lacks that file.
-        num_beams: number of beams of beam search (`inference.beam_search`). 1 means greedy decoding,
-            which chooses the likeliest token at each step.
-        length_penalty: beam search divides the log probability of an answer by the answer's length to the
-            power of this number; None means 1.
+            device stores the complete model. `tensor` splits a model that does not fit on one device.
+        max_decode_len: largest count of ids in a label, its end of sequence included. None means
+            `max_decode_len` of `stepdistill.json`, or 64 without that file.
+        num_beams: count of beams of beam search (`inference.beam_search`). 1 means greedy decoding.
+        length_penalty: beam search divides an answer's log probability by LENGTH ** length_penalty; None
+            means 1.
         choices: the allowed answers: `row` for each row's `choices`, `labels` for the task's labels, the
-            path of a file of labels, or a list. Nothing is decoded then: each allowed answer is scored
-            exactly, and the likeliest is the label (`inference.allowed_answers`). None allows any answer.
-        choices_temperature: temperature of the probabilities of choices. `evaluate` on a validation split
-            suggests a value, `best_temperature`.
-        prefix: text that replaces the model's own prompt and precedes the input; None means the model's
-            own prompt.
-        engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine that reads the directory.
-        quantization: type in which the JAX engine keeps the kernels of projections in memory. For `int8`, each
-            output of a kernel has its own scale (`models.quantized`). None means float32.
+            path of a file of labels, or a list. The label is then the likeliest of them, and nothing is
+            decoded (`inference.allowed_answers`). None allows any answer.
+        choices_temperature: temperature of the probabilities of choices. `best_temperature` of `evaluate`
+            suggests a value.
+        prefix: text that replaces the model's own prompt before the input; None keeps the model's own.
+        engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine that reads the
+            directory.
+        quantization: type of the projections' kernels in the JAX engine: `int8`, with a scale for each
+            output (`models.quantized`). None means float32.
     """
 
     step: str | int = "best"
@@ -71,7 +69,8 @@ class DecodeOptions:
         number("choices_temperature", self.choices_temperature, least=0.01, most=100)
         if self.choices is None and self.choices_temperature != 1:
             raise InputError(
-                "`choices_temperature`: this option has an effect only with `choices`; add `choices`, or leave it out"
+                "`choices_temperature`: this option has an effect only with `choices`; add `choices`, or leave"
+                " `choices_temperature` out"
             )
         if self.choices is not None and self.num_beams != 1:
             raise InputError(
@@ -91,11 +90,9 @@ class DecodeOptions:
 def decode_options(
     function: Callable, given: Mapping[str, Any], without: Sequence[str] = ()
 ) -> DecodeOptions:
-    """Returns the `DecodeOptions` that a caller of a function passed as `**options`.
+    """Returns the `DecodeOptions` in the `**options` of a call.
 
     Args:
-        function: function that accepts the options in addition to its own keyword arguments.
-        given: the `**options` that the function received.
         without: fields of `DecodeOptions` that the function does not accept.
 
     Raises:

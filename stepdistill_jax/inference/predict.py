@@ -1,7 +1,6 @@
-"""Predicts labels for a file of inputs. A restarted run continues after the rows that are already finished.
+"""Predicts labels for a file of inputs. A restarted run continues after the finished rows.
 
-If there are several processes, all read the same input and decode each batch together, and process 0
-writes the output.
+If there are several processes, all read the same input and decode together, and process 0 writes.
 """
 
 import contextlib
@@ -61,53 +60,46 @@ def predict(
     data_dir: os.PathLike | str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Decodes the label of each input row, in order, in memory that does not grow with the number of rows.
+    """Decodes the label of each input row, in order and in bounded memory.
+
+    Each output line has `id`, `label` and `score`, the natural log of the probability of the answer with its
+    end of sequence, rounded to 6 decimals. With `choices`, a line also has `probability` and `choices`
+    (`inference.allowed_answers`). If the model writes more than a label, the label is parsed from the answer,
+    and the other fields of the target are added (`prompting.read_answer`).
+
+    A restarted run continues after the finished rows, and writes the same bytes. With other devices or batch
+    sizes, the labels are the same, and scores differ by at most 1e-5.
 
     Args:
         path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
-        input: path of a regular file. A file that ends in .csv or .tsv is read as CSV or TSV, and any
-            other file as JSON lines. Each row has the field `input`, and optionally `id`, `label` and
-            `choices`, as for `prepare jsonl`. If a row's input is empty, the model reads only the
-            prefix. An input longer than in training is truncated and counted.
-        output: path of the file of JSON lines to write. Each line has `id`, `label` and `score`, the
-            natural log of the probability of the answer with its end of sequence, rounded to 6 decimals.
-            Each line also has `rationale` if rationales are requested, and `probability` and `choices` if
-            answers are restricted to choices (`inference.allowed_answers`). If the model writes more than
-            a label, the label is parsed from the model's answer, and the other fields of the target are
-            added (`prompting.read_answer`). Until the file is complete, its name ends in `.partial`. The
-            complete file replaces any older output. A restarted run continues after the finished rows, and
-            its output has the same bytes as that of a run without a stop. Two runs with different devices
-            or batches give the same labels, and scores that differ by at most 1e-5.
-        task: prepared dataset that determines the metric and the possible labels; None means the
-            model's own task.
-        with_rationale: also decodes the objective `rationale`, for inspection. The label does not depend
-            on the rationale.
-        on_error: what to do at a bad row: `stop` or `skip`. Skipped rows are counted in the result and
-            listed, with their line numbers and the reasons, in OUTPUT.skipped.jsonl.
+        input: path of a regular file. A .csv or .tsv file is read as such, any other file as JSON lines.
+            Each row has the field `input`, and optionally `id`, `label` and `choices`. An empty input
+            leaves only the prefix. A longer input than in training is truncated and counted.
+        output: path of the JSON lines to write; its name ends in `.partial` until it is complete, and it
+            replaces an older output only then.
+        task: prepared dataset that determines the metric and the possible labels; None means the model's
+            own task.
+        with_rationale: also writes `rationale`, for inspection. The label does not depend on it.
+        on_error: what to do at a bad row: `stop` or `skip`. OUTPUT.skipped.jsonl lists the skipped rows
+            with their line numbers and the reasons.
         data_dir: folder in which `task` is prepared.
         **options: fields of `DecodeOptions`.
 
     Returns:
-        The keys of `AccuracyCounts.summary`, and the following keys:
-        `unfinished`: number of answers that reached `max_decode_len` without an end of sequence.
-        `cut_inputs`: number of truncated inputs.
-        `skipped`: number of skipped rows.
-        `rows_per_second`: rows per second; the time includes compilation.
-        `unfinished_rationales`: number of rationales that reached their maximum length without an end of
-        sequence; present only if rationales are requested.
-        `unparsed`: number of answers in which no label was found; present only if the model writes more
-        than a label.
-        `reads`: names of the fields that the model reads in addition to the input; present only if there
-        are any.
-        `incomplete_inputs`: number of rows that lack at least one of these fields; present only if
-        `reads` is present.
+        The keys of `AccuracyCounts.summary`, and:
+        `unfinished`: count of answers that reached `max_decode_len` without an end of sequence.
+        `cut_inputs`: count of truncated inputs.
+        `skipped`: count of skipped rows.
+        `rows_per_second`: the time includes compilation.
+        `unfinished_rationales`: like `unfinished`; present only with rationales.
+        `unparsed`: count of answers without a label; present only if the model writes more than a label.
+        `reads`: names of the fields that the model reads in addition to the input; absent if none.
+        `incomplete_inputs`: count of rows that lack at least one of `reads`; absent without `reads`.
 
     Raises:
-        InputError: an option or the model is bad; a row is bad (the message names the file and line); the
-            input changed in the meantime; or another run is writing the output. An older output is kept.
-            If there are several processes, an error on one of them is raised on all.
-        SystemExit: one of several processes received a SIGTERM. The exit status is 75, and a restart
-            continues.
+        InputError: an option, the model or a row is bad; the input changed in the meantime; or another run
+            is writing the output. An error on one process is raised on all.
+        SystemExit: one of several processes received a SIGTERM. The status is 75, and a restart continues.
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
@@ -223,7 +215,7 @@ def _good_rows(source: InputFile, skipped: SkippedRows) -> Iterator[Example]:
 
 
 def window_rows(model: Engine, allowed: Allowed | None) -> int:
-    """Returns the number of rows in a window. The rows of a window are decoded together."""
+    """Returns the count of rows that are decoded together."""
     most = max(WINDOW_ROWS, WINDOW_BATCHES * model.batch_size)
     if allowed and len(allowed.labels) > WINDOW_LABELS:  # each choice of each row has a score
         most = max(1, most * WINDOW_LABELS // len(allowed.labels))
@@ -241,13 +233,9 @@ def decode_window(
     """Returns the output fields of each row of a window, and updates the summary's counts.
 
     Args:
-        model: engine opened by `open_engine`.
-        prompting: result of `prompting_for`.
-        window: rows that are decoded together.
-        counts: {name: count} to which this function adds, such as `cut_inputs` and `unfinished`.
-            `unparsed` is counted only if `counts` already has this key.
-        update: called after each batch of labels, with the number of rows in the batch.
-        allowed: result of `allow`.
+        counts: {name: count} to which this function adds. `unparsed` is counted only if `counts` already
+            has this key.
+        update: called with the row count of each finished batch of labels.
 
     Raises:
         NotFinite: the model gives NaN.

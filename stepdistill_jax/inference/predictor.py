@@ -1,4 +1,4 @@
-"""Defines `load`, which opens a trained model in Python. The model gives the same labels as `predict`."""
+"""Defines `load`, which opens a trained model in Python. It gives the same labels as `predict`."""
 
 import collections
 import dataclasses
@@ -26,8 +26,7 @@ def load(path: os.PathLike | str, **options: Any) -> "Predictor":
 
     Args:
         path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
-        **options: fields of `DecodeOptions`, such as `step` and `batch_size`, except `choices` and
-            `choices_temperature`.
+        **options: fields of `DecodeOptions`, except `choices` and `choices_temperature`.
 
     Raises:
         InputError: an option or the model is bad.
@@ -37,13 +36,11 @@ def load(path: os.PathLike | str, **options: Any) -> "Predictor":
 
 
 class Predictor:
-    """A trained model. Several threads may share the object; their calls run one after another.
+    """A trained model. Threads may share it; their calls run one after another.
 
-    The model is compiled for each new shape, which depends on the number of rows and their lengths. Later
-    calls with the same shape reuse the compiled program.
+    The first call with a new shape (count and length of rows) compiles the model.
 
     Attributes:
-        path: directory of the model.
         step: step of the checkpoint; None if the directory contains only one model.
         labels: labels of the task if they are a closed set; else empty.
     """
@@ -64,19 +61,17 @@ class Predictor:
         choices: os.PathLike | str | Sequence[str] | None = None,
         choices_temperature: float = 1.0,
     ) -> list[dict[str, Any]]:
-        """Returns, for each row, a dict of the fields that `inference.predict` writes (`id`, `label`, ...).
+        """Returns a dict for each row, with the fields that `inference.predict` writes (`id`, `label`, ...).
 
         Args:
-            rows: a list of strings, or of dicts with the fields that `inference.predict` reads (`input`,
-                `choices`, ...). The id of a row without `id` is its 1-based index, such as "1".
-            with_rationale: also decodes a rationale, for inspection. The label does not depend on the
-                rationale.
-            choices: the allowed answers, as in `DecodeOptions`: `row`, `labels`, a file or a list. If
-                they are given, the results also have `probability` and `choices`.
+            rows: a list of strings, or of dicts with the fields that `inference.predict` reads. The id of
+                a row without `id` is its 1-based index, such as "1".
+            with_rationale: also decodes a rationale, for inspection.
+            choices: the allowed answers, as in `DecodeOptions`.
             choices_temperature: temperature of the probabilities.
 
         Raises:
-            InputError: an option or a row is bad. The message for a bad row gives the row's 1-based index.
+            InputError: an option or a row is bad. The message gives the 1-based index of the row.
         """
         if isinstance(rows, str | Mapping):
             raise InputError("`rows`: expected a list of rows, but got a single row; pass [ROW]")
@@ -115,14 +110,12 @@ def checked_row(
 
     Args:
         fields: fields of the row, as in `predict`'s input.
-        number: 1-based index of the row among the rows of the call, for messages.
-        prompting: result of `prompting_for`.
-        allowed: result of `allow`.
-        most_choices: largest number of choices that the row may have; None allows any number.
+        number: 1-based index of the row in the call, for messages.
+        most_choices: largest count of choices; None allows any count.
 
     Raises:
-        InputError: a field is missing or has the wrong type, there are too many choices, or a choice
-            cannot be scored.
+        InputError: a field is missing or has the wrong type, or the choices are too many or cannot be
+            scored.
     """
     where = f"row {number}"
     row = question(JsonRow(fields, where, number), prompting.reads)

@@ -34,14 +34,12 @@ class Prompting:
     """Prompts and lengths of a model, and how its answers are compared.
 
     Attributes:
-        objectives: the label's objective, followed by the rationale's objective if rationales are
-            requested and the model has one.
-        prefix: text before the input. If a prefix is set, prefix and input replace the label objective's
-            input template; None keeps the template.
-        input_length: largest number of ids in an input, the end of sequence included; longer inputs are
+        objectives: the label's objective, then the rationale's if rationales are requested.
+        prefix: text that, followed by the input, replaces the label's input template; None keeps the
+            template.
+        input_length: largest count of ids in an input, the end of sequence included; longer inputs are
             truncated.
-        decode_lengths: largest number of ids in an answer, for each objective.
-        metric: name of the task's metric.
+        decode_lengths: largest count of ids in an answer, for each objective.
         labels: the task's labels if they are a closed set; else empty.
         input_pair: whether a row needs a second input text.
     """
@@ -67,7 +65,7 @@ class Prompting:
         return tuple(name for name in self.reads if not texts.get(name))
 
     def input_pair_of(self, row: Example) -> str:
-        """Returns the row's second input text if the model reads one; otherwise, an empty string."""
+        """Returns the row's second input text; empty if the model reads none."""
         return row.input_pair if self.input_pair else ""
 
     def prompts(self, row: Example) -> list[str]:
@@ -86,16 +84,11 @@ def prompting_for(
     with_rationale: bool = False,
     data_dir: os.PathLike | str | None = None,
 ) -> Prompting:
-    """Returns the prompting that the model's `stepdistill.json` describes.
-
-    A model without that file is prompted with the prefixes and lengths of the paper.
+    """Returns the prompting of the model's `stepdistill.json`, or the paper's if that file is missing.
 
     Args:
-        model: the model to prompt.
-        options: options of decoding. If `max_decode_len` or `prefix` is set, this value replaces the
-            model's own.
-        task: prepared dataset whose metric and labels replace the model's own; None keeps the
-            model's own.
+        options: options of decoding, whose `max_decode_len` and `prefix` replace the model's own.
+        task: prepared dataset whose metric and labels replace the model's own.
         with_rationale: whether to prompt for a rationale, too.
         data_dir: folder in which `task` is prepared.
 
@@ -144,17 +137,12 @@ def rationale_prompting_for(
 
 
 def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
-    """Parses a decoded answer.
-
-    Args:
-        objective: the label's objective, whose target template tells where the label is.
-        text: the decoded answer.
+    """Parses a decoded answer by the target template of the label's objective.
 
     Returns:
-        The output fields, and whether a label was found. The output fields are `label` and the other
-        fields of the target template. If the fixed words of the template are not in the text, no label
-        can be found: `label` is then empty, and the complete text is in `rationale`, or in `text` if the
-        template has no rationale.
+        The output fields: `label` and the other fields of the template. Without a label, `label` is
+        empty, and the whole text is in `rationale`, or in `text` if the template has no rationale.
+        Whether a label was found.
     """
     if (found := objective.parse(text)) is not None:
         return {name: found[name] for name in found if name not in WRITTEN}, True
@@ -163,7 +151,7 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
 
 
 def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
-    """Returns the result of `read_answer`, after adding `score`, rounded to 6 decimals, to the fields."""
+    """Returns the result of `read_answer`, with `score`, rounded to 6 decimals, in the fields."""
     found, parsed = read_answer(objective, text)
     # + 0.0: a rounded -0.0 would be written as such
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed
@@ -175,11 +163,9 @@ def encode_input(
     """Returns the ids of a prompt, truncated as in training, and whether they were truncated.
 
     Args:
-        vocabulary: vocabulary of the model.
-        text: a prompt.
-        input_length: largest number of ids, the beginning and end of sequence included.
-        input_pair: the row's second input text, which the encoder reads after `text` and its end of
-            sequence; empty if there is none.
+        input_length: largest count of ids, the beginning and end of sequence included.
+        input_pair: the row's second input text, which follows `text` and its end of sequence; empty if
+            there is none.
     """
     texts = [text, input_pair] if input_pair else [text]
     ids = vocabulary.framing.input_ids(*map(vocabulary.encode, texts))

@@ -18,8 +18,8 @@ _NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 def named_label(rationale: str, labels: Sequence[str]) -> str | None:
     """Returns the label that the rationale names last; None if it names none.
 
-    A label counts only as complete words. Case is ignored, and an English plural ending (s or es) is
-    allowed. If two labels start at the same word, the longer one counts.
+    A label must match whole words, in any case and with an optional plural ending (s or es). If two labels
+    start at the same word, the longer one counts.
 
     Example: `named_label("Of these, only wooded areas have beavers.", ["zoo", "wooded area"])` is
     "wooded area".
@@ -46,15 +46,13 @@ def named_answer(
     """Returns the answer that a rationale names last, and whether this answer agrees with the label.
 
     Args:
-        rationale: the rationale of a row.
-        label: the label of the same row.
         metric: name of the task's metric. With `value_match`, the answer is the last number in the
-            rationale; with any other metric, it is one of `labels`.
+            rationale; otherwise, it is one of `labels`.
         labels: the possible labels of the row or task.
 
     Returns:
-        The answer, and one of `VERDICTS`. The answer is None if the rationale names none. The verdict is
-        None if the possible labels are unknown, as in a task of free text.
+        The answer; None if the rationale names none.
+        One of `VERDICTS`; None if the possible labels are unknown.
     """
     if metric == "value_match":
         named = named_number(rationale)
@@ -76,16 +74,12 @@ def references(example: Example) -> list[str]:
 
 
 class RationaleCounts:
-    """Measures the quality of rationales.
-
-    Rows may be added in any order, and the memory does not grow with the number of rows.
-    """
+    """Measures the quality of rationales, in bounded memory."""
 
     def __init__(self, metric: str, labels: Sequence[str] = ()):
         """Starts all counts at zero.
 
         Args:
-            metric: name of the metric that compares an answer with a label.
             labels: the task's labels if they are a closed set; else empty.
         """
         # imported here, since rouge_score imports NLTK, which takes a second
@@ -122,18 +116,17 @@ class RationaleCounts:
         """Returns the entry `rationale` of an `evaluate` result, without `unfinished`.
 
         Returns:
-            `rows`: number of rows.
-            `empty`: number of rationales without text.
-            `mean_words`: mean number of words in a rationale. Words are separated by white space.
-            `references`: number of rows that have a rationale in the dataset.
-            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference. Each rationale is
-            compared with the most similar reference of its row. None if no row has a reference.
-            `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference. None if no row has
-            a reference.
-            `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of
-            `named_answer`; None if the possible labels are unknown.
-            `teacher`: the same three counts for the dataset's rationales and the teacher's labels, over the rows
-            that have both; None if none of these rows has a verdict.
+            `rows`: count of rows.
+            `empty`: count of rationales without text.
+            `mean_words`: mean word count of a rationale, split at white space.
+            `references`: count of rows that have a rationale in the dataset.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference, for the most similar one;
+            None without references.
+            `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference; None without references.
+            `consistent`, `inconsistent`, `names_no_label`: count of rows with each verdict of `named_answer`;
+            None if the possible labels are unknown.
+            `teacher`: the same three counts for the dataset's rationales and the teacher's labels; None if
+            no row has a verdict.
             `disagreements`: the first rows whose verdict is `inconsistent`.
         """
         return {
@@ -150,7 +143,7 @@ class RationaleCounts:
 
 
 def _counts(verdicts: Counter[str | None]) -> dict[str, int] | None:
-    """Returns {verdict: number of rows}; None if no row has a verdict."""
+    """Returns {verdict: count of rows}; None if no row has a verdict."""
     counts = {verdict: verdicts[verdict] for verdict in VERDICTS}
     return counts if any(counts.values()) else None
 

@@ -1,4 +1,4 @@
-"""Handles the rows that `on_error=skip` leaves out: logs the first ones, and lists all in a file."""
+"""Logs the first rows that `on_error=skip` leaves out, and lists all of them in a file."""
 
 import contextlib
 import json
@@ -29,13 +29,10 @@ def skipped_of(output: os.PathLike | str) -> pathlib.Path:
 
 
 class SkippedRows:
-    """Counts bad rows. Process 0 also logs them and writes the list.
-
-    A resumed run reads the input from its start, and therefore writes the complete list again. The list
-    gets its final name together with the output. If no row was skipped, there is no list.
+    """Counts the bad rows. Process 0 also logs them and lists them in a file, if there are any.
 
     Attributes:
-        count: number of bad rows so far.
+        count: count of bad rows so far.
     """
 
     def __init__(self, output: os.PathLike | str):
@@ -52,7 +49,7 @@ class SkippedRows:
             log(f"skipped: {' '.join(str(bad).split())[:_MOST_CHARS]}")
         elif self.count == SHOWN + 1:
             log(
-                f"skipped: further rows, which are not logged here; {self.path.name} will list all of them"
+                f"skipped: more rows, which are not logged; {self.path.name} will list all skipped rows"
             )
         if self._file is None:
             self._file = StreamedFile(self.path)

@@ -23,20 +23,18 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> jax.export.Exported:
-    """Exports the greedy decoder of a model, for any batch size and input length and for all `PLATFORMS`.
+    """Exports the greedy decoder for any batch size and input length, and for all `PLATFORMS`.
 
-    The parameters are arguments, not constants, since a serialized program is limited to 2 GB.
+    The parameters are arguments, since a serialized program is limited to 2 GB.
 
     Args:
         params: parameters of the model, unboxed; only their shapes and types are read.
-        config: configuration of the model.
-        max_decode_len: largest number of tokens in an answer, the end of sequence included.
+        max_decode_len: largest count of tokens in an answer, the end of sequence included.
 
     Returns:
-        A program with the arguments `params` and `encoder_input_tokens`. Like `greedy_decode`, the
-        program returns ids, scores and finished. `params` is a dict whose keys are the parameters'
-        paths with dots, such as `encoder.encoder_norm.scale`. `encoder_input_tokens` is [batch, length]
-        int32.
+        A program that returns ids, scores and finished, like `greedy_decode`. Its arguments are:
+        `params`: {path of the parameter with dots, such as `encoder.encoder_norm.scale`: array}.
+        `encoder_input_tokens`: [batch, length] int32.
     """
 
     def decode_labels(flat, encoder_input_tokens):
@@ -52,13 +50,11 @@ def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> 
 def write_decoder(
     directory: os.PathLike | str, params: Any, config: ModelConfig, *, max_decode_len: int
 ) -> tuple[jax.export.Exported, int]:
-    """Writes the program `label_decoder.jax_export` and, in `params/`, a file for each parameter array.
-
-    The parameter files are .npy files, which can be mapped into memory. After writing a file, the function
-    reads it back and compares it with the array.
+    """Writes `label_decoder.jax_export` and one .npy file in `params/` for each parameter array.
 
     Returns:
-        The exported program, and the total number of parameters.
+        The exported program.
+        The total count of parameters.
 
     Raises:
         InputError: `flatbuffers` is not installed.
@@ -154,16 +150,11 @@ def decoder_readme(
     input_length: int,
     max_decode_len: int,
 ) -> str:
-    """Returns the text of an exported decoder's `README.md`. The Python code in it runs unchanged.
+    """Returns the text of an exported decoder's `README.md`. Its Python code runs unchanged.
 
     Args:
-        exported: the exported program.
-        vocabulary: vocabulary of the model.
-        task: name of the model's task.
-        prompt: an example of a prompt.
-        num_parameters: number of parameters.
-        input_length: largest number of ids in an input during training.
-        max_decode_len: largest number of ids in an answer.
+        input_length: largest count of ids in an input during training.
+        max_decode_len: largest count of ids in an answer.
     """
     framing = vocabulary.framing
     bos, eos = [framing.bos_id] * framing.add_bos_token, [1] * framing.add_eos_token

@@ -35,12 +35,12 @@ class Question:
 
     @property
     def length(self) -> int:
-        """Number of token ids."""
+        """Count of token ids."""
         return len(self.ids)
 
 
 class Answerer:
-    """Labels rows with an engine, and writes rationales on request. A label does not depend on a rationale."""
+    """Labels rows with an engine, and writes rationales on request."""
 
     def __init__(
         self,
@@ -52,11 +52,8 @@ class Answerer:
         """Combines the parts that `predict` uses.
 
         Args:
-            engine: result of `open_engine`.
             prompting: result of `prompting_for` for the label alone.
-            allowed: result of `allow`; None if any answer is allowed.
-            explaining: result of `prompting_for` that also asks for the rationale; None if the model has
-                no separate objective for rationales.
+            explaining: prompting for label and rationale; None if the model has no such objective.
         """
         self._engine, self._prompting, self._allowed = engine, prompting, allowed
         self._explaining = explaining
@@ -68,25 +65,25 @@ class Answerer:
         return self._explaining is not None
 
     def question(self, row: dict[str, Any], number: int) -> Question:
-        """Returns the question of a JSON object. A long input is truncated, as in training.
+        """Encodes a row of a request as a question, truncated as in training.
 
         Args:
-            row: JSON object with the fields that `predict` reads.
+            row: fields that `predict` reads.
             number: 1-based index of the row in its request, for messages.
 
         Raises:
-            InputError: a field is missing or has a wrong type; a choice cannot be scored; or the row has
-                `choices` although the server scores its own labels.
+            InputError: a field is missing or has the wrong type, a choice cannot be scored, or the row has
+                `choices` although the server has fixed labels.
         """
         checked = checked_row(row, number, self._prompting, self._allowed, most_choices=MAX_CHOICES)
         if checked.choices and self._allowed and self._allowed.labels:
             raise InputError(
-                f"row {number}: this server scores its own labels; leave the field `choices` out"
+                f"row {number}: this server has fixed labels; leave the field `choices` out"
             )
         return self._question(self._prompting, 0, checked)
 
     def rationale_question(self, row: dict[str, Any]) -> Question:
-        """Returns the question that asks for a JSON object's rationale; see `question`."""
+        """Encodes a row of a request as a question about its rationale; see `question`."""
         assert self._explaining is not None
         return self._question(self._explaining, 1, checked_row(row, 1, self._explaining, None))
 
@@ -100,7 +97,7 @@ class Answerer:
         return Question(row, ids)
 
     def answers(self, questions: Sequence[Question]) -> list[dict[str, Any]]:
-        """Returns, for each question, the row that `predict` would write.
+        """Returns the rows that `predict` would write for the questions.
 
         Raises:
             InputError: the engine cannot answer one of the questions.
@@ -111,7 +108,7 @@ class Answerer:
         return [{"id": q.row.id, **answer} for q, answer in zip(questions, found, strict=True)]
 
     def explanation(self, question: Question) -> dict[str, Any]:
-        """Returns the row's id and the rationale that `predict` would write.
+        """Returns the question's id and rationale.
 
         Raises the same errors as `answers`.
         """
@@ -149,12 +146,12 @@ class Answerer:
         return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
-        """Yields one function per shape. Calling a function compiles the program for its shape.
+        """Yields functions, each of which compiles the program of one shape when called.
 
-        After all functions have been called, rows of any length can be answered without compiling. If
-        rows have their own choices, the programs that score these choices are not compiled, since their
-        shapes are not known in advance. CTranslate2 compiles nothing, so for CTranslate2 this method yields
-        at most one function, which answers one row. A function raises InputError if the model gives NaN.
+        After all of them, rows of any length run without compiling, except for rows with their own choices.
+        CTranslate2 compiles nothing, so at most one function is yielded; it answers one row.
+
+        Each function raises InputError if the model gives NaN.
         """
         unknown = self._engine.vocabulary.unk_id
         if self._explaining and isinstance(self._engine, JaxEngine):

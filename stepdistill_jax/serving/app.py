@@ -45,8 +45,8 @@ class Limits:
 
     Attributes:
         max_wait_secs: longest time that a row waits for other rows while the engine is idle.
-        max_queue: largest number of unanswered rows, and also of unanswered requests.
-        timeout_secs: longest time from the arrival of a request's head to its answer.
+        max_queue: largest count of unanswered rows, and also of open requests.
+        timeout_secs: longest time from a request's head to its answer.
     """
 
     max_wait_secs: float
@@ -59,16 +59,16 @@ class Service:
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.
-        answered: number of answered rows.
-        open: number of requests in progress.
-        unanswered: number of requests that were still in progress when the grace time ended.
-        failure: the error that ended the service; None if no error ended it. An error ends the service
-            if it occurs in the warm-up, or if it does not belong to any request.
-        on_failure: function that is called after such an error.
+        answered: count of answered rows.
+        open: count of requests in progress.
+        unanswered: count of requests still in progress when the grace time ended.
+        failure: the error that ended the service, in the warm-up or outside of any request; None if
+            there was none.
+        on_failure: called after such an error.
     """
 
     def __init__(self, answerer: Answerer, limits: Limits):
-        """Sets up the routes and the queue. The service starts when uvicorn starts the application."""
+        """Sets up the routes and the queue."""
         self.state = STARTING
         self.answered = self.open = self.unanswered = 0
         self.failure: Exception | None = None
@@ -102,9 +102,8 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or runs the service during uvicorn's lifespan.
 
-        The answer is sent after the end of the request's body. If the body does not end within
-        `MOST_READ_BYTES` and `timeout_secs`, or if the server is stopping, the answer is sent without
-        waiting for the end, and the connection is then closed.
+        The answer follows the end of the request's body. If the body exceeds `MOST_READ_BYTES` or
+        `timeout_secs`, or the server is stopping, the answer is sent at once and the connection closed.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)
@@ -206,11 +205,7 @@ class Service:
             self.open -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """Returns the body of a request.
-
-        Raises:
-            Refused: the model is warming up, there are too many requests, or the body is too large.
-        """
+        """Returns the body of a request, unless the model is warming up or too many requests are open."""
         if not self._warm:
             raise Refused(503, "the model is warming up", **{"Retry-After": "5"})
         if self.open > self._limits.max_queue:
@@ -232,9 +227,7 @@ class Service:
             )
         rows, alone = rows_of(parse_json_line(body))
         if not alone:
-            raise InputError(
-                'expected a single row {"input": ...}, since rows are explained one at a time'
-            )
+            raise InputError('expected a single row {"input": ...}; send one request for each row')
         question = await asyncio.to_thread(self._answerer.rationale_question, rows[0])
         return await unless_left(request, asyncio.ensure_future(self._explained(question)))
 
@@ -253,7 +246,7 @@ class Service:
         return [self._answerer.question(row, i) for i, row in enumerate(rows, 1)], alone
 
     async def _answers(self, request: Request, questions: list[Question]) -> list[dict[str, Any]]:
-        """Waits for the answers. If the client disconnects, its rows are removed from the queue."""
+        """Waits for the answers. If the client disconnects, its rows leave the queue."""
         if not questions:
             return []
         try:

@@ -16,8 +16,8 @@ SHORTEST_LANE = 32
 def lane_length(length: int) -> int:
     """Returns the smallest of 32, 64, 96, 128, 192, 256, 384, ... that is at least `length`.
 
-    Rows with the same lane length share batches. There are only a few lane lengths, so that batches fill up
-    and few shapes have to be compiled. Example: the lane length of 65 to 96 ids is 96.
+    Rows with the same lane length share batches, so that batches fill up and few shapes are compiled.
+    Example: the lane length of 65 to 96 ids is 96.
     """
     power = SHORTEST_LANE
     while power < length:
@@ -33,7 +33,7 @@ class QueueFull(Exception):
 
 @dataclasses.dataclass(eq=False)
 class _Waiting:
-    """A waiting row, its time of arrival, and the future that will contain its answer."""
+    """A waiting row, its time of arrival, and the future of its answer."""
 
     row: Any
     arrived: float
@@ -42,11 +42,10 @@ class _Waiting:
 
 @dataclasses.dataclass(eq=False)
 class _Lane:
-    """The waiting rows of one `lane_length`, in order of arrival.
+    """The waiting rows of one `lane_length`, in order of arrival, and the engine time charged to them.
 
-    `seconds` is the engine's time that has been charged to this lane so far. A lane that was empty must not
-    gain an advantage from its pause. When it receives a row, its `seconds` is therefore raised to at least
-    the `seconds` that the most recently served lane had at the start of its batch.
+    When an empty lane receives a row, `seconds` rises at least to the level of the last served lane, so a
+    pause gives no advantage.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -60,16 +59,13 @@ class _Lane:
 class Batcher:
     """Decodes submitted rows in batches of similar length.
 
-    An idle engine starts as soon as a batch is full or a row has waited for `max_wait_secs`. While a
-    batch runs, the queue gathers rows for the next one.
+    An idle engine starts as soon as a batch is full or a row has waited for `max_wait_secs`.
 
-    There is a lane for each `lane_length`, and the lanes share the engine's time (start-time fair queueing,
-    Goyal et al. 1996). The lane that has used the least time is served next. A lane gains no advantage
-    from a time when it was empty. Therefore a short row among hundreds of long rows waits only for the
-    running batch, not for all the long rows.
+    There is a lane for each `lane_length`. The lane that has used the least engine time is served next
+    (start-time fair queueing, Goyal et al. 1996), so a short row does not wait for hundreds of long ones.
 
     Attributes:
-        rows: number of rows that are neither answered nor cancelled.
+        rows: count of rows that are neither answered nor cancelled.
     """
 
     def __init__(
@@ -82,19 +78,16 @@ class Batcher:
         max_queue: int,
         on_batch: Callable[[int, float], None] = lambda rows, seconds: None,
     ):
-        """Creates an empty queue. Its rows are decoded while `run` is running.
+        """Creates an empty queue, whose rows `run` decodes.
 
         Args:
-            decode: function that returns the answers to rows, in the order of the rows. It is called from
-                a single thread. If it raises an InputError, each row of the batch is decoded alone, so
-                that only the rows that cause the error fail. Any other error becomes the answer to all
-                rows of the batch.
-            length: function that returns the number of ids in a row's input.
-            batch_size: largest number of rows in a batch.
+            decode: returns the answers to rows, in the order of the rows; called from a single thread. After
+                an InputError, each row of the batch is decoded alone, and only the bad ones fail. Any other
+                error becomes the answer to all rows of the batch.
+            length: returns the count of ids in a row's input.
             max_wait_secs: longest time that a row waits for other rows while the engine is idle.
             max_queue: largest value of `rows`.
-            on_batch: function that is called after each batch. Its arguments are the row count of the
-                batch and the seconds that the batch took.
+            on_batch: called after each batch with its row count and its seconds.
         """
         self.max_queue = max_queue
         self.rows = 0
@@ -109,11 +102,10 @@ class Batcher:
         self._working: concurrent.futures.Future | None = None
 
     def submit(self, rows: Sequence[Any]) -> list[asyncio.Future]:
-        """Puts all rows into the queue, or none of them if there is not enough room for all.
+        """Queues all rows, or none of them if there is not enough room.
 
         Returns:
-            A future for each row, whose result is the answer or an exception. Cancelling the future
-            removes the row from the queue.
+            A future for each row's answer. Cancelling it removes the row from the queue.
 
         Raises:
             QueueFull: there would be more than `max_queue` unanswered rows.
@@ -160,7 +152,7 @@ class Batcher:
                     one.answer.set_result(answer)
 
     async def _next_lane(self) -> _Lane:
-        """Waits until a batch may start, and returns the lane that is served next."""
+        """Waits until a batch may start, and returns the lane to serve."""
         loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
@@ -176,10 +168,7 @@ class Batcher:
                 pass
 
     def _starts(self, lane: _Lane) -> float:
-        """Returns the time on the event loop's clock at which the lane's next batch may start.
-
-        If there are enough rows for a full batch, the time is 0.
-        """
+        """Returns the event loop's time at which the lane's next batch may start; 0 for a full batch."""
         full = len(lane.waiting) >= self._batch_size
         return 0.0 if full else lane.first.arrived + self._max_wait
 
@@ -195,7 +184,7 @@ class Batcher:
         return answers, loop.time() - began
 
     def _decode_each(self, rows: list[Any]) -> Sequence[Any]:
-        """Decodes rows in the engine's thread. After an InputError, it decodes each row alone."""
+        """Decodes rows, and after an InputError each row alone."""
         try:
             return self._decode(rows)
         except InputError as error:
@@ -204,6 +193,6 @@ class Batcher:
             return [answer for row in rows for answer in self._decode_each([row])]
 
     def close(self) -> bool:
-        """Accepts no more work, and returns whether the engine's thread is still working."""
+        """Stops accepting work, and returns whether the engine's thread is still working."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         return self._working is not None and not self._working.done()

@@ -23,8 +23,8 @@ class Metrics:
         """Registers the metrics.
 
         Args:
-            waiting: function that returns the number of unanswered rows, called when metrics are read.
-            ready: function that returns whether requests are answered, called when metrics are read.
+            waiting: returns the count of unanswered rows.
+            ready: returns whether requests are answered.
         """
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(

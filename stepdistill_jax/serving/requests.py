@@ -13,12 +13,7 @@ MAX_BODY_BYTES = 2**20
 
 
 class Refused(Exception):
-    """Raised to refuse a request.
-
-    Attributes:
-        status: HTTP status of the response.
-        headers: headers of the response.
-    """
+    """Raised to refuse a request."""
 
     def __init__(self, status: int, reason: str, **headers: str):
         """Sets the response. `reason` is the message for the client."""
@@ -75,7 +70,7 @@ def rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
 
 
 async def unless_left(request: Request, answered: asyncio.Future) -> Any:
-    """Waits for `answered` and returns its result. If the client disconnects, `answered` is cancelled.
+    """Returns the result of `answered`, or cancels it if the client disconnects.
 
     Raises:
         ClientDisconnect: the client has disconnected.

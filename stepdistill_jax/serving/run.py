@@ -35,25 +35,22 @@ def serve(
 
     Args:
         path: workdir, or model directory in Hugging Face's or CTranslate2's layout.
-        host: host name or IP address to listen on.
-        port: port to listen on; 0 means any free port, which is logged.
-        max_wait_ms: longest time that a row waits for other rows while the engine is idle, in ms.
-        max_queue: largest number of unanswered rows. Requests with further rows are refused with status
-            503.
+        port: 0 means any free port, which is logged.
+        max_wait_ms: longest time in ms that a row waits for other rows while the engine is idle.
+        max_queue: largest count of unanswered rows. Requests beyond it are refused with status 503.
         timeout_secs: seconds after which a request ends with status 504.
         grace_secs: seconds for which requests in progress are still answered after a signal.
         **options: fields of `DecodeOptions`.
 
     Returns:
-        `rows` is the number of answered rows. `unanswered` is the number of requests that were still in
-        progress after `grace_secs`. `busy` tells whether the engine is still working on a request whose
-        client no longer waits.
+        `rows`: count of answered rows.
+        `unanswered`: count of requests still in progress after `grace_secs`.
+        `busy`: whether the engine is still working for a client that no longer waits.
 
     Raises:
         InputError: an option or the model is bad, a library of the extra `[serve]` is missing, or the
             server cannot listen at the address.
-        Exception: the warm-up failed, for example because weights are damaged or a device has too little
-            memory.
+        Exception: the warm-up failed, for example because a device has too little memory.
     """
     number("max_wait_ms", max_wait_ms, least=0, below=1e6)
     whole("max_queue", max_queue, 1, 10**6 - 1)

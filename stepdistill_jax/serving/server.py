@@ -23,13 +23,13 @@ KEEP_ALIVE_SECS = (
 
 
 def stopped_before_listening(name: str) -> NoReturn:
-    """Exits with status 0. This function is called if a signal arrives before the server listens."""
+    """Exits with status 0, after a signal that arrives before the server listens."""
     log(f"{name}: stopped before it was listening")
     raise SystemExit(0)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Returns a socket that is bound to an address. Connections are refused until `run` starts to listen.
+    """Returns a socket that is bound to an address. Connections are refused until `run` listens.
 
     Raises:
         InputError: the address does not exist or is in use.
@@ -104,7 +104,7 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
 class _Server(uvicorn.Server):
     """A uvicorn server that leaves signals to `StopSignals`.
 
-    uvicorn itself would raise a signal again after it has stopped.
+    Otherwise, uvicorn would raise a signal again after it has stopped.
     """
 
     @contextlib.contextmanager
@@ -113,11 +113,9 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol, asyncio.BufferedProtocol):
-    """Parses HTTP with h11, and reads 4 KiB at a time.
+    """Parses HTTP with h11, which limits an incomplete request head, and reads 4 KiB at a time.
 
-    h11 is used because it limits the size of an incomplete request head, unlike httptools. By default,
-    asyncio reads 256 KiB at a time. If a client sent these 256 KiB in chunks of one byte, h11 would
-    handle 40,000 events in a row, and no other client would be served for seconds.
+    With asyncio's 256 KiB, a client that sends chunks of one byte would block all other clients for seconds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

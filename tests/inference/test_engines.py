@@ -332,7 +332,7 @@ def refusals(model_dir, folder):
             "`layout`: CTranslate2 runs only on CPU cores",
         ),
         "beams": ((folder,), {"num_beams": 0}, "`num_beams`"),
-        "nothing to read": ((folder,), {"prefix": ""}, "prompt is empty"),
+        "nothing to read": ((folder,), {"prefix": ""}, "cannot answer a row with an empty input"),
     }
 
 

@@ -216,7 +216,7 @@ def test_choices_are_scored_as_predict_scores_them(
             own = found.ask({"rows": [{"input": "a"}, rows[0]]})
             assert own.status_code == 400
             assert own.json()["error"].startswith(
-                "row 2: this server scores its own labels; leave the field `choices` out"
+                "row 2: this server has fixed labels; leave the field `choices` out"
             )
             rows = [{name: row[name] for name in row if name != "choices"} for row in rows]
         for got, want in zip(

@@ -163,7 +163,7 @@ def test_a_cell_runs_to_the_letter(folder, tmp_path):
     write_model_files(tmp_path / "model", run.model, held_out.vocabulary, info)
     with pytest.raises(
         InputError,
-        match=r"trained on 0\.25 of svamp_paper, and its run drew a different validation split, so it was trained on some rows of this",
+        match=r"trained on 0\.25 of svamp_paper with a different validation split, so it has seen some of these validation rows",
     ):
         evaluate(tmp_path / "model", task="svamp_paper", split="validation", data_dir=folder)
     # the choice of our own reading: 8 for labels of 7 tokens
