@@ -1,4 +1,4 @@
-"""Reads the settings, answers, metrics and cost of runs. This needs neither weights nor devices."""
+"""Reads the settings, answers, metrics and cost of runs, without weights or devices."""
 
 import dataclasses
 import functools
@@ -34,11 +34,9 @@ class Gold:
     """A split of a prepared dataset.
 
     Attributes:
-        key: digest of the rows' ids, inputs and labels. Datasets that differ only in their rationales have
-            the same key.
+        key: digest of the rows' ids, inputs and labels, without rationales.
         examples: rows of the split, in order.
         metric: name of the metric that compares labels.
-        fingerprint: fingerprint of the dataset.
         labels: labels of the task if they are a closed set; else empty.
     """
 
@@ -57,7 +55,7 @@ class Gold:
 
     @functools.cached_property
     def teacher(self) -> float | None:
-        """Accuracy of the teacher's labels over all rows; None if no row has a teacher's label.
+        """Accuracy of the teacher's labels over all rows; None if no row has one.
 
         As in the paper, a row without a teacher's label counts as wrong.
         """
@@ -71,17 +69,14 @@ class RunResult:
     """A run that has answers on the split.
 
     Attributes:
-        workdir: folder of the run.
-        arm: name of the arm in the sweep. For a run outside a sweep, the name is derived from the run's
-            objectives.
+        arm: name of the arm in the sweep. Outside a sweep, it follows from the objectives; see `arm_of`.
         fraction: share of the train split that the run was trained on.
-        seed: random seed of the run.
-        grid: {setting: value} for the settings in the sweep's grid; empty outside a sweep.
+        grid: {setting: value} of the sweep's grid; empty outside a sweep.
         config: the config in `run.json`.
-        gold: the split that the run answered; None if the split's dataset is not prepared here.
-        labels: number of labelled examples that the run was trained on.
+        gold: the split that the run answered; None if its dataset is not prepared here.
+        labels: number of labelled training examples.
         parameters: number of parameters of the model.
-        step: step of the checkpoint that the answers come from.
+        step: step of the checkpoint that gave the answers.
         accuracy: accuracy on the split.
         rows: number of rows in the split.
         majority: accuracy of always answering the commonest label; None if it was not saved.
@@ -89,8 +84,7 @@ class RunResult:
         answers: the model's labels, in the order of the rows; None if `gold` is None.
         right: whether each answer is right, a bool array [rows]; None if `gold` is None.
         rationales: the model's rationales, in the order of the rows; None if they were not decoded.
-        explained: quality of the rationales (`RationaleCounts.summary` and `unfinished`); None if it was
-            not saved.
+        explained: quality of the rationales (`RationaleCounts.summary` and `unfinished`); None if not saved.
         lines: lines of `metrics.jsonl`.
     """
 
@@ -116,20 +110,17 @@ class RunResult:
 
     @property
     def task(self) -> str:
-        """Name of the task that the run was trained on."""
+        """Name of the task."""
         return self.config["task"]
 
     @property
     def gold_key(self) -> str:
-        """Key of the rows that the run answered. Only runs with the same key can be compared."""
+        """Key of the answered rows. Only runs with the same key can be compared."""
         return self.task if self.gold is None else self.gold.key
 
     @property
     def rationale_token_accuracy(self) -> float | None:
-        """Token accuracy of the rationale, with teacher forcing, in the validation at `step`.
-
-        The value is None if the accuracy was not measured.
-        """
+        """Teacher-forced token accuracy of the rationale in the validation at `step`; None if not measured."""
         key = f"eval/validation/accuracy/{RATIONALE}"
         found = [line[key] for line in self.lines if line["step"] == self.step and key in line]
         return found[-1] if found else None
@@ -137,8 +128,8 @@ class RunResult:
     def verdict(self, row: int) -> tuple[str | None, str | None]:
         """Returns the answer that a row's rationale names, and whether this answer agrees with the label.
 
-        See `named_answer`. The result is (None, None) if the run has no rationales, or if the run's dataset
-        is not prepared here.
+        See `named_answer`. The result is (None, None) without rationales, or if the dataset is not prepared
+        here.
         """
         if self.gold is None or self.answers is None or self.rationales is None:
             return None, None
@@ -153,8 +144,7 @@ class RunResult:
     def cost(self) -> tuple[float, float]:
         """Seconds and FLOPs of all training steps, including compilation, but not validation or saving.
 
-        `metrics.jsonl` contains the rate r of each logged step, in examples per second. Such a step took
-        batch_size / r seconds.
+        A logged step with a rate of r examples per second took batch_size / r seconds.
         """
         seconds = flops = 0.0
         for line in self.lines:
@@ -168,7 +158,7 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A workdir, and its entry in `sweep.json`, which is empty if the run belongs to no sweep."""
+    """A workdir and its entry in `sweep.json`, which is empty outside a sweep."""
 
     workdir: pathlib.Path
     cell: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -188,8 +178,8 @@ def read_runs(
         data_dir: folder of prepared datasets.
 
     Returns:
-        The runs that have answers on the split, and a dict for each run that is left out. The dict has
-        `run`, the folder of the run, and `why`, the reason to leave it out.
+        The runs that have answers on the split.
+        A dict for each run that is left out: `run` is its folder, and `why` the reason.
 
     Raises:
         InputError: a path contains no run, a file is damaged, or no run has answers on the split.
@@ -221,7 +211,7 @@ def read_runs(
 
 
 def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
-    """Returns all workdirs in the folders `paths`, in the order of `paths` and without repetitions.
+    """Returns all workdirs in the folders `paths`, each once, in the order of `paths`.
 
     Raises:
         InputError: a folder is missing or contains no workdir.
@@ -255,7 +245,7 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
 
 
 def _read(found: Found, split: str, gold_of) -> RunResult | str:
-    """Returns the results of a run, or the reason to leave the run out."""
+    """Returns the results of a run, or the reason to leave it out."""
     workdir, cell = found.workdir, found.cell
     described = read_run(workdir)
     config = described["config"]
@@ -286,9 +276,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
             )
         answers = _column(file, gold, "label")
         if answers is None:
-            return (
-                f"the rows in {file.name} are not those of {task}'s {split}; evaluate the run again"
-            )
+            return f"{file.name} does not have the rows of {task}'s {split}; evaluate the run again"
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
     elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
@@ -319,7 +307,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """Returns the field `name` of each row in a file; None if the rows' ids differ from those in `gold`."""
+    """Returns the field `name` of each row in a file, or None if the rows' ids differ from those in `gold`."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None
@@ -327,13 +315,12 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 
 
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the name of the arm that has these objectives, regardless of their weights.
+    """Returns the name of the arm with these objectives, whatever their weights.
 
-    If no arm has them, the result is made from the objectives' names. A label objective without a prompt
-    prefix, as in `paper/exact.gin`, counts as the same objective.
+    The prompt prefix of the label objective may be missing, as in `paper/exact.gin`. For other objectives, the
+    name joins the objectives' names.
 
-    Example: the arm of the objectives `label` and `rationale` is `step_by_step`. If one of their templates
-    differs from the templates of that arm, the result is `label+rationale`.
+    Example: `label` and `rationale` give `step_by_step`, but with another template they give `label+rationale`.
     """
 
     def shape(items) -> list[tuple]:

@@ -47,11 +47,11 @@ def plan(
         devices: number of devices; ignored if there is a topology.
         hbm: bytes of one device's memory. None means that of the topology's chips, or 80e9 without a topology.
             On a GPU or a virtual device, a step may take only JAX's share of this memory.
-        layout: the only layout to plan, under the config's remat policy: a name, such as `fsdp` or `fsdp_tensor
-            32x8`, or a `Layout`. None means all layouts that suit the model, as in `candidates`.
+        layout: the only layout to plan, under the config's remat policy: a name, such as `fsdp` or
+            `fsdp_tensor 32x8`, or a `Layout`. None means all layouts that suit the model, as in `candidates`.
         topology: a TPU slice such as `v5e:8x8`, which needs libtpu, or `cuda:8`, eight H100s of one host, which
             needs JAX's CUDA plugin. With a topology, candidates have a `bound`.
-        rows: number of packed rows of a step; None means that the rows are counted, as in `workload`.
+        rows: number of packed rows of a step. None means that the rows are counted, as in `workload`.
         data_dir: folder of prepared datasets.
 
     Returns:
@@ -61,8 +61,8 @@ def plan(
         `hbm`, `limit`: bytes of a device's memory, and the bytes of it that a step may take.
         `assumptions`: a string for each assumption.
         `model`: fields of the model's configuration.
-        `candidates`: dicts as returned by `candidates.compiled`. An uncompiled candidate has `error` instead of sizes. Its
-        `fits` is None if it needs too many FLOPs.
+        `candidates`: dicts as returned by `candidates.compiled`. An uncompiled candidate has `error` instead of
+        sizes, and its `fits` is None if it needs too many FLOPs.
         `best`: the cheapest candidate that fits, or None.
         `remedies`: if no candidate fits, changed candidates that fit, as returned by `advice.remedies`.
         `hbm_needed`: if no candidate fits, the bytes of memory that the smallest one needs on each device. None
