@@ -25,13 +25,12 @@ class Point:
     """The runs of an arm that were trained on the same share of the data.
 
     Attributes:
-        fraction: share of the train split.
         labels: mean number of labelled training examples.
-        runs: the runs, one per seed.
+        runs: one per seed.
         accuracy: mean accuracy.
         low, high: ends of the 95 % interval of the mean, by Student's t; None for a single run.
         collapsed: number of runs that give all rows the same answer.
-        accuracy_of_others: mean accuracy of the other runs; None if all runs or no runs collapsed.
+        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all or none collapsed.
     """
 
     arm: str
@@ -74,20 +73,20 @@ class PairTest:
 
 @dataclasses.dataclass(frozen=True)
 class Enough:
-    """How much data an arm needs to reach the accuracy of the baseline with all data.
+    """How much data an arm needs to reach the baseline's full accuracy.
 
-    All data means the largest fraction of an arm or of the baseline.
+    A full accuracy is the mean accuracy at the largest fraction.
 
     Attributes:
-        target: mean accuracy of the baseline with all data.
+        target: full accuracy of the baseline.
         fraction: smallest fraction at which the arm reaches `target`, or None.
         labels: mean number of labelled examples at `fraction`, or None.
-        surely: smallest fraction from which on the arm is significantly better than the baseline with all data.
-            At this and all larger fractions, the 95 % interval of the difference lies above 0. None if there is
-            no such fraction.
+        surely: smallest fraction such that, here and at all larger fractions, the arm is significantly better
+            than the baseline at its largest fraction: the 95 % interval of the difference lies above 0. None if
+            there is none.
         tested: whether answers could be compared row by row. If False, `surely` is meaningless.
-        baseline_labels: mean number of labelled examples of the baseline with all data.
-        reverse: smallest fraction at which the baseline reaches the accuracy of the arm with all data, or None.
+        baseline_labels: mean number of labelled examples of the baseline at its largest fraction.
+        reverse: smallest fraction at which the baseline reaches the arm's full accuracy, or None.
     """
 
     arm: str
@@ -149,7 +148,6 @@ def compare(
     learning rates of a grid. A setting that varies only between arms counts as part of the arm.
 
     Args:
-        runs: all runs.
         baseline: arm with which the other arms are compared; None means `label_only`. A group without this arm
             uses `label_only`, else an arm with the objectives of `label_only`, else its first arm.
 

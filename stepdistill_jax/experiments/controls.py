@@ -27,7 +27,6 @@ def spoil(
     Inputs, labels and ids are unchanged.
 
     Args:
-        examples: examples of the train split.
         kind: the change of each chosen example:
             `shuffled`: the rationale of another random example.
             `wrong`: the rationale of a random example with another label.
@@ -35,7 +34,6 @@ def spoil(
             `teacher_errs`: as `wrong`, and the other label becomes the example's `llm_label`, the teacher's
             label. In all other examples, `llm_label` becomes the label.
         share: share of the examples with a rationale that are chosen, at random.
-        seed: random seed.
 
     Raises:
         InputError: `kind` is unknown, or needs another label although all examples have the same label.
@@ -101,16 +99,16 @@ def prepare_variant(
 ) -> PreparedDataset:
     """Prepares a variant of a dataset with a changed train split, unless the variant exists.
 
-    The validation and test splits stay the same, so runs on both datasets may be compared. Other splits are
+    Validation and test splits stay the same, so runs on both datasets may be compared. Other splits are
     dropped.
 
     Args:
         name: name of a prepared dataset, or `delivery`.
         new_name: name of the variant.
-        change: function that turns the train split's examples into rows for `prepare`.
+        change: function from the train split's examples to the rows that replace them.
         fields: additional fields of these rows, for templates.
-        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR`, or the user's cache if that
-            variable is not set.
+        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR` or, if unset, the user's
+            cache.
 
     Raises:
         InputError: as in `prepare` or `open_prepared`.

@@ -18,8 +18,8 @@ ACCURACY = {
 def paper_accuracy(point: Point) -> float | None:
     """Returns the paper's accuracy for the dataset and arm of a point.
 
-    The result is None if the paper reports none, or if the runs used only a part of the data or another model
-    size than T5 base.
+    The result is None if the paper reports none, if the runs used only a part of the data, or if the model does
+    not have the size of T5 base.
     """
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:

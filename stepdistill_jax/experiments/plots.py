@@ -26,7 +26,6 @@ def learning_curves(
 
     Args:
         runs: {name to show: lines of the run's `metrics.jsonl`}.
-        path: path of the PNG file.
         chance: accuracy of always answering the commonest label, drawn as a thin line unless it is None.
     """
     made, accuracy, loss = learning_axes("label loss on train, nats per token")
@@ -47,10 +46,10 @@ def plot_curves(workdir: os.PathLike | str) -> Any:
     """Returns a `matplotlib.figure.Figure` with validation accuracy and each objective's loss.
 
     Lines are training losses, averaged over 20 steps. Markers are validation losses. A notebook shows the
-    figure as the last value of a cell, and `.savefig(PATH)` writes it to a file.
+    figure as the last value of a cell, and `.savefig(PATH)` writes it.
 
     Raises:
-        InputError: the metrics cannot be read; see `read_metrics`.
+        InputError: the metrics cannot be read.
     """
     importlib.import_module("matplotlib.pyplot")  # registers the display of figures in a notebook
     lines = read_metrics(workdir)
@@ -130,7 +129,7 @@ def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
 
 
 def figure(columns: int = 1) -> tuple[Any, Any]:
-    """Returns a new figure and its axes, an array of axes if there are several `columns`.
+    """Returns a new figure and its axes, which are an array if `columns` is above 1.
 
     The figure opens no window and need not be closed, since it is made without pyplot.
     """

@@ -75,9 +75,8 @@ def report(
     Args:
         runs: workdirs, folders of `sweep`, or folders that contain such folders.
         output: folder for the files, created if missing. The files of an earlier report are replaced.
-        split: split whose answers are compared.
         baseline: arm with which the other arms are compared; None means the default of `compare`.
-        examples: number of rows, spread evenly over the split, that the page shows with the arms' answers.
+        examples: number of rows that the page shows with the arms' answers, spread evenly over the split.
         data_dir: folder of prepared datasets. Without the runs' dataset, the report has neither tests nor
             examples.
 
@@ -205,7 +204,7 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
-    """Returns sentences about how much data an arm needs to reach the baseline, whose share of the data is `data`."""
+    """Returns sentences about the data that an arm needs to reach the baseline, which was trained on `data`."""
     base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
     theirs = (
         f"the accuracy that {base} has with {data} ({enough.target:.4f}, with"
@@ -250,7 +249,7 @@ def _better(found: Sequence[Enough]) -> list[str]:
 
 
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
-    """Returns up to `count` rows with the answers of one run per arm, and of its largest fraction."""
+    """Returns up to `count` rows with each arm's answers, from one run at the arm's largest fraction."""
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]
     if not chosen or not count:
@@ -295,7 +294,7 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 
 
 def _embedded(figure: pathlib.Path) -> str:
-    """Returns an SVG file as a data URI, so that it can run no script and its names cannot clash with the page's."""
+    """Returns an SVG as a data URI. An image runs no script, and its names cannot clash with the page's."""
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
 

@@ -35,7 +35,6 @@ class Gold:
 
     Attributes:
         key: digest of the rows' ids, inputs and labels, without rationales.
-        examples: rows of the split, in order.
         metric: name of the metric that compares labels.
         labels: labels of the task if they are a closed set; else empty.
     """
@@ -69,21 +68,18 @@ class RunResult:
     """A run that has answers on the split.
 
     Attributes:
-        arm: name of the arm in the sweep. Outside a sweep, it follows from the objectives; see `arm_of`.
+        arm: name of the arm in the sweep. Outside a sweep, see `arm_of`.
         fraction: share of the train split that the run was trained on.
         grid: {setting: value} of the sweep's grid; empty outside a sweep.
         config: the config in `run.json`.
-        gold: the split that the run answered; None if its dataset is not prepared here.
+        gold: the split that the run answered; None if the dataset is not prepared here.
         labels: number of labelled training examples.
-        parameters: number of parameters of the model.
         step: step of the checkpoint that gave the answers.
-        accuracy: accuracy on the split.
-        rows: number of rows in the split.
-        majority: accuracy of always answering the commonest label; None if it was not saved.
+        majority: accuracy of always answering the commonest label; None if not saved.
         collapsed: whether all answers are the same.
         answers: the model's labels, in the order of the rows; None if `gold` is None.
         right: whether each answer is right, a bool array [rows]; None if `gold` is None.
-        rationales: the model's rationales, in the order of the rows; None if they were not decoded.
+        rationales: the model's rationales, in the order of the rows; None if not decoded.
         explained: quality of the rationales (`RationaleCounts.summary` and `unfinished`); None if not saved.
         lines: lines of `metrics.jsonl`.
     """
@@ -174,8 +170,6 @@ def read_runs(
 
     Args:
         paths: workdirs, folders of `sweep`, or folders that contain such folders.
-        split: split whose answers are read.
-        data_dir: folder of prepared datasets.
 
     Returns:
         The runs that have answers on the split.
@@ -317,10 +311,10 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
     """Returns the name of the arm with these objectives, whatever their weights.
 
-    The prompt prefix of the label objective may be missing, as in `paper/exact.gin`. For other objectives, the
-    name joins the objectives' names.
+    A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the usual one. If no arm has
+    these objectives, the result joins their names.
 
-    Example: `label` and `rationale` give `step_by_step`, but with another template they give `label+rationale`.
+    Example: `label` and `rationale` give `step_by_step`, or `label+rationale` if a template differs.
     """
 
     def shape(items) -> list[tuple]:

@@ -34,8 +34,7 @@ def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndar
 
     Args:
         right: whether each answer is right, a bool array [runs, rows].
-        draws: number of draws.
-        seed: random seed. The same seed draws the same rows.
+        seed: the same seed draws the same rows.
     """
     rng, rows = np.random.default_rng(seed), right.shape[1]
     answers = right.T.astype(np.float32)
@@ -52,16 +51,14 @@ def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndar
 def paired_difference(
     first: np.ndarray, second: np.ndarray, *, seed: int = 1
 ) -> tuple[float, float, float]:
-    """Tests the second arm's mean accuracy minus the first arm's.
+    """Tests the difference of two arms: the second arm's mean accuracy minus the first arm's.
 
     A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws each arm's runs
-    (seeds) separately. The interval accounts for the choice of test rows and, if the arms have several runs, of
-    seeds.
+    (seeds) separately. The interval accounts for the choice of rows and, if an arm has several runs, of seeds.
 
     Args:
         first: accuracies of the first arm's runs from `resample`, [draws, runs].
         second: accuracies of the second arm's runs in the same draws, [draws, runs].
-        seed: seed for drawing the runs.
 
     Returns:
         The lower end of the 95 % interval of the difference.

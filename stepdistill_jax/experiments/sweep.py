@@ -93,17 +93,16 @@ def sweep(
     """Trains and evaluates the cells that are not done yet, in order.
 
     A cell is done when its last step and evaluation are saved in its workdir. After any interruption, the same
-    call continues the sweep. Cells that differ only in seed, fraction or other values that are not compiled in
-    share a program.
+    call continues the sweep. Cells share a compiled program if they differ only in seed, fraction or
+    values outside the program.
 
     Args:
-        cells: cells to train. They may have different tasks.
+        cells: cells to train, which may have different tasks.
         workdir: folder for `sweep.json` and the cells' workdirs.
-        data_dir: folder of prepared datasets.
         split: split on which the best step of each run is evaluated; None evaluates nothing. Results are in the
             cell's workdir, in `evaluation/SPLIT.json` and `predictions/`.
-        with_rationale: whether arms that write rationales also decode them. Their quality is saved as
-            `rationale` in `evaluation/SPLIT.json`.
+        with_rationale: whether to decode rationales, too, for arms that write them. The quality is saved
+            as `rationale` in `evaluation/SPLIT.json`.
         retries: number of times to retry a failed cell, after all other cells.
         asked: the command's arguments, which are saved in `sweep.json`.
 
@@ -210,7 +209,7 @@ def _evaluate(
     with_rationale: bool,
     datasets: Mapping[str, str | None],
 ) -> None:
-    """Evaluates the best step of a run. Writes `evaluation/SPLIT.json` last, since it marks the run as evaluated."""
+    """Evaluates the best step of a run. `evaluation/SPLIT.json` is written last: it marks the run as evaluated."""
     config, path = cell.config, workdir / EVALUATION / f"{split}.json"
     if not is_remote(path):
         check_result(path)

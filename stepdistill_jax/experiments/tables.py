@@ -24,11 +24,10 @@ USUAL_SETTINGS += ("INPUT_LENGTH", "TARGET_LENGTH", "DTYPE", "DATA_FRACTION", "S
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table whose cells are strings.
+    """A table of strings.
 
     Attributes:
         name: name of the CSV file, without `.csv`.
-        head: names of the columns.
         rows: cells of each row; "" for an unknown value.
         numbers: indices of the columns with numbers, which are right-aligned.
     """
@@ -64,10 +63,7 @@ def _no_formula(cell: str) -> str:
 
 
 def accuracy_table(comparison: Comparison, name: str) -> Table:
-    """Returns accuracies, with a row for each arm and fraction.
-
-    If the paper reports one of them, there is a column for the paper.
-    """
+    """Returns accuracies, with a row for each arm and fraction, and a column for the paper's accuracies if any."""
     head = ("arm", "fraction", "labels", "runs", "accuracy", "95% low", "95% high", "collapsed")
     head += ("accuracy without these",)
     rows = [
@@ -114,10 +110,10 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 
 
 def rationale_table(comparison: Comparison, name: str) -> Table:
-    """Returns the quality of decoded rationales, with a row for each arm and fraction, and for the teacher if known.
+    """Returns the quality of decoded rationales, with a row for each arm and fraction.
 
-    Values are means over the runs of an arm, and counts are shares of the rows. The column `token accuracy`
-    comes from the validation of the run.
+    A last row shows the teacher's rationales if their quality is known. Values are means over an arm's runs.
+    Counts are shown as shares of the rows. The column `token accuracy` comes from the run's validation.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
     counts = ("empty", "unfinished", *VERDICTS)

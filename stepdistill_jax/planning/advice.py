@@ -36,7 +36,6 @@ class Base:
     """A candidate that does not fit into memory.
 
     Attributes:
-        target: work and devices for which the candidate was compiled.
         found: the candidate, as returned by `compiled`.
         given: whether the user chose the layout.
     """
@@ -49,12 +48,12 @@ class Base:
 
     @property
     def policy(self) -> str:
-        """Remat policy of the candidate; for an uncompiled candidate, the policy that saves the most memory."""
+        """The candidate's remat policy; if it was not compiled, the policy that saves the most memory."""
         return self.found.get("remat_policy", REMAT_POLICIES[-1])
 
     @property
     def most_flops(self) -> float:
-        """Most FLOPs that a step may have after a change of slices or devices."""
+        """Limit on the FLOPs of a step after a change of slices or devices."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
@@ -66,7 +65,6 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
     together. Another layout and more devices are tried as well.
 
     Args:
-        base: the candidate that does not fit.
         more_devices: the target's devices, followed by the devices that a remedy may add.
 
     Returns:
@@ -148,7 +146,7 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the base with all changes that save memory, or with all changes if the size of the base is unknown.
+    """Compiles the base with all changes that save memory, or with all if the base has no known size.
 
     Returns None if the result does not fit, or if fewer than two settings would change.
     """
@@ -167,7 +165,7 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles another layout: the one with the fewest FLOPs and then the smallest state on a device.
+    """Compiles another layout: the one with the fewest FLOPs and, among equals, the smallest state on a device.
 
     Returns [the candidate], or [] if it does not fit.
     """

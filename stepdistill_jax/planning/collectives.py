@@ -61,12 +61,11 @@ def collectives(
     """Finds a compiled module's collectives over more than one device.
 
     Args:
-        module: the optimised program.
-        num_devices: devices of the mesh, all of which take part in an operation that names no group.
+        num_devices: devices of the mesh. They all take part in an operation that names no group.
         unknown_trips: as for `runs`.
 
     Returns:
-        The collectives, those that send the most bytes first.
+        The collectives, from the most to the fewest sent bytes.
         The number of loops of unknown length that contain a collective.
     """
     operations, unknown = [], set()
@@ -91,7 +90,7 @@ def kind_of(instruction: Instruction) -> str | None:
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
-    """Returns the `count`, `bytes` of results and `wire_bytes` of each kind, in a step on one device."""
+    """Returns a dict for each kind, with `count`, `bytes` of results and `wire_bytes` of a step on one device."""
     totals: dict[str, dict[str, float]] = {}
     for c in operations:
         total = totals.setdefault(c.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
@@ -102,10 +101,10 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
-    """Returns a dict for each kind and dtype, those with the most sent bytes first.
+    """Returns a dict for each kind and dtype, from the most to the fewest sent bytes.
 
-    Each dict has `kind`, `dtype`, `count`, `bytes` of results and `wire_bytes` of a step on one device. A
-    combined collective with arrays of two dtypes counts under each dtype.
+    Each dict has `kind`, `dtype` and the entries of `by_kind`. A combined collective with arrays of two dtypes
+    counts under each dtype.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for c in operations:

@@ -45,8 +45,6 @@ class Figures:
     """The memory, FLOPs and traffic of a compiled step. All bytes are those on one device.
 
     Attributes:
-        layout: sizes of the mesh axes.
-        num_microbatches: number of slices of the step.
         groups: (row count, input length, target length) of each group.
         filled_rows: rows of all groups that contain tokens.
         state: bytes of `params` and of `optimizer`, computed from their shapes.
@@ -54,8 +52,8 @@ class Figures:
         gradients: bytes of the trained parameters' float32 gradients. `temp` includes them.
         temp: bytes of the compiler's buffers, without arguments and results.
         total: peak bytes: arguments, buffers, and the results that do not reuse an argument's memory.
-        operations: the collectives, those that send the most bytes first.
-        unknown_loops: number of loops of unknown length that contain collectives. Each counts as one run.
+        operations: the collectives, from the most to the fewest sent bytes.
+        unknown_loops: number of loops with collectives and an unknown length, each taken as one run.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
         bound: lower bound of the step's time on a topology; None for virtual devices.
@@ -209,8 +207,6 @@ def compile_for(
     """Compiles a program for the devices of a mesh, which need not exist.
 
     Args:
-        lowered: the lowered program.
-        mesh: the mesh.
         triton: whether a GPU computes matmuls with Triton instead of cuBLAS. Triton reads int8 weights without
             a converted copy.
 
@@ -229,9 +225,9 @@ def compile_for(
 
 
 def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound | None:
-    """Returns the lower bound of a module's time on the mesh's chips, or None if the chips' rates are unknown.
+    """Returns the lower bound of a module's time on the mesh's chips, or None if their rates are unknown.
 
-    `runs.runs` describes `unknown_trips`.
+    `unknown_trips` is as for `runs`.
     """
     device = mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
@@ -245,7 +241,6 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
 
     Args:
         config: config of the run. Its layout and remat policy are ignored.
-        work: the result of `workload`.
         mesh: mesh of virtual devices or of a topology's devices.
         remat_policy: `elementwise`, `minimal` or `full`.
 

@@ -37,7 +37,7 @@ class Cost:
         bytes: bytes read from and written to main memory.
         integer: number of elementwise operations on integers.
         other: number of elementwise operations on all other types.
-        known: False for a custom call without a formula, of which only the bytes are counted.
+        known: False for a custom call without a formula: only its bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -59,7 +59,6 @@ class Costs:
         """Stores an optimised program.
 
         Args:
-            module: the program.
             spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU. Otherwise they are
                 main memory.
         """
@@ -67,7 +66,7 @@ class Costs:
         self._on_chip = spaces_on_chip
 
     def of(self, computation: Computation, instruction: Instruction) -> Cost:
-        """Returns the cost of an instruction that a device runs as one operation."""
+        """Returns the cost of an instruction that runs as one operation."""
         if instruction.opcode == "custom-call" and instruction.target in MARKS:
             return Cost()
         operands = computation.operands(instruction)

@@ -1,4 +1,4 @@
-"""Computes a lower bound of the time to decode a batch of labels on chips that need not exist."""
+"""Computes a lower bound of the time to decode a batch of labels."""
 
 import dataclasses
 import os
@@ -57,7 +57,6 @@ def plan_decode(
             decodes at least 8 rows in each shard.
         quantization: `int8` for int8 weight matrices; None for the config's `dtype`.
         hbm: bytes of one device's memory, as for `plan`.
-        data_dir: folder of prepared datasets.
 
     Returns:
         A dict with these entries:

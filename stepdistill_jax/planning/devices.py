@@ -51,7 +51,7 @@ def memory_fraction() -> float:
 
 
 def memory_of(kind: str, hbm: int | None) -> int:
-    """Returns the bytes of a device's memory: `hbm` if given, else those of the chip, or 80e9 for an unknown chip."""
+    """Returns the bytes of a device's memory: `hbm` if given, else the chip's memory, or 80e9 for an unknown chip."""
     chip = chip_of(kind)
     return hbm or (DEFAULT_HBM if chip is None else chip.memory)
 

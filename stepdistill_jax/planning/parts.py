@@ -28,7 +28,7 @@ _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
     """Returns the part of the model that an operation belongs to.
 
-    A fusion with too general a name belongs to the part of most of its elements.
+    A fusion whose name is too general gets the part of most of its elements.
     """
     names = [instruction.op_name]
     fused = [inner for c in module.called(instruction) for inner in module.nested(c)]

@@ -45,14 +45,13 @@ def plan(
     Args:
         config: config of the run. If `layout` is None, its layout and remat policy are ignored.
         devices: number of devices; ignored if there is a topology.
-        hbm: bytes of one device's memory. None means that of the topology's chips, or 80e9 without a topology.
+        hbm: bytes of one device's memory. None means the memory of the topology's chips, or 80e9.
             On a GPU or a virtual device, a step may take only JAX's share of this memory.
         layout: the only layout to plan, under the config's remat policy: a name, such as `fsdp` or
             `fsdp_tensor 32x8`, or a `Layout`. None means all layouts that suit the model, as in `candidates`.
         topology: a TPU slice such as `v5e:8x8`, which needs libtpu, or `cuda:8`, eight H100s of one host, which
             needs JAX's CUDA plugin. With a topology, candidates have a `bound`.
         rows: number of packed rows of a step. None means that the rows are counted, as in `workload`.
-        data_dir: folder of prepared datasets.
 
     Returns:
         A dict with these entries:
@@ -68,8 +67,8 @@ def plan(
         `hbm_needed`: if no candidate fits, the bytes of memory that the smallest one needs on each device. None
         for a topology, whose memory is fixed.
         `host_bytes`: bytes of host memory to `save` and to `restore` a checkpoint, for each device of a host.
-        `seconds_at_peak`: lower bound of a step's time, for each kind of device. It is that of the best
-        candidate or, if none fits, of the smallest.
+        `seconds_at_peak`: lower bound of the best candidate's step time, for each kind of device. If no candidate
+        fits, it is that of the smallest.
 
     Raises:
         InputError: the devices do not exist, or the layout does not fit the devices or the model.

@@ -25,7 +25,7 @@ class Operation:
     """One operation of a module and all its runs.
 
     Attributes:
-        part: the part of the model to which the operation belongs.
+        part: the part of the model.
         times: runs of the operation in one run of the module.
         cost: cost of one run.
         products: seconds for the matmuls of one run at the chip's peak.
@@ -108,8 +108,6 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
     """Returns the lower bound of a module's time.
 
     Args:
-        module: an optimised program for the chip.
-        chip: the chip, which gives the rates.
         on_tpu: whether memory spaces other than 0 are on the chip.
         unknown_trips: as for `runs`.
     """

@@ -34,7 +34,6 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
     Of a conditional, only the largest branch is included.
 
     Args:
-        module: the parsed module.
         unknown_trips: runs of the first loop of unknown length. All other loops of unknown length are then left
             out, since a decoder decodes a token in only one of its loops. None means one run of each.
     """

@@ -57,7 +57,6 @@ class Workload:
     """The model that a config would train, and the rows that a step would process.
 
     Attributes:
-        model: configuration of the model.
         rows_of: returns the rows of a step for a row multiple.
         assumptions: a string for each assumption; empty if everything was read from files.
     """
@@ -88,8 +87,7 @@ def workload(
     Missing values are assumed if the dataset is not prepared.
 
     Args:
-        config: config of the run.
-        rows: number of packed rows of a step, as shown by `stepdistill inspect`. None means the most rows in
+        rows: number of packed rows of a step, as shown by `stepdistill inspect`. None means the most in
             the first 32 steps, or one row for each example if the dataset is not prepared.
         data_dir: folder of prepared datasets; None means the default folder.
 
@@ -120,7 +118,7 @@ def workload(
         assumptions.append(
             f"dataset {config.task!r} is not prepared here, so a step has "
             + (
-                "one packed row for each example; short examples share a row, so set `rows`"
+                "one packed row for each example; packing needs fewer, so set `rows`"
                 if config.pack
                 else "rows of the complete `input_length` and `target_length`"
                 + (", summed over all objectives" if config.pairs else "")
