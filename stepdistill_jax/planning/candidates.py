@@ -69,7 +69,7 @@ def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str 
     named = layouts_for(model, devices)
     if " " in layout and layout not in named:
         raise InputError(
-            f"`layout` {layout}: not a layout for this model on {devices} devices; use one of {', '.join(named)}"
+            f"`layout` {layout}: not possible on {devices} devices with this model; use one of {', '.join(named)}"
         )
     return named.get(layout, layout)
 
