@@ -1,1 +1,1 @@
-"""Trains and compares several runs: demo, sweeps, controls, reports and plots."""
+"""Trains and compares several runs."""

@@ -1,4 +1,4 @@
-"""Compares runs: how accurate each arm is, how much data it needs, and which differences are significant."""
+"""Compares runs: the accuracy of each arm, the data it needs, and which differences are significant."""
 
 import dataclasses
 import itertools
@@ -25,15 +25,12 @@ class Point:
     """The runs of an arm that were trained on the same share of the data.
 
     Attributes:
-        arm: name of the arm.
-        fraction: share of the train split that the runs were trained on.
-        labels: mean number of labelled examples that the runs were trained on.
-        runs: the runs, one per seed.
-        accuracy: mean accuracy of the runs.
-        low, high: ends of the 95 % interval of the mean, by Student's t; None if there is only one run.
-        collapsed: number of runs whose answers are the same for all rows.
-        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all runs or no runs
-            collapsed.
+        labels: mean number of labelled training examples.
+        runs: one per seed.
+        accuracy: mean accuracy.
+        low, high: ends of the 95 % interval of the mean, by Student's t; None for a single run.
+        collapsed: number of runs that give all rows the same answer.
+        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all or none collapsed.
     """
 
     arm: str
@@ -52,16 +49,13 @@ class PairTest:
     """A significance test between two arms that were trained on the same share of the data.
 
     Attributes:
-        fraction: share of the train split.
-        first: name of the first arm.
-        second: name of the second arm.
-        difference: mean accuracy of the second arm minus mean accuracy of the first arm.
+        difference: mean accuracy of the second arm minus that of the first.
         low, high: ends of the 95 % interval of the difference; see `paired_difference`.
         p: two-sided p value; see `paired_difference`.
-        p_holm: p value corrected for the number of tests in the comparison.
+        p_holm: p value corrected for all tests of the comparison.
         seeds: seeds for which both arms have a run.
-        only_first: number of rows that only the first arm answers correctly, summed over `seeds`.
-        only_second: number of rows that only the second arm answers correctly, summed over `seeds`.
+        only_first: rows that only the first arm answers correctly, summed over `seeds`.
+        only_second: rows that only the second arm answers correctly, summed over `seeds`.
     """
 
     fraction: float
@@ -79,22 +73,20 @@ class PairTest:
 
 @dataclasses.dataclass(frozen=True)
 class Enough:
-    """How much data an arm needs to reach the accuracy that the baseline has with all data.
+    """How much data an arm needs to reach the baseline's full accuracy.
+
+    A full accuracy is the mean accuracy at the largest fraction.
 
     Attributes:
-        arm: name of the arm.
-        target: mean accuracy of the baseline at its largest fraction.
-        fraction: smallest tested fraction at which the arm's mean accuracy is at least `target`; None if
+        target: full accuracy of the baseline.
+        fraction: smallest fraction at which the arm reaches `target`, or None.
+        labels: mean number of labelled examples at `fraction`, or None.
+        surely: smallest fraction such that, here and at all larger fractions, the arm is significantly better
+            than the baseline at its largest fraction: the 95 % interval of the difference lies above 0. None if
             there is none.
-        labels: mean number of labelled examples at `fraction`; None if `fraction` is None.
-        surely: smallest tested fraction such that, at this and every larger tested fraction, the arm is
-            significantly better than the baseline trained on its largest fraction (the 95 % interval of the
-            difference lies above 0). None if there is no such fraction.
-        tested: whether the arms' answers could be compared row by row. If this is False, `surely` is
-            meaningless.
+        tested: whether answers could be compared row by row. If False, `surely` is meaningless.
         baseline_labels: mean number of labelled examples of the baseline at its largest fraction.
-        reverse: smallest fraction at which the baseline reaches the accuracy that the arm has at its own
-            largest fraction; None if there is none.
+        reverse: smallest fraction at which the baseline reaches the arm's full accuracy, or None.
     """
 
     arm: str
@@ -112,14 +104,12 @@ class Comparison:
     """A group of runs that answered the same rows and differ only in arm, fraction and seed.
 
     Attributes:
-        name: the task, followed by the settings in which this group differs from others in the report.
+        name: the task, and the settings that distinguish this group from others in the report.
         baseline: name of the arm with which the other arms are compared.
-        runs: the runs of the group.
-        points: the runs of each arm at each fraction, sorted by arm and then by fraction.
-        tests: the tests between arms.
-        enough: for each arm except the baseline, how much data the arm needs.
-        teacher: accuracy of the teacher's labels on the same rows; None if there are no such labels.
-        majority: accuracy of always answering the commonest label; None if it is unknown.
+        points: sorted by arm and then by fraction.
+        enough: one entry for each arm except the baseline.
+        teacher: accuracy of the teacher's labels on the same rows, or None.
+        majority: accuracy of always answering the commonest label; None if unknown.
     """
 
     name: str
@@ -137,11 +127,9 @@ class Comparison:
         return list(dict.fromkeys(p.arm for p in self.points))
 
     def is_chance(self, point: Point) -> bool:
-        """Returns True if the runs of a point do not show that the arm is better than chance.
+        """Returns whether the runs of a point may be no better than chance.
 
-        This is the case if the lower end of the point's 95 % interval is at most `majority`, the accuracy
-        of always answering the commonest label. A single run has no interval, so that its accuracy is
-        compared with `majority` instead.
+        They may be if the lower end of the 95 % interval, or a single run's accuracy, is at most `majority`.
         """
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
@@ -154,21 +142,18 @@ class Comparison:
 def compare(
     runs: Sequence[RunResult], baseline: str | None = None
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
-    """Groups the runs that can be compared with each other, and compares the runs of each group.
+    """Compares the runs within each group of comparable runs.
 
-    Two runs are in the same group if they answered the same rows and agree in all settings that vary
-    within an arm, such as the learning rates of a grid. A setting that varies only between arms counts as
-    part of the arm.
+    The runs of a group answered the same rows and agree in all settings that vary within an arm, such as the
+    learning rates of a grid. A setting that varies only between arms counts as part of the arm.
 
     Args:
-        runs: all runs.
-        baseline: name of the arm with which the other arms are compared. None means the arm
-            `label_only`. If there is no arm of this name, the first arm with the same objectives is
-            used. If there is none either, the first of all arms is used.
+        baseline: arm with which the other arms are compared; None means `label_only`. A group without this arm
+            uses `label_only`, else an arm with the objectives of `label_only`, else its first arm.
 
     Returns:
-        A comparison for each group, and a dict for each run that was left out. The dict has `run`, the
-        folder of the run, and `why`, the reason.
+        A comparison for each group.
+        A dict for each run that was left out: `run` is its folder, and `why` the reason.
 
     Raises:
         InputError: no run belongs to the arm `baseline`. The message lists the arms.
@@ -203,10 +188,7 @@ def _baseline(runs: Sequence[RunResult], wanted: str | None) -> str:
 
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
-    """Returns, for each run, the settings that define its group.
-
-    These are the settings of the grid, and all other settings that vary within an arm.
-    """
+    """Returns each run's settings of the grid, and its other settings that vary within an arm."""
     # A setting splits the groups if two runs with the same arm, rows and grid values differ in it. If
     # label_only uses LEARNING_RATE 1e-3 and step_by_step 5e-4, none of them varies within its arm, so
     # the two stay in one group; with a second label_only run at 5e-4, LEARNING_RATE splits the groups.
@@ -229,9 +211,8 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns a run's settings as {name: value}, with all values as strings.
 
-    The name of a macro is in capitals, and the name of a nested field is its path, such as
-    `optimizer.name`. The fields in `NO_SETTING` are left out, except `INIT_FROM` and the weights and input
-    templates of the objectives.
+    A macro's name is in capitals. A nested field's name is its path, such as `optimizer.name`. The fields in
+    `NO_SETTING` are left out, except `INIT_FROM` and the objectives' weights and input templates.
     """
     found = {}
     for name, value in config.items():
@@ -250,7 +231,7 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
 
 
 def short_value(value: str) -> str:
-    """Returns the value of a setting. If the value is a path, only its last part is returned."""
+    """Returns the value of a setting, or the last part of a path."""
     # INIT_RULES is a list of names with slashes
     is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value
@@ -300,10 +281,7 @@ def _point(*runs: RunResult) -> Point:
 
 
 def _drawn(runs: Sequence[RunResult]) -> dict[RunResult, np.ndarray]:
-    """Returns {run: its accuracy in each random draw of rows, [draws]} for the runs that have answers.
-
-    In each draw, rows are drawn with replacement. All runs share the drawn rows.
-    """
+    """Returns each run's accuracies in random draws of rows, [draws]. All runs share the draws."""
     known = [r for r in runs if r.right is not None and len(r.right)]
     if not known:
         return {}

@@ -22,22 +22,21 @@ KINDS = ("shuffled", "wrong", "missing", "teacher_errs")
 def spoil(
     examples: Sequence[Example], kind: str, share: float = 1.0, *, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Returns the examples as rows, some with spoilt rationales. Inputs, labels and ids are unchanged.
+    """Returns the examples as dicts, some of them with spoilt rationales.
+
+    Inputs, labels and ids are unchanged.
 
     Args:
-        examples: examples of the train split.
-        kind: how a chosen row is changed. `shuffled` gives the row the rationale of another random row.
-            `wrong` gives the row the rationale of a random row with another label. `missing` removes the
-            row's rationale. `teacher_errs` is like `wrong`, but the other label also becomes the
-            teacher's label of the row, `llm_label`. The `llm_label` of all other rows is then their own
-            label.
-        share: share of rows to change, among the rows with a rationale. The rows to change are chosen at
-            random.
-        seed: random seed.
+        kind: the change of each chosen example:
+            `shuffled`: the rationale of another random example.
+            `wrong`: the rationale of a random example with another label.
+            `missing`: no rationale.
+            `teacher_errs`: as `wrong`, and the other label becomes the example's `llm_label`, the teacher's
+            label. In all other examples, `llm_label` becomes the label.
+        share: share of the examples with a rationale that are chosen, at random.
 
     Raises:
-        InputError: `kind` is unknown; or `kind` needs a row with another label, but all rows have the
-            same label.
+        InputError: `kind` is unknown, or needs another label although all examples have the same label.
     """
     one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)
@@ -77,10 +76,10 @@ def prepare_control(
     seed: int = 0,
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """Prepares the dataset NAME_KIND_PERCENT, which is the dataset NAME with a train split from `spoil`.
+    """Prepares the dataset NAME_KIND_PERCENT: the dataset NAME with a train split from `spoil`.
 
     Raises:
-        InputError: `spoil` or `prepare_variant` raises it.
+        InputError: as in `spoil` or `prepare_variant`.
     """
     return prepare_variant(
         name,
@@ -98,21 +97,21 @@ def prepare_variant(
     fields: Sequence[str] = (),
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """Prepares a variant of a dataset, with a changed train split, unless the variant already exists.
+    """Prepares a variant of a dataset with a changed train split, unless the variant exists.
 
-    The variant has the same validation and test splits as the original, and no other splits. Runs on both
-    datasets therefore answer the same rows and may be compared.
+    Validation and test splits stay the same, so runs on both datasets may be compared. Other splits are
+    dropped.
 
     Args:
-        name: name of the original, a prepared dataset or `delivery`.
+        name: name of a prepared dataset, or `delivery`.
         new_name: name of the variant.
-        change: function that turns the train split's examples into the rows that replace them.
-        fields: additional fields of these rows, for the templates of objectives.
-        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR`, or the user's cache if
-            that variable is not set.
+        change: function from the train split's examples to the rows that replace them.
+        fields: additional fields of these rows, for templates.
+        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR` or, if unset, the user's
+            cache.
 
     Raises:
-        InputError: `prepare` or `open_prepared` raises it.
+        InputError: as in `prepare` or `open_prepared`.
     """
     folder = data_folder(data_dir)
     if is_prepared(new_name, folder):

@@ -37,11 +37,8 @@ class ArmResult:
     """One row of the demo's table.
 
     Attributes:
-        arm: name of the arm.
-        labels: number of labelled examples that the arm was trained on.
-        steps: number of training steps.
-        seconds: training time, including compilation and validation; None if an earlier call of `demo`
-            trained the arm.
+        labels: number of labelled training examples.
+        seconds: training time, including compilation and validation; None if an earlier call trained the arm.
         test_accuracy: share of right labels on the test split.
         tokens_per_row: mean number of tokens decoded for a label, including the end of sequence.
     """
@@ -62,18 +59,18 @@ def demo(
 ) -> dict[str, Any]:
     """Trains each arm in `workdir`/ARM, decodes the test labels, and compares the arms.
 
-    If an earlier call has already trained the arms, this call only decodes.
+    An arm that an earlier call trained is only decoded.
 
     Args:
         arms: {name: (config, gin text of the config)}. All configs have the same task.
-        workdir: folder for the runs, for `demo.png` and for `demo.json`.
-        data_dir: folder of prepared datasets. If the dataset is missing, it is prepared there.
+        workdir: folder for the runs, `demo.png` and `demo.json`.
+        data_dir: folder of prepared datasets, in which a missing dataset is prepared.
 
     Returns:
-        `arms`: the rows of the table, as dicts.
+        `arms`: rows of the table, as dicts.
         `majority_baseline`: accuracy of always answering the commonest label.
         `plot`: path of the plot.
-        `rows`: some test rows with the labels and rationales that the step-by-step model writes.
+        `rows`: some test rows with the labels and rationales of the step-by-step model.
     """
     workdir = local_path(workdir, "`workdir`")
     check_folder(workdir, SUMMARY, MADE, [PLOT])
@@ -110,12 +107,9 @@ def demo(
 
 
 def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
-    """Decodes one objective for each input.
+    """Returns the decoded text and the number of decoded tokens for each input.
 
-    `objective` is the index of the objective, and `length` the largest number of tokens to decode.
-
-    Returns:
-        The decoded text for each input, and the number of decoded tokens for each input.
+    `objective` is an index, and `length` is the largest number of tokens to decode.
     """
     chosen = info.objectives[objective]
     rows = [
@@ -146,10 +140,7 @@ def _test(
 def _rationales(
     model: LoadedModel, info: TaskInfo, dataset: PreparedDataset, predictions: list[str]
 ) -> list[dict[str, str]]:
-    """Returns the first test rows with the model's labels and rationales.
-
-    The list is empty if the model writes no rationales.
-    """
+    """Returns the first test rows with the model's labels and rationales, or [] if the model writes no rationales."""
     names = [o.name for o in info.objectives]
     if "rationale" not in names:
         return []
@@ -164,5 +155,5 @@ def _rationales(
 
 
 def device_name() -> str:
-    """Returns the number and kind of the devices, for the table's caption."""
+    """Returns the number and kind of the devices in words."""
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}"

@@ -25,7 +25,7 @@ def share_of_data(fraction: float) -> str:
 
 
 def _runs_of(points: Sequence[Point]) -> str:
-    """Returns the number of runs per point in words: `mean of 3 runs`, `mean of 2 to 3 runs` or `one run`."""
+    """Returns the runs per point in words: `mean of 3 runs`, `mean of 2 to 3 runs` or `one run`."""
     counts = sorted({len(p.runs) for p in points})
     if counts == [1]:
         return "one run"
@@ -33,12 +33,10 @@ def _runs_of(points: Sequence[Point]) -> str:
 
 
 def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> pathlib.Path:
-    """Draws accuracy against the share of the training data, with a line for each arm.
+    """Draws accuracy against the share of the data, with a line for each arm.
 
-    Whiskers show 95 % intervals, and crosses in an arm's colour show the arm's collapsed runs.
-
-    Returns:
-        The path of the SVG file.
+    Whiskers show 95 % intervals, and crosses in an arm's colour its collapsed runs. Returns the path of the SVG
+    file.
     """
     made, axis = figure()
     fractions = sorted({p.fraction for p in comparison.points})
@@ -70,11 +68,7 @@ def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> p
 
 
 def _tick(comparison: Comparison, fraction: float) -> str:
-    """Returns the label of a fraction on the axis, such as `25%`.
-
-    If all arms were trained on the same number of labels at this fraction, the label has a second line
-    with this number, such as `375 labels`.
-    """
+    """Returns an axis label such as `25%`, with a second line such as `375 labels` if all arms have the same number."""
     labels = {f"{p.labels:.0f}" for p in comparison.points if p.fraction == fraction}
     return f"{100 * fraction:g}%" + (f"\n{labels.pop()} labels" if len(labels) == 1 else "")
 
@@ -104,7 +98,7 @@ def _lines(axis, comparison: Comparison) -> None:
 def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path | None:
     """Draws validation accuracy and label loss against the step, for each arm at its largest fraction.
 
-    A thin line shows a single run, and a thick line the mean of an arm's runs.
+    A thin line is a single run, and a thick line the mean of an arm's runs.
 
     Returns:
         The path of the SVG file; None if no run has metrics.
@@ -144,8 +138,7 @@ def size_figure(
     """Draws the accuracy of each arm at its largest fraction against the size of the model.
 
     Returns:
-        The path of the SVG file. If all models have the same size, nothing is drawn, and the result is
-        None.
+        The path of the SVG file; None if all models have the same size.
     """
     by_arm: dict[str, list[tuple[int, Point]]] = defaultdict(list)
     for comparison in comparisons:
@@ -174,7 +167,7 @@ def size_figure(
 
 
 def _rounded(size: int) -> str:
-    """Returns a number of parameters in a short form, such as `248M` for 247,577,856."""
+    """Returns a number in a short form, such as `248M` for 247,577,856."""
     for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if size >= unit:
             return f"{size / unit:.3g}{letter}"

@@ -1,4 +1,4 @@
-"""Lists accuracies from the paper, for comparison with measured accuracies."""
+"""Lists accuracies from the paper."""
 
 from stepdistill_jax.data.prepared import PAPER_SUFFIX
 from stepdistill_jax.experiments.comparison import Point
@@ -18,8 +18,8 @@ ACCURACY = {
 def paper_accuracy(point: Point) -> float | None:
     """Returns the paper's accuracy for the dataset and arm of a point.
 
-    The result is None if the paper reports no such accuracy, if the runs used only a part of the data, or
-    if their model does not have the size of T5 base.
+    The result is None if the paper reports none, if the runs used only a part of the data, or if the model does
+    not have the size of T5 base.
     """
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:

@@ -1,4 +1,4 @@
-"""Plots runs. Colour-blind readers can distinguish the colours, and the line styles differ in grey print."""
+"""Plots runs. The curves can be told apart by colour-blind readers and in grey print."""
 
 import importlib
 import os
@@ -26,9 +26,7 @@ def learning_curves(
 
     Args:
         runs: {name to show: lines of the run's `metrics.jsonl`}.
-        path: path of the PNG file.
-        chance: accuracy of always answering the commonest label, which is drawn as a thin line; None
-            draws no line.
+        chance: accuracy of always answering the commonest label, drawn as a thin line unless it is None.
     """
     made, accuracy, loss = learning_axes("label loss on train, nats per token")
     for i, (name, lines) in enumerate(runs.items()):
@@ -45,13 +43,13 @@ def learning_curves(
 
 
 def plot_curves(workdir: os.PathLike | str) -> Any:
-    """Returns a `matplotlib.figure.Figure` of a run, with validation accuracy and each objective's loss.
+    """Returns a `matplotlib.figure.Figure` with validation accuracy and each objective's loss.
 
-    Lines show training losses, averaged over 20 steps, and markers show validation losses. A notebook
-    displays the figure if it is the last value of a cell. `.savefig(PATH)` writes it to a file.
+    Lines are training losses, averaged over 20 steps. Markers are validation losses. A notebook shows the
+    figure as the last value of a cell, and `.savefig(PATH)` writes it.
 
     Raises:
-        InputError: the metrics cannot be read; see `read_metrics`.
+        InputError: the metrics cannot be read.
     """
     importlib.import_module("matplotlib.pyplot")  # registers the display of figures in a notebook
     lines = read_metrics(workdir)
@@ -76,13 +74,13 @@ def plot_curves(workdir: os.PathLike | str) -> Any:
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and the values of the metric `key`, from the lines that contain this metric."""
+    """Returns the steps and values of the metric `key`, from the lines that contain it."""
     found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
-    """Returns, for each value, the mean of this value and of up to `window` - 1 values before it.
+    """Returns for each value the mean of this value and up to `window` - 1 earlier ones.
 
     Example: `smoothed([1, 2, 4], 2)` is [1.0, 1.5, 3.0].
     """
@@ -92,7 +90,7 @@ def smoothed(values: Sequence[float], window: int = SMOOTHED) -> list[float]:
 
 
 def look_of(i: int) -> dict[str, Any]:
-    """Returns colour, line style and marker of the i-th curve, which differ from those of other curves."""
+    """Returns the colour, line style and marker of the i-th curve."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "ls": STYLES[i % len(STYLES)],
@@ -101,7 +99,7 @@ def look_of(i: int) -> dict[str, Any]:
 
 
 def plain(text: str) -> str:
-    """Escapes dollar signs, since matplotlib typesets the text between two of them as mathematics."""
+    """Escapes dollar signs, since matplotlib typesets text between two of them as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -119,10 +117,7 @@ def save(figure: Any, stem: pathlib.Path) -> pathlib.Path:
 
 
 def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
-    """Returns a new figure and its two axes.
-
-    The first axes are for validation accuracy against the step, the second for a loss against the step.
-    """
+    """Returns a new figure, its axes for validation accuracy, and its axes for a loss, both against the step."""
     from matplotlib.ticker import MaxNLocator
 
     made, (accuracy, loss) = figure(2)
@@ -134,9 +129,9 @@ def learning_axes(loss_label: str) -> tuple[Any, Any, Any]:
 
 
 def figure(columns: int = 1) -> tuple[Any, Any]:
-    """Returns a new figure and its axes: one object if `columns` is 1, else an array of `columns` objects.
+    """Returns a new figure and its axes, which are an array if `columns` is above 1.
 
-    The figure is created without pyplot. It therefore opens no window and need not be closed.
+    The figure opens no window and need not be closed, since it is made without pyplot.
     """
     from matplotlib.figure import Figure
 

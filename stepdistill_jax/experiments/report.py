@@ -1,4 +1,4 @@
-"""Defines `report`, which compares runs on an HTML page and writes plots and tables for a paper."""
+"""Compares runs on an HTML page, and writes plots and tables for a paper."""
 
 import base64
 import dataclasses
@@ -49,9 +49,7 @@ class Report:
     Attributes:
         page: path of the HTML file.
         files: paths of all written files, the page first.
-        comparisons: result of `comparison.compare`.
-        left_out: a dict for each run that is in no table. The dict has `run`, the folder of the run, and
-            `why`, the reason.
+        left_out: a dict for each run that is in no table: `run` is its folder, and `why` the reason.
     """
 
     page: pathlib.Path
@@ -69,26 +67,22 @@ def report(
     examples: int = 500,
     data_dir: os.PathLike | str | None = None,
 ) -> Report:
-    """Compares runs, and writes the page `report.html` as well as a file for each plot and table.
+    """Compares runs, and writes the page `report.html` and a file for each plot and table.
 
-    The page contains all plots, so it needs neither a network nor other files. The same runs always give
-    the same bytes.
+    The page contains all plots, so it needs neither a network nor other files. The same runs always give the
+    same bytes.
 
     Args:
         runs: workdirs, folders of `sweep`, or folders that contain such folders.
-        output: folder for the files, which is created if it is missing. The files of an earlier report in
-            this folder are replaced.
-        split: split whose answers are compared.
-        baseline: name of the arm with which the other arms are compared; None means the default of
-            `compare`.
-        examples: number of rows that the page shows with the arms' answers. The rows are spread evenly
-            over the split.
-        data_dir: folder of prepared datasets. If the runs' dataset is not there, the report has neither
-            tests nor examples.
+        output: folder for the files, created if missing. The files of an earlier report are replaced.
+        baseline: arm with which the other arms are compared; None means the default of `compare`.
+        examples: number of rows that the page shows with the arms' answers, spread evenly over the split.
+        data_dir: folder of prepared datasets. Without the runs' dataset, the report has neither tests nor
+            examples.
 
     Raises:
-        InputError: a path contains no runs; no run has answers on the split; no run belongs to the arm
-            `baseline`; or the folder cannot be written.
+        InputError: a path contains no runs, no run has answers on the split, no run belongs to the arm
+            `baseline`, or the folder cannot be written.
     """
     whole("examples", examples, 0)
     folder = local_path(output, "`output`")
@@ -128,11 +122,7 @@ def report(
 
 
 def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
-    """Returns, for each comparison, the suffix of the names of its files.
-
-    The suffix is empty if there is only one comparison. Otherwise, the suffix is made from the
-    comparison's name; a 1-based index is added if the name is empty or not unique.
-    """
+    """Returns the suffix of each comparison's file names, which is empty for a single comparison."""
     if len(comparisons) == 1:
         return [""]
     names = [re.sub(r"[^A-Za-z0-9.]+", "-", c.name).strip("-.")[:80] for c in comparisons]
@@ -145,7 +135,7 @@ def _suffixes(comparisons: Sequence[Comparison]) -> list[str]:
 def _write_comparison(
     comparison: Comparison, folder: pathlib.Path, suffix: str, split: str
 ) -> tuple[list[pathlib.Path], dict[str, Any]]:
-    """Writes the files of a comparison, and returns the files' paths and the values that the page shows."""
+    """Writes a comparison's files. Returns their paths, and the values that the page shows."""
     folder.mkdir(parents=True, exist_ok=True)
     accuracy = accuracy_figure(comparison, split, folder / f"accuracy{suffix}")
     learning = learning_figure(comparison, folder / f"learning{suffix}")
@@ -188,8 +178,8 @@ def _write_comparison(
 def headline(comparison: Comparison) -> list[str]:
     """Returns the main results in sentences.
 
-    For each arm, a sentence says how much data the arm needs to reach the accuracy that the baseline has with
-    all data. Further sentences name the arms that need a teacher at test time.
+    They say how much data each arm needs to reach the accuracy of the baseline with all data, and which arms
+    need a teacher at test time.
     """
     sentences = []
     base, point = comparison.baseline, comparison.of_arm(comparison.baseline)[-1]
@@ -214,10 +204,7 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
-    """Returns sentences that say how much data an arm needs to reach the baseline's accuracy.
-
-    `data` names, in words, the share of the data that the baseline was trained on.
-    """
+    """Returns sentences about the data that an arm needs to reach the baseline, which was trained on `data`."""
     base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
     theirs = (
         f"the accuracy that {base} has with {data} ({enough.target:.4f}, with"
@@ -241,11 +228,7 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """Returns sentences that say which arms are significantly better than the baseline.
-
-    Each sentence names the arms that are better from one share of the data upwards. A last sentence names
-    the arms that are better at no share.
-    """
+    """Returns sentences about the share of the data from which each arm is significantly better than the baseline."""
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
         if enough.tested:
@@ -266,10 +249,7 @@ def _better(found: Sequence[Enough]) -> list[str]:
 
 
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
-    """Returns up to `count` rows for the page, with the answers of one run per arm.
-
-    The answers of an arm come from the run with the first seed at the arm's largest fraction.
-    """
+    """Returns up to `count` rows with each arm's answers, from one run at the arm's largest fraction."""
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]
     if not chosen or not count:
@@ -314,20 +294,12 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 
 
 def _embedded(figure: pathlib.Path) -> str:
-    """Returns an SVG file as a data URI.
-
-    The page shows the SVG as an image, so that the SVG can run no script and its names cannot clash with
-    names on the page.
-    """
+    """Returns an SVG as a data URI. An image runs no script, and its names cannot clash with the page's."""
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
 
 def _page(**values: Any) -> str:
-    """Returns the HTML of the page.
-
-    Strings from the data are escaped. The page's security policy allows only the page's own script, which
-    it identifies by a digest.
-    """
+    """Returns the HTML of the page. Data is escaped, and only the page's own script may run."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -1,4 +1,4 @@
-"""Reads the settings, answers, metrics and cost of runs. This needs neither weights nor devices."""
+"""Reads the settings, answers, metrics and cost of runs, without weights or devices."""
 
 import dataclasses
 import functools
@@ -34,11 +34,8 @@ class Gold:
     """A split of a prepared dataset.
 
     Attributes:
-        key: digest of the rows' ids, inputs and labels. Datasets that differ only in their rationales have
-            the same key.
-        examples: rows of the split, in order.
+        key: digest of the rows' ids, inputs and labels, without rationales.
         metric: name of the metric that compares labels.
-        fingerprint: fingerprint of the dataset.
         labels: labels of the task if they are a closed set; else empty.
     """
 
@@ -57,7 +54,7 @@ class Gold:
 
     @functools.cached_property
     def teacher(self) -> float | None:
-        """Accuracy of the teacher's labels over all rows; None if no row has a teacher's label.
+        """Accuracy of the teacher's labels over all rows; None if no row has one.
 
         As in the paper, a row without a teacher's label counts as wrong.
         """
@@ -71,26 +68,19 @@ class RunResult:
     """A run that has answers on the split.
 
     Attributes:
-        workdir: folder of the run.
-        arm: name of the arm in the sweep. For a run outside a sweep, the name is derived from the run's
-            objectives.
+        arm: name of the arm in the sweep. Outside a sweep, see `arm_of`.
         fraction: share of the train split that the run was trained on.
-        seed: random seed of the run.
-        grid: {setting: value} for the settings in the sweep's grid; empty outside a sweep.
+        grid: {setting: value} of the sweep's grid; empty outside a sweep.
         config: the config in `run.json`.
-        gold: the split that the run answered; None if the split's dataset is not prepared here.
-        labels: number of labelled examples that the run was trained on.
-        parameters: number of parameters of the model.
-        step: step of the checkpoint that the answers come from.
-        accuracy: accuracy on the split.
-        rows: number of rows in the split.
-        majority: accuracy of always answering the commonest label; None if it was not saved.
+        gold: the split that the run answered; None if the dataset is not prepared here.
+        labels: number of labelled training examples.
+        step: step of the checkpoint that gave the answers.
+        majority: accuracy of always answering the commonest label; None if not saved.
         collapsed: whether all answers are the same.
         answers: the model's labels, in the order of the rows; None if `gold` is None.
         right: whether each answer is right, a bool array [rows]; None if `gold` is None.
-        rationales: the model's rationales, in the order of the rows; None if they were not decoded.
-        explained: quality of the rationales (`RationaleCounts.summary` and `unfinished`); None if it was
-            not saved.
+        rationales: the model's rationales, in the order of the rows; None if not decoded.
+        explained: quality of the rationales (`RationaleCounts.summary` and `unfinished`); None if not saved.
         lines: lines of `metrics.jsonl`.
     """
 
@@ -116,20 +106,17 @@ class RunResult:
 
     @property
     def task(self) -> str:
-        """Name of the task that the run was trained on."""
+        """Name of the task."""
         return self.config["task"]
 
     @property
     def gold_key(self) -> str:
-        """Key of the rows that the run answered. Only runs with the same key can be compared."""
+        """Key of the answered rows. Only runs with the same key can be compared."""
         return self.task if self.gold is None else self.gold.key
 
     @property
     def rationale_token_accuracy(self) -> float | None:
-        """Token accuracy of the rationale, with teacher forcing, in the validation at `step`.
-
-        The value is None if the accuracy was not measured.
-        """
+        """Teacher-forced token accuracy of the rationale in the validation at `step`; None if not measured."""
         key = f"eval/validation/accuracy/{RATIONALE}"
         found = [line[key] for line in self.lines if line["step"] == self.step and key in line]
         return found[-1] if found else None
@@ -137,8 +124,8 @@ class RunResult:
     def verdict(self, row: int) -> tuple[str | None, str | None]:
         """Returns the answer that a row's rationale names, and whether this answer agrees with the label.
 
-        See `named_answer`. The result is (None, None) if the run has no rationales, or if the run's dataset
-        is not prepared here.
+        See `named_answer`. The result is (None, None) without rationales, or if the dataset is not prepared
+        here.
         """
         if self.gold is None or self.answers is None or self.rationales is None:
             return None, None
@@ -153,8 +140,7 @@ class RunResult:
     def cost(self) -> tuple[float, float]:
         """Seconds and FLOPs of all training steps, including compilation, but not validation or saving.
 
-        `metrics.jsonl` contains the rate r of each logged step, in examples per second. Such a step took
-        batch_size / r seconds.
+        A logged step with a rate of r examples per second took batch_size / r seconds.
         """
         seconds = flops = 0.0
         for line in self.lines:
@@ -168,7 +154,7 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A workdir, and its entry in `sweep.json`, which is empty if the run belongs to no sweep."""
+    """A workdir and its entry in `sweep.json`, which is empty outside a sweep."""
 
     workdir: pathlib.Path
     cell: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -184,12 +170,10 @@ def read_runs(
 
     Args:
         paths: workdirs, folders of `sweep`, or folders that contain such folders.
-        split: split whose answers are read.
-        data_dir: folder of prepared datasets.
 
     Returns:
-        The runs that have answers on the split, and a dict for each run that is left out. The dict has
-        `run`, the folder of the run, and `why`, the reason to leave it out.
+        The runs that have answers on the split.
+        A dict for each run that is left out: `run` is its folder, and `why` the reason.
 
     Raises:
         InputError: a path contains no run, a file is damaged, or no run has answers on the split.
@@ -221,7 +205,7 @@ def read_runs(
 
 
 def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
-    """Returns all workdirs in the folders `paths`, in the order of `paths` and without repetitions.
+    """Returns all workdirs in the folders `paths`, each once, in the order of `paths`.
 
     Raises:
         InputError: a folder is missing or contains no workdir.
@@ -255,7 +239,7 @@ def _below(path: pathlib.Path, depth: int) -> Iterator[Found]:
 
 
 def _read(found: Found, split: str, gold_of) -> RunResult | str:
-    """Returns the results of a run, or the reason to leave the run out."""
+    """Returns the results of a run, or the reason to leave it out."""
     workdir, cell = found.workdir, found.cell
     described = read_run(workdir)
     config = described["config"]
@@ -286,9 +270,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
             )
         answers = _column(file, gold, "label")
         if answers is None:
-            return (
-                f"the rows in {file.name} are not those of {task}'s {split}; evaluate the run again"
-            )
+            return f"{file.name} does not have the rows of {task}'s {split}; evaluate the run again"
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
     elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
@@ -319,7 +301,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
 
 
 def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
-    """Returns the field `name` of each row in a file; None if the rows' ids differ from those in `gold`."""
+    """Returns the field `name` of each row in a file, or None if the rows' ids differ from those in `gold`."""
     rows = [row for _, row in read_jsonl(file)]
     if [row.get("id") for row in rows] != [e.id for e in gold.examples]:
         return None
@@ -327,13 +309,12 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 
 
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the name of the arm that has these objectives, regardless of their weights.
+    """Returns the name of the arm with these objectives, whatever their weights.
 
-    If no arm has them, the result is made from the objectives' names. A label objective without a prompt
-    prefix, as in `paper/exact.gin`, counts as the same objective.
+    A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the usual one. If no arm has
+    these objectives, the result joins their names.
 
-    Example: the arm of the objectives `label` and `rationale` is `step_by_step`. If one of their templates
-    differs from the templates of that arm, the result is `label+rationale`.
+    Example: `label` and `rationale` give `step_by_step`, or `label+rationale` if a template differs.
     """
 
     def shape(items) -> list[tuple]:

@@ -13,9 +13,8 @@ CHUNK = 200  # draws at once; [CHUNK, rows] row counts are in memory
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
     """Returns the mean, and the lower and upper end of the mean's 95 % interval by Student's t.
 
-    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). The
-    interval accounts for the choice of seeds, but not for the choice of rows. Both ends are None if there
-    is only one value.
+    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). It accounts for
+    the choice of seeds, not of rows. Both ends are None for a single value.
 
     Example: `mean_interval([0.6, 0.7, 0.8])` is (0.7, 0.452, 0.948), rounded, with s = 0.1 and t = 4.303.
     """
@@ -31,13 +30,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Returns the accuracy of each run in each draw of rows, [draws, runs].
 
-    Each draw takes as many rows as `right` has, at random and with replacement. All runs share the drawn
-    rows.
+    Each draw takes as many rows as `right` has, at random and with replacement. All runs share the draws.
 
     Args:
-        right: whether each answer of each run is right, a bool array [runs, rows].
-        draws: number of draws.
-        seed: random seed. The same seed draws the same rows.
+        right: whether each answer is right, a bool array [runs, rows].
+        seed: the same seed draws the same rows.
     """
     rng, rows = np.random.default_rng(seed), right.shape[1]
     answers = right.T.astype(np.float32)
@@ -56,17 +53,17 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """Tests the difference of two arms: the second arm's mean accuracy minus the first arm's.
 
-    A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws the runs
-    (seeds) of each arm separately. The interval therefore accounts for the choice of test rows and of
-    seeds. If each arm has only one run, the interval accounts only for the choice of test rows.
+    A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws each arm's runs
+    (seeds) separately. The interval accounts for the choice of rows and, if an arm has several runs, of seeds.
 
     Args:
         first: accuracies of the first arm's runs from `resample`, [draws, runs].
         second: accuracies of the second arm's runs in the same draws, [draws, runs].
-        seed: seed of the random generator that draws the runs.
 
     Returns:
-        The lower end and the upper end of the 95 % interval of the difference, and the two-sided p value.
+        The lower end of the 95 % interval of the difference.
+        The upper end.
+        The two-sided p value.
     """
     rng = np.random.default_rng(seed)
 
@@ -82,15 +79,13 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p values that are corrected for the number of tests (Holm 1979, Scand. J. Statist. 6:65).
+    """Returns p values corrected for the number of tests (Holm 1979, Scand. J. Statist. 6:65).
 
-    If differences with a corrected p of at most 5 % are called significant, the probability of one or more
-    false alarms among all tests is at most 5 %.
+    If a corrected p of at most 5 % counts as significant, the probability of any false alarm is at most 5 %.
 
-    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. If the product is smaller than
-    the corrected value of the next smaller p value, that corrected value is used instead. Example:
-    `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from 3 x 0.01, then 2 x 0.03, then
-    max(1 x 0.04, 0.06).
+    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. The result is at least the
+    corrected value of the next smaller p value. Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from
+    3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

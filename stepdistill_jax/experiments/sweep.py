@@ -1,4 +1,4 @@
-"""Trains and evaluates a run for each combination of arm, fraction, seed and grid values, one by one."""
+"""Trains and evaluates a run for each combination of arm, fraction, seed and grid values."""
 
 import dataclasses
 import datetime
@@ -43,11 +43,8 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-        arm: name of the arm.
         fraction: share of the train split in the config.
-        seed: random seed in the config.
-        grid: {setting: value as typed} for other settings that differ between cells.
-        config: config of the run.
+        grid: {setting: value as typed} of other settings that differ between cells.
         text: gin text of the config, which is saved as `config.gin`.
     """
 
@@ -68,12 +65,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of the cell in messages, such as `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
+        """Name in messages, such as `step_by_step 0.25 seed 3 LEARNING_RATE=0.001`."""
         return cell_name(self.arm, self.fraction, self.seed, self.grid)
 
 
 def cell_path(arm: str, fraction: float, seed: int, grid: Mapping[str, str]) -> str:
-    """Returns `Cell.path`. Characters that are not safe in a folder's name are replaced by `-`."""
+    """Returns `Cell.path`, with `-` for characters that are unsafe in a folder's name."""
     values = ",".join(f"{k}={re.sub(r'[^A-Za-z0-9._+-]+', '-', v)}" for k, v in grid.items())
     return "/".join([arm, *([values] if values else []), repr(float(fraction)), str(seed)])
 
@@ -95,20 +92,19 @@ def sweep(
 ) -> dict[str, Any]:
     """Trains and evaluates the cells that are not done yet, in order.
 
-    A cell is done when its last step and evaluation are saved in the cell's workdir. A sweep that is
-    killed at any point can therefore be continued by the same call. Cells share a compiled program if
-    they differ only in their seed, their fraction, or numbers that are not compiled into the program.
+    A cell is done when its last step and evaluation are saved in its workdir. After any interruption, the same
+    call continues the sweep. Cells share a compiled program if they differ only in seed, fraction or
+    values outside the program.
 
     Args:
-        cells: cells to train. They may have different tasks.
-        workdir: folder for `sweep.json` and the workdirs of the cells.
-        data_dir: folder of prepared datasets.
-        split: split on which the best step of each run is evaluated; None evaluates nothing. The results
-            are saved in the run's workdir, in `evaluation/SPLIT.json` and `predictions/`.
-        with_rationale: whether to also decode rationales, for the arms that write them. The quality of
-            the rationales is saved as `rationale` in `evaluation/SPLIT.json`.
+        cells: cells to train, which may have different tasks.
+        workdir: folder for `sweep.json` and the cells' workdirs.
+        split: split on which the best step of each run is evaluated; None evaluates nothing. Results are in the
+            cell's workdir, in `evaluation/SPLIT.json` and `predictions/`.
+        with_rationale: whether to decode rationales, too, for arms that write them. The quality is saved
+            as `rationale` in `evaluation/SPLIT.json`.
         retries: number of times to retry a failed cell, after all other cells.
-        asked: the arguments of the command, which are saved in `sweep.json`.
+        asked: the command's arguments, which are saved in `sweep.json`.
 
     Returns:
         `workdir`: folder of the sweep.
@@ -116,17 +112,17 @@ def sweep(
         `done`: number of cells that are done now.
         `skipped`: number of cells that were done before this call.
         `failed_cells`: a dict with `cell`, `workdir` and `error` for each failed cell.
-        `seconds`: seconds that this call took.
+        `seconds`: duration of this call.
 
     Raises:
-        InputError: a cell's workdir contains another run, two cells have the same workdir, or a task
-            lacks the split. The error is raised before the first cell is trained.
+        InputError: a cell's workdir contains another run, two cells have the same workdir, or a task lacks the
+            split. It is raised before any training.
         SystemExit: a signal arrived. The exit status is 75, and finished work is saved.
     """
     if jax.process_count() > 1:
         raise InputError(
-            "sweep runs in a single process; `stepdistill sweep ... --print slurm` (or xpk) prints the"
-            " cells' commands for many hosts"
+            "sweep runs in a single process; for many hosts, print the cells' commands with"
+            " `stepdistill sweep ... --print slurm` (or xpk)"
         )
     folder, data_dir = as_path(workdir), data_folder(data_dir)
     began = time.monotonic()
@@ -213,10 +209,7 @@ def _evaluate(
     with_rationale: bool,
     datasets: Mapping[str, str | None],
 ) -> None:
-    """Evaluates the best step of a run, and writes its answers and then `evaluation/SPLIT.json`.
-
-    A run counts as evaluated once that file exists.
-    """
+    """Evaluates the best step of a run. `evaluation/SPLIT.json` is written last: it marks the run as evaluated."""
     config, path = cell.config, workdir / EVALUATION / f"{split}.json"
     if not is_remote(path):
         check_result(path)
@@ -267,10 +260,7 @@ def _is_done(cell: Cell, folder: pathlib.Path, split: str | None, with_rationale
 def _check_cells(
     cells: Sequence[Cell], folder: pathlib.Path, data_dir: pathlib.Path, split: str | None
 ) -> dict[str, str | None]:
-    """Checks the cells, and returns {task: fingerprint of the task's dataset}.
-
-    A SeqIO task has no fingerprint, so its value is None.
-    """
+    """Checks the cells, and returns {task: fingerprint of its dataset, or None for a SeqIO task}."""
     if (folder / RUN).is_file():
         raise InputError(
             f"`workdir` {folder}: expected a folder of runs, but this is the folder of a single run"
@@ -290,7 +280,7 @@ def _check_cells(
             ensure_prepared(task, data_dir)
         if split and not has_split(task, split, data_dir=data_dir, task_module=module):
             raise InputError(
-                f"`split` {split}: {task} has no such split; choose another one, or none"
+                f"`split` {split}: {task} has no such split; choose another split, or none to evaluate nothing"
             )
         prepared = is_prepared(task, data_dir)
         datasets[task] = open_prepared(task, data_dir).fingerprint if prepared else None
@@ -300,7 +290,7 @@ def _check_cells(
 def _check_workdirs(
     cells: Sequence[Cell], folder: pathlib.Path, datasets: Mapping[str, str | None]
 ) -> None:
-    """Refuses a cell whose workdir contains a run with another config or with other data."""
+    """Refuses a cell whose workdir contains a run with another config or other data."""
     for cell in cells:
         workdir = folder / cell.path
         if not (workdir / RUN).is_file():
@@ -324,7 +314,7 @@ def _check_workdirs(
 
 
 class _Record:
-    """Maintains `sweep.json`, which records the arguments of all calls so far and the state of each cell."""
+    """`sweep.json`: the arguments of all calls and the state of each cell."""
 
     def __init__(self, folder: pathlib.Path, cells: Sequence[Cell], asked: Mapping[str, Any]):
         self._path = folder / SWEEP
@@ -348,7 +338,7 @@ class _Record:
         return self._cells[cell.path]
 
     def note(self, cell: Cell, **values: Any) -> None:
-        """Updates the entry of a cell. `seconds` is added to the seconds of earlier attempts."""
+        """Updates the entry of a cell, and adds `seconds` to those of earlier attempts."""
         entry = self._cells[cell.path]
         if "seconds" in values:
             values["seconds"] = round(entry.get("seconds", 0.0) + values["seconds"], 1)

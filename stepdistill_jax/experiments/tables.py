@@ -1,4 +1,4 @@
-"""Makes the tables of a report, which are then written as CSV and as HTML."""
+"""Makes the tables of a report."""
 
 import csv
 import dataclasses
@@ -24,13 +24,12 @@ USUAL_SETTINGS += ("INPUT_LENGTH", "TARGET_LENGTH", "DTYPE", "DATA_FRACTION", "S
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table whose cells are strings.
+    """A table of strings.
 
     Attributes:
         name: name of the CSV file, without `.csv`.
-        head: names of the columns.
-        rows: the cells of each row. An empty string means that the value is unknown.
-        numbers: indices of the columns that contain numbers, which are right-aligned.
+        rows: cells of each row; "" for an unknown value.
+        numbers: indices of the columns with numbers, which are right-aligned.
     """
 
     name: str
@@ -46,7 +45,7 @@ class Table:
         return path
 
     def csv(self) -> str:
-        """Returns the table as CSV with a header. A spreadsheet does not read any cell as a formula."""
+        """Returns CSV with a header. A spreadsheet reads no cell as a formula."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
@@ -54,7 +53,7 @@ class Table:
 
 
 def _no_formula(cell: str) -> str:
-    """Returns `cell`, preceded by an apostrophe if a spreadsheet would read the cell as a formula."""
+    """Returns `cell`, after an apostrophe if a spreadsheet would read it as a formula."""
     cell = escaped(cell)  # csv does not quote a carriage return, which would begin a new row
     try:
         float(cell)
@@ -64,10 +63,7 @@ def _no_formula(cell: str) -> str:
 
 
 def accuracy_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of accuracies, with a row for each arm and fraction.
-
-    If the paper reports an accuracy for one of the rows, the table has a column for the paper.
-    """
+    """Returns accuracies, with a row for each arm and fraction, and a column for the paper's accuracies if any."""
     head = ("arm", "fraction", "labels", "runs", "accuracy", "95% low", "95% high", "collapsed")
     head += ("accuracy without these",)
     rows = [
@@ -92,7 +88,7 @@ def accuracy_table(comparison: Comparison, name: str) -> Table:
 
 
 def tests_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of the significance tests, with a row for each pair of arms at each fraction."""
+    """Returns the significance tests, with a row for each pair of arms at each fraction."""
     head = ("fraction", "first", "second", "second - first", "95% low", "95% high", "p", "p (Holm)")
     head += ("only first right", "only second right")
     rows = [
@@ -114,11 +110,10 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 
 
 def rationale_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of the quality of decoded rationales, with a row for each arm and fraction.
+    """Returns the quality of decoded rationales, with a row for each arm and fraction.
 
-    A last row shows the teacher's rationales if their quality is known. Values are means over the runs of
-    an arm. Counts are shown as shares of the rows. The column `token accuracy` was measured in the run's
-    validation.
+    A last row shows the teacher's rationales if their quality is known. Values are means over an arm's runs.
+    Counts are shown as shares of the rows. The column `token accuracy` comes from the run's validation.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
     counts = ("empty", "unfinished", *VERDICTS)
@@ -152,7 +147,7 @@ def rationale_table(comparison: Comparison, name: str) -> Table:
 
 
 def cost_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of each arm's mean training cost per run, at the arm's largest fraction."""
+    """Returns each arm's mean training cost per run, at the arm's largest fraction."""
     head = ("arm", "fraction", "parameters", "steps", "seconds of steps", "TFLOP of steps")
     rows = []
     for arm in comparison.arms:
@@ -172,11 +167,7 @@ def cost_table(comparison: Comparison, name: str) -> Table:
 
 
 def settings_table(comparison: Comparison, name: str) -> Table:
-    """Returns a table of settings.
-
-    The table lists `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from their
-    defaults or between arms.
-    """
+    """Returns `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from defaults or between arms."""
     default = flat_settings(with_defaults({}))
     by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)
     for run in comparison.runs:
@@ -206,7 +197,7 @@ def settings_table(comparison: Comparison, name: str) -> Table:
 
 
 def _sort_key(value: str) -> tuple[float, str]:
-    """Returns a sort key for strings: numbers come first, ordered by size, and other strings follow."""
+    """Returns a sort key that puts numbers first, ordered by size."""
     try:
         return float(value), value
     except ValueError:
@@ -214,7 +205,7 @@ def _sort_key(value: str) -> tuple[float, str]:
 
 
 def runs_table(comparisons: Sequence[Comparison], split: str) -> Table:
-    """Returns a table with a row for each run, from which readers can compute other statistics."""
+    """Returns a row for each run, for readers who compute other statistics."""
     head = ("comparison", "arm", "fraction", "seed", "labels", "parameters", "best step")
     head += (f"accuracy on {split}", "rows", "collapsed", "seconds", "TFLOP", "workdir")
     rows = [(c.name, *_run(run)) for c in comparisons for p in c.points for run in p.runs]
@@ -240,7 +231,7 @@ def _run(run: RunResult) -> tuple[str, ...]:
 
 
 def _mean(values: Sequence[float | None], form: str = ".4f") -> str:
-    """Returns the mean as a formatted string, which is empty if one of the values is unknown."""
+    """Returns the mean as a formatted string, or "" if a value is unknown."""
     known = [value for value in values if value is not None]
     return format(sum(known) / len(known), form) if len(known) == len(values) else ""
 

@@ -1,6 +1,6 @@
 """Finds changes to a config that make its step fit into memory. Each change is compiled before it is recommended.
 
-In this package, the slices of a step are its microbatches (`num_microbatches`).
+In this package, slices are microbatches (`num_microbatches`).
 """
 
 import dataclasses
@@ -33,13 +33,10 @@ _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A candidate that does not fit into memory. `remedies` looks for changes that make it fit.
+    """A candidate that does not fit into memory.
 
     Attributes:
-        config: config of the run.
-        target: the work and the devices for which the candidate was compiled.
-        found: the candidate, as `compiled` returns it.
-        layout: layout of the candidate.
+        found: the candidate, as returned by `compiled`.
         given: whether the user chose the layout.
     """
 
@@ -51,12 +48,12 @@ class Base:
 
     @property
     def policy(self) -> str:
-        """Remat policy of the candidate. If it was not compiled, this is the policy that saves the most memory."""
+        """The candidate's remat policy; if it was not compiled, the policy that saves the most memory."""
         return self.found.get("remat_policy", REMAT_POLICIES[-1])
 
     @property
     def most_flops(self) -> float:
-        """Largest number of FLOPs that a step may have after its number of slices or devices is changed."""
+        """Limit on the FLOPs of a step after a change of slices or devices."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
@@ -64,16 +61,15 @@ class Base:
 def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
     """Returns changed candidates that fit.
 
-    First, each change of a single setting is tried. If the step fits with none of them, the combination of all
-    changes that save memory is tried. Another layout and more devices are tried as well.
+    Changes of a single setting are tried first. If none of them fits, all changes that save memory are tried
+    together. Another layout and more devices are tried as well.
 
     Args:
-        base: the candidate that does not fit.
-        more_devices: the target's devices, followed by further devices for candidates on more devices.
+        more_devices: the target's devices, followed by the devices that a remedy may add.
 
     Returns:
-        The candidates that fit, the cheapest first. Candidates on more devices come last. The entry `changes` of a
-        candidate is a dict from the changed parameters to their new values.
+        The candidates, the cheapest first; a candidate on more devices comes last. Each has the entry
+        `changes`, which maps parameters to new values.
     """
     single = list(_single(base))
     tried = [found for changes in single if (found := _with(base, changes)) is not None]
@@ -86,7 +82,7 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
 
 def _single(base: Base) -> Iterator[dict[str, Any]]:
-    """Yields the changes to try. Each change is a dict with one setting and its new value."""
+    """Yields the changes to try, each with a single setting: {parameter: new value}."""
     config = base.config
     if base.given:  # otherwise the candidates already include all policies
         stronger = REMAT_POLICIES[REMAT_POLICIES.index(config.remat_policy) + 1 :]
@@ -106,7 +102,7 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
 
 
 def _slices(base: Base) -> list[int]:
-    """Returns at most two slice counts to try. Only counts that add few empty rows are considered."""
+    """Returns at most two slice counts that add few empty rows."""
     config, work = base.config, base.target.work
     shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
     most = max(rows for rows, *_ in base.found["groups"]) // shards
@@ -123,7 +119,7 @@ def _slices(base: Base) -> list[int]:
 
 
 def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Compiles the base with the given changes. Returns None if parameters and optimizer alone do not fit."""
+    """Compiles the base with changes. Returns None if parameters and optimizer alone do not fit."""
     config, policy = _changed(base.config, changes), changes.get("remat_policy", base.policy)
     target = base.target
     if "dtype" in changes:
@@ -138,7 +134,7 @@ def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Returns the config with the given changes. `remat_policy` is not applied: `compiled` takes it as an argument."""
+    """Returns the config with all changes except `remat_policy`, which is an argument of `compiled`."""
     fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
     if "optimizer" in changes:
         fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
@@ -150,13 +146,9 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the combination of all changes that each save memory on their own.
+    """Compiles the base with all changes that save memory, or with all if the base has no known size.
 
-    If the TPU compiler refused the base, the size of the base is unknown. The combination then contains all
-    changes.
-
-    Returns:
-        The candidate, or None if it does not fit or if fewer than two settings would change.
+    Returns None if the result does not fit, or if fewer than two settings would change.
     """
     saving, size = single, base.found.get("per_device", {}).get("total")
     if size is not None:
@@ -173,10 +165,9 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles the config in the layout that needs the least work, apart from the base's own layout.
+    """Compiles another layout: the one with the fewest FLOPs and, among equals, the smallest state on a device.
 
-    If several layouts need the least work, the one with the smallest state on a device is compiled. Returns a list
-    that contains only this candidate, or [] if the candidate does not fit.
+    Returns [the candidate], or [] if it does not fit.
     """
     config, target = base.config, base.target
 
@@ -200,10 +191,7 @@ def _in_another_layout(base: Base) -> list[dict[str, Any]]:
 
 
 def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """Tries the base's config on twice, then four times as many devices, and yields the first candidate that fits.
-
-    Nothing is yielded if none fits, or if more devices would add many empty rows.
-    """
+    """Tries twice, then four times as many devices, and yields the first candidate that fits, if any."""
     config, name = base.config, base.found["name"]
     if base.given and name not in LAYOUTS:
         return  # a name with sizes, such as `fsdp_tensor 4x2`, is for a single number of devices

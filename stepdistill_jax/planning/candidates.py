@@ -1,4 +1,4 @@
-"""Compiles the step with each layout and remat policy that a config may use, those with the fewest FLOPs first."""
+"""Compiles the step with each layout and remat policy that a config may use."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -25,9 +25,7 @@ class Target:
     """The work and the devices for which candidates are compiled.
 
     Attributes:
-        work: the result of `workload`.
-        devices: devices of the mesh.
-        limit: number of bytes that a step may take on each device.
+        limit: bytes that a step may take on each device.
     """
 
     work: Workload
@@ -36,7 +34,7 @@ class Target:
 
 
 def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
-    """Returns all layouts whose axis sizes divide the model's dimensions, as a dict from names to layouts."""
+    """Returns {name: layout} for all layouts whose axis sizes divide the model's dimensions."""
 
     # `models.sharding` shards the width over fsdp, and vocabulary, whole key/value heads and mlp over tensor
     def divides(fsdp: int, tensor: int) -> bool:
@@ -59,7 +57,7 @@ def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
 
 
 def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str | Layout:
-    """Returns the `Layout` that a name of `layouts_for` stands for, such as `fsdp_tensor 32x8`.
+    """Returns the `Layout` for a name from `layouts_for`, such as `fsdp_tensor 32x8`.
 
     Other layouts are returned unchanged.
 
@@ -71,13 +69,13 @@ def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str 
     named = layouts_for(model, devices)
     if " " in layout and layout not in named:
         raise InputError(
-            f"`layout` {layout}: it does not fit; on {devices} devices this model can use {', '.join(named)}"
+            f"`layout` {layout}: not possible on {devices} devices with this model; use one of {', '.join(named)}"
         )
     return named.get(layout, layout)
 
 
 def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
-    """Returns a dict from names to layouts. The layout with the fewest FLOPs per step comes first."""
+    """Returns {name: layout}, sorted by the FLOPs of a step, the fewest first."""
 
     def flops(item: tuple[str, Layout]) -> float:
         return target.work.step_flops(row_multiple(config, target, item[1]))
@@ -86,22 +84,19 @@ def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
 
 
 def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
-    """Returns the number of batch shards times the number of slices.
-
-    The row counts of a batch must be multiples of this number.
-    """
+    """Returns batch shards times slices. The row counts of a batch must be multiples of this product."""
     return batch_shards(make_mesh(layout, target.devices)) * config.num_microbatches
 
 
 def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
-    """Compiles the layouts of `by_work`, each under as many remat policies as necessary.
+    """Compiles the layouts of `by_work`, each under one to three remat policies.
 
-    A layout is not compiled if parameters and optimizer alone do not fit, or if it takes more than twice the
-    FLOPs of the first layout that fits. `full` is only compiled if `elementwise` does not fit, and `minimal` only
-    if `full` then fits.
+    A layout is skipped if parameters and optimizer alone do not fit, or if it takes more than twice the FLOPs
+    of the first layout that fits. If `elementwise` does not fit, `full` is compiled. If `full` then fits,
+    `minimal` is compiled, too.
 
     Yields:
-        Candidates as `compiled` returns them. A candidate that is not compiled has the entry `error`, which says why.
+        Candidates as returned by `compiled`. A skipped layout has the entry `error` with the reason.
     """
     least = None
     for name, layout in by_work(config, target).items():
@@ -124,10 +119,7 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
 def _policies(
     config: TrainConfig, target: Target, name: str, layout: Layout
 ) -> Iterator[dict[str, Any]]:
-    """Compiles one layout under as many remat policies as necessary.
-
-    The candidate with the least recomputation is yielded first.
-    """
+    """Compiles one layout under one to three remat policies. Yields the policy that recomputes least first."""
     # The policy that recomputes most is compiled second. If it does not fit, no policy in between does.
     least, *between, most = REMAT_POLICIES
     first = compiled(config, target, name, layout, least)
@@ -147,9 +139,9 @@ def compiled(
     """Compiles one candidate.
 
     Returns:
-        A dict with `name`, `fits`, `work` (the FLOPs of the step divided by the FLOPs that the same tokens need
-        on one device) and the entries of `Figures.to_json`. If the TPU compiler refuses the step because it does
-        not fit, the dict has `error` instead of sizes.
+        A dict with `name`, `fits`, `work` and the entries of `Figures.to_json`. `work` is the FLOPs of the
+        step, divided by the FLOPs that the same tokens need on one device. If the TPU compiler refuses the
+        step, `error` replaces the sizes.
 
     Raises:
         InputError: a sharded dimension is not a multiple of the size of its mesh axis.
@@ -173,7 +165,7 @@ def state_of(config: TrainConfig, target: Target, layout: str | Layout) -> dict[
 def too_large_a_state(
     config: TrainConfig, target: Target, layout: str | Layout
 ) -> dict[str, Any] | None:
-    """Returns None if parameters and optimizer alone fit, otherwise an uncompiled candidate with an `error`."""
+    """Returns a candidate with an `error` if parameters and optimizer alone do not fit, and otherwise None."""
     state = state_of(config, target, layout)
     if sum(state.values()) <= target.limit:
         return None
@@ -186,7 +178,7 @@ def too_large_a_state(
 
 
 def _about(config: TrainConfig, target: Target, layout: str | Layout) -> dict[str, Any]:
-    """Returns the entries of a candidate that are known before it is compiled: the mesh, the rows and the work."""
+    """Returns the entries of a candidate that are known before it is compiled."""
     multiple = row_multiple(config, target, layout)
     rows = target.work.rows_of(multiple)
     return {

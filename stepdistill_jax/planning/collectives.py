@@ -1,4 +1,4 @@
-"""Finds the collectives of a compiled step, and how many bytes they send between devices."""
+"""Finds the collectives of a compiled step, and the bytes that they send."""
 
 import dataclasses
 import math
@@ -20,11 +20,11 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        count: number of times that the collective runs in a step.
-        result_bytes: number of bytes of one run's result on one device.
-        group: number of devices that exchange data with each other.
-        shares: {dtype: share of the result's bytes}. Each dtype is spelled as in HLO.
-        op_name: the place in the model that the operation comes from, or "" if XLA does not name it.
+        count: runs in a step.
+        result_bytes: bytes that one run produces on one device.
+        group: number of devices that exchange data.
+        shares: {dtype as in HLO: share of the result's bytes}.
+        op_name: place in the model; "" if XLA names none.
     """
 
     kind: str
@@ -36,12 +36,12 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Number of bytes of the results of all runs in a step, on one device."""
+        """Bytes that all runs in a step produce on one device."""
         return self.count * self.result_bytes
 
     @property
     def wire_bytes(self) -> float:
-        """Number of bytes that a device sends in a step if it uses ring algorithms. In a group of one, this is 0."""
+        """Bytes that a device sends in a step with ring algorithms; 0 in a group of one."""
         # A ring of 4 devices gathers a result of R bytes in 3 steps, in each of which a device sends R / 4. An
         # all-reduce is a reduce-scatter followed by an all-gather.
         share = (self.group - 1) / self.group
@@ -61,13 +61,12 @@ def collectives(
     """Finds a compiled module's collectives over more than one device.
 
     Args:
-        module: the optimised program (`compiled.as_text()`).
-        num_devices: number of devices of the mesh. An operation that names no group uses all of them.
+        num_devices: devices of the mesh. They all take part in an operation that names no group.
         unknown_trips: as for `runs`.
 
     Returns:
-        A pair. The first item lists the collectives, sorted from the most to the fewest sent bytes. The second is
-        the number of loops of unknown length that contain a collective.
+        The collectives, from the most to the fewest sent bytes.
+        The number of loops of unknown length that contain a collective.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):
@@ -85,16 +84,13 @@ def collectives(
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """Returns the kind of a collective, or None for any other instruction.
-
-    If a collective is written as two instructions, `-start` and `-done`, only `-start` counts as the collective.
-    """
+    """Returns the kind of a collective, or None for other instructions and for the `-done` half of a collective."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
-    """Returns, for each kind of collective, `count`, `bytes` (of results) and `wire_bytes` in a step on one device."""
+    """Returns a dict for each kind, with `count`, `bytes` of results and `wire_bytes` of a step on one device."""
     totals: dict[str, dict[str, float]] = {}
     for c in operations:
         total = totals.setdefault(c.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})
@@ -105,10 +101,10 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
-    """Returns a row for each kind and dtype, sorted from the most to the fewest sent bytes.
+    """Returns a dict for each kind and dtype, from the most to the fewest sent bytes.
 
-    A row has `kind`, `dtype`, `count`, `bytes` (of results) and `wire_bytes` in a step on one device. XLA combines
-    small collectives. If a combined collective has arrays of two dtypes, it is counted in two rows.
+    Each dict has `kind`, `dtype` and the entries of `by_kind`. A combined collective with arrays of two dtypes
+    counts under each dtype.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     for c in operations:
@@ -158,7 +154,7 @@ def _as_scatter(c: Collective) -> Collective:
 
 
 def _group(attributes: str, num_devices: int) -> int:
-    """Returns the number of devices in a group, which HLO may write in any of three notations."""
+    """Returns the number of devices in a group, which HLO writes in one of three notations."""
     # {{0,1},{2,3}} lists groups of 2; [2,4]<=[8] is 2 groups of 4; mesh['fsdp'=4,'tensor'=2] {'tensor'} is
     # an axis of 2
     groups = attributes.partition("replica_groups=")[2]

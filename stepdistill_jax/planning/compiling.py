@@ -1,4 +1,4 @@
-"""Compiles the training step for one layout and remat policy on abstract arrays, and reads its memory and costs."""
+"""Compiles the training step on abstract arrays, and reads its memory and costs."""
 
 import dataclasses
 import math
@@ -45,24 +45,18 @@ class Figures:
     """The memory, FLOPs and traffic of a compiled step. All bytes are those on one device.
 
     Attributes:
-        layout: sizes of the mesh axes.
-        remat_policy: remat policy of the model.
-        num_microbatches: number of slices (microbatches) of the step.
-        groups: for each group, the compiled (row count, input length, target length).
-        filled_rows: number of rows that contain tokens, summed over all groups.
+        groups: (row count, input length, target length) of each group.
+        filled_rows: rows of all groups that contain tokens.
         state: bytes of `params` and of `optimizer`, computed from their shapes.
         arguments: bytes of parameters, optimizer state and batch, as the compiler counts them.
-        gradients: bytes of the float32 gradients of the trained parameters, computed from their shapes. They
-            are included in `temp`.
-        temp: bytes of the compiler's buffers, in addition to arguments and results.
-        total: peak bytes: arguments, buffers, and those results that do not reuse an argument's memory.
-        operations: the collectives, sorted from the most to the fewest sent bytes.
-        unknown_loops: number of loops of unknown length that contain collectives. The figures assume that each of
-            these loops runs once.
+        gradients: bytes of the trained parameters' float32 gradients. `temp` includes them.
+        temp: bytes of the compiler's buffers, without arguments and results.
+        total: peak bytes: arguments, buffers, and the results that do not reuse an argument's memory.
+        operations: the collectives, from the most to the fewest sent bytes.
+        unknown_loops: number of loops with collectives and an unknown length, each taken as one run.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
-        bound: lower bound of the step's time on the chips of a topology; None for virtual devices.
-        compile_seconds: time to compile on this machine.
+        bound: lower bound of the step's time on a topology; None for virtual devices.
     """
 
     layout: dict[str, int]
@@ -84,26 +78,26 @@ class Figures:
 
     @property
     def devices(self) -> int:
-        """Number of devices of the mesh."""
+        """Number of devices."""
         return math.prod(self.layout.values())
 
     @property
     def flops_per_device(self) -> float:
-        """FLOPs of a step on one device, including those that are recomputed."""
+        """FLOPs of a step on one device, including recomputation."""
         return (self.model_flops + self.recomputed_flops) / self.devices
 
     @property
     def wire_bytes(self) -> float:
-        """Number of bytes that a device sends in a step."""
+        """Bytes that a device sends in a step."""
         return sum(c.wire_bytes for c in self.operations)
 
     @property
     def cost(self) -> float:
-        """Cost by which layouts and policies are ranked: FLOPs on one device, plus 1000 for each byte sent."""
+        """Cost that ranks layouts and policies: FLOPs on one device, plus 1000 for each byte sent."""
         return self.flops_per_device + FLOPS_PER_BYTE * self.wire_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Returns these figures as values that JSON can represent. Sizes are bytes on one device."""
+        """Returns a dict that JSON can represent. Sizes are bytes on one device."""
         return {
             "layout": self.layout,
             "remat_policy": self.remat_policy,
@@ -150,7 +144,7 @@ class Figures:
 def abstract_batch(
     groups: Sequence[tuple[int, int, int]], mesh: Mesh, **features: bool
 ) -> tuple[dict, ...]:
-    """Returns the groups of a batch as abstract arrays whose rows are sharded over the mesh.
+    """Returns the groups of a batch as abstract arrays, with rows sharded over the mesh.
 
     `features` are the options of `empty_group`.
     """
@@ -165,14 +159,14 @@ def abstract_batch(
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns how many bytes a tree of sharded abstract arrays takes on one device."""
+    """Returns the bytes that a tree of sharded abstract arrays takes on one device."""
     # random keys are left out, since they are only a few bytes
     leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
-    """Returns the bytes of parameters and optimizer state on one device."""
+    """Returns the bytes of `params` and `optimizer` on one device."""
     return {
         "params": bytes_per_device(state.params),
         "optimizer": bytes_per_device(state.opt_state),
@@ -185,7 +179,8 @@ def lower_step(
     """Lowers `training.step.train_step` for the given shapes.
 
     Returns:
-        The lowered step, and the abstract state with which it is called.
+        The lowered step.
+        The abstract state that the step takes.
 
     Raises:
         InputError: a sharded dimension is not a multiple of the size of its mesh axis.
@@ -209,17 +204,14 @@ def lower_step(
 def compile_for(
     lowered: jax.stages.Lowered, mesh: Mesh, *, triton: bool = False
 ) -> jax.stages.Compiled:
-    """Compiles a program for the devices of a mesh.
+    """Compiles a program for the devices of a mesh, which need not exist.
 
     Args:
-        lowered: the lowered program.
-        mesh: mesh of the devices, which need not exist.
-        triton: whether a GPU's matmuls are computed with Triton, in its default tiles, instead of cuBLAS. If
-            weights are int8, Triton converts them while it reads them. cuBLAS would read a converted copy.
+        triton: whether a GPU computes matmuls with Triton instead of cuBLAS. Triton reads int8 weights without
+            a converted copy.
 
     Raises:
-        MemoryError: the compiler finds that the program does not fit into the memory. The error has the
-            compiler's message.
+        MemoryError: the program does not fit into memory. The error has the compiler's message.
     """
     try:
         options = dict(OPTIONS.get(platform := mesh.devices.flat[0].platform, {}))
@@ -233,9 +225,9 @@ def compile_for(
 
 
 def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound | None:
-    """Returns the lower bound of a module's time on the mesh's chips, or None if the rates of the chips are unknown.
+    """Returns the lower bound of a module's time on the mesh's chips, or None if their rates are unknown.
 
-    `unknown_trips` is described in `runs.runs`.
+    `unknown_trips` is as for `runs`.
     """
     device = mesh.devices.flat[0]
     chip = chip_of(device.device_kind)
@@ -248,15 +240,13 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     """Compiles the step for one candidate and returns its figures.
 
     Args:
-        config: config of the run. Its layout and its remat policy are not used.
-        work: the result of `workload`.
-        mesh: a mesh of virtual devices or of the devices of a topology.
+        config: config of the run. Its layout and remat policy are ignored.
+        mesh: mesh of virtual devices or of a topology's devices.
         remat_policy: `elementwise`, `minimal` or `full`.
 
     Raises:
         InputError: a sharded dimension is not a multiple of the size of its mesh axis.
-        MemoryError: the compiler finds that the step does not fit into the memory. The error has the compiler's
-            message.
+        MemoryError: the step does not fit into memory.
     """
     began = time.perf_counter()
     # each device needs the same number of rows in each slice

@@ -1,4 +1,4 @@
-"""Computes what an operation of a compiled module costs: FLOPs, bytes of main memory, elementwise operations."""
+"""Computes the cost of an operation: FLOPs, bytes of main memory, elementwise operations."""
 
 import collections
 import dataclasses
@@ -33,11 +33,11 @@ class Cost:
     """Cost of one run of an operation on one device.
 
     Attributes:
-        products: {(dtype of the factors, precision): FLOPs of the matmuls of this kind}.
-        bytes: number of bytes read from and written to main memory.
+        products: {(dtype of the factors, precision): FLOPs of the matmuls}.
+        bytes: bytes read from and written to main memory.
         integer: number of elementwise operations on integers.
         other: number of elementwise operations on all other types.
-        known: False for a custom call for which no formula is known. Then only the bytes are counted.
+        known: False for a custom call without a formula: only its bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -56,18 +56,17 @@ class Costs:
     """Computes the costs of a module's operations."""
 
     def __init__(self, module: Module, *, spaces_on_chip: bool):
-        """Prepares to compute the costs of a parsed module's operations.
+        """Stores an optimised program.
 
         Args:
-            module: an optimised program.
-            spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU. Otherwise all
-                spaces count as main memory.
+            spaces_on_chip: whether memory spaces other than 0 are on the chip, as on a TPU. Otherwise they are
+                main memory.
         """
         self._module = module
         self._on_chip = spaces_on_chip
 
     def of(self, computation: Computation, instruction: Instruction) -> Cost:
-        """Returns the cost of an instruction that a device runs as one operation."""
+        """Returns the cost of an instruction that runs as one operation."""
         if instruction.opcode == "custom-call" and instruction.target in MARKS:
             return Cost()
         operands = computation.operands(instruction)
@@ -110,10 +109,10 @@ class Costs:
     # elementwise operations
 
     def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
-        """Returns how many elementwise operations an instruction runs: (on integers, on other types).
+        """Returns the counts of elementwise operations: (on integers, on other types).
 
-        An instruction counts as one operation for each element of its result or, if it is a reduction, of its
-        operand. For a fusion or a call, the instructions inside are counted.
+        An instruction counts once for each element of its result, a reduction once for each element of its
+        operand.
         """
         totals = [0.0, 0.0]
         if instruction.opcode in ("fusion", "call"):
@@ -178,10 +177,7 @@ class Costs:
         return total
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Returns how many bytes of an operand a fusion reads.
-
-        If the fusion reads only slices of the operand, only the bytes of the slices are counted.
-        """
+        """Returns the bytes of an operand that a fusion reads, which may be only those of slices."""
         whole, total = sum(array.bytes for array in parameter.arrays), 0.0
         uses = list(_uses(inner, parameter.name))
         for user, place in uses:
@@ -198,10 +194,7 @@ class Costs:
 
 
 def _uses(inner: Computation, name: str):
-    """Yields (instruction, index of the operand) for each instruction that reads a value.
-
-    If a bitcast or conversion reads the value, the instructions that read its result are yielded instead.
-    """
+    """Yields (instruction, operand index) for each use of a value, also through bitcasts and conversions."""
     for user, place in inner.uses[name]:
         if user.opcode in ("bitcast", "convert"):
             yield from _uses(inner, user.name)
@@ -210,14 +203,14 @@ def _uses(inner: Computation, name: str):
 
 
 def _source(inner: Computation, instruction: Instruction) -> Instruction:
-    """Returns the instruction that computes a value, before any bitcast, copy or conversion of it."""
+    """Returns the instruction that computes a value, before any bitcast, copy or conversion."""
     while instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
         instruction = inner.by_name[instruction.operands[0]]
     return instruction
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction is a custom call, but neither a cuBLAS matmul nor one of the free `MARKS`."""
+    """Returns whether an instruction is a custom call other than a cuBLAS matmul or one of the free `MARKS`."""
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 
@@ -253,10 +246,9 @@ def _dot_flops(computation: Computation, dot: Instruction, contracted: list[int]
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """Returns the FLOPs of a convolution.
+    """Returns the FLOPs of a convolution, without products with padding.
 
-    The TPU compiler writes matmuls as convolutions, whose spatial dimensions are the batch dimensions of the matmul.
-    A pair of a kernel position and an input position counts only if the input position is not padding.
+    The TPU compiler writes a batched matmul as a convolution whose spatial dimensions are the batch dimensions.
     """
     left, right = (computation.by_name[name].arrays[0] for name in convolution.operands[:2])
     out = convolution.arrays[0]
@@ -268,10 +260,7 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
     pairs, axes = 1, [label for label in of_out if label.isdigit()]
 
     def number(field: str, axis: int, default: int) -> int:
-        """Returns a field's value for the given axis of the convolution's window.
-
-        Examples for axis 1: `size=1x16` gives 16, and `pad=0_0x15_14` gives 15, the padding at the low end.
-        """
+        """Returns a window field's value for an axis. For axis 1, `size=1x16` gives 16 and `pad=0_0x15_14` gives 15."""
         return int(fields[field].split("x")[axis].partition("_")[0]) if field in fields else default
 
     for i, label in enumerate(axes):

@@ -1,4 +1,4 @@
-"""Computes a lower bound of the time to decode a batch of labels on chips that this machine need not have."""
+"""Computes a lower bound of the time to decode a batch of labels."""
 
 import dataclasses
 import os
@@ -45,31 +45,33 @@ def plan_decode(
     hbm: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Compiles a validation's greedy decoder for a topology, and returns what it costs to decode a batch.
+    """Compiles a validation's greedy decoder for a topology, and returns the cost of decoding a batch.
 
-    The cost assumes that each row decodes all tokens. Labels that end early take less time.
+    The cost assumes that each row decodes all tokens.
 
     Args:
         config: config of the run. Its `dtype` is the type of the activations.
-        topology: name of a topology, as for `plan`. It is required.
+        topology: name of a topology, as for `plan`; required.
         layout: a name, such as `fsdp` or `fsdp_tensor 4x2`, or a `Layout`; None means the config's layout.
-        rows: number of rows to decode at once, over all devices. None means 64 rows for each shard of the
-            batch. A GPU decodes at least 8 rows in each shard.
-        quantization: `int8` for int8 weight matrices; None for weight matrices in the config's `dtype`.
-        hbm: memory of one device in bytes, as for `plan`.
-        data_dir: folder of prepared datasets.
+        rows: rows to decode at once, over all devices. None means 64 rows for each shard of the batch. A GPU
+            decodes at least 8 rows in each shard.
+        quantization: `int8` for int8 weight matrices; None for the config's `dtype`.
+        hbm: bytes of one device's memory, as for `plan`.
 
     Returns:
-        A dict. `devices`, `device_kind`, `hbm`, `limit` and `assumptions` are as in the result of `plan`.
-        `layout` has the sizes of the mesh axes. `rows`, `input_length` and `tokens` are the sizes of the batch.
-        `per_device` has the bytes of `params`, `arguments`, `temp` and `total`, and `fits` says whether the total
-        is within the limit. `collectives_by_dtype` and `wire_bytes` describe the data that devices exchange.
-        `bound` is the lower bound of the time of a batch, as in `plan`. It also has the entries `token_ms` and
-        `kernels_per_token`: the time and the number of kernels that one more token takes.
+        A dict with these entries:
+
+        `devices`, `device_kind`, `hbm`, `limit`, `assumptions`: as for `plan`.
+        `layout`: sizes of the mesh axes.
+        `rows`, `input_length`, `tokens`: sizes of the batch.
+        `per_device`: bytes of `params`, `arguments`, `temp` and `total`.
+        `fits`: whether the total is within the limit.
+        `collectives_by_dtype`, `wire_bytes`: the data that devices exchange.
+        `bound`: as for `plan`, for one batch. `token_ms` and `kernels_per_token` are those of one more token.
 
     Raises:
-        InputError: `topology` is None, the decoder does not fit into memory, or an argument is one
-            that `plan` would refuse.
+        InputError: `topology` is None, the decoder does not fit into memory, or `plan` would refuse an
+            argument.
     """
     if topology is None:
         raise InputError(
@@ -148,7 +150,7 @@ def plan_decode(
 def _lower(
     model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, tokens: int
 ) -> tuple[jax.stages.Lowered, int]:
-    """Lowers the decoder for a batch. Returns the lowered decoder and the bytes of its parameters on one device."""
+    """Returns the lowered decoder for a batch, and the bytes of its parameters on one device."""
     boxed = abstract_params(model)
     params = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

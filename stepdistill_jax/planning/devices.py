@@ -1,4 +1,4 @@
-"""Provides devices to compile for: virtual CPUs, a TPU slice, or one host's H100s. The devices need not exist."""
+"""Provides devices to compile for: virtual CPUs, a TPU slice, or one host's H100s."""
 
 import importlib.util
 import os
@@ -31,10 +31,9 @@ _FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def memory_fraction() -> float:
-    """Returns the share of a GPU's memory that JAX takes.
+    """Returns the share of a GPU's memory that JAX takes: three quarters by default.
 
-    It is the value of the environment variable `XLA_CLIENT_MEM_FRACTION`, or of `XLA_PYTHON_CLIENT_MEM_FRACTION`, its
-    older name. If neither is set, it is three quarters.
+    `XLA_CLIENT_MEM_FRACTION` or else `XLA_PYTHON_CLIENT_MEM_FRACTION` sets another share.
 
     Raises:
         InputError: the value is not a number above 0 and at most 1.
@@ -52,10 +51,7 @@ def memory_fraction() -> float:
 
 
 def memory_of(kind: str, hbm: int | None) -> int:
-    """Returns the memory of a device in bytes.
-
-    It is `hbm` if that is given. Otherwise it is the memory of the chip or, if the chip is unknown, 80e9 bytes.
-    """
+    """Returns the bytes of a device's memory: `hbm` if given, else the chip's memory, or 80e9 for an unknown chip."""
     chip = chip_of(kind)
     return hbm or (DEFAULT_HBM if chip is None else chip.memory)
 
@@ -63,18 +59,17 @@ def memory_of(kind: str, hbm: int | None) -> int:
 def usable_share(device: Any) -> float:
     """Returns the share of a device's memory that a step may take.
 
-    On a TPU, this is the complete memory, since the compiler places all arrays of a step and refuses a step that
-    does not fit. On a GPU, it is the share that JAX takes. A virtual device counts as a GPU.
+    This is 1 on a TPU, whose compiler refuses a step that does not fit. On a GPU and on a virtual device, this
+    is `memory_fraction()`.
     """
     return 1.0 if device.platform == "tpu" else memory_fraction()
 
 
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
-    """Returns at least `count` and at most `most` CPU devices.
+    """Returns at least `count` and at most `most` CPU devices (None means `count`).
 
-    JAX creates its devices when they are first used. If it has not created them yet, this function makes it
-    create `most` devices (None means `count`). So call this function before any code uses devices, or in a
-    process that already has enough devices.
+    JAX creates its devices at their first use, and this function makes JAX create `most`. Call it before any
+    code uses devices, or in a process with enough CPU devices.
 
     Raises:
         InputError: JAX already has CPU devices, but fewer than `count`.
@@ -95,10 +90,10 @@ def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
 
 
 def topology_devices(name: str) -> list[Any]:
-    """Returns the abstract devices of a topology, such as a TPU slice (`v5e:8x8`) or one host's 8 H100s (`cuda:8`).
+    """Returns the abstract devices of a TPU slice (such as `v5e:8x8`) or of one host's H100s (`cuda:8`).
 
     Raises:
-        InputError: the compiler for these devices is not installed, or it does not know the topology.
+        InputError: the compiler for these devices is not installed, or does not know the topology.
     """
     kind, _, sizes = name.partition(":")
     # below, `jax_platforms` keeps real arrays, such as a random key, on the CPU
@@ -146,7 +141,7 @@ def _gpus(name: str, count: str) -> list[Any]:
 
 
 def _found(module: str) -> bool:
-    """Returns whether a module is installed. If its parent package is missing, the result is False."""
+    """Returns whether a module and its parent package are installed."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:

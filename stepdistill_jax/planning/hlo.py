@@ -1,4 +1,4 @@
-"""Parses the text of an optimised XLA module into computations, instructions and shapes."""
+"""Parses the text of an optimised XLA module."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ class Array:
     Attributes:
         dtype: type as HLO spells it: `bf16`, `f32`, `pred`, ...
         dims: size of each dimension; () for a scalar.
-        layout: HLO's layout: the dimensions from the fastest to the slowest, the tiles, and the memory space. An
-            example is `{1,0:T(8,128)(2,1)S(1)}`. It is "" if HLO gives none.
+        layout: dimensions from the fastest to the slowest, tiles and memory space, such as
+            `{1,0:T(8,128)(2,1)S(1)}`; "" if HLO gives none.
     """
 
     dtype: str
@@ -40,18 +40,18 @@ class Array:
 
     @property
     def space(self) -> int:
-        """Index of the memory space. Index 0 is the device's main memory."""
+        """Index of the memory space; 0 is the device's main memory."""
         found = re.search(r"S\((\d+)\)", self.layout)
         return int(found.group(1)) if found else 0
 
     @property
     def data_bytes(self) -> int:
-        """Number of bytes of the elements, without padding."""
+        """Bytes of the elements, without padding."""
         return self.size * bits(self.dtype) // 8
 
     @property
     def bytes(self) -> int:
-        """Number of bytes in memory, including the padding of tiles.
+        """Bytes in memory, including the padding of tiles.
 
         Example: bf16[100,200]{1,0:T(8,128)(2,1)} takes 104 x 256 x 2 bytes.
         """
@@ -66,7 +66,7 @@ class Array:
 
 
 def bits(dtype: str) -> int:
-    """Returns the number of bits of an element in memory: 16 for bf16, 8 for f8e4m3fn and pred, 0 for a token."""
+    """Returns the bits of an element in memory: 16 for bf16, 8 for f8e4m3fn and pred, 0 for a token."""
     if dtype == "pred":
         return 8
     digits = re.search(r"\d+", dtype)
@@ -80,12 +80,11 @@ class Instruction:
     Attributes:
         name: name without `%`.
         opcode: `fusion`, `custom-call`, `while`, ...
-        arrays: the arrays of the result. If the result is a tuple, these are all its arrays in order, with
-            nested tuples flattened.
-        operands: names of the operands, which are instructions of the same computation.
-        inside: the string between the parentheses after the opcode.
-        attributes: the string after these parentheses.
-        is_root: whether the instruction's result is the computation's result.
+        arrays: arrays of the result, with nested tuples flattened.
+        operands: names of instructions of the same computation.
+        inside: text between the parentheses after the opcode.
+        attributes: text after the closing parenthesis.
+        is_root: whether the computation returns the instruction's result.
     """
 
     name: str
@@ -98,7 +97,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """JAX's name for the place in the model that the instruction comes from; "" if there is none."""
+        """JAX's name for the place in the model; "" if there is none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
@@ -110,7 +109,7 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that the instruction runs, except the condition of a loop."""
+        """Names of the computations that the instruction runs, except a loop's condition."""
         if self.opcode in ("async-update", "async-done"):  # `async-start` runs the computation
             return []
         names = []
@@ -125,10 +124,10 @@ class Instruction:
 
 
 class Computation:
-    """A computation, which is a list of instructions in the order in which they are scheduled."""
+    """A list of instructions in scheduled order."""
 
     def __init__(self, name: str):
-        """Creates an empty computation, which has no instructions yet."""
+        """Creates an empty computation."""
         self.name = name
         self.instructions: list[Instruction] = []
         self.by_name: dict[str, Instruction] = {}
@@ -142,7 +141,7 @@ class Computation:
         self.by_name[instruction.name] = instruction
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """Returns the instructions that compute the operands. Leaves out operands that the text does not define."""
+        """Returns the instructions that compute the operands, without operands that the text does not define."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     @functools.cached_property
@@ -152,13 +151,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """The parameters of the computation, in order."""
+        """The computation's parameters, in order."""
         found = [i for i in self if i.opcode == "parameter"]
         return sorted(found, key=lambda i: int(i.inside or 0))
 
     @functools.cached_property
     def uses(self) -> dict[str, list[tuple[Instruction, int]]]:
-        """{name of a value: [(instruction that reads the value, index of the value among its operands), ...]}."""
+        """{name of a value: [(instruction that reads the value, operand index), ...]}."""
         found: dict[str, list[tuple[Instruction, int]]] = {i.name: [] for i in self}
         for instruction in self:
             for place, name in enumerate(instruction.operands):
@@ -168,10 +167,10 @@ class Computation:
 
 
 class Module:
-    """All computations of a module."""
+    """The computations of a module."""
 
     def __init__(self, text: str | None):
-        """Parses the result of `compiled.as_text()`, which the backends for CPU, GPU and TPU all provide."""
+        """Parses the result of `compiled.as_text()`."""
         assert text is not None
         self.computations: dict[str, Computation] = {}
         self.entry = Computation("")
@@ -188,11 +187,11 @@ class Module:
                 current.add(_instruction(line.strip()))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """Returns the computations that an instruction runs. Leaves out computations that the text does not define."""
+        """Returns the computations that an instruction runs, without computations that the text does not define."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def nested(self, computation: Computation) -> Iterator[Instruction]:
-        """Yields the instructions of a computation, and those inside its fusions and calls, at any depth."""
+        """Yields a computation's instructions, including those inside its fusions and calls at any depth."""
         for instruction in computation:
             yield instruction
             if instruction.opcode in ("fusion", "call"):
@@ -233,7 +232,7 @@ def _arrays(text: str) -> tuple[Array, ...]:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns the index of the parenthesis that closes the one at `start`, or the length of `text` if none does."""
+    """Returns the index of the parenthesis that closes the one at `start`, or `len(text)` if none does."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found.group() == "(" else -1

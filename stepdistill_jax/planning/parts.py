@@ -1,4 +1,4 @@
-"""Finds the part of the model to which an operation belongs, from the name that JAX and Flax gave the operation."""
+"""Finds an operation's part of the model from the operation's name in JAX and Flax."""
 
 import collections
 import re
@@ -28,7 +28,7 @@ _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
     """Returns the part of the model that an operation belongs to.
 
-    If the name of a fusion is not specific enough, returns the part to which most of the fusion's elements belong.
+    A fusion whose name is too general gets the part of most of its elements.
     """
     names = [instruction.op_name]
     fused = [inner for c in module.called(instruction) for inner in module.nested(c)]
@@ -51,11 +51,7 @@ def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
 
 
 def _by_name(op_name: str, is_product: bool) -> str:
-    """Returns the part of the model to which an operation with the name `op_name` belongs.
-
-    A name looks like `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`. `is_product` says
-    whether the operation is a matmul.
-    """
+    """Returns the part for a name like `jit(train_step)/jvp(EncoderDecoder.states)/.../layers/mlp/wi_0/dot_general`."""
     # the order of the checks matters: `layers/attention/query` contains both `layers` and `attention`
     names = [piece for step in op_name.split("/") for piece in step.split(".")]
     steps, last = set(names), names[-1]
@@ -87,5 +83,5 @@ def _in_dropout(names: list[str]) -> bool:
 
 
 def _clears(names: list[str]) -> bool:
-    """Returns whether an operation makes the arrays of zeros that a scan over layers fills."""
+    """Returns whether an operation makes the zeros that a scan over layers fills."""
     return names[-1] == "broadcast_in_dim" and names[-2:-1] in (["encoder"], ["decoder"])

@@ -1,4 +1,4 @@
-"""Computes what a config needs on a number of devices, and finds the cheapest layout and remat policy that fit."""
+"""Finds the cheapest layout and remat policy with which a config fits on a number of devices."""
 
 import dataclasses
 import math
@@ -38,44 +38,37 @@ def plan(
 ) -> dict[str, Any]:
     """Compiles the training step for devices that need not exist, and returns what the step needs.
 
-    No weights are read, and nothing runs on the devices. Without a topology, the devices are virtual CPU devices,
-    which JAX can only create before it is first used. So call this function before anything else uses JAX, or in
-    a process that has enough CPU devices.
+    No weights are read, and nothing runs on the devices. Without a topology, call this function before anything
+    else uses JAX, or in a process with enough CPU devices, since JAX creates virtual CPU devices only at its
+    first use.
 
     Args:
-        config: config of the run. If `layout` is None, its layout and remat policy are not used.
-        devices: number of devices. It is ignored if there is a topology.
-        hbm: memory of one device in bytes. None means the memory of the topology's chips or, without a
-            topology, 80e9. On a GPU or a virtual device, a step may take only the share of this
-            memory that JAX takes.
-        layout: the only layout to plan, under the config's remat policy. It is a name, such as `fsdp` or
-            `fsdp_tensor 32x8`, or a `Layout`. If it is None, all layouts whose axis sizes divide the model's
-            dimensions are compared, each under one to three remat policies. The layout with the least work comes
-            first. A layout that needs more than twice the work of one that fits is not compiled.
-        topology: a TPU slice such as `v5e:8x8`, for which libtpu compiles, or `cuda:8`, eight H100s of one
-            host, for which JAX's CUDA plugin compiles. With a topology, candidates have a `bound`.
-        rows: number of packed rows of a step, if it is known.
-        data_dir: folder of prepared datasets.
+        config: config of the run. If `layout` is None, its layout and remat policy are ignored.
+        devices: number of devices; ignored if there is a topology.
+        hbm: bytes of one device's memory. None means the memory of the topology's chips, or 80e9.
+            On a GPU or a virtual device, a step may take only JAX's share of this memory.
+        layout: the only layout to plan, under the config's remat policy: a name, such as `fsdp` or
+            `fsdp_tensor 32x8`, or a `Layout`. None means all layouts that suit the model, as in `candidates`.
+        topology: a TPU slice such as `v5e:8x8`, which needs libtpu, or `cuda:8`, eight H100s of one host, which
+            needs JAX's CUDA plugin. With a topology, candidates have a `bound`.
+        rows: number of packed rows of a step. None means that the rows are counted, as in `workload`.
 
     Returns:
         A dict with these entries:
 
         `devices`, `device_kind`: number and kind of the devices.
-        `hbm`, `limit`: bytes of a device's memory, and bytes of it that a step may take.
+        `hbm`, `limit`: bytes of a device's memory, and the bytes of it that a step may take.
         `assumptions`: a string for each assumption.
-        `model`: the fields of the model's configuration.
-        `candidates`: for each candidate, a dict with `name`, `fits`, `work` (the FLOPs of the step divided by the
-        FLOPs that the same tokens need on one device) and the entries of `Figures.to_json`. A candidate that was
-        not compiled has `error` instead of sizes. If the reason is that it needs too much work, `fits` is None.
+        `model`: fields of the model's configuration.
+        `candidates`: dicts as returned by `candidates.compiled`. An uncompiled candidate has `error` instead of
+        sizes, and its `fits` is None if it needs too many FLOPs.
         `best`: the cheapest candidate that fits, or None.
-        `remedies`: if no candidate fits, changed candidates that do fit. Each has the entry `changes`: the new
-        values of settings, or the new number of devices.
-        `hbm_needed`: if no candidate fits, how many bytes of memory a device would need for the smallest candidate.
-        It is None for a topology, since the memory of its chips is fixed.
-        `host_bytes`: for each device of a host, how many bytes of host memory it takes to `save` and to `restore`
-        a checkpoint.
-        `seconds_at_peak`: for each kind of device, a lower bound of the step time of the best candidate. If no
-        candidate fits, the smallest candidate is used.
+        `remedies`: if no candidate fits, changed candidates that fit, as returned by `advice.remedies`.
+        `hbm_needed`: if no candidate fits, the bytes of memory that the smallest one needs on each device. None
+        for a topology, whose memory is fixed.
+        `host_bytes`: bytes of host memory to `save` and to `restore` a checkpoint, for each device of a host.
+        `seconds_at_peak`: lower bound of the best candidate's step time, for each kind of device. If no candidate
+        fits, it is that of the smallest.
 
     Raises:
         InputError: the devices do not exist, or the layout does not fit the devices or the model.
@@ -127,26 +120,18 @@ def plan(
 
 
 def _total(candidate: dict[str, Any]) -> float:
-    """Returns the bytes that a candidate needs on one device.
-
-    If the TPU compiler refused the step, its size is unknown, and the result is infinite.
-    """
+    """Returns a candidate's bytes on one device, or infinity if the TPU compiler refused the step."""
     return candidate.get("per_device", {}).get("total", math.inf)
 
 
 def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
-    """Returns the bytes of host memory that it takes to save and to restore the state of one device."""
+    """Returns the bytes of host memory to save and to restore the state of one device."""
     state = shown["per_device"]["params"] + shown["per_device"]["optimizer"]
     return {"save": round(SAVE_FACTOR * state), "restore": round(RESTORE_FACTOR * state)}
 
 
 def _seconds(shown: dict[str, Any], kind: str | None) -> dict[str, float]:
-    """Returns, for each kind of device, how many seconds a step would take at the device's peak bfloat16 FLOP rate.
-
-    The time to move data within a device and between devices is ignored.
-
-    `kind` is a kind of device; None means all known kinds.
-    """
+    """Returns {kind of device: seconds of a step at the peak bfloat16 FLOP rate}. A `kind` of None means all kinds."""
     chips = CHIPS if kind is None else {kind: chip_of(kind)}
     return {
         name: shown["flops"]["per_device"] / chip.bfloat16

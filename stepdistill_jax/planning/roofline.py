@@ -1,9 +1,8 @@
 """Computes a lower bound of a compiled module's time on a chip, from the costs of its operations.
 
-The time of an operation is the largest of three quotients: FLOPs / peak, bytes / bandwidth of main memory, and
-elementwise operations / rate of the vector units. A device runs operations one after the other, so the bound is
-the sum of their times. The time to send data between devices is not included, since a device can compute while
-it sends.
+An operation takes the longest of three times: FLOPs / peak, bytes / bandwidth of main memory, and elementwise
+operations / rate of the vector units. The bound is the sum over all operations, which run one after the other.
+Communication between devices is not included, since it can overlap with computation.
 """
 
 import dataclasses
@@ -26,14 +25,13 @@ class Operation:
     """One operation of a module and all its runs.
 
     Attributes:
-        instruction: the instruction.
-        part: the part of the model to which the operation belongs.
-        times: number of runs of the operation in one run of the module.
+        part: the part of the model.
+        times: runs of the operation in one run of the module.
         cost: cost of one run.
-        products: seconds that the matmuls of one run take at the chip's peak FLOP rate.
-        memory: seconds that one run takes to read from and write to main memory.
-        elements: seconds that the elementwise operations of one run take.
-        cycles: the TPU compiler's estimate of the cycles of one run; 0 if there is none.
+        products: seconds for the matmuls of one run at the chip's peak.
+        memory: seconds to read and write main memory in one run.
+        elements: seconds for the elementwise operations of one run.
+        cycles: the TPU compiler's estimate for one run; 0 if there is none.
     """
 
     instruction: Instruction
@@ -47,7 +45,7 @@ class Operation:
 
     @property
     def seconds(self) -> float:
-        """Lower bound of the time of all runs, in seconds."""
+        """Lower bound of the seconds of all runs."""
         return self.times * max(self.products, self.memory, self.elements)
 
 
@@ -58,7 +56,7 @@ class Bound:
     Attributes:
         chip: the chip for which the module was compiled.
         operations: the operations that run, the most expensive first.
-        unknown_loops: number of loops of unknown length that contain one of the operations.
+        unknown_loops: number of loops of unknown length that contain an operation.
     """
 
     chip: Chip
@@ -67,21 +65,21 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Lower bound of the time of one run of the module, in seconds."""
+        """Lower bound of the seconds of one run."""
         return sum(o.seconds for o in self.operations)
 
     @property
     def kernels(self) -> int:
-        """Number of kernels that a device runs: the sum of `times` over all operations."""
+        """Number of kernels that a device runs: the sum of `times`."""
         return sum(o.times for o in self.operations)
 
     @property
     def flops(self) -> float:
-        """FLOPs of all matmuls in one run of the module."""
+        """FLOPs of all matmuls in one run."""
         return sum(o.times * o.cost.flops for o in self.operations)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the bound as values that JSON can represent. Times are in milliseconds."""
+        """Returns a dict that JSON can represent, with times in milliseconds."""
         return {
             "bound_ms": 1e3 * self.seconds,
             **_totals(self.operations),
@@ -110,8 +108,6 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
     """Returns the lower bound of a module's time.
 
     Args:
-        module: an optimised program for the chip.
-        chip: the chip whose rates are used.
         on_tpu: whether memory spaces other than 0 are on the chip.
         unknown_trips: as for `runs`.
     """
@@ -149,10 +145,7 @@ def _operation(
 
 
 def _totals(operations) -> dict[str, float]:
-    """Returns the operations' FLOPs, bytes and elementwise operations, summed over all runs.
-
-    Also returns the milliseconds that each of these three sums alone would take.
-    """
+    """Returns the FLOPs, bytes and elementwise operations of all runs, and the milliseconds of each alone."""
     return {
         "flops": sum(o.times * o.cost.flops for o in operations),
         "bytes": sum(o.times * o.cost.bytes for o in operations),
@@ -164,7 +157,7 @@ def _totals(operations) -> dict[str, float]:
 
 
 def _described(operation: Operation) -> dict[str, Any]:
-    """Describes an operation with values that JSON can represent."""
+    """Returns an operation as values that JSON can represent."""
     instruction = operation.instruction
     arrays = instruction.arrays[:3]
     return {

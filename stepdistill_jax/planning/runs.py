@@ -1,7 +1,6 @@
-"""Lists the instructions that a module runs, and how often each of them runs.
+"""Lists the instructions that a module runs, and how many times each of them runs.
 
-XLA prints the body of a loop only once, but its instructions count as often as the loop runs. The lengths of loops
-over layers and over slices (microbatches) are known at compile time.
+XLA prints the body of a loop once. The lengths of loops over layers and slices are known at compile time.
 """
 
 import dataclasses
@@ -16,13 +15,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction that a device runs as one operation, and how often loops repeat it.
+    """An instruction that a device runs as one operation, with its number of runs.
 
     Attributes:
-        computation: the computation that contains the instruction.
-        instruction: the instruction.
-        times: number of times that the instruction runs in one run of the module.
-        unknown_loop: name of the innermost loop of unknown length around the instruction; None if there is none.
+        times: runs of the instruction in one run of the module.
+        unknown_loop: name of the innermost loop of unknown length around the instruction, or None.
     """
 
     computation: Computation
@@ -32,15 +29,13 @@ class Run:
 
 
 def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
-    """Yields the instructions that the entry computation runs.
+    """Yields the instructions that a module runs, including those inside loops and calls.
 
-    They include those inside loops and calls, and those in the largest branch of a conditional.
+    Of a conditional, only the largest branch is included.
 
     Args:
-        module: the parsed module.
-        unknown_trips: how often the first loop of unknown length runs. The other loops of unknown length are then
-            left out, since a decoder decodes each token in only one of its loops. None means that each
-            loop of unknown length runs once.
+        unknown_trips: runs of the first loop of unknown length. All other loops of unknown length are then left
+            out, since a decoder decodes a token in only one of its loops. None means one run of each.
     """
     seen: list[str] = []
 
@@ -71,11 +66,11 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 
 
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
-    """Returns how often a `while` in the computation `around` runs, or None if this is unknown.
+    """Returns how many times a `while` in the computation `around` runs, or None if this is unknown.
 
-    The number comes from XLA's annotation `known_trip_count`. If this is missing, the number is computed from the
-    counter that the loop's condition compares with a constant, as ceil((limit - start) / step). If the text does
-    not show the start or the step, a start of 0 or a step of 1 is assumed.
+    XLA's annotation `known_trip_count` gives the number. Without it, the number is ceil((limit - start) / step)
+    of the counter that the condition compares with a constant. A start that the text does not show is taken as
+    0, and a step as 1.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))
@@ -96,7 +91,7 @@ def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
 
 
 def _size(module: Module, computation: Computation) -> int:
-    """Returns the number of elements that a computation produces if each of its loops runs once."""
+    """Returns how many elements a computation produces if each of its loops runs once."""
     return sum(
         sum(array.size for array in instruction.arrays)
         + sum(_size(module, callee) for callee in module.called(instruction))
@@ -105,7 +100,7 @@ def _size(module: Module, computation: Computation) -> int:
 
 
 def _constant(instruction: Instruction) -> int | None:
-    """Returns the value of an integer constant, or None for any other instruction."""
+    """Returns the value of an integer constant, or None for other instructions."""
     if instruction.opcode != "constant" or instruction.arrays[0].dtype not in ("s32", "u32"):
         return None
     return int(instruction.inside) if instruction.inside.isdigit() else None

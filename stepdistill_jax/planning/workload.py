@@ -1,7 +1,6 @@
-"""Finds which model a config would train, and how many rows of which lengths a step would have.
+"""Finds which model a config would train, and the rows of a step.
 
-The rows are counted on the prepared dataset, unless their number is given. If there is no prepared dataset, the
-missing values are assumed.
+Rows are counted on the prepared dataset. Without a prepared dataset, missing values are assumed.
 """
 
 import dataclasses
@@ -51,13 +50,13 @@ Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length)
 
 @dataclasses.dataclass(frozen=True)
 class StepRows:
-    """The rows of a step in a run with a certain row multiple (batch shards x microbatches).
+    """The rows of a step for a certain row multiple (batch shards x slices).
 
     Attributes:
-        groups: for each group, (row count, input length, target length). The row count is rounded up to a
-            multiple of the row multiple.
-        filled: number of rows that contain tokens, summed over all groups. The other rows contain only padding,
-            but a step computes them as well.
+        groups: (row count, input length, target length) of each group. The row count is rounded up to the row
+            multiple.
+        filled: rows of all groups that contain tokens. A step also computes the other rows, which are only
+            padding.
     """
 
     groups: Groups
@@ -65,17 +64,16 @@ class StepRows:
 
     @property
     def rows(self) -> int:
-        """Number of rows of all groups, including rows that contain only padding."""
+        """Number of rows of all groups, including rows of padding."""
         return sum(rows for rows, *_ in self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The model that a config would train, and the packed or padded rows that a step would process.
+    """The model that a config would train, and the rows that a step would process.
 
     Attributes:
-        model: the configuration of the model that `train` would build.
-        rows_of: function of a number, which returns a step's rows; their counts are multiples of the number.
+        rows_of: returns the rows of a step for a row multiple.
         assumptions: a string for each assumption; empty if everything was read from files.
     """
 
@@ -86,8 +84,7 @@ class Workload:
     def step_flops(self, multiple: int) -> float:
         """Returns the FLOPs of a step whose row counts are rounded up to multiples of `multiple`.
 
-        Rows that contain only padding are included. If `multiple` is 1, there are few of them, so the result is about
-        the number of FLOPs that the tokens need.
+        Rows of padding are included. With a `multiple` of 1, hardly any row is padding.
         """
         return sum(
             train_flops(self.model, rows=rows, input_length=inputs, target_length=targets)
@@ -101,15 +98,13 @@ def workload(
     rows: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> Workload:
-    """Returns the model that a config would train, and the packed or padded rows that a step would process.
+    """Returns the model that a config would train, and the rows that a step would process.
 
-    If the dataset is prepared, its files are read. Otherwise, missing values are assumed.
+    Missing values are assumed if the dataset is not prepared.
 
     Args:
-        config: config of the run.
-        rows: number of packed rows of a step, as `stepdistill inspect` shows it. None means the largest number
-            in the first 32 steps on the prepared dataset. If the dataset is not prepared, None means one row
-            for each example.
+        rows: number of packed rows of a step, as shown by `stepdistill inspect`. None means the most in
+            the first 32 steps, or one row for each example if the dataset is not prepared.
         data_dir: folder of prepared datasets; None means the default folder.
 
     Raises:
@@ -139,7 +134,7 @@ def workload(
         assumptions.append(
             f"dataset {config.task!r} is not prepared here, so a step has "
             + (
-                "one packed row for each example; short rows pack into fewer: set `rows`"
+                "one packed row for each example; packing needs fewer, so set `rows`"
                 if config.pack
                 else "rows of the complete `input_length` and `target_length`"
                 + (", summed over all objectives" if config.pairs else "")
@@ -154,7 +149,7 @@ def workload(
 
 
 def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable[[int], StepRows]:
-    """Returns a function that takes a row multiple and returns the rows of a step in a run on `data`."""
+    """Returns a function that maps a row multiple to the rows of a step on `data`."""
 
     def rows_of(multiple: int) -> StepRows:
         batches = batches_of(config, data, row_multiple=multiple)
@@ -172,10 +167,9 @@ def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable
 
 
 def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskData | None:
-    """Returns the tokens of the train split if the dataset is prepared, and otherwise None.
+    """Returns the tokens of the train split, or None if the dataset is not prepared.
 
-    The tokens are those of the vocabulary of `init_from` or, if that directory is not on this machine, those of the
-    dataset's own vocabulary.
+    The vocabulary is that of `init_from` or, if this directory does not exist here, that of the dataset.
     """
     data_dir = data_folder(data_dir)
     if config.task not in prepared_names(data_dir):

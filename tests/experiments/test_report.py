@@ -371,7 +371,7 @@ def test_runs_that_cannot_be_compared_are_left_out_and_named(tmp_path, make_run,
     why = {pathlib.Path(e["run"]).name: e["why"] for e in done.left_out}
     assert list(why) == ["c", "d", "e", "f", "b"]
     assert "several tasks" in why["f"] and str(mixture) in why["f"]
-    assert "stepdistill evaluate" in why["c"] and "are not those of" in why["d"]
+    assert "stepdistill evaluate" in why["c"] and "does not have the rows of" in why["d"]
     assert "prepared again" in why["e"] and f"settings as {runs['a']}" in why["b"]
     assert all(text in (tmp_path / "out/report.html").read_text() for text in why)
 
