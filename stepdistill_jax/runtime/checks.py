@@ -16,7 +16,7 @@ INT32, FLOAT32 = 2**31 - 1, 3.4e38  # largest values of the dtypes of steps and 
 
 
 def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
-    """Checks that a value is a whole number from `least` to `most`, and returns it as an int.
+    """Returns a whole number from `least` to `most` as an int.
 
     Raises:
         InputError: the value is out of range, not whole, a bool, or not a number.
@@ -38,7 +38,7 @@ def number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Checks that a value is a number within the given bounds, and returns it as a plain int or float.
+    """Returns a number within the given bounds as a plain int or float.
 
     Raises:
         InputError: the value is out of bounds, outside float32's range, NaN, a bool, or not a number.
@@ -59,13 +59,13 @@ def number(
 
 
 def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **limits: Any) -> None:
-    """Checks fields of a frozen dataclass with `whole` or `number`, and stores the returned values in the fields.
+    """Checks fields of a frozen dataclass, and stores the checked values in them.
 
     Args:
         owner: the dataclass.
-        check: the function `whole` or `number`.
+        check: `whole` or `number`.
         names: names of the fields.
-        of: text that precedes a field's name in messages, such as "optimizer.".
+        of: prefix of the names in messages, such as "optimizer.".
         limits: further arguments of `check`.
     """
     for name in names:
