@@ -73,26 +73,26 @@ def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **lim
 
 
 def of_type(name: str, value: Any, kind: Any, words: str) -> None:
-    """Raises InputError if `value` is not an instance of `kind`, which `words` describes."""
+    """Raises InputError if `value` is not a `kind`, which `words` describes."""
     if not isinstance(value, kind):
         raise refused(name, words, value)
 
 
 def snake_case(name: str, value: Any) -> None:
-    """Raises InputError if `value` is not a name in lower_snake_case, such as my_task."""
+    """Raises InputError if `value` is not a name such as my_task."""
     if not isinstance(value, str) or not SNAKE_CASE.fullmatch(value):
         raise refused(name, "lower_snake_case, such as my_task", value)
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raises InputError if `value` is not one of the known names. The message suggests the nearest name."""
+    """Raises InputError, with the nearest name, if `value` is not a known name."""
     known = list(known)
     if value not in known:
         raise refused(name, f"one of {', '.join(known)}", value, nearest(str(value), known))
 
 
 def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
-    """Returns the error for a bad value, such as "`num_beams` must be a whole number of at least 1, not 0"."""
+    """Returns an error such as "`num_beams` must be a whole number of at least 1, not 0"."""
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return InputError(f"`{name}` must be {wanted}, not {shown}{hint}")
