@@ -265,5 +265,7 @@ def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     if problems:
         more = len(problems) - 1
         also = f" (and {more} more line{'s' if more > 1 else ''})" if more else ""
-        log(f"warning: {problems[0]}{also}; such lines stay in the file, but are left out of all results")
+        log(
+            f"warning: {problems[0]}{also}; such lines stay in the file, but are left out of all results"
+        )
     return whole

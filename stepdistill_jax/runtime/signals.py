@@ -126,7 +126,10 @@ class StopSignals:
         return time.monotonic() - self._since if self._since is not None else 0.0
 
     def agreed(self) -> bool:
-        """Returns whether to stop here. All processes must call this method at the same points, and get the same answer."""
+        """Returns whether to stop here.
+
+        All processes must call this method at the same points. All get the same answer.
+        """
         if not self._several:
             return bool(self.received)
         if not self._all_stop and agreed():
