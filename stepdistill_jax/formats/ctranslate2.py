@@ -1,9 +1,8 @@
-"""Writes and reads directories for CTranslate2, a specialised engine for CPUs.
+"""Writes and reads directories for CTranslate2, an inference engine for CPUs.
 
-Our parameters are copied directly into CTranslate2's specification of a model, without torch or
-`transformers`. CTranslate2's own converter scales logits down if the flag `tie_word_embeddings` is
-true. transformers 5 sets this flag to true for every T5, so a T5 v1.1 that was converted that way has
-wrong probabilities.
+Our parameters are copied into CTranslate2's model specification without torch or `transformers`.
+CTranslate2's own converter is not used: with transformers 5, it scales the logits of every T5 down, so a T5
+v1.1 gets wrong probabilities.
 """
 
 import dataclasses
@@ -49,9 +48,8 @@ class CTranslate2Files:
     """The contents of a CTranslate2 directory, except the model.
 
     Attributes:
-        vocabulary, task_info: as in a model directory.
-        tokens: for each row of the embedding, the name of its token.
-        sha256: digest of `model.bin` when it was written.
+        tokens: token names by row of the embedding.
+        sha256: digest that `model.bin` had when it was written.
     """
 
     vocabulary: Vocabulary
@@ -61,7 +59,7 @@ class CTranslate2Files:
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of the embedding."""
+        """Count of rows of the embedding."""
         return len(self.tokens)
 
 
@@ -69,7 +67,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
     """Imports CTranslate2, or one of its modules.
 
     Args:
-        wanted_by: option or directory that needs CTranslate2, to name in the message.
+        wanted_by: option or directory that needs CTranslate2, for the message.
         module: name of the module.
 
     Raises:
@@ -85,7 +83,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Raises unless the value is in `QUANTIZATIONS` or None, which means float32.
+    """Checks that the value is one of `QUANTIZATIONS`, or None for float32.
 
     Raises:
         InputError: the value is unknown, or is float16. The message gives the reason.
@@ -107,21 +105,18 @@ def write_ctranslate2(
     task_info: TaskInfo | None,
     quantization: str | None = None,
 ) -> int:
-    """Writes the model, vocabulary and task, which is all that CTranslate2 and `predict` need.
+    """Writes the model, vocabulary and task for CTranslate2 and `predict`, and returns the count of parameters.
 
-    While this function runs, a second copy of the parameters is in memory.
+    Two copies of the parameters are in memory meanwhile.
 
     Args:
         directory: a new or empty folder.
         params: parameters of a T5, unboxed, without adapters.
-        config: configuration of the model, which may be any kind of T5.
+        config: configuration of any kind of T5.
         vocabulary: vocabulary of the model.
         task_info: task of the model.
-        quantization: one of `QUANTIZATIONS`; None means float32. For int8, `to_int8` quantizes
-            all matrices, and CTranslate2 quantizes the activations while it runs.
-
-    Returns:
-        The number of parameters.
+        quantization: one of `QUANTIZATIONS`; None means float32. For int8, all matrices are quantized here,
+            and CTranslate2 quantizes the activations while it runs.
 
     Raises:
         InputError: the quantization is unknown, the model is not a T5, or CTranslate2 is not installed.
@@ -197,7 +192,7 @@ def read_ctranslate2(directory: os.PathLike | str) -> CTranslate2Files:
 
 
 def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
-    """Reads all of `model.bin` and compares its digest, since CTranslate2 would run on damaged weights.
+    """Checks the digest of `model.bin`, since CTranslate2 would run on damaged weights.
 
     Raises:
         InputError: the digest differs.
