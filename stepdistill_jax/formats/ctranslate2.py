@@ -206,30 +206,29 @@ def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
 
 
 def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
-    """Returns the pieces of the vocabulary, followed by a name for each further row of the embedding.
+    """Returns the vocabulary's pieces, followed by a name for each further row of the embedding.
 
-    CTranslate2 looks up ids by name, so all names must differ. The name of a further row, such as
-    `<row 32100>`, differs from every piece, since no piece contains a space.
+    CTranslate2 looks up ids by name, so all names must differ. No piece contains a space, but the name of a
+    further row does, such as `<row 32100>`.
     """
     pieces = vocabulary.pieces()
     return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
 
 
 def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantizes each row of a matrix, so that a matmul with it has the same result on every processor.
+    """Quantizes each row of a matrix, so that its matmuls have the same result on every processor.
 
-    CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD
-    before Zen 4, Intel before Cascade Lake) adds two adjacent products in a signed 16-bit integer,
-    which saturates silently. So the scale keeps not only each weight but also the sum of two adjacent
-    weights within 127. The sum of the two products is then at most 255 * (127 + 1), where the 1 is for
-    rounding, and this is less than 2 ** 15.
+    CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD before
+    Zen 4, Intel before Cascade Lake) adds two adjacent products in a signed 16-bit integer, which saturates
+    silently. So the scale keeps each weight, and the sum of two adjacent weights, within 127. The two
+    products then add up to at most 255 * (127 + 1) < 2 ** 15, where the 1 is for rounding.
 
     Args:
         matrix: [rows, inputs], float32.
 
     Returns:
-        The quantized matrix, int8 [rows, inputs], and the scale by which each row was multiplied,
-        float32 [rows].
+        The quantized matrix, int8 [rows, inputs].
+        The scale by which each row was multiplied, float32 [rows].
     """
     adjacent = matrix[:, : matrix.shape[1] // 2 * 2].reshape(len(matrix), -1, 2).sum(2)
     largest = np.full(len(matrix), 1e-30, np.float32)  # a row of zeros has a finite scale, too
@@ -241,7 +240,7 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantize(part: Any, path: str, value: Any) -> None:
-    """Quantizes the matrix at `path` if the specification has a field for the scale of this matrix."""
+    """Quantizes the matrix at `path` if the specification has a field for its scale."""
     name = path.rpartition("/")[2]
     if isinstance(value, np.ndarray) and hasattr(part, f"{name}_scale"):
         weight, scale = to_int8(value)

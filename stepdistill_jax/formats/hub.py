@@ -19,10 +19,7 @@ _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 
 def local_model(given: str) -> str:
-    """Returns the folder of a model.
-
-    If `given` is not a folder but the name of a model on the hub, the result is a local copy of that model.
-    Otherwise, the result is `given` itself.
+    """Returns the folder of a model, which is a local copy for a model on the hub.
 
     Args:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
@@ -48,7 +45,7 @@ def _of_hub(name: str) -> str:
         listed = huggingface_hub.model_info(name, timeout=TIMEOUT_SECS).siblings or []
         files = needed_files([file.rfilename for file in listed], name)
         log(
-            f"`init_from` {name}: {', '.join(files)} from {SITE}, or from the local cache of its files"
+            f"`init_from` {name}: taking {', '.join(files)} from {SITE} or its local cache"
         )
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
     except (RepositoryNotFoundError, HFValidationError):

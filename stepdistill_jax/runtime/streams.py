@@ -178,7 +178,7 @@ class ResumableFile(StreamedFile):
         return None
 
     def _quarantine(self, state: dict[str, Any]) -> None:
-        """Renames PATH.partial and its sidecar, since their rows may have taken hours and a mistyped flag changes the key."""
+        """Renames PATH.partial and its sidecar, since their rows may have taken hours to compute."""
         for path in (self.partial, self.sidecar):
             os.replace(path, _quarantine_path(path))
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)
