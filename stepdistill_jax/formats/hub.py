@@ -44,9 +44,7 @@ def _of_hub(name: str) -> str:
         # one request, without the retries of half a minute that other calls make
         listed = huggingface_hub.model_info(name, timeout=TIMEOUT_SECS).siblings or []
         files = needed_files([file.rfilename for file in listed], name)
-        log(
-            f"`init_from` {name}: taking {', '.join(files)} from {SITE} or its local cache"
-        )
+        log(f"`init_from` {name}: taking {', '.join(files)} from {SITE} or its local cache")
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
