@@ -131,14 +131,10 @@ def model_card(
     """Returns the text of the card. The Python code in the card runs unchanged.
 
     Args:
-        task_info: task of the model.
         config: configuration after merging the adapters.
-        vocabulary: vocabulary of the model; a byte vocabulary means ByT5.
-        num_parameters: count of parameters.
-        version: version of this package.
-        step: step of the checkpoint.
+        vocabulary: vocabulary of the model; bytes mean ByT5.
         metrics: metrics of the checkpoint, of which the card shows the validation results.
-        lora: configuration of the adapters, if adapters were trained.
+        lora: configuration of the adapters, if any were trained.
     """
     facts = [f"- Task: `{task_info.task}`, labels compared by {task_info.metric}"]
     fingerprint = task_info.provenance.get("fingerprint")

@@ -68,7 +68,6 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
 
     Args:
         wanted_by: option or directory that needs CTranslate2, for the message.
-        module: name of the module.
 
     Raises:
         InputError: CTranslate2 is not installed.
@@ -113,10 +112,8 @@ def write_ctranslate2(
         directory: a new or empty folder.
         params: parameters of a T5, unboxed, without adapters.
         config: configuration of any kind of T5.
-        vocabulary: vocabulary of the model.
-        task_info: task of the model.
-        quantization: one of `QUANTIZATIONS`; None means float32. For int8, all matrices are quantized here,
-            and CTranslate2 quantizes the activations while it runs.
+        quantization: one of `QUANTIZATIONS`; None means float32. For int8, CTranslate2 quantizes the
+            activations at run time.
 
     Raises:
         InputError: the quantization is unknown, the model is not a T5, or CTranslate2 is not installed.

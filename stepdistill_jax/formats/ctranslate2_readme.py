@@ -61,11 +61,8 @@ def ctranslate2_readme(
     """Returns the text of `README.md`. The Python code in the text runs unchanged.
 
     Args:
-        vocabulary: vocabulary of the model.
-        task: name of the task.
         quantization: type of the weights; None means float32.
         prompt: example of an input, prefix included.
-        num_parameters: count of parameters.
         input_length, max_decode_len: see `TaskInfo`.
     """
     how = _BYTES if vocabulary.source == BYTES else _SPIECE

@@ -190,7 +190,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
     """Reads and checks `stepdistill.json`. Unknown fields are ignored.
 
     Raises:
-        InputError: the file cannot be read, or a field is missing or of a wrong type.
+        InputError: the file cannot be read, or a field is missing or has a wrong type.
     """
     path = as_path(directory) / TASK_INFO
     raw = read_object(path)

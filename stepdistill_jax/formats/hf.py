@@ -35,15 +35,13 @@ def load_params(
 ) -> Any:
     """Returns the parameters of a model directory as float32, whatever their stored dtype.
 
-    Each process reads the slices of its own devices, one parameter at a time, so the host needs memory for
-    one slice in addition to the parameters (tests/formats/test_memory.py measures this).
+    Each process reads the slices of its own devices, one parameter at a time. The host needs memory for one
+    slice in addition to the parameters (tests/formats/test_memory.py measures this).
 
     Args:
         directory: folder with weights that `formats.weights.open_weights` reads.
-        config: configuration from `formats.directory.read_model_files`.
-        shardings: sharding of each parameter (`sharding.param_shardings`). None means the default device for
-            all.
-        sources: {our name of a parameter: our name of the stored parameter of equal shape to read it from}
+        shardings: sharding of each parameter (`sharding.param_shardings`). None means the default device.
+        sources: {our name of a parameter: our name of the stored parameter to read it from}, of equal shapes
             (`stored_shapes`). None reads all parameters under their own names.
 
     Returns:
@@ -51,8 +49,7 @@ def load_params(
         given.
 
     Raises:
-        InputError: tensors are missing, unknown, or of a wrong shape or dtype. The message lists them in one
-            line.
+        InputError: tensors are missing, unknown, or of a wrong shape or dtype. The message lists them.
     """
     weights, table = open_weights(directory), hf_names(config)
     abstract = jax.eval_shape(nn.meta.unbox, abstract_params(config))
@@ -83,7 +80,6 @@ def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str
     If a parameter is stored as one tensor per layer, the first axis of its shape counts the layers.
 
     Args:
-        directory: see `load_params`.
         config: configuration, which the stored parameters need not fit.
 
     Raises:
@@ -214,20 +210,16 @@ def save_params(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> int:
-    """Writes the parameters as float32 safetensors, reads the files back and compares them.
+    """Writes the parameters as float32 safetensors, compares the files, and returns the count of parameters.
 
-    Tensors of more than `max_shard_size` bytes in total are split into shards with an index, as Hugging Face
-    does (`model-00001-of-0000N.safetensors`). Older safetensors files in the directory are replaced. Writing
-    takes memory for one tensor in addition to the parameters.
+    Tensors of more than `max_shard_size` bytes in total are split as Hugging Face does, into shards
+    (`model-00001-of-0000N.safetensors`) with an index. Older safetensors files in the directory are replaced.
+    Writing takes memory for one more tensor.
 
     Args:
         directory: folder of the model, which must exist.
         params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
-        config: configuration of the model.
         max_shard_size: limit for the bytes of tensors in a file. A larger tensor gets its own file.
-
-    Returns:
-        The count of parameters.
 
     Raises:
         OSError: a file reads back differently from what was written.

@@ -25,8 +25,7 @@ def local_model(given: str) -> str:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
 
     Raises:
-        InputError: the model cannot be downloaded. The message says what to run on a machine with internet
-            access.
+        InputError: the model cannot be downloaded. The message says how to get it on another machine.
     """
     owner, _, name = given.partition("/")
     named = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name))
@@ -79,7 +78,6 @@ def needed_files(listed: Sequence[str], name: str) -> list[str]:
 
     Args:
         listed: names of all files of the model at the hub, including files in folders.
-        name: name of the model, for messages.
 
     Raises:
         InputError: the model has no weights in a format that we read.

@@ -68,9 +68,7 @@ def write_safetensors(
 
     Args:
         path: path of the file, which appears complete or not at all.
-        shapes: {name: shape} of the tensors.
-        tensor: function that returns the tensor of a name as contiguous float32. It is called twice for each
-            name.
+        tensor: function that returns a named tensor as contiguous float32. It is called twice for each name.
 
     Raises:
         OSError: the file reads back differently from what was written.

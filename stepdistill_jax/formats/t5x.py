@@ -1,7 +1,7 @@
 """Opens the parameters of T5X checkpoints under Hugging Face's torch names. Ignores the optimizer state.
 
-Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. In the older format, a msgpack file `checkpoint`
-stores each parameter as an array, or as the TensorStore spec of a zarr folder next to it. The newer format is
+Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`,
+with each parameter as an array, or as the TensorStore spec of a zarr folder next to it. The newer format is
 Orbax's. Layers are `encoder/layers_0/...`, or `encoder/encoder/...` if they are stacked along axis 1.
 """
 

@@ -37,8 +37,8 @@ def write_vocabulary(
 ) -> None:
     """Writes the SentencePiece model and `tokenizer_config.json` for `read_vocabulary`.
 
-    A T5's tokenizer gets no sentinels (`extra_ids` 0). With sentinels, texts that spell one would get other
-    ids than in training, and a small vocabulary would get ids beyond the embedding.
+    A T5's tokenizer gets no sentinels (`extra_ids` 0), since they would change the ids of texts that spell
+    one, and exceed a small embedding.
 
     Args:
         directory: an existing folder, which may be in a store.

@@ -31,8 +31,8 @@ def open_weights(directory: os.PathLike | str) -> Weights:
     """Opens the tensors of a directory, in the first format found.
 
     The order is `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
-    `pytorch_model.bin`, its shards, a T5X checkpoint. Only headers are read, but msgpack and torch's older
-    format are read whole.
+    `pytorch_model.bin`, its shards, a T5X checkpoint. Only msgpack and torch's older format are read whole,
+    others by slices.
 
     Raises:
         InputError: there are no weights, or they cannot be read. The message names the file.

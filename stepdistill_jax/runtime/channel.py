@@ -37,11 +37,11 @@ class Channel:
         """Collects one value from each process, and returns `combine([value_0, value_1, ...])` on every process.
 
         All processes must call this method the same number of times, each from one thread at a time. Process
-        0 calls `combine`. In call r, counted from 0, process i writes its value under the key `NAME/r/i`, and
-        process 0 writes the result under `NAME/r/all`.
+        0 calls `combine`. In call r, counted from 0, process i writes the key `NAME/r/i`, and process 0
+        writes `NAME/r/all`.
 
         Args:
-            value: JSON value of this process.
+            value: JSON value.
             combine: function that returns a JSON value and raises no error.
 
         Raises:

@@ -1,6 +1,6 @@
 """Checks the values of parameters.
 
-Messages write the name of a parameter in backticks. A command replaces this name with its own flag.
+Messages write a parameter's name in backticks, which commands replace with their flag.
 """
 
 import re
@@ -62,11 +62,8 @@ def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **lim
     """Checks fields of a frozen dataclass, and stores the checked values in them.
 
     Args:
-        owner: the dataclass.
         check: `whole` or `number`.
-        names: names of the fields.
         of: prefix of the names in messages, such as "optimizer.".
-        limits: further arguments of `check`.
     """
     for name in names:
         object.__setattr__(owner, name, check(of + name, getattr(owner, name), **limits))

@@ -13,10 +13,9 @@ class Chip:
         bandwidth: bandwidth of the main memory, bytes/s.
         link: rate at which a device sends data in one collective, bytes/s. For a TPU, the rate along one axis
             of its torus, which is half of the data sheet's sum over all links.
-        integer: rate of element-wise operations on integers, 1/s. An estimate: lanes times clock rate. Each
-            of the 132 multiprocessors of an H100 has 64 integer lanes. A TPU's vector unit has 4 x 8 x 128
-            lanes.
-        other: the same rate for all other dtypes, 1/s. Each multiprocessor of an H100 has 128 lanes for them.
+        integer: rate of element-wise operations on integers, 1/s. An estimate: lanes times clock rate. An
+            H100 has 64 lanes in each of its 132 multiprocessors, a TPU's vector unit has 4 x 8 x 128.
+        other: the same rate for all other dtypes, 1/s. An H100 has 128 lanes per multiprocessor.
         clock: clock rate that converts the TPU compiler's cycle counts to seconds, Hz.
         float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a TPU),
             FLOP/s. None means `bfloat16`.
@@ -38,7 +37,7 @@ class Chip:
         """Returns the rate of matmuls, FLOP/s.
 
         Args:
-            dtype: dtype of both operands in HLO's notation. Any dtype except `f32` counts as bfloat16.
+            dtype: HLO's dtype of both operands. Any dtype except `f32` counts as bfloat16.
             precision: `default`, `high` or `highest`; matters only for float32.
         """
         if dtype != "f32":

@@ -31,11 +31,10 @@ def enable(folder: os.PathLike | str) -> None:
 
     Call this function before anything is compiled. JAX_COMPILATION_CACHE_DIR takes precedence over `folder`,
     and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Only process 0 writes, so all processes must see
-    the same folder. If the folder cannot be written, its programs are only read. Even small programs are
-    kept, so a second start of a job compiles nothing.
+    the same folder. Programs in a read-only folder are still used.
 
-    JAX's own limit, `jax_compilation_cache_max_size`, is not used: it makes each lookup write a file, which
-    fails in read-only or shared folders.
+    JAX's own `jax_compilation_cache_max_size` is not used: it makes each lookup write a file, which fails in
+    read-only or shared folders.
     """
     settings: Any = jax.config  # its attributes are created at run time
     if not settings.jax_enable_compilation_cache:

@@ -44,7 +44,6 @@ class Job:
 
     Attributes:
         address: `HOST:PORT` of the coordinator in process 0.
-        process_id: index of this process, from 0.
         local_device_ids: ids of this host's devices that this process uses; None means all.
     """
 
@@ -58,14 +57,14 @@ _joined: Job | None = None
 
 
 def join() -> None:
-    """Joins the other processes of the job, if there are any.
+    """Joins the other processes of the job, if there are any. A second call does not join again.
 
-    Call this function before anything starts a JAX backend. A second call does not join again. A process
-    belongs to a job in one of three cases: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are
-    set, `srun` started it as one of several tasks, or it runs on a slice of several Cloud TPU hosts.
+    Call this function before anything starts a JAX backend. A process belongs to a job if
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, if `srun` started it as one of
+    several tasks, or if it runs on a slice of several Cloud TPU hosts.
 
     Raises:
-        InputError: an environment variable has a bad value, or EXPECT_DEVICES is not the number of devices.
+        InputError: an environment variable has a bad value, or EXPECT_DEVICES is not the count of devices.
         ProcessesMissing: some processes did not start in time. The message lists them.
     """
     global _joined
@@ -131,8 +130,8 @@ def is_process_0() -> bool:
 def leave(code: int) -> None:
     """Ends this process within seconds with exit status `code`, if it has joined a job. Otherwise, returns.
 
-    Processes that end at the same time keep their own exit statuses. A process that ends alone does not wait
-    for the others, for which JAX would wait minutes.
+    Each process keeps its own exit status. JAX would make a process that ends alone wait minutes for the
+    others.
     """
     if _joined is None:
         return

@@ -100,8 +100,8 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """A context that yields a file to write to, and makes it appear at `path` at the end.
 
-    On a disk, PATH.partial is written and renamed. In an object store, a single request writes the whole
-    file. After an error in the context, `path` is unchanged.
+    On a disk, PATH.partial is written and renamed. In a store, one request writes the whole file. After an
+    error in the context, `path` is unchanged.
     """
     path = as_path(path)
     if is_remote(path):
@@ -181,10 +181,9 @@ def not_text(raw: bytes) -> str:
 
 
 def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
-    """Checks that `path` is a regular file that may be read, since reading a pipe or device might never end.
+    """Checks that `path` is a regular file that may be read. Reading a pipe or device might never end.
 
     Args:
-        path: path on this machine.
         wanted: kind of the expected file, for the message.
 
     Raises:
@@ -262,12 +261,12 @@ def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = Fa
     """Checks that an output can be written at `path`. Call this function before the work begins.
 
     Args:
-        path: path of the output. Neither the output nor its folder need exist.
+        path: the output. Neither the output nor its folder need exist.
         name: parameter for messages, with backticks: "`output`".
         folder: whether the output is a folder instead of a file.
 
     Raises:
-        InputError: the path is a folder instead of a file, or the reverse, or its folder cannot be written.
+        InputError: the path is a folder instead of a file, or the reverse, or cannot be written.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()

@@ -55,8 +55,7 @@ def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
 def sampled_digest(folder: pathlib.Path) -> str:
     """Returns a hex digest of all files below a folder: names, sizes, and at most 4 MiB of each file.
 
-    This is enough to tell two trainings of a model apart. README.md and hidden files are ignored, since
-    downloads store dates in hidden files.
+    README.md and hidden files are ignored, since downloads store dates in hidden files.
     """
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "README.md"):

@@ -17,8 +17,8 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
     """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
 
-    To replace an older `target`, the caller first moves it next to the new folder, under the name `REPLACED`.
-    At the end, the older folder moves back if there is no `target`.
+    To replace an older `target`, the caller first moves it next to the new folder, as `REPLACED`. The older
+    folder moves back if there is no `target` at the end.
 
     Args:
         target: path of the final folder, whose parent must exist.
@@ -42,7 +42,6 @@ def sole_writer(
     On a disk without locks, several processes may write at once, and no leftovers are removed.
 
     Args:
-        target: a folder, which need not exist.
         tag: as in `staged_folder`.
         name: name of the output in messages; None means `target`.
         wait: whether to wait for another writer, instead of raising InputError.

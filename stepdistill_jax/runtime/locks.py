@@ -18,7 +18,6 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
     """Opens `path` for appending, and locks the file until it is closed. Creates a missing folder.
 
     Args:
-        path: path of the file.
         name: name of the output in messages; None means `path`.
 
     Raises:
@@ -35,10 +34,9 @@ def locked(
     """A context that holds a lock. Yields False if the file system, such as a network disk, has no locks.
 
     Args:
-        path: path of the lock file. At the end, it is removed if it contains only `note`, except with `wait`,
-            since other processes may be waiting for it.
+        path: path of the lock file. Without `wait`, a file that contains only `note` is removed at the end.
         name: as in `open_locked`.
-        note: bytes to write to the file. A process that does not get the lock can read them.
+        note: bytes to write to the file, for the processes that do not get the lock.
         wait: whether to wait for the lock, instead of raising InUse.
 
     Raises:

@@ -42,9 +42,8 @@ class MetricsWriter:
         """Opens the files, and removes lines of steps that the resumed run will repeat.
 
         Args:
-            workdir: folder of the run.
             start_step: step from which the run continues. Lines of later steps are removed.
-            validated: whether `start_step` has been validated. If not, a line of its validation is removed,
+            validated: whether `start_step` has been validated. If not, the line of its validation is removed,
                 too.
             active: False on all processes but process 0.
         """
@@ -212,8 +211,8 @@ def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
     """Returns a run's metrics as columns for `pandas.DataFrame`, with one entry per logged step.
 
     Returns:
-        {name: column}. `step` is int64 and ascending. All other columns are float64: `loss`, `loss/label`,
-        `eval/validation/label_accuracy`, ... An entry is NaN if the step lacks the metric.
+        {name: column}. `step` is int64 and ascending. All other columns, such as `loss` and
+        `eval/validation/label_accuracy`, are float64, with NaN where a step lacks the metric.
 
     Raises:
         InputError: as for `read_metrics`.

@@ -1,7 +1,7 @@
 """Runs a function on process 0 or on all processes of a job, and shares results and errors.
 
 All processes must call these functions in the same order. A thread other than the main thread must pass its
-own channel. If one process fails, all processes raise an error, so none waits for a process that has exited.
+own channel. If one process fails, all raise an error, so none waits for a process that has exited.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
 
 
 def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
-    """Runs `action` on every process, and returns the list of all results on every process.
+    """Runs `action` on every process, and returns all results in process order on every process.
 
-    The results must be JSON values. They are in process order.
+    The results must be JSON values.
 
     Raises:
         InputError, PeerFailed: as for `on_all_processes`.
@@ -93,8 +93,7 @@ def until_stopped(
     The context yields a function, to be called after each batch with its count of rows.
 
     Args:
-        total: count of rows.
-        description: text of the progress bar, which process 0 shows.
+        description: text of the progress bar on process 0.
         kept: function that returns the count of saved rows.
 
     Raises:

@@ -82,8 +82,8 @@ def check_outputs(
         known: files that may be overwritten, whatever they contain.
 
     Raises:
-        InputError: an output is also an input (possibly under another name), was written by something else,
-            is a link or device, or cannot be written.
+        InputError: an output is an input (possibly under another name), was written by something else, is a
+            link or device, or cannot be written.
     """
     inputs = list(inputs)
     for path, made in outputs.items():
@@ -143,14 +143,11 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
     """Checks that the outputs in a folder replace only files of the same command.
 
     Args:
-        folder: folder of the outputs.
         index: name of the file that the command writes first. Without it, the command wrote none of the
             files.
-        made: recognises the file `index`.
-        names: names of the other files.
 
     Raises:
-        InputError: as for `check_outputs`. The message names the file.
+        InputError: as for `check_outputs`.
     """
     check_outputs({folder / index: made})
     for path in (folder / name for name in names):

@@ -1,8 +1,8 @@
 """Waits for all processes of a job before JAX joins them, and reports the missing ones, which JAX does not.
 
-Process 0 listens on the coordinator's address. Every other process connects, and sends the job's token and
-its own index. Process 0 then sends the same answer to all: either start, or the missing processes. After
-that, JAX's service uses the port. A connection without the token is closed.
+Process 0 listens on the coordinator's address. Every other process sends the job's token and its own index.
+Process 0 then sends all the same answer: either start, or the missing processes. After that, JAX's service
+uses the port. A connection without the token is closed.
 """
 
 import contextlib
@@ -45,13 +45,9 @@ def rendezvous(
 
     Args:
         host: host of process 0, spelled the same in all processes.
-        port: port of process 0.
-        num_processes: count of processes in the job.
-        process_id: index of this process, from 0.
-        timeout_secs: seconds to wait for the other processes.
         bind: address that process 0 listens on; None means `own_address(...)`.
-        secret: string known only to the job, from which the token is made. None means the address of process
-            0, which keeps out other jobs, but not a person who knows the address.
+        secret: the job's secret, from which the token is made. None means the address of process 0, which
+            keeps out other jobs, but not a person who knows it.
 
     Raises:
         ProcessesMissing: some processes have not started in time. All processes that have started raise this

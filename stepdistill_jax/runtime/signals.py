@@ -38,14 +38,14 @@ class StopSignals:
     """A context that handles stop signals: the first calls `act`, the second ends the process.
 
     The process ends with status 128 + the second signal. A thread reads the signals, since Python runs no
-    signal handler during a long compilation. In a job of several processes, `jax.distributed` catches SIGTERM
-    and stops all processes at the same point. There, this context turns SIGINT into SIGTERM, and does not
-    catch SIGTERM.
+    signal handler during a long compilation. With several processes, `jax.distributed` catches SIGTERM and
+    stops all processes at the same point, so this context turns SIGINT into SIGTERM and does not catch
+    SIGTERM.
 
     Attributes:
         act: function that the main thread calls with the first signal's name. None means to set only
             `received`.
-        limit_secs: seconds from the first signal until the process is ended with the signal's exit status; 0
+        limit_secs: seconds from the first signal until the process ends with the signal's exit status; 0
             means no limit.
         received: name of the first signal, or "".
     """
@@ -61,9 +61,7 @@ class StopSignals:
         """Prepares the context. Signals are caught only inside it.
 
         Args:
-            act: see `StopSignals`.
             codes: {signal to catch: exit status after `limit_secs`}.
-            limit_secs: see `StopSignals`.
             several: whether the job has several processes.
         """
         self.act, self.limit_secs = act, limit_secs

@@ -94,7 +94,6 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
     """Returns the path of a file or folder that must be on this machine.
 
     Args:
-        path: path as the user gave it.
         name: parameter for messages, with backticks: "`data_dir`".
 
     Raises:
@@ -128,7 +127,6 @@ def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
     The copy is removed when this process ends.
 
     Args:
-        path: path on this machine or in a store.
         beside: names of files in the same folder to copy as well, if they exist.
     """
     if not is_remote(path):

@@ -125,11 +125,11 @@ class ResumableFile(StreamedFile):
 
     A sidecar next to PATH.partial records the count of its valid bytes, their checksum, and `key`, the
     digests of the inputs. A run with a different key starts from scratch. All processes must make the same
-    calls. Only process 0 opens the file, and its errors are raised on all processes.
+    calls. Only process 0 opens the file, and all processes raise its errors.
 
     Attributes:
-        state: dict, the same on all processes: the counts of `rows` and `bytes` written so far, the bytes'
-            `crc32`, `key`, and the counts of the last call of `append`.
+        state: dict, the same on all processes: counts of `rows` and `bytes` written so far, `crc32` of the
+            bytes, `key`, and the counts of the last `append`.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):
@@ -197,7 +197,6 @@ class ResumableFile(StreamedFile):
         """Writes one window, which survives a power loss once this method has returned.
 
         Args:
-            rows: JSON objects.
             counts: integers that are saved in `state` for the next run.
         """
         self.state = on_process_0(lambda: self._append(rows, counts))

@@ -13,16 +13,14 @@ from stepdistill_jax.errors import InputError
 def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
     """Checks that a checkpoint's arrays have the names, shapes and dtypes of the tree to restore.
 
-    Without this check, Orbax would silently cast an array to another dtype.
+    Orbax would silently cast an array to another dtype.
 
     Args:
         item_folder: `STEP/params` or `STEP/state`.
-        abstract: the tree to restore.
         fits: words for the message, such as "the model's config.json".
 
     Raises:
-        InputError: an array differs, or Orbax cannot read the checkpoint. The message names the first
-            differing array.
+        InputError: an array differs (the message names the first), or Orbax cannot read the checkpoint.
     """
     try:
         saved = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(item_folder)).tree)

@@ -123,15 +123,13 @@ class Checkpoints:
         """Waits for the previous save, then starts to write and seal a step in the background.
 
         Args:
-            step: number of updates.
-            params: parameter tree.
+            step: count of updates.
             rest: the train state without its parameters.
             metrics: `step` and `validated`. Validated steps also need `label_accuracy`, `label_loss` and
                 `rank` (two numbers, larger is better).
 
         Raises:
-            CheckpointError: this save or the previous one failed. The message names the failed step and the
-                newest saved step.
+            CheckpointError: this save or the previous one failed. The message names the newest saved step.
         """
         self.wait()
         self._saving, self._metrics[step] = step, metrics
@@ -158,7 +156,6 @@ class Checkpoints:
         """Returns the parameters and the rest of the train state of a step, sharded like `params` and `rest`.
 
         Args:
-            step: number of the step.
             params: tree with the shape, dtype and sharding of each parameter.
             rest: the same for the rest of the train state.
 
@@ -271,13 +268,13 @@ def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
 
 
 def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | None = None) -> int:
-    """Returns the number of the selected step.
+    """Returns the selected step of a run.
 
     Args:
-        workdir: folder of a run; not changed.
+        workdir: folder of the run, which is not changed.
         step: `best`, `last` or a number.
-        read: an item, such as `params`, whose bytes are verified. If None, only names and sizes of files are
-            checked.
+        read: item whose bytes are verified, such as `params`. None means to check only names and sizes of
+            files.
 
     Raises:
         InputError: there is no such step (the message lists the steps), or it is damaged (the message names a
@@ -319,11 +316,9 @@ def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
 
 
 def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
-    """Returns the parameters of a step, sharded like `abstract`. Reads nothing else of the step.
+    """Returns the parameters of a step. Reads nothing else of the step.
 
     Args:
-        workdir: folder of a run.
-        step: number of the step.
         abstract: tree with the shape, dtype and sharding of each parameter.
 
     Raises:

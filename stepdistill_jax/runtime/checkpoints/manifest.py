@@ -40,11 +40,10 @@ class SavedStep(NamedTuple):
     """A folder that Orbax reads as a step.
 
     Attributes:
-        number: number of updates.
+        number: count of updates.
         metrics: None if the manifest cannot be read.
         size: total size of the files in bytes.
-        problem: the first defect, either `UNSEALED` or a string such as "FILE: missing". None if the step is
-            good.
+        problem: the first defect: `UNSEALED`, a string such as "FILE: missing", or None.
     """
 
     number: int
@@ -57,8 +56,8 @@ class SavedStep(NamedTuple):
 def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
     """Writes the manifest of a step that Orbax has finished.
 
-    All processes must call this function, each with its calling thread's channel. Each process reads a share
-    of the files. No process returns before the manifest is written.
+    All processes must call this function, and none returns before the manifest is written. Each process reads
+    a share of the files. `channel` belongs to the calling thread.
     """
     sizes = on_process_0(lambda: _files(step_folder), channel)
     to_read = {name: sizes[name] for name in _to_read(step_folder, sizes)}
@@ -78,10 +77,9 @@ def reseal(step_folder: pathlib.Path, metrics: dict[str, Any]) -> None:
 
 
 def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
-    """Compares a step's files with the manifest, and returns the first difference, such as "FILE: missing".
+    """Returns the first difference between a step's files and the manifest, such as "FILE: missing", or None.
 
-    Returns None if no file differs. Reads only the files of the item `below`, such as `params`, or all if it
-    is "".
+    Reads only the files of the item `below`, such as `params`. "" means all files.
     """
     try:
         wanted = _wanted(step_folder, below)
@@ -91,9 +89,9 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
 
 def defect_by_all(step_folder: pathlib.Path) -> str | None:
-    """Returns the result of `defect` on all processes.
+    """Returns the result of `defect` on all processes. Each process reads a share of the files.
 
-    All processes must call this function. Each process reads a share of the files.
+    All processes must call this function.
     """
 
     def look() -> tuple[dict[str, list[Any]], str | None]:
@@ -163,14 +161,13 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
     """Renames damaged and unfinished steps, so that no run resumes from them, and logs each one.
 
-    All processes must call this function. Each process reads a share of the bytes, and process 0 renames.
-
-    Steps are read in full from the newest backwards, until one is good. Of the older steps, only the names
-    and sizes of files are checked. The newest step without a manifest is unfinished. An older step without a
-    manifest is damaged, since each save starts only after the previous step is sealed.
+    All processes must call this function, and each reads a share of the bytes. Steps are read in full from
+    the newest backwards, until one is good. Of the older steps, only the names and sizes of files are
+    checked. The newest step without a manifest is unfinished. An older step without a manifest is damaged,
+    since a save starts only after the previous step is sealed.
 
     Returns:
-        The number of the newest good step, or None if no save in the folder has ever finished.
+        The newest good step, or None if no save in the folder has ever finished.
 
     Raises:
         CheckpointError: there are damaged steps, and no good one.

@@ -1,7 +1,7 @@
-"""Computes digests of a step's files. Each process reads a share.
+"""Computes digests of a step's files. Each process reads a share of about equal size in bytes.
 
-The shares are about equal in bytes, and do not depend on which process wrote a file. So every process should
-be able to read all files. Process 0 reads the files that another process cannot read.
+The shares do not depend on which process wrote a file, so every process should be able to read all files.
+Process 0 reads the files that another process cannot read.
 """
 
 import heapq
@@ -24,11 +24,9 @@ def digests_by_all(
 ) -> dict[str, str]:
     """Returns {name of a file: its crc32} on all processes. All processes must call this function.
 
-    Files that a process could not read in full are missing from the result. With one process, the result is
-    empty.
+    Files that a process could not read in full are missing. With one process, the result is empty.
 
     Args:
-        step_folder: folder of a step.
         sizes: {name of a file: its size in bytes}, the same on all processes.
         channel: channel of the calling thread.
     """
