@@ -36,7 +36,7 @@ def load_params(
     """Returns the parameters of a model directory as float32, whatever their stored dtype.
 
     Each process reads the slices of its own devices, one parameter at a time. The host needs memory for one
-    slice in addition to the parameters (tests/formats/test_memory.py measures this).
+    slice in addition to the parameters.
 
     Args:
         directory: folder with weights that `formats.weights.open_weights` reads.
@@ -210,7 +210,7 @@ def save_params(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> int:
-    """Writes the parameters as float32 safetensors, compares the files, and returns the count of parameters.
+    """Writes the parameters as float32 safetensors, verifies the files, and returns the count of parameters.
 
     Tensors of more than `max_shard_size` bytes in total are split as Hugging Face does, into shards
     (`model-00001-of-0000N.safetensors`) with an index. Older safetensors files in the directory are replaced.

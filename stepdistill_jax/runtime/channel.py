@@ -37,8 +37,7 @@ class Channel:
         """Collects one value from each process, and returns `combine([value_0, value_1, ...])` on every process.
 
         All processes must call this method the same number of times, each from one thread at a time. Process
-        0 calls `combine`. In call r, counted from 0, process i writes the key `NAME/r/i`, and process 0
-        writes `NAME/r/all`.
+        0 calls `combine`.
 
         Args:
             value: JSON value.

@@ -16,7 +16,7 @@ INT32, FLOAT32 = 2**31 - 1, 3.4e38  # largest values of the dtypes of steps and 
 
 
 def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
-    """Returns a whole number from `least` to `most` as an int.
+    """Returns `value` as an int if it is a whole number from `least` to `most`.
 
     Raises:
         InputError: the value is out of range, not whole, a bool, or not a number.
@@ -38,7 +38,7 @@ def number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Returns a number within the given bounds as a plain int or float.
+    """Returns `value` as a plain int or float if it is a number within the bounds.
 
     Raises:
         InputError: the value is out of bounds, outside float32's range, NaN, a bool, or not a number.

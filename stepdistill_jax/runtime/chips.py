@@ -13,9 +13,8 @@ class Chip:
         bandwidth: bandwidth of the main memory, bytes/s.
         link: rate at which a device sends data in one collective, bytes/s. For a TPU, the rate along one axis
             of its torus, which is half of the data sheet's sum over all links.
-        integer: rate of element-wise operations on integers, 1/s. An estimate: lanes times clock rate. An
-            H100 has 64 lanes in each of its 132 multiprocessors, a TPU's vector unit has 4 x 8 x 128.
-        other: the same rate for all other dtypes, 1/s. An H100 has 128 lanes per multiprocessor.
+        integer: estimated rate of element-wise operations on integers, 1/s.
+        other: estimated rate of element-wise operations on all other dtypes, 1/s.
         clock: clock rate that converts the TPU compiler's cycle counts to seconds, Hz.
         float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a TPU),
             FLOP/s. None means `bfloat16`.
@@ -48,6 +47,8 @@ class Chip:
         return {"highest": exact, "high": high}.get(precision, default)
 
 
+# `integer` and `other` are lanes times clock rate: 64 and 128 lanes in each of an H100's 132 multiprocessors,
+# and 4 x 8 x 128 lanes in a TPU's vector unit
 _A100 = Chip(
     312e12, 80 * 10**9, 2.039e12, 300e9, 9.7e12, 19.5e12, 1.41e9, float32=156e12, exact=19.5e12
 )

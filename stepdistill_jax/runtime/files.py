@@ -38,10 +38,7 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """A context that adds `path` to errors of a full or broken disk.
-
-    Python does not name the open file in these errors.
-    """
+    """A context that adds `path` to errors of a full or broken disk, which do not name open files."""
     try:
         yield
     except OSError as error:
@@ -129,7 +126,7 @@ def read_json(path: os.PathLike | str) -> Any:
     """Returns the parsed JSON of a file.
 
     Raises:
-        InputError: the file is missing, not UTF-8, or not JSON. The message names the path and the line.
+        InputError: the file is missing, not UTF-8, or not JSON.
     """
     if not is_remote(path):
         check_file(path, "a JSON file")

@@ -69,7 +69,7 @@ class MetricsWriter:
         """Writes a line `{"step": step, ...}`. On a local disk, the line survives a kill of the process.
 
         Raises:
-            OSError: the disk is full or broken. The error names the file.
+            OSError: the disk is full or broken.
         """
         if not self._active:
             return

@@ -50,8 +50,7 @@ def rendezvous(
             keeps out other jobs, but not a person who knows it.
 
     Raises:
-        ProcessesMissing: some processes have not started in time. All processes that have started raise this
-            error.
+        ProcessesMissing: some processes have not started in time. All others raise this error.
         InputError: two processes have the same index or different `num_processes`, or the port cannot be
             opened.
     """

@@ -190,7 +190,7 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder / str(step)}: damaged ({problem})")
 
     def wait(self) -> None:
-        """Waits until the current save is sealed. Raises its error if it failed."""
+        """Waits until the current save is sealed. Raises the save's error if it failed."""
         if (sealing := self._sealing) is not None:
             self._sealing = None
             with self._reported():
