@@ -50,9 +50,7 @@ def test_all_go_on_when_all_are_there_and_the_port_is_free_again(port):
 def test_who_is_missing_is_named_in_every_process_that_came(port):
     for error in outcomes(port, [0, 1, 4], of=5):
         assert isinstance(error, ProcessesMissing)
-        assert "after 1.5 s 2 of 5 processes are missing: index 2, 3 (counted from 0)" in str(
-            error
-        )
+        assert "after 1.5 s 2 of 5 processes are missing: index 2, 3 (counted from 0)" in str(error)
 
 
 def test_a_missing_first_process_is_named_with_its_address(port):
