@@ -11,18 +11,18 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: the same command, started again, continues
 
 
 class InputError(ValueError):
-    """Raised for bad usage, a bad config or bad input.
+    """Bad usage, a bad config or bad input.
 
-    The message is one line that says what is wrong, where, and what to do. Commands print the message
-    without a traceback, and exit with status 2.
+    The message is one line that says what is wrong, where, and what to do. Commands print it without a
+    traceback, and exit with status 2.
     """
 
 
 def printable(text: object, most: int = 2000) -> str:
-    """Returns `text` as a single line that is safe for any terminal and encoding.
+    """Returns `text` as one line that is safe for any terminal and encoding.
 
-    Control characters and halves of surrogate pairs are escaped, so that a name in a user's file cannot
-    move the cursor. If the text has more than `most` characters, its middle is left out.
+    Control characters and halves of surrogate pairs are escaped. A text of more than `most` characters loses
+    its middle.
     """
     line = " ".join(str(text).split())
     if len(line) > most:
@@ -31,17 +31,16 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def escaped(text: object) -> str:
-    r"""Returns `text`, in which characters that can control a terminal are escaped: ESC becomes `\x1b`.
+    r"""Returns `text` with terminal control characters escaped: ESC becomes `\x1b`.
 
-    Line ends and tabs are unchanged. All other control characters are escaped, as well as marks that
-    change the writing direction, Unicode's own line ends, and halves of surrogate pairs, which no encoding
-    can represent.
+    Line ends and tabs stay. Marks of writing direction, Unicode's own line ends, and halves of surrogate
+    pairs are escaped, too.
     """
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a hint such as `; did you mean 'cqa'?`, or an empty string if no known name is similar."""
+    """Returns a hint such as `; did you mean 'cqa'?`, or "" if no known name is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -28,12 +28,12 @@ LIBRARIES = (
 def version_block() -> dict[str, Any]:
     """Returns the versions of the package, Python and the libraries, and the devices.
 
-    The function starts JAX's backend, but imports none of the other libraries.
+    The function starts JAX's backend, but imports no other library.
 
     Returns:
-        A dict with `stepdistill_jax`, `python`, `platform`, the version of each of `LIBRARIES` (None if
-        it is not installed), `devices` (count, platform and kind of all devices, such as `"2 x cpu
-        (cpu)"`), `local_devices` (the number of this process's devices) and `process_count`.
+        A dict: `stepdistill_jax`, `python`, `platform`, the version of each of `LIBRARIES` (None if not
+        installed), `devices` (all devices, such as `"2 x cpu (cpu)"`), `local_devices` (count of this
+        process's devices) and `process_count`.
     """
     block: dict[str, Any] = {
         "stepdistill_jax": __version__,

@@ -131,14 +131,10 @@ def model_card(
     """Returns the text of the card. The Python code in the card runs unchanged.
 
     Args:
-        task_info: task of the model.
-        config: configuration of the model, after adapters have been merged.
-        vocabulary: vocabulary of the model; a model with a byte vocabulary is a ByT5.
-        num_parameters: number of parameters.
-        version: version of this package.
-        step: step of the checkpoint.
-        metrics: metrics of the checkpoint. The card shows only the validation results.
-        lora: configuration of the adapters, if adapters were trained.
+        config: configuration after merging the adapters.
+        vocabulary: vocabulary of the model; bytes mean ByT5.
+        metrics: metrics of the checkpoint, of which the card shows the validation results.
+        lora: configuration of the adapters, if any were trained.
     """
     facts = [f"- Task: `{task_info.task}`, labels compared by {task_info.metric}"]
     fingerprint = task_info.provenance.get("fingerprint")
@@ -214,7 +210,7 @@ def _prompt(objective: Objective) -> str:
 
 
 def _answers(objective: Objective) -> str:
-    """Returns notes on how to find the label in an answer, and on the fields that a prompt needs besides the input."""
+    """Returns notes on finding the label in an answer, and on fields that a prompt needs besides the input."""
     said = ""
     if objective.writes_more:
         said += (
@@ -235,7 +231,7 @@ def _answers(objective: Objective) -> str:
 
 
 def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
-    """Returns the usual name of the architecture with its article, such as `A UMT5`. mT5 and Flan-T5 count as T5 v1.1."""
+    """Returns the architecture's usual name and article, such as `A UMT5`. mT5 and Flan-T5 count as T5 v1.1."""
     if isinstance(config, T5GemmaConfig):
         return "A T5Gemma"
     if vocabulary.source == BYTES:

@@ -1,7 +1,4 @@
-"""Converts between Hugging Face's `config.json` and our configurations.
-
-Each model family has one function that reads the file and one that writes it.
-"""
+"""Converts between Hugging Face's `config.json` and our configurations, with a reader and a writer per family."""
 
 import pathlib
 from collections.abc import Callable
@@ -34,13 +31,13 @@ _T5_SIZES = {
 
 
 def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) -> ModelConfig:
-    """Returns the configuration that a `config.json` describes; `raw` is its content.
+    """Returns the configuration of a `config.json`, whose content is `raw`.
 
-    The weights, if given, decide whether the output layer is tied to the embedding.
+    If `weights` are given, they decide whether the output layer is tied to the embedding.
 
     Raises:
-        InputError: a field is missing or wrong, a field asks for a computation that is not implemented,
-            or the architecture is unknown.
+        InputError: a field is missing or wrong, a computation is not implemented, or the architecture is
+            unknown.
     """
     family = _FAMILIES[choice(path, raw, "model_type", None, _FAMILIES)]
     tied = flag(path, raw, "tie_word_embeddings", True)
@@ -56,7 +53,7 @@ def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) 
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:
-    """Returns the content of a `config.json` that `transformers` reads."""
+    """Returns the content of a `config.json` for `transformers`."""
     write = next(family.write for family in _FAMILIES.values() if family.config is type(config))
     return write(config) | {
         "is_encoder_decoder": True,
@@ -157,11 +154,11 @@ def _read_t5gemma(path: pathlib.Path, raw: dict[str, Any], tied: bool) -> T5Gemm
 
 
 def _read_side(where: str, raw: dict[str, Any]) -> Side:
-    """Reads the encoder or the decoder of a T5Gemma's `config.json`. Missing fields get transformers' defaults.
+    """Reads one side, encoder or decoder, of a T5Gemma's `config.json`, with transformers' defaults.
 
     Args:
-        where: name of the file and of the encoder or decoder, for messages.
-        raw: fields of the encoder or decoder.
+        where: file and side, for messages.
+        raw: fields of the side.
     """
     choice(where, raw, "attention_bias", False, [False])
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -213,8 +210,8 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
         windows, scalar = side.windows or (0,) * side.num_layers, side.score_scale**-2
         if len({*windows} - {0}) > 1 or abs(scalar - round(scalar)) > 1e-3:
             raise InputError(
-                "a T5Gemma's config.json can store only one window size, and the scale of the scores only as"
-                f" 1 / sqrt of a whole number; this model has the windows {windows} and the scale 1 / sqrt({scalar:g})"
+                "a T5Gemma's config.json stores one window size, and a score scale of 1 / sqrt(whole number);"
+                f" this model has the windows {windows} and the scale 1 / sqrt({scalar:g})"
             )
         return {
             "model_type": "t5_gemma_module",

@@ -1,9 +1,8 @@
-"""Writes and reads directories for CTranslate2, a specialised engine for CPUs.
+"""Writes and reads directories for CTranslate2, an inference engine for CPUs.
 
-Our parameters are copied directly into CTranslate2's specification of a model, without torch or
-`transformers`. CTranslate2's own converter scales logits down if the flag `tie_word_embeddings` is
-true. transformers 5 sets this flag to true for every T5, so a T5 v1.1 that was converted that way has
-wrong probabilities.
+Our parameters are copied into CTranslate2's model specification without torch or `transformers`.
+CTranslate2's own converter is not used: with transformers 5, it scales the logits of every T5 down, so a T5
+v1.1 gets wrong probabilities.
 """
 
 import dataclasses
@@ -49,9 +48,8 @@ class CTranslate2Files:
     """The contents of a CTranslate2 directory, except the model.
 
     Attributes:
-        vocabulary, task_info: as in a model directory.
-        tokens: for each row of the embedding, the name of its token.
-        sha256: digest of `model.bin` when it was written.
+        tokens: token names by row of the embedding.
+        sha256: digest that `model.bin` had when it was written.
     """
 
     vocabulary: Vocabulary
@@ -61,7 +59,7 @@ class CTranslate2Files:
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of the embedding."""
+        """Count of rows of the embedding."""
         return len(self.tokens)
 
 
@@ -69,8 +67,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
     """Imports CTranslate2, or one of its modules.
 
     Args:
-        wanted_by: option or directory that needs CTranslate2, to name in the message.
-        module: name of the module.
+        wanted_by: option or directory that needs CTranslate2, for the message.
 
     Raises:
         InputError: CTranslate2 is not installed.
@@ -84,7 +81,7 @@ def import_ctranslate2(wanted_by: str, module: str = "ctranslate2") -> Any:
 
 
 def check_quantization(quantization: str | None) -> None:
-    """Raises unless the value is in `QUANTIZATIONS` or None, which means float32.
+    """Checks that the value is one of `QUANTIZATIONS`, or None for float32.
 
     Raises:
         InputError: the value is unknown, or is float16. The message gives the reason.
@@ -106,21 +103,16 @@ def write_ctranslate2(
     task_info: TaskInfo | None,
     quantization: str | None = None,
 ) -> int:
-    """Writes the model, vocabulary and task, which is all that CTranslate2 and `predict` need.
+    """Writes the model, vocabulary and task for CTranslate2 and `predict`, and returns the count of parameters.
 
-    While this function runs, a second copy of the parameters is in memory.
+    Two copies of the parameters are in memory meanwhile.
 
     Args:
         directory: a new or empty folder.
         params: parameters of a T5, unboxed, without adapters.
-        config: configuration of the model, which may be any kind of T5.
-        vocabulary: vocabulary of the model.
-        task_info: task of the model.
-        quantization: one of `QUANTIZATIONS`; None means float32. For int8, `to_int8` quantizes
-            all matrices, and CTranslate2 quantizes the activations while it runs.
-
-    Returns:
-        The number of parameters.
+        config: configuration of any kind of T5.
+        quantization: one of `QUANTIZATIONS`; None means float32. For int8, CTranslate2 quantizes the
+            activations at run time.
 
     Raises:
         InputError: the quantization is unknown, the model is not a T5, or CTranslate2 is not installed.
@@ -196,7 +188,7 @@ def read_ctranslate2(directory: os.PathLike | str) -> CTranslate2Files:
 
 
 def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
-    """Reads all of `model.bin` and compares its digest, since CTranslate2 would run on damaged weights.
+    """Checks the digest of `model.bin`, since CTranslate2 would run on damaged weights.
 
     Raises:
         InputError: the digest differs.
@@ -210,30 +202,29 @@ def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
 
 
 def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
-    """Returns the pieces of the vocabulary, followed by a name for each further row of the embedding.
+    """Returns the vocabulary's pieces, followed by a name for each further row of the embedding.
 
-    CTranslate2 looks up ids by name, so all names must differ. The name of a further row, such as
-    `<row 32100>`, differs from every piece, since no piece contains a space.
+    CTranslate2 looks up ids by name, so all names must differ. No piece contains a space, but the name of a
+    further row does, such as `<row 32100>`.
     """
     pieces = vocabulary.pieces()
     return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
 
 
 def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantizes each row of a matrix, so that a matmul with it has the same result on every processor.
+    """Quantizes each row of a matrix, so that its matmuls have the same result on every processor.
 
-    CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD
-    before Zen 4, Intel before Cascade Lake) adds two adjacent products in a signed 16-bit integer,
-    which saturates silently. So the scale keeps not only each weight but also the sum of two adjacent
-    weights within 127. The sum of the two products is then at most 255 * (127 + 1), where the 1 is for
-    rounding, and this is less than 2 ** 15.
+    CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD before
+    Zen 4, Intel before Cascade Lake) adds two adjacent products in a signed 16-bit integer, which saturates
+    silently. So the scale keeps each weight, and the sum of two adjacent weights, within 127. The two
+    products then add up to at most 255 * (127 + 1) < 2 ** 15, where the 1 is for rounding.
 
     Args:
         matrix: [rows, inputs], float32.
 
     Returns:
-        The quantized matrix, int8 [rows, inputs], and the scale by which each row was multiplied,
-        float32 [rows].
+        The quantized matrix, int8 [rows, inputs].
+        The scale by which each row was multiplied, float32 [rows].
     """
     adjacent = matrix[:, : matrix.shape[1] // 2 * 2].reshape(len(matrix), -1, 2).sum(2)
     largest = np.full(len(matrix), 1e-30, np.float32)  # a row of zeros has a finite scale, too
@@ -245,7 +236,7 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _quantize(part: Any, path: str, value: Any) -> None:
-    """Quantizes the matrix at `path` if the specification has a field for the scale of this matrix."""
+    """Quantizes the matrix at `path` if the specification has a field for its scale."""
     name = path.rpartition("/")[2]
     if isinstance(value, np.ndarray) and hasattr(part, f"{name}_scale"):
         weight, scale = to_int8(value)

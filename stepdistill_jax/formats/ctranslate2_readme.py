@@ -1,4 +1,4 @@
-"""Makes the text of the `README.md` of a CTranslate2 directory."""
+"""Makes the `README.md` of a CTranslate2 directory."""
 
 import stepdistill_jax
 from stepdistill_jax.data.vocabulary import BYTES, Vocabulary
@@ -61,11 +61,8 @@ def ctranslate2_readme(
     """Returns the text of `README.md`. The Python code in the text runs unchanged.
 
     Args:
-        vocabulary: vocabulary of the model.
-        task: name of the task.
         quantization: type of the weights; None means float32.
-        prompt: an example of an input, including the prefix.
-        num_parameters: number of parameters.
+        prompt: example of an input, prefix included.
         input_length, max_decode_len: see `TaskInfo`.
     """
     how = _BYTES if vocabulary.source == BYTES else _SPIECE

@@ -1,6 +1,6 @@
-"""Reads and writes the files of a model directory except its weights: configuration, vocabulary, task.
+"""Reads and writes a model directory's configuration, vocabulary and task.
 
-A workdir is a model directory, too; its weights are in `checkpoints/STEP/`.
+A workdir is a model directory, too. Its weights are in `checkpoints/STEP/`.
 """
 
 import dataclasses
@@ -36,16 +36,16 @@ class TaskInfo:
 
     Attributes:
         task: name of the dataset, task or mixture.
-        objectives: the objectives of training with their templates and weights; inference uses the first one.
-        input_length: largest number of ids in an input, the end of sequence included; longer inputs are
+        objectives: training objectives with templates and weights; inference uses the first one.
+        input_length: largest count of ids in an input, the end of sequence included. Longer inputs are
             truncated.
-        target_length: largest number of ids in a target of any objective; longer targets are truncated.
-        max_decode_len: number of ids that is enough for every label of the train split, the end of
-            sequence included.
+        target_length: largest count of ids in a target of any objective. Longer targets are truncated.
+        max_decode_len: count of ids that is enough for every label of the train split, the end of sequence
+            included.
         metric: `text_match` or `value_match`.
-        labels: the possible labels if they are few; else empty.
+        labels: all possible labels if they are few; else empty.
         provenance: versions, step, data, metrics and other facts about the training.
-        input_pair: whether rows have a second input text (`data.example.Example.input_pair`).
+        input_pair: whether examples have a second input text (`data.example.Example.input_pair`).
     """
 
     task: str
@@ -61,10 +61,7 @@ class TaskInfo:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """Contents of a model directory except its weights.
-
-    `task_info` is None if there is no `stepdistill.json`.
-    """
+    """A model directory without its weights. `task_info` is None without a `stepdistill.json`."""
 
     config: ModelConfig
     vocabulary: Vocabulary
@@ -72,7 +69,7 @@ class ModelFiles:
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of the embedding."""
+        """Count of rows of the embedding."""
         return self.config.vocab_size
 
 
@@ -104,7 +101,7 @@ def write_model_files(
 
 
 def require_directory(path: os.PathLike | str) -> pathlib.Path:
-    """Returns the path of a model directory or workdir, which may be local or in a store.
+    """Returns the path of a model directory or workdir, which may be in a store.
 
     Raises:
         InputError: there is no such folder.
@@ -127,12 +124,11 @@ def is_ctranslate2(directory: os.PathLike | str) -> bool:
 def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     """Reads configuration, vocabulary and task of a model directory or workdir.
 
-    Weights in the directory decide whether the output layer is tied to the embedding:
-    `tie_word_embeddings` is not reliable, since transformers 5 always writes true.
+    Stored weights decide whether the output layer is tied to the embedding, since transformers 5 always
+    writes true as `tie_word_embeddings`.
 
     Raises:
-        InputError: a file or field is missing, wrong, or not supported. The message names the file and
-            the field.
+        InputError: a file or field is missing, wrong, or not supported. The message names both.
     """
     directory = require_directory(directory)
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
@@ -148,10 +144,9 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     # without bos a T5 starts with the padding, and a T5Gemma with the end of sequence
     if config.start_id not in ([bos] if bos else [PAD_ID, EOS_ID]):
         raise InputError(
-            f"{directory}: the vocabulary belongs to another model: according to {CONFIG}, the decoder"
-            f" starts with id {config.start_id}, but {vocabulary.source} has"
-            f" {f'bos {bos}' if bos else 'no bos'}, like {'Gemma' if bos else 'T5'}; copy the vocabulary from the directory that the"
-            " weights are from"
+            f"{directory}: the vocabulary belongs to another model: in {CONFIG} the decoder starts"
+            f" with id {config.start_id}, but {vocabulary.source} has {f'bos {bos}' if bos else 'no bos'}, like"
+            f" {'Gemma' if bos else 'T5'}; copy the vocabulary from the directory of the weights"
         )
     task_info = read_task_info(directory) if (directory / TASK_INFO).is_file() else None
     return ModelFiles(config, vocabulary, task_info)
@@ -160,7 +155,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
 def read_config(directory: os.PathLike | str) -> ModelConfig:
     """Reads a model's configuration from `config.json`, or from the shapes in a T5X checkpoint.
 
-    Weights in the directory decide whether the output layer is tied.
+    Stored weights decide whether the output layer is tied.
 
     Raises:
         InputError: a field is missing or wrong, or the architecture is unknown.
@@ -195,8 +190,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
     """Reads and checks `stepdistill.json`. Unknown fields are ignored.
 
     Raises:
-        InputError: the file cannot be read, or a field is missing or has a wrong type. The message names
-            the file and the field.
+        InputError: the file cannot be read, or a field is missing or has a wrong type.
     """
     path = as_path(directory) / TASK_INFO
     raw = read_object(path)
@@ -207,7 +201,7 @@ def read_task_info(directory: os.PathLike | str) -> TaskInfo:
         )
     if raw["format"] > FORMAT_VERSION:
         raise InputError(
-            f"{path}: format {raw['format']} is newer than this version reads ({FORMAT_VERSION});"
+            f"{path}: format {raw['format']} is too new for this version, which reads format {FORMAT_VERSION};"
             " upgrade stepdistill-jax"
         )
 

@@ -14,10 +14,9 @@ def size(
     default: int | None = None,
     most: int | None = None,
 ) -> int:
-    """Checks that a field is a whole number from 1 to `most`, and returns its value.
+    """Returns a field that must be a whole number from 1 to `most`. A missing field has the value `default`.
 
-    If `most` is None, the limit is `MAX_LAYERS` for a number of layers, and `MAX_SIZE` for other sizes.
-    A missing field has the value `default`.
+    If `most` is None, the limit is `MAX_LAYERS` for a count of layers, and `MAX_SIZE` for other sizes.
     """
     value = raw.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -29,7 +28,7 @@ def size(
 
 
 def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> float:
-    """Checks that a field is a number of at least 0 and below 1, and returns its value."""
+    """Returns a field that must be a number of at least 0 and below 1."""
     value = raw.get(name, default)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")
@@ -39,7 +38,7 @@ def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> flo
 def positive(
     path: pathlib.Path | str, raw: dict, name: str, default: float | None = None
 ) -> float | None:
-    """Checks that a field is null or a number above 0, and returns its value. For null, returns None."""
+    """Returns a field that must be null (None) or a number above 0."""
     value = raw.get(name, default)
     if value is None:
         return None
@@ -49,14 +48,14 @@ def positive(
 
 
 def flag(path: pathlib.Path | str, raw: dict, name: str, default: bool) -> bool:
-    """Checks that a field is true or false, and returns its value."""
+    """Returns a field that must be true or false."""
     if not isinstance(value := raw.get(name, default), bool):
         raise InputError(f"{path}: {name} must be true or false, got {value!r}")
     return value
 
 
 def choice(path: pathlib.Path | str, raw: dict, name: str, default: Any, known: Any) -> Any:
-    """Checks that a field has one of the values in `known`, and returns its value."""
+    """Returns a field that must have one of the values in `known`."""
     value = raw.get(name, default)
     if value not in tuple(known):  # a tuple: the value may be a list, which has no hash
         words = ", ".join(str(one) for one in known)

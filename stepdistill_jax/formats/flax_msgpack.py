@@ -12,11 +12,10 @@ from stepdistill_jax.formats.tensors import Tensor, map_file
 
 
 def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file or of one shard as {Hugging Face's torch name: tensor}.
+    """Returns the tensors of a file or shard as {Hugging Face's torch name: tensor}.
 
-    In the file, the last part of a name is `kernel` for an [in, out] matrix, `embedding` for an embedding
-    table, and `weight` for the scale of a norm. Torch calls all of them `weight`, and stores a matrix as
-    [out, in].
+    In the file, a name ends in `kernel` for an [in, out] matrix, in `embedding` for a table, and in `weight`
+    for a norm's scale. Torch names all three `weight`, and stores a matrix as [out, in].
 
     Raises:
         InputError: a tensor has an unknown name, or the file cannot be read (see `read_tree`).
@@ -34,13 +33,10 @@ def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_tree(path: os.PathLike | str) -> dict[str, Any]:
-    """Returns the nested dicts of numpy arrays that a file contains.
-
-    The arrays need about as much memory as the file has bytes.
+    """Returns the nested dicts of numpy arrays in a file, which need about as much memory as the file has bytes.
 
     Raises:
-        InputError: the file is truncated, not written by Flax, or larger than the memory of this machine.
-            The message names the file.
+        InputError: the file is truncated, not written by Flax, or larger than this machine's memory.
     """
     data = map_file(path)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Converts, slice by slice, between Hugging Face's weights and our parameters with stacked layers."""
+"""Converts between Hugging Face's weights and our parameters with stacked layers, slice by slice."""
 
 import itertools
 import math
@@ -33,27 +33,23 @@ def load_params(
     *,
     sources: Mapping[str, str] | None = None,
 ) -> Any:
-    """Returns the parameters of a model directory as float32, whatever type they are stored in.
+    """Returns the parameters of a model directory as float32, whatever their stored dtype.
 
-    Each process reads the slices for its own devices, one parameter at a time. So the host needs memory
-    for one slice in addition to the parameters (tests/formats/test_memory.py measures this).
+    Each process reads the slices of its own devices, one parameter at a time. The host needs memory for one
+    slice in addition to the parameters.
 
     Args:
-        directory: folder with weights in a format that `formats.weights.open_weights` reads.
-        config: configuration of the model, from `formats.directory.read_model_files`.
-        shardings: sharding of each parameter (`sharding.param_shardings`). None puts everything on the
-            default device.
-        sources: {name of a parameter: name of the stored parameter to read it from}. Both are this
-            package's names, not those in the file, and the two shapes must be equal (`stored_shapes`). None reads all parameters, each from the
-            stored parameter of the same name.
+        directory: folder with weights that `formats.weights.open_weights` reads.
+        shardings: sharding of each parameter (`sharding.param_shardings`). None means the default device.
+        sources: {our name of a parameter: our name of the stored parameter to read it from}, of equal shapes
+            (`stored_shapes`). None reads all parameters under their own names.
 
     Returns:
         The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`, restricted to `sources` if
         given.
 
     Raises:
-        InputError: tensors are missing, unknown, or of a wrong shape or type. The message lists all of
-            them in one line.
+        InputError: tensors are missing, unknown, or of a wrong shape or dtype. The message lists them.
     """
     weights, table = open_weights(directory), hf_names(config)
     abstract = jax.eval_shape(nn.meta.unbox, abstract_params(config))
@@ -84,9 +80,7 @@ def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str
     If a parameter is stored as one tensor per layer, the first axis of its shape counts the layers.
 
     Args:
-        directory: see `load_params`.
-        config: configuration of the model. The stored parameters need not fit it: some may be missing or
-            have other shapes.
+        config: configuration, which the stored parameters need not fit.
 
     Raises:
         InputError: there are no readable weights, or layers have different shapes.
@@ -188,10 +182,7 @@ def _check(
 
 
 def to_hf(params: Any, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Returns {Hugging Face's name: tensor}. The tensors are contiguous float32 arrays.
-
-    Stacked layers are split into one tensor per layer.
-    """
+    """Returns {Hugging Face's name: contiguous float32 array}, with one array per layer."""
     return {name: _tensor(*part) for name, part in _parts(params, config)}
 
 
@@ -219,21 +210,16 @@ def save_params(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> int:
-    """Writes the parameters as float32 safetensors, reads the files back and compares them.
+    """Writes the parameters as float32 safetensors, verifies the files, and returns the count of parameters.
 
-    If the tensors have more than `max_shard_size` bytes, they are split as Hugging Face splits them: into
-    `model-00001-of-0000N.safetensors` and so on, with an index. Otherwise there is one file. Writing takes
-    memory for one tensor in addition to the parameters. Older safetensors files in the directory are
-    replaced.
+    Tensors of more than `max_shard_size` bytes in total are split as Hugging Face does, into shards
+    (`model-00001-of-0000N.safetensors`) with an index. Older safetensors files in the directory are replaced.
+    Writing takes memory for one more tensor.
 
     Args:
         directory: folder of the model, which must exist.
         params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
-        config: configuration of the model.
-        max_shard_size: limit for the bytes of tensors in a file. A tensor that is larger gets a separate file.
-
-    Returns:
-        The number of parameters.
+        max_shard_size: limit for the bytes of tensors in a file. A larger tensor gets its own file.
 
     Raises:
         OSError: a file reads back differently from what was written.
@@ -267,7 +253,7 @@ def _shape(array: Any, layer: int | None, transposed: bool) -> tuple[int, ...]:
 
 
 def _cut(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Splits names, in order, into shards. A tensor that does not fit starts a new shard."""
+    """Splits names, in order, into shards of at most `most` bytes. A larger tensor gets a shard of its own."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():

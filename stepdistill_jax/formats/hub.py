@@ -19,17 +19,13 @@ _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 
 def local_model(given: str) -> str:
-    """Returns the folder of a model.
-
-    If `given` is not a folder but the name of a model on the hub, the result is a local copy of that model.
-    Otherwise, the result is `given` itself.
+    """Returns the folder of a model, which is a local copy for a model on the hub.
 
     Args:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
 
     Raises:
-        InputError: the model cannot be downloaded. The message says what to run on a machine with internet
-            access.
+        InputError: the model cannot be downloaded. The message says how to get it on another machine.
     """
     owner, _, name = given.partition("/")
     named = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name))
@@ -47,9 +43,7 @@ def _of_hub(name: str) -> str:
         # one request, without the retries of half a minute that other calls make
         listed = huggingface_hub.model_info(name, timeout=TIMEOUT_SECS).siblings or []
         files = needed_files([file.rfilename for file in listed], name)
-        log(
-            f"`init_from` {name}: {', '.join(files)} from {SITE}, or from the local cache of its files"
-        )
+        log(f"`init_from` {name}: taking {', '.join(files)} from {SITE} or its local cache")
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
@@ -84,7 +78,6 @@ def needed_files(listed: Sequence[str], name: str) -> list[str]:
 
     Args:
         listed: names of all files of the model at the hub, including files in folders.
-        name: name of the model, for messages.
 
     Raises:
         InputError: the model has no weights in a format that we read.

@@ -87,14 +87,14 @@ def _t5gemma_names(config: Any) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """The names that Hugging Face gives to the tensors of one model family.
+    """Hugging Face's tensor names of one model family.
 
     Attributes:
-        table: function that takes a configuration and returns {our path: tensor name}. `{}` in a tensor name
-            stands for the index of the layer. For example, the result maps `decoder/layers/mlp/wo/kernel` to
+        table: function from a configuration to {our path: tensor name}. `{}` in a tensor name stands for the
+            layer's index: `decoder/layers/mlp/wo/kernel` becomes
             `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
         head: name of the output layer.
-        embedding: name of the embedding table that serves as the output layer, too, if the two are tied.
+        embedding: name of the embedding table, which is also the output layer if the two are tied.
         ignored: names of tensors that some files contain, but no model reads.
     """
 
@@ -110,14 +110,14 @@ NAMES = {T5Config: T5, T5GemmaConfig: GEMMA}
 
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
-    """Returns the Hugging Face tensor name of each of our paths; see `Names.table`."""
+    """Returns {our path: Hugging Face's tensor name}; see `Names.table`."""
     return NAMES[type(config)].table(config)
 
 
 def is_transposed(path: str) -> bool:
     """Returns whether torch stores the parameter transposed.
 
-    Torch keeps a matrix as [out, in], and the position bias as [buckets, heads]; we keep them as
-    [in, out] and [heads, buckets].
+    Torch keeps a matrix as [out, in] and the position bias as [buckets, heads]. We keep them as [in, out] and
+    [heads, buckets].
     """
     return path.endswith(("/kernel", "/rel_embedding"))

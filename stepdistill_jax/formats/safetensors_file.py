@@ -22,7 +22,7 @@ _DTYPES = {
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """Returns the tensors of one file as {name: tensor}. Only the header is read.
+    """Returns the tensors of one file as {name: tensor}. Reads only the header.
 
     Raises:
         InputError: the file is truncated or not safetensors, or a tensor does not contain floats.
@@ -63,14 +63,12 @@ def write_safetensors(
 ) -> None:
     """Writes float32 tensors, reads them back and compares.
 
-    The bytes equal those of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, which keeps two
-    copies of all tensors in memory while it writes. This function keeps one tensor at a time.
+    The bytes equal those of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, but only one
+    tensor is in memory at a time.
 
     Args:
         path: path of the file, which appears complete or not at all.
-        shapes: {name: shape} of the tensors.
-        tensor: function that returns the tensor of a name, as contiguous float32. It is called twice for
-            each name.
+        tensor: function that returns a named tensor as contiguous float32. It is called twice for each name.
 
     Raises:
         OSError: the file reads back differently from what was written.

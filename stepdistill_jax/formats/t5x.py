@@ -1,9 +1,8 @@
 """Opens the parameters of T5X checkpoints under Hugging Face's torch names. Ignores the optimizer state.
 
-Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file
-`checkpoint`, in which a parameter is an array or the TensorStore spec of a zarr folder next to it; the
-newer format is Orbax's. The paths of layers are `encoder/layers_0/...`, or `encoder/encoder/...` if the
-layers are stacked along axis 1.
+Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`,
+with each parameter as an array, or as the TensorStore spec of a zarr folder next to it. The newer format is
+Orbax's. Layers are `encoder/layers_0/...`, or `encoder/encoder/...` if they are stacked along axis 1.
 """
 
 import functools
@@ -52,7 +51,7 @@ _NAMES = {
 def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
     """Returns the folder of a T5X checkpoint, or None.
 
-    The folder is `directory`, the newest `checkpoint_STEP` in it, or a folder `state` in one of these two.
+    It is `directory`, the newest `checkpoint_STEP` in it, or the folder `state` in one of the two.
     """
     directory = pathlib.Path(directory)
     steps = {
@@ -102,8 +101,7 @@ def open_t5x(directory: pathlib.Path) -> Weights:
 def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
     """Derives the configuration of a T5X checkpoint, which has no `config.json`, from its tensors' shapes.
 
-    The names of the tensors determine the activation: `wi` means v1.0's ReLU, `wi_0` and `wi_1` mean
-    v1.1's gated GELU.
+    A tensor named `wi` means v1.0's ReLU. `wi_0` and `wi_1` mean v1.1's gated GELU.
 
     Raises:
         InputError: tensors that determine a T5's sizes are missing.
@@ -146,10 +144,9 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
 
 
 def _our_path(path: str) -> tuple[str, str | None]:
-    """Returns our path of the parameter that T5X calls `path`, and the layer of this parameter.
+    """Returns our path of T5X's parameter `path`, and its layer.
 
-    The layer is its index as a string such as "3", "" if the parameter is stacked over all layers, or None
-    if the parameter belongs to no layer.
+    The layer is an index such as "3", "" for all layers in one stack, or None outside the layers.
     """
     if path == "token_embedder/embedding":
         return "token_embedder", None
@@ -163,9 +160,9 @@ def _our_path(path: str) -> tuple[str, str | None]:
 
 
 class _Stored:
-    """A stored parameter, read as [in, out], or as [layers, in, out] if it is a stack of all layers.
+    """A stored parameter, read as [in, out] or, for a stack of layers, as [layers, in, out].
 
-    If the array has one axis for the heads and one for the width of a head, the two are joined into one.
+    Separate axes for heads and head width are joined into one.
     """
 
     def __init__(self, array: Tensor, path: str, *, stacked: bool, folder: pathlib.Path):
@@ -300,7 +297,7 @@ def _inside(folder: pathlib.Path, name: Any) -> str:
 def _open_arrays(
     folder: pathlib.Path, names: Mapping[str, str], *, ocdbt: bool, driver: str
 ) -> dict[str, Tensor]:
-    """Opens zarr arrays in a folder or in the folder's OCDBT database. `names` is {our path: name of the array}."""
+    """Opens zarr arrays in a folder or its OCDBT database. `names` is {our path: name of the array}."""
     import tensorstore
 
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
@@ -331,7 +328,7 @@ def _open_arrays(
 
 
 def _claimed_bytes(array: Any) -> int:
-    """Returns the size in bytes of an array or of one of its chunks, whichever is larger.
+    """Returns the size in bytes of an array, or of one of its chunks if that is larger.
 
     TensorStore would end the process if it read a chunk that claims 2**60 bytes.
     """

@@ -18,7 +18,7 @@ MAX_JSON = 64 << 20  # bytes; the index of the largest models has 1 MB
 
 
 class Tensor(Protocol):
-    """A numpy view of a mapped file, or an object that is read in the same way: only slices are loaded."""
+    """A numpy view of a mapped file, or another object that loads only slices."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -36,11 +36,9 @@ class Weights:
         """Collects the tensors of a model.
 
         Args:
-            tensors: {name: tensor}. If `shared.weight` is missing, a copy of it that the file stores under
-                another name is used instead (`EMBEDDING_COPIES`).
-            stacks: {name: tensor [layers, *shape]} of tensors that store all layers together. `{}` in a name
-                stands for the layer. Reading all layers at once avoids decompressing the same chunk for
-                each layer.
+            tensors: {name: tensor}. A missing `shared.weight` is replaced by one of its `EMBEDDING_COPIES`.
+            stacks: {name: tensor [layers, *shape]} of tensors that store all layers together, where `{}` in a
+                name stands for the layer. Reading all layers at once decompresses each chunk only once.
         """
         self.tensors, self.stacks = dict(tensors), dict(stacks or {})
         copies = [name for name in EMBEDDING_COPIES if name in self.tensors]
@@ -52,15 +50,15 @@ class Weights:
         return {name: tuple(t.shape) for name, t in self.tensors.items()}
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype in which a tensor is stored."""
+        """Returns the stored dtype of a tensor."""
         return np.dtype(self.tensors[name].dtype)
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """Returns a slice of a tensor in its stored type, as a view if the file is mapped."""
+        """Returns a slice of a tensor in its stored dtype, as a view if the file is mapped."""
         return np.asarray(self.tensors[name][index])
 
     def read_layers(self, name: str, layers: range, index: Index, out: np.ndarray) -> None:
-        """Fills `out` [layers, ...] with a slice of each layer's tensor; `{}` in `name` stands for the layer."""
+        """Fills `out` [layers, ...] with a slice of each layer's tensor. `{}` in `name` stands for the layer."""
         if name in self.stacks:
             out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]
             return
@@ -82,7 +80,7 @@ class Transposed:
 
 
 def map_file(path: os.PathLike | str) -> mmap.mmap:
-    """Maps a file into memory; its bytes are read on access.
+    """Maps a file into memory. Its bytes are read on access.
 
     Raises:
         InputError: the file does not exist, is empty, or cannot be read.
@@ -122,7 +120,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files that an index (`*.index.json`) names.
 
     Raises:
-        InputError: a name is not a plain file name, or the named file is not in the folder of the index.
+        InputError: a name is not a plain file name, or its file is not in the index's folder.
     """
     weight_map = read_object(index).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
@@ -136,7 +134,7 @@ def shard_files(index: pathlib.Path) -> list[pathlib.Path]:
 
 
 def is_file_name(name: Any) -> bool:
-    """Returns whether a value from a file is a plain file name and thus cannot point outside its folder."""
+    """Returns whether a value is a plain file name, which cannot point outside its folder."""
     if not isinstance(name, str) or "\0" in name or len(name.encode("utf-8", "replace")) > 255:
         return False
     return name not in ("", ".", "..") and pathlib.PurePath(name).name == name

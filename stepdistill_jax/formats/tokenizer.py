@@ -1,9 +1,8 @@
-"""Writes tokenizer files from which `transformers` and `tokenizers` get the ids that training saw.
+"""Writes tokenizer files from which `transformers` and `tokenizers` get the ids of training.
 
-`T5Tokenizer` of transformers 5 rebuilds every vocabulary as T5's own: unk is 2, and no piece is a byte.
-The vocabularies of mT5 and UMT5 have byte pieces (and UMT5's unk is 3), so texts would get other ids.
-This module therefore builds `tokenizer.json` from the SentencePiece model, for T5 and for Gemma, and
-`transformers` opens it unchanged.
+`T5Tokenizer` of transformers 5 gives every vocabulary T5's own unk (2) and no byte pieces. The vocabularies
+of mT5 and UMT5 have byte pieces, and UMT5's unk is 3. This module therefore builds `tokenizer.json` from the
+SentencePiece model, for T5 and for Gemma.
 """
 
 import os
@@ -47,13 +46,13 @@ _JAMO, _SYLLABLE = "\u1100\u1161\u11a8", "\uac01"
 
 
 def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
-    """Completes the files that `formats.directory.write_model_files` wrote, and checks them.
+    """Completes the files of `formats.directory.write_model_files`, and checks them.
 
-    A SentencePiece vocabulary gets a `tokenizer.json`; a byte vocabulary needs none. The tokenizer that
-    `transformers` opens must give our ids for `PROBES`, which include texts unlike any training data.
+    A SentencePiece vocabulary gets a `tokenizer.json`; a byte vocabulary needs none. `transformers` must give
+    our ids for `PROBES`, which include texts unlike any training data.
 
     Raises:
-        InputError: the ids differ, or the SentencePiece model is neither of T5's nor of Gemma's kind.
+        InputError: the ids differ, or the SentencePiece model is neither T5's nor Gemma's kind.
     """
     directory = pathlib.Path(directory)
     if isinstance(vocabulary, SentencePieceVocabulary):
@@ -121,7 +120,7 @@ def _write_fast_tokenizer(
 
 
 def _template(framing: Framing, pieces: Sequence[str]) -> Any:
-    """Returns the post-processor that adds the same special ids to an input as `Framing.input_ids`."""
+    """Returns the post-processor that adds the special ids of `Framing.input_ids` to an input."""
     from tokenizers.processors import TemplateProcessing
 
     bos, eos = pieces[framing.bos_id], pieces[EOS_ID]
@@ -134,7 +133,7 @@ def _template(framing: Framing, pieces: Sequence[str]) -> Any:
 
 
 def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
-    """Returns a `tokenizers.Tokenizer` of T5's kind, to which the caller must add the special tokens."""
+    """Returns a `tokenizers.Tokenizer` of T5's kind, without the special tokens."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
@@ -164,11 +163,11 @@ def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
 
 
 def _bpe(proto: Any, model: pathlib.Path) -> Any:
-    """Returns a `tokenizers.Tokenizer` of Gemma's kind, to which the caller must add the special tokens.
+    """Returns a `tokenizers.Tokenizer` of Gemma's kind, without the special tokens.
 
-    SentencePiece merges the two neighbours whose joint piece has the highest score. `tokenizers` merges
-    pairs in the order of a list instead. The list here goes through the pieces by descending score,
-    and contains, for each piece, all pairs of pieces that form it.
+    SentencePiece merges the neighbours whose joint piece has the highest score, but `tokenizers` merges pairs
+    in the order of a list. So the list goes through the pieces by descending score, and contains all pairs
+    that form each piece.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

@@ -13,11 +13,10 @@ from stepdistill_jax.formats.tensors import Tensor
 
 
 def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file or of one shard as {name: tensor}.
+    """Returns the tensors of a file or shard as {name: tensor}.
 
-    A file in the zip format, which torch has written since 1.6, is memory-mapped; a file in the older
-    format is read into memory. A zip file with compressed members is refused: torch never writes one, the
-    map would show compressed bytes as weights, and a pickle of 2 MB could unpack to 2 GB.
+    The zip format, which torch has written since 1.6, is memory-mapped. The older format is read into memory.
+    A zip file with compressed members is refused, since a pickle of 2 MB could unpack to 2 GB.
 
     Raises:
         InputError: torch is not installed, the file is truncated, or it contains anything but tensors.

@@ -28,22 +28,22 @@ FAST_TOKENIZER = "tokenizer.json"
 
 
 def model_name(vocabulary: Vocabulary) -> str:
-    """Returns the file name that the SentencePiece model of a vocabulary has in a model directory."""
+    """Returns the name of a vocabulary's SentencePiece file in a model directory."""
     return TOKENIZER_MODEL if vocabulary.framing.bos_id else SPIECE
 
 
 def write_vocabulary(
     directory: pathlib.Path, vocabulary: Vocabulary, model_max_length: int | None = None
 ) -> None:
-    """Writes the SentencePiece model and `tokenizer_config.json`, which `read_vocabulary` reads.
+    """Writes the SentencePiece model and `tokenizer_config.json` for `read_vocabulary`.
 
-    A T5's tokenizer gets no sentinels (`extra_ids` 0): with them, texts that spell a sentinel would get
-    other ids than in training, and a small vocabulary would get ids beyond the embedding.
+    A T5's tokenizer gets no sentinels (`extra_ids` 0), since they would change the ids of texts that spell
+    one, and exceed a small embedding.
 
     Args:
         directory: an existing folder, which may be in a store.
         vocabulary: vocabulary to write. ByT5's bytes have no SentencePiece model.
-        model_max_length: largest number of ids in an input; if None, the field of this name is not written.
+        model_max_length: largest count of ids in an input; None leaves the field out.
     """
     tokenizer: dict[str, Any] = {
         "tokenizer_class": "ByT5Tokenizer",
@@ -67,10 +67,7 @@ def write_vocabulary(
 
 
 def _gemma_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Returns the fields of a `tokenizer_config.json` for Gemma's vocabulary.
-
-    The fields say whether an input gets bos and eos, and which pieces are the special tokens.
-    """
+    """Returns the fields of Gemma's `tokenizer_config.json`: whether inputs get bos and eos, and the special tokens."""
     framing, pieces = dataclasses.asdict(vocabulary.framing), vocabulary.pieces()
     ids = {"bos": framing.pop("bos_id"), "eos": EOS_ID, "pad": PAD_ID, "unk": vocabulary.unk_id}
     named = {f"{name}_token": pieces[i] for name, i in ids.items()}

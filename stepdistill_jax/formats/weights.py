@@ -28,11 +28,11 @@ _BLOCK = 1024  # rows that are compared at once
 
 
 def open_weights(directory: os.PathLike | str) -> Weights:
-    """Opens the tensors of a directory.
+    """Opens the tensors of a directory, in the first format found.
 
-    Only headers are read, except that msgpack files and torch's older format are read whole. Formats
-    are tried in this order: `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
-    `pytorch_model.bin`, its shards, a T5X checkpoint.
+    The order is `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
+    `pytorch_model.bin`, its shards, a T5X checkpoint. Only msgpack and torch's older format are read whole,
+    others by slices.
 
     Raises:
         InputError: there are no weights, or they cannot be read. The message names the file.
@@ -59,9 +59,9 @@ def has_weights(directory: os.PathLike | str) -> bool:
 
 
 def has_own_head(weights: Weights, names: Names) -> bool:
-    """Returns whether the weights have an output layer that is not just a copy of the embedding.
+    """Returns whether the weights have an output layer that is more than a copy of the embedding.
 
-    Older tools wrote the tied table of v1.0 a second time, as `lm_head.weight`.
+    Older tools wrote v1.0's tied table a second time, as `lm_head.weight`.
     """
     shapes = weights.shapes()
     if names.head not in shapes:
@@ -79,7 +79,7 @@ def has_own_head(weights: Weights, names: Names) -> bool:
 
 
 def _how_to_convert(directory: pathlib.Path) -> str:
-    """Returns a message part: how to convert TensorFlow weights to safetensors, or "" if there are none."""
+    """Returns a message part on converting TensorFlow weights to safetensors, or "" if there are none."""
     names = (_TENSORFLOW, _TENSORFLOW + INDEX_SUFFIX)
     there = [name for name in names if (directory / name).is_file()]
     if not there:

@@ -1,6 +1,6 @@
 """Exchanges small values between the processes of a job, through the key-value store of JAX's coordinator.
 
-The exchange uses no device, so a thread may exchange values while training steps run.
+No device takes part, so a thread may exchange values during training steps.
 """
 
 import collections
@@ -18,15 +18,14 @@ _opened: dict[str, itertools.count] = collections.defaultdict(itertools.count)
 
 
 class Closed(RuntimeError):
-    """The channel was closed while one of its threads waited for the other processes."""
+    """The channel was closed while a thread waited for the other processes."""
 
 
 class Channel:
     """Connects the processes of a job.
 
-    The n-th channel that is opened under a name is the same channel in every process. All processes must open
-    the channels of the same name in the same order. All processes must call `combined` of a channel the same
-    number of times, and only from one thread at a time.
+    All processes must open the channels of a name in the same order: the n-th channel that one process opens
+    is connected to the n-th channel of every other process.
     """
 
     def __init__(self, name: str):
@@ -35,19 +34,18 @@ class Channel:
         self._round, self._closed = 0, False
 
     def combined(self, value: Any, combine: Callable[[list[Any]], T]) -> T:
-        """Returns, on every process, the result of `combine` for the list of all processes' values.
+        """Collects one value from each process, and returns `combine([value_0, value_1, ...])` on every process.
 
-        Process 0 calls `combine`. In call number r, counted from 0, process i writes its value under the key
-        `NAME/r/i`, and process 0 writes the result under the key `NAME/r/all`.
+        All processes must call this method the same number of times, each from one thread at a time. Process
+        0 calls `combine`.
 
         Args:
-            value: this process's value, of a type that JSON can represent.
-            combine: function that takes the list of values, in the order of the processes, and returns a JSON
-                value. The function must not raise an error.
+            value: JSON value.
+            combine: function that returns a JSON value and raises no error.
 
         Raises:
             Closed: another thread has called `close`.
-            TimeoutError: a process that is alive has sent nothing for an hour.
+            TimeoutError: a live process has sent nothing for an hour.
         """
         import jax
 

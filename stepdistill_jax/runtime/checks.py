@@ -1,6 +1,6 @@
 """Checks the values of parameters.
 
-Messages write the name of a parameter in backticks. A command replaces this name with its own flag.
+Messages write a parameter's name in backticks, which commands replace with their flag.
 """
 
 import re
@@ -16,7 +16,7 @@ INT32, FLOAT32 = 2**31 - 1, 3.4e38  # largest values of the dtypes of steps and 
 
 
 def whole(name: str, value: Any, least: int, most: int = INT32) -> int:
-    """Checks that a value is a whole number from `least` to `most`, and returns it as an int.
+    """Returns `value` as an int if it is a whole number from `least` to `most`.
 
     Raises:
         InputError: the value is out of range, not whole, a bool, or not a number.
@@ -38,7 +38,7 @@ def number(
     most: float | None = None,
     below: float | None = None,
 ) -> float:
-    """Checks that a value is a number within the given bounds, and returns it as a plain int or float.
+    """Returns `value` as a plain int or float if it is a number within the bounds.
 
     Raises:
         InputError: the value is out of bounds, outside float32's range, NaN, a bool, or not a number.
@@ -59,40 +59,37 @@ def number(
 
 
 def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **limits: Any) -> None:
-    """Checks fields of a frozen dataclass with `whole` or `number`, and stores the returned values in the fields.
+    """Checks fields of a frozen dataclass, and stores the checked values in them.
 
     Args:
-        owner: the dataclass.
-        check: the function `whole` or `number`.
-        names: names of the fields.
-        of: text that precedes a field's name in messages, such as "optimizer.".
-        limits: further arguments of `check`.
+        check: `whole` or `number`.
+        of: prefix of the names in messages, such as "optimizer.".
     """
     for name in names:
         object.__setattr__(owner, name, check(of + name, getattr(owner, name), **limits))
 
 
 def of_type(name: str, value: Any, kind: Any, words: str) -> None:
-    """Raises InputError if `value` is not an instance of `kind`, which `words` describes."""
+    """Raises InputError if `value` is not a `kind`, which `words` describes."""
     if not isinstance(value, kind):
         raise refused(name, words, value)
 
 
 def snake_case(name: str, value: Any) -> None:
-    """Raises InputError if `value` is not a name in lower_snake_case, such as my_task."""
+    """Raises InputError if `value` is not a name such as my_task."""
     if not isinstance(value, str) or not SNAKE_CASE.fullmatch(value):
         raise refused(name, "lower_snake_case, such as my_task", value)
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> None:
-    """Raises InputError if `value` is not one of the known names. The message suggests the nearest name."""
+    """Raises InputError, with the nearest name, if `value` is not a known name."""
     known = list(known)
     if value not in known:
         raise refused(name, f"one of {', '.join(known)}", value, nearest(str(value), known))
 
 
 def refused(name: str, wanted: str, value: Any, hint: str = "") -> InputError:
-    """Returns the error for a bad value, such as "`num_beams` must be a whole number of at least 1, not 0"."""
+    """Returns an error such as "`num_beams` must be a whole number of at least 1, not 0"."""
     shown = repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
     return InputError(f"`{name}` must be {wanted}, not {shown}{hint}")

@@ -1,4 +1,4 @@
-"""Compute rates, memory sizes and bandwidths of accelerators, from their manufacturers' data sheets."""
+"""Data-sheet compute rates, memory sizes and bandwidths of accelerators."""
 
 import dataclasses
 
@@ -9,18 +9,16 @@ class Chip:
 
     Attributes:
         bfloat16: rate of dense bfloat16 matmuls, FLOP/s.
-        memory: size of the main memory, bytes. For an H100, it is the size that the driver reports.
+        memory: main memory, bytes. For an H100, the size that the driver reports.
         bandwidth: bandwidth of the main memory, bytes/s.
-        link: rate at which a device sends data to other devices of its slice or host in one collective,
-            bytes/s. For a TPU, this is the rate along one axis of its torus: half of the data sheet's sum
-            over all links.
-        integer, other: rates of element-wise operations on integers and on all other types, 1/s. Each is an
-            estimate: number of lanes times clock rate. An H100 has 64 lanes for integers and 128 for other
-            types in each of its 132 multiprocessors; a TPU's vector unit has 4 x 8 x 128 lanes.
+        link: rate at which a device sends data in one collective, bytes/s. For a TPU, the rate along one axis
+            of its torus, which is half of the data sheet's sum over all links.
+        integer: estimated rate of element-wise operations on integers, 1/s.
+        other: estimated rate of element-wise operations on all other dtypes, 1/s.
         clock: clock rate that converts the TPU compiler's cycle counts to seconds, Hz.
         float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a TPU),
-            FLOP/s; None means the value of `bfloat16`.
-        exact: rate of float32 matmuls at the highest precision, FLOP/s; None means a sixth of `bfloat16`,
+            FLOP/s. None means `bfloat16`.
+        exact: rate of float32 matmuls at the highest precision, FLOP/s. None means a sixth of `bfloat16`,
             since a TPU needs six passes.
     """
 
@@ -38,8 +36,8 @@ class Chip:
         """Returns the rate of matmuls, FLOP/s.
 
         Args:
-            dtype: dtype of both operands, as HLO writes it. Any dtype except `f32` counts as bfloat16.
-            precision: `default`, `high` or `highest`. The precision matters only for float32.
+            dtype: HLO's dtype of both operands. Any dtype except `f32` counts as bfloat16.
+            precision: `default`, `high` or `highest`; matters only for float32.
         """
         if dtype != "f32":
             return self.bfloat16
@@ -49,6 +47,8 @@ class Chip:
         return {"highest": exact, "high": high}.get(precision, default)
 
 
+# `integer` and `other` are lanes times clock rate: 64 and 128 lanes in each of an H100's 132 multiprocessors,
+# and 4 x 8 x 128 lanes in a TPU's vector unit
 _A100 = Chip(
     312e12, 80 * 10**9, 2.039e12, 300e9, 9.7e12, 19.5e12, 1.41e9, float32=156e12, exact=19.5e12
 )
@@ -72,5 +72,5 @@ CHIPS: dict[str, Chip] = {
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Returns the chip with a device's `device_kind`, or None if the kind is unknown."""
+    """Returns the chip with JAX's `device_kind`, or None if it is unknown."""
     return next((chip for name, chip in CHIPS.items() if device_kind.startswith(name)), None)

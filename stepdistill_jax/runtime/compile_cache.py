@@ -1,7 +1,4 @@
-"""Configures JAX's persistent compilation cache, so that the next start reuses programs.
-
-It also limits the size of the cache.
-"""
+"""Configures JAX's persistent compilation cache, so that the next start reuses programs, and limits its size."""
 
 import contextlib
 import os
@@ -20,7 +17,7 @@ MAX_BYTES = (
 
 
 def folder_for(workdir: os.PathLike | str) -> str:
-    """Returns the cache folder for a workdir: a folder next to the workdir, or inside it if the workdir is a bucket."""
+    """Returns the cache folder of a workdir: next to the workdir, or inside it if it is a whole bucket."""
     path = as_path(workdir)
     if not is_remote(path):
         return os.fspath(path.absolute().parent / FOLDER)
@@ -32,15 +29,12 @@ def folder_for(workdir: os.PathLike | str) -> str:
 def enable(folder: os.PathLike | str) -> None:
     """Makes JAX store compiled programs in `folder` and reuse them.
 
-    If `folder` cannot be written, the run goes on, and only reads the programs in it.
+    Call this function before anything is compiled. JAX_COMPILATION_CACHE_DIR takes precedence over `folder`,
+    and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Only process 0 writes, so all processes must see
+    the same folder. Programs in a read-only folder are still used.
 
-    Call this function before anything is compiled. The variable JAX_COMPILATION_CACHE_DIR takes precedence
-    over `folder`, and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. All programs are kept, even small
-    ones, so a second start of a job compiles nothing. Only process 0 writes, so all processes must see the
-    same folder.
-
-    JAX's own limit on the size, `jax_compilation_cache_max_size`, is not used: with it, each lookup takes a
-    lock and writes a file, so lookups fail in a folder that is read-only or shared by many hosts.
+    JAX's own `jax_compilation_cache_max_size` is not used: it makes each lookup write a file, which fails in
+    read-only or shared folders.
     """
     settings: Any = jax.config  # its attributes are created at run time
     if not settings.jax_enable_compilation_cache:
@@ -65,7 +59,7 @@ def enable(folder: os.PathLike | str) -> None:
 
 
 def prune(folder: pathlib.Path, max_bytes: int) -> None:
-    """Removes the least recently used programs until the programs in `folder` have at most `max_bytes` bytes."""
+    """Removes the least recently used programs until `folder` holds at most `max_bytes` bytes of programs."""
     found = []
     for path in folder.glob("*-cache"):
         with contextlib.suppress(OSError):  # another run removed it

@@ -40,12 +40,10 @@ _SLURM = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The processes that compute together, and the place of this process among them.
+    """The processes that compute together, and this process's place among them.
 
     Attributes:
         address: `HOST:PORT` of the coordinator in process 0.
-        num_processes: number of processes of the job.
-        process_id: index of this process, from 0.
         local_device_ids: ids of this host's devices that this process uses; None means all.
     """
 
@@ -59,15 +57,14 @@ _joined: Job | None = None
 
 
 def join() -> None:
-    """Joins the other processes of the job, if there are any.
+    """Joins the other processes of the job, if there are any. A second call does not join again.
 
-    Call this function before anything starts a JAX backend. A second call does not join again. A process
-    belongs to a job if JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, if `srun`
-    started it as one of several tasks, or if it runs on a slice of several Cloud TPU hosts.
+    Call this function before anything starts a JAX backend. A process belongs to a job if
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, if `srun` started it as one of
+    several tasks, or if it runs on a slice of several Cloud TPU hosts.
 
     Raises:
-        InputError: an environment variable has a bad value, or the number of devices differs from the
-            variable EXPECT_DEVICES.
+        InputError: an environment variable has a bad value, or EXPECT_DEVICES is not the count of devices.
         ProcessesMissing: some processes did not start in time. The message lists them.
     """
     global _joined
@@ -122,7 +119,7 @@ def join() -> None:
 def is_process_0() -> bool:
     """Returns whether this is process 0 of the job, or the only process.
 
-    Unlike `jax.process_index`, this function starts no JAX backend, so commands may call it at any time.
+    Unlike `jax.process_index`, this function starts no JAX backend.
     """
     if _joined is not None:
         return _joined.process_id == 0
@@ -131,10 +128,10 @@ def is_process_0() -> bool:
 
 
 def leave(code: int) -> None:
-    """If this process has joined a job, ends it within seconds with exit status `code`. Otherwise, returns.
+    """Ends this process within seconds with exit status `code`, if it has joined a job. Otherwise, returns.
 
-    If several processes end at the same time, each ends with its own exit status. If only one process ends,
-    it does not wait for the others. JAX would make it wait for minutes.
+    Each process keeps its own exit status. JAX would make a process that ends alone wait minutes for the
+    others.
     """
     if _joined is None:
         return
@@ -150,10 +147,9 @@ def leave(code: int) -> None:
 
 
 def end_soon(code: int) -> None:
-    """Ends this process with exit status `code` after `GRACE_SECS` seconds, unless the process has ended by then.
+    """Ends this process with exit status `code` in `GRACE_SECS` seconds, unless it has ended by then.
 
-    Without this limit, the exit could take minutes: Orbax's threads delay the exit after a save that could not
-    begin, and a compilation that a signal has interrupted delays it as well.
+    Without this limit, Orbax's threads or an interrupted compilation can delay the exit for minutes.
     """
     timer = threading.Timer(GRACE_SECS, os._exit, (code,))
     timer.daemon = True
@@ -161,7 +157,7 @@ def end_soon(code: int) -> None:
 
 
 def find_job() -> Job | None:
-    """Returns the job that the environment describes, or None if this is a single process.
+    """Returns the job that the environment describes, or None for a single process.
 
     Raises:
         InputError: environment variables contradict each other, or are not numbers.
@@ -198,7 +194,7 @@ def find_job() -> Job | None:
 
 
 def _under_srun() -> bool:
-    """Returns whether Slurm started this process as one of several tasks. A batch script is not such a task."""
+    """Returns whether Slurm started this process as one of several tasks, which a batch script is not."""
     if not all(name in os.environ for name in _SLURM):
         return False
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
@@ -206,11 +202,9 @@ def _under_srun() -> bool:
 
 
 def _devices_of_task() -> list[int] | None:
-    """Returns the ids of the GPUs that this Slurm task uses, or None for all visible GPUs.
+    """Returns the id of the GPU that this Slurm task uses, as a list, or None for all visible GPUs.
 
-    The result is None if no other task uses the host, if only one GPU is visible, or if JAX_LOCAL_DEVICE_IDS
-    is set. Otherwise several tasks see the same GPUs, and each task uses the GPU whose id is the task's local
-    rank.
+    If several tasks see the same GPUs, a task's GPU is the one with the task's local rank as its id.
     """
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -1,4 +1,4 @@
-"""Reads and writes files safely: an output appears complete or not at all, and a bad input raises an InputError."""
+"""Reads and writes files safely: outputs appear complete or not at all, and bad inputs raise InputError."""
 
 import collections
 import contextlib
@@ -28,7 +28,7 @@ _NO_TEXT = {  # first bytes of files that are not text, and what to do with such
 
 
 def fsync(path: os.PathLike | str) -> None:
-    """Forces a file's data, or the names in a folder, to disk, so that they survive a power loss."""
+    """Forces a file's data, or a folder's names, to disk, so that they survive a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,10 +38,7 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """A context that adds `path` to errors of a full or broken disk.
-
-    If a write to an open file fails, Python's error does not name the file.
-    """
+    """A context that adds `path` to errors of a full or broken disk, which do not name open files."""
     try:
         yield
     except OSError as error:
@@ -57,12 +54,10 @@ def partial_of(path: os.PathLike | str) -> pathlib.Path:
 
 
 def opener(path: str, flags: int) -> int:
-    """Opens a file for writing, without following a link or waiting for a pipe.
-
-    This function is to be passed to `open` as its `opener`.
+    """Opens a file for writing without following a link or waiting for a pipe. Pass it to `open` as `opener`.
 
     Raises:
-        InputError: the path is a link, a hard link, a pipe or a device.
+        InputError: the path is a link, hard link, pipe or device.
     """
     refused = InputError(
         f"{path}: is a link, hard link, pipe or device, which is never overwritten; remove it"
@@ -102,8 +97,8 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """A context that yields a file to write to, and makes it appear at `path` at the end.
 
-    On a disk, the file is written as PATH.partial and then renamed. In an object store, the complete file is
-    written at the end by a single request. After an error in the context, `path` is unchanged.
+    On a disk, PATH.partial is written and renamed. In a store, one request writes the whole file. After an
+    error in the context, `path` is unchanged.
     """
     path = as_path(path)
     if is_remote(path):
@@ -131,7 +126,7 @@ def read_json(path: os.PathLike | str) -> Any:
     """Returns the parsed JSON of a file.
 
     Raises:
-        InputError: the file is missing, not UTF-8, or not JSON. The message names the path and the line.
+        InputError: the file is missing, not UTF-8, or not JSON.
     """
     if not is_remote(path):
         check_file(path, "a JSON file")
@@ -153,8 +148,8 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     """Parses one line of a JSON-lines file.
 
     Raises:
-        InputError: the line is not UTF-8, not a JSON object, or repeats a key. The message names neither the
-            file nor the line.
+        InputError: the line is not UTF-8, not a JSON object, or repeats a key. The message does not name the
+            line.
     """
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
@@ -183,12 +178,9 @@ def not_text(raw: bytes) -> str:
 
 
 def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
-    """Raises an error unless `path` is a regular file that may be read.
-
-    Opening a pipe would wait for the pipe's writer, and reading a device might never end.
+    """Checks that `path` is a regular file that may be read. Reading a pipe or device might never end.
 
     Args:
-        path: path on this machine.
         wanted: kind of the expected file, for the message.
 
     Raises:
@@ -211,10 +203,10 @@ def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
 
 
 def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | InputError]]:
-    """Yields (line number from 1, object or error) for each line of a JSON-lines file that is not blank.
+    """Yields (line number from 1, object or error) for each non-blank line of a JSON-lines file.
 
     Raises:
-        InputError: the file does not exist, or it is a folder, pipe or device. The message names the path.
+        InputError: the file does not exist, or is a folder, pipe or device.
     """
     path = local_path(path, "input")
     check_file(path, "a JSON-lines file")
@@ -238,7 +230,7 @@ def json_lines(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any] | 
 
 
 def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
-    """Yields (line number from 1, line) for each line of a file. A line that is too long is yielded as None."""
+    """Yields (line number from 1, line) for each line of a file, with None for a line that is too long."""
     number = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -251,7 +243,7 @@ def raw_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
 
 
 def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for each line of a JSON-lines file that is not blank.
+    """Yields (line number from 1, object) for each non-blank line of a JSON-lines file.
 
     Raises:
         InputError: the first error that `json_lines` yields or raises.
@@ -263,15 +255,15 @@ def read_jsonl(path: os.PathLike | str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = False) -> None:
-    """Raises an error if an output cannot be written at `path`. To be called before the work begins.
+    """Checks that an output can be written at `path`. Call this function before the work begins.
 
     Args:
-        path: path of the output. The output and its folder need not exist.
-        name: parameter's name for messages, with backticks: "`output`".
+        path: the output. Neither the output nor its folder need exist.
+        name: parameter for messages, with backticks: "`output`".
         folder: whether the output is a folder instead of a file.
 
     Raises:
-        InputError: the path is a folder but should be a file, or vice versa, or its folder cannot be written.
+        InputError: the path is a folder instead of a file, or the reverse, or cannot be written.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()

@@ -1,6 +1,6 @@
 """Computes digests of files, folders, values and strings.
 
-Users' files contain these digests, so a later version must return the same digest for the same input.
+Users' files contain these digests, so the digest of an input must never change.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ _BLOCK, _READERS = 1 << 20, 4
 
 
 def sha256_of(data: bytes | str) -> str:
-    """Returns the SHA-256 hex digest of bytes, or of a string encoded as UTF-8."""
+    """Returns the SHA-256 hex digest of bytes, or of a string in UTF-8."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
@@ -28,7 +28,7 @@ def digest(value: Any) -> str:
 
 
 def sha256(path: os.PathLike | str) -> str:
-    """Returns the hex digest of a file's bytes."""
+    """Returns the SHA-256 hex digest of a file."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -36,7 +36,7 @@ def sha256(path: os.PathLike | str) -> str:
 def digest_each(
     of_file: Callable[[pathlib.Path], T], folder: pathlib.Path, names: Iterable[str]
 ) -> dict[str, T]:
-    """Returns {name: result of `of_file`} for the named files in a folder. Several files are read at once."""
+    """Returns {name: `of_file(folder / name)`}, and reads several files at once."""
     names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda name: of_file(folder / name), names)
@@ -44,7 +44,7 @@ def digest_each(
 
 
 def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
-    """Returns {"rows": number of rows, "sha256": hex digest of all rows joined together}."""
+    """Returns {"rows": count of rows, "sha256": hex digest of the concatenated rows}."""
     count, state = 0, hashlib.sha256()
     for row in rows:
         state.update(row)
@@ -53,9 +53,8 @@ def sha256_of_rows(rows: Iterable[bytes]) -> dict[str, Any]:
 
 
 def sampled_digest(folder: pathlib.Path) -> str:
-    """Returns a hex digest of the names, sizes and sampled pieces of all files below a folder.
+    """Returns a hex digest of all files below a folder: names, sizes, and at most 4 MiB of each file.
 
-    The function reads at most 4 MiB of each file, which is enough to tell two trainings of a model apart.
     README.md and hidden files are ignored, since downloads store dates in hidden files.
     """
     found = []
@@ -68,10 +67,7 @@ def sampled_digest(folder: pathlib.Path) -> str:
 
 
 def sampled_sha256(path: pathlib.Path) -> str:
-    """Returns a hex digest of a file.
-
-    If the file is larger than 4 MiB, at most 4 MiB of it are read, in evenly spread pieces.
-    """
+    """Returns a hex digest of a file. Reads at most 4 MiB, in evenly spread pieces."""
     size, pieces = path.stat().st_size, hashlib.sha256()
     # 4 KiB at each start; the stride ceil(size / 1024) gives at most 1024 starts
     with open(path, "rb") as f:
@@ -82,9 +78,9 @@ def sampled_sha256(path: pathlib.Path) -> str:
 
 
 def hash64(text: str) -> int:
-    """Returns a 64-bit hash of a string, which is the same in every process.
+    """Returns a 64-bit hash of a string, the same in every process.
 
-    Among a million strings, the probability that two have the same hash is 3e-8.
+    Among a million strings, the probability of a collision is 3e-8.
     """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 

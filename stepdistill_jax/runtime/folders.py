@@ -17,13 +17,12 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
     """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
 
-    To replace an older `target`, the caller first moves the older folder next to the new one, and names it
-    `REPLACED`. If there is no `target` at the end, the older folder is moved back.
+    To replace an older `target`, the caller first moves it next to the new folder, as `REPLACED`. The older
+    folder moves back if there is no `target` at the end.
 
     Args:
-        target: path of the final folder. Its parent must exist.
-        tag: name of a group of writers. Writers with the same tag may remove each other's leftovers
-            (`remove_leftovers`).
+        target: path of the final folder, whose parent must exist.
+        tag: a group of writers, which may remove each other's leftovers (`remove_leftovers`).
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
     try:
@@ -38,15 +37,14 @@ def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]
 def sole_writer(
     target: pathlib.Path, tag: str = "", *, name: object = None, wait: bool = False
 ) -> Iterator[None]:
-    """A context in which only this process writes `target`. It first removes leftovers of killed writers.
+    """A context in which only this process writes `target`. Removes leftovers of killed writers first.
 
     On a disk without locks, several processes may write at once, and no leftovers are removed.
 
     Args:
-        target: a folder, which need not exist.
         tag: as in `staged_folder`.
         name: name of the output in messages; None means `target`.
-        wait: whether to wait while another process writes `target`, instead of raising InputError.
+        wait: whether to wait for another writer, instead of raising InputError.
 
     Raises:
         InputError: another process is writing `target`, or its folder cannot be written.
@@ -59,7 +57,7 @@ def sole_writer(
 
 
 def remove_leftovers(target: pathlib.Path, tag: str = "") -> None:
-    """Removes leftovers of killed writers of `target`. The caller must make sure that no writer is alive."""
+    """Removes leftovers of killed writers of `target`. No writer may be alive."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
         with contextlib.suppress(
             OSError

@@ -1,4 +1,4 @@
-"""Opens files with a lock. When a process ends, for whatever reason, the kernel releases its locks."""
+"""Opens files with a lock, which the kernel releases when the process ends."""
 
 import contextlib
 import os
@@ -15,15 +15,14 @@ class InUse(InputError):
 
 
 def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
-    """Opens `path` for appending, and locks the file until it is closed. Creates the folder if it is missing.
+    """Opens `path` for appending, and locks the file until it is closed. Creates a missing folder.
 
     Args:
-        path: path of the file.
         name: name of the output in messages; None means `path`.
 
     Raises:
         InUse: another process has locked the file.
-        InputError: the file is a link or not a regular file, or it cannot be written.
+        InputError: the file is a link or not a regular file, or cannot be written.
     """
     return _open(path, name, wait=False)[0]
 
@@ -32,17 +31,13 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
 def locked(
     path: pathlib.Path, name: object = None, *, note: bytes = b"", wait: bool = False
 ) -> Iterator[bool]:
-    """A context that holds a lock. It yields True, or False if the file system does not support locks.
-
-    Some network disks do not support locks.
+    """A context that holds a lock. Yields False if the file system, such as a network disk, has no locks.
 
     Args:
-        path: path of a file that serves only as a lock. At the end, the file is removed if it
-            contains nothing but `note`. If `wait` is true, the file is kept, since other processes may be
-            waiting for it.
+        path: path of the lock file. Without `wait`, a file that contains only `note` is removed at the end.
         name: as in `open_locked`.
-        note: bytes that are written to the file. A process that does not get the lock can read them.
-        wait: whether to wait while another process holds the lock, instead of raising InUse.
+        note: bytes to write to the file, for the processes that do not get the lock.
+        wait: whether to wait for the lock, instead of raising InUse.
 
     Raises:
         InUse, InputError: as for `open_locked`.

@@ -27,9 +27,8 @@ UPLOAD_SECS = 60.0  # least time between two uploads, since each upload sends th
 class MetricsWriter:
     """Appends the metrics of each step to a run's files.
 
-    When a run resumes, the lines of steps after its start step are removed first. If the workdir is in an
-    object store, the files grow in a temporary folder. They are uploaded about every `UPLOAD_SECS` seconds,
-    before each checkpoint, and at the end.
+    For a workdir in an object store, the files grow in a temporary folder. They are uploaded about every
+    `UPLOAD_SECS` seconds, before each checkpoint, and at the end.
     """
 
     def __init__(
@@ -40,14 +39,12 @@ class MetricsWriter:
         validated: bool = True,
         active: bool = True,
     ):
-        """Opens the files.
+        """Opens the files, and removes lines of steps that the resumed run will repeat.
 
         Args:
-            workdir: the run's folder.
-            start_step: the step from which the run continues. Lines of later steps are removed: the process
-                that wrote them was killed before it saved these steps.
-            validated: False if `start_step` still has to be validated. A line of this validation is then
-                removed as well: the process that wrote it was killed before it updated the checkpoint.
+            start_step: step from which the run continues. Lines of later steps are removed.
+            validated: whether `start_step` has been validated. If not, the line of its validation is removed,
+                too.
             active: False on all processes but process 0.
         """
         self._active = active
@@ -72,7 +69,7 @@ class MetricsWriter:
         """Writes a line `{"step": step, ...}`. On a local disk, the line survives a kill of the process.
 
         Raises:
-            OSError: the disk is full or broken. The error names the file.
+            OSError: the disk is full or broken.
         """
         if not self._active:
             return
@@ -92,9 +89,9 @@ class MetricsWriter:
             f.write(_line(step, entry))
 
     def sync(self) -> None:
-        """Uploads the files if the workdir is in a store. To be called before a checkpoint is saved.
+        """Uploads the files if the workdir is in a store. Call this method before a checkpoint is saved.
 
-        A run that resumes from a checkpoint needs the lines of all steps up to that checkpoint.
+        A run that resumes from a checkpoint needs the lines of all steps before it.
         """
         if self._active and self._scratch is not None:
             self._board.flush()
@@ -113,11 +110,7 @@ class MetricsWriter:
 
 
 class _Board:
-    """Writes a file of TensorBoard events.
-
-    tensorboardX's SummaryWriter is not used. On a full disk its thread ends silently, and the run then waits
-    forever for space in a queue that no thread empties.
-    """
+    """Writes TensorBoard events. tensorboardX's SummaryWriter would hang the run when the disk is full."""
 
     def __init__(self, folder: pathlib.Path, start_step: int):
         _import_tensorboardx()
@@ -157,7 +150,7 @@ class _Board:
 
 
 def _import_tensorboardx() -> None:
-    """Imports tensorboardX, and prevents it from importing torch, which would take seconds."""
+    """Imports tensorboardX, but not torch, whose import would take seconds."""
     hidden = "torch" not in sys.modules
     if hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]  # makes `import torch` fail
@@ -194,16 +187,16 @@ def _cut_back(path: pathlib.Path, start_step: int, validated: bool = True) -> No
 
 
 def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
-    """Returns the last training metrics in a run's `metrics.jsonl`, or an empty dict if there are none."""
+    """Returns the last training metrics in a run's `metrics.jsonl`, or an empty dict."""
     if not (as_path(workdir) / METRICS).exists():
         return {}
     return next((x for x in reversed(read_metrics(workdir)) if "loss" in x), {})
 
 
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`, oldest first, without an incomplete last line.
+    """Returns the lines of a run's `metrics.jsonl`, oldest first.
 
-    Other lines that cannot be read are left out, and a warning names the first of them.
+    An incomplete last line is left out. Other unreadable lines are left out with a warning.
 
     Raises:
         InputError: the folder has no such file, or the file is a pipe or device.
@@ -215,12 +208,11 @@ def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
 
 
 def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
-    """Returns a run's metrics as columns, which `pandas.DataFrame` accepts. A column has an entry per logged step.
+    """Returns a run's metrics as columns for `pandas.DataFrame`, with one entry per logged step.
 
     Returns:
-        {name: column}. The column `step` is int64 and ascending. The other columns are float64 and have the
-        same length: `loss`, `loss/label`, `eval/validation/label_accuracy`, ... An entry is NaN if the step
-        lacks the metric.
+        {name: column}. `step` is int64 and ascending. All other columns, such as `loss` and
+        `eval/validation/label_accuracy`, are float64, with NaN where a step lacks the metric.
 
     Raises:
         InputError: as for `read_metrics`.
@@ -242,15 +234,15 @@ def _number(value: Any) -> float:
 
 
 def read_flagged(workdir: os.PathLike | str) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first, or [] if there is no such file."""
+    """Returns the lines of a run's `flagged_batches.jsonl`, oldest first, or [] without such a file."""
     path = as_path(workdir) / FLAGGED
     return [e for _, e in _lines(path) if e is not None] if path.exists() else []
 
 
 def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
-    """Returns (line, parsed object) for each line that is not blank. The object is None if parsing fails.
+    """Returns (line, parsed object or None) for each non-blank line. Warns about unreadable lines.
 
-    A kill may truncate the last line, so a bad last line is left out silently. Other bad lines cause a warning.
+    A kill may truncate the last line, so an unreadable last line is left out silently.
     """
     if not is_remote(path):
         check_file(path, "a JSON-lines file")
@@ -272,5 +264,7 @@ def _lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any] | None]]:
     if problems:
         more = len(problems) - 1
         also = f" (and {more} more line{'s' if more > 1 else ''})" if more else ""
-        log(f"warning: {problems[0]}{also}; it stays in the file, but is left out of all results")
+        log(
+            f"warning: {problems[0]}{also}; such lines stay in the file, but are left out of all results"
+        )
     return whole

@@ -1,8 +1,7 @@
-"""Runs a function on process 0 or on all processes of a job, and shares its results and errors among them.
+"""Runs a function on process 0 or on all processes of a job, and shares results and errors.
 
-All processes must call these functions in the same order. A thread other than the main thread must pass a
-channel of its own. If one process fails, all processes raise an error. So all end together, and none waits for
-a process that has exited. If there is only one process, nothing is sent.
+All processes must call these functions in the same order. A thread other than the main thread must pass its
+own channel. If one process fails, all raise an error, so none waits for a process that has exited.
 """
 
 import contextlib
@@ -20,19 +19,18 @@ MAIN = Channel("main")  # channel of the main thread
 
 
 class PeerFailed(RuntimeError):
-    """Another process failed. The message contains the index of that process and its error."""
+    """Another process failed. The message contains its index and its error."""
 
 
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
-    """Runs `action` on every process. On each process, returns the result of that process.
+    """Runs `action` on every process, and returns each process's own result.
 
-    If several processes fail, all processes raise the error of the failed process with the lowest index. The
-    message contains this index.
+    If several processes fail, all raise the error of the failed process with the lowest index, which the
+    message names.
 
     Raises:
-        InputError: a process raised an InputError, so all processes raise it.
-        PeerFailed: another process raised an error of another type. The process that failed raises its
-            original error.
+        InputError: a process raised an InputError.
+        PeerFailed: another process raised another error. The failed process raises its own error.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -40,7 +38,7 @@ def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
 
 
 def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]:
-    """Runs `action` on every process. On all processes, returns the list of all results, in process order.
+    """Runs `action` on every process, and returns all results in process order on every process.
 
     The results must be JSON values.
 
@@ -54,7 +52,7 @@ def gather_from_all(action: Callable[[], T], channel: Channel = MAIN) -> list[T]
 
 
 def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
-    """Runs `action` on process 0 only. On all processes, returns the result, which must be a JSON value.
+    """Runs `action` on process 0, and returns its result, a JSON value, on all processes.
 
     Raises:
         InputError, PeerFailed: as for `on_all_processes`.
@@ -68,11 +66,11 @@ def on_process_0(action: Callable[[], Any], channel: Channel = MAIN) -> Any:
 
 
 def require_same(value: Any, what: str) -> None:
-    """Raises an InputError on all processes if `value` is not the same on all of them.
+    """Raises an InputError on all processes if `value` differs between them.
 
     Args:
         value: a JSON value.
-        what: what the value describes, for the message, such as "input and model".
+        what: name of the value for the message, such as "input and model".
     """
     import jax
 
@@ -82,7 +80,7 @@ def require_same(value: Any, what: str) -> None:
     others = [i for i, other in enumerate(values) if other != values[0]]
     if others:
         raise InputError(
-            f"process {others[0]} has a different {what} than process 0; give all processes the same ones"
+            f"process {others[0]} has a different {what} than process 0; start all processes with the same {what}"
         )
 
 
@@ -90,19 +88,16 @@ def require_same(value: Any, what: str) -> None:
 def until_stopped(
     total: int, description: str, kept: Callable[[], int] = lambda: 0
 ) -> Iterator[Callable[[int], None]]:
-    """A context for work in batches. It shows progress, and on a SIGTERM stops all processes after the same batch.
+    """Shows the progress of work in batches, and stops all processes after the same batch on a SIGTERM.
 
-    The context yields a function, which the caller must call after each batch with the batch's number of
-    rows.
+    The context yields a function, to be called after each batch with its count of rows.
 
     Args:
-        total: number of rows.
-        description: text of the progress bar, which process 0 shows.
-        kept: function that returns the number of rows saved so far.
+        description: text of the progress bar on process 0.
+        kept: function that returns the count of saved rows.
 
     Raises:
-        SystemExit: the job has several processes, and one of them has received a SIGTERM. All processes exit
-            with status 75.
+        SystemExit: one of several processes has received a SIGTERM. All processes exit with status 75.
     """
     import jax
 
@@ -125,10 +120,7 @@ def until_stopped(
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Runs `action` and returns (result, None), or (None, error) if it fails.
-
-    If there is only one process, the error is raised, since no other process must be informed.
-    """
+    """Runs `action`, and returns (result, None) or (None, error). A single process raises the error."""
     import jax
 
     if jax.process_count() == 1:
@@ -160,5 +152,5 @@ def _raise_first(errors: Sequence[Any], own: Exception | None) -> None:
 
 
 def _gather(value: Any, channel: Channel = MAIN) -> list[Any]:
-    """Returns a list of the JSON values of all processes, in process order."""
+    """Returns the JSON values of all processes, in process order."""
     return channel.combined(value, lambda values: values)

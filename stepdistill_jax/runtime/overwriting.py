@@ -1,7 +1,7 @@
-"""The overwriting rule of all commands: a command replaces only files that the same command wrote.
+"""Makes every command replace only files that the same command wrote.
 
-Before its work, a command passes the files that it will write to `check_outputs` or `check_folder`. No output
-may be an input of the command. If an output already exists, the same command must have written it.
+Before its work, a command passes its future files to `check_outputs` or `check_folder`. No output may be an
+input of the command.
 """
 
 import contextlib
@@ -28,9 +28,8 @@ class Made:
 
     Attributes:
         by: name of the command.
-        head: first bytes of each file of the command.
-        keys: keys that a JSON file must have. In a JSON-lines file, the object in the first line must have
-            them.
+        head: first bytes of each file.
+        keys: keys that a JSON file, or the first line of a JSON-lines file, must have.
     """
 
     by: str
@@ -72,19 +71,19 @@ def check_outputs(
     name: str = "",
     known: Collection[pathlib.Path] = (),
 ) -> None:
-    """Raises an error if an output must not be overwritten. To be called before the work begins.
+    """Checks that outputs may be overwritten. Call this function before the work begins.
 
-    An output PATH is first written as PATH.partial, so both paths are checked.
+    Each output PATH is first written as PATH.partial, so both paths are checked.
 
     Args:
-        outputs: {path of an output on this machine: `Made` that recognises files of the same command}.
+        outputs: {path on this machine: `Made` of the command that writes it}.
         inputs: files and folders that are read; None is ignored.
-        name: name of the parameter that gives the first output, for messages, such as "`output`".
+        name: parameter of the first output, for messages, such as "`output`".
         known: files that may be overwritten, whatever they contain.
 
     Raises:
-        InputError: an output is also an input (possibly under another name), exists but was not written by
-            the same command, is a link or a device, or cannot be written.
+        InputError: an output is an input (possibly under another name), was written by something else, is a
+            link or device, or cannot be written.
     """
     inputs = list(inputs)
     for path, made in outputs.items():
@@ -99,15 +98,14 @@ def check_outputs(
 
 
 def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> None:
-    """Raises an error if a command would overwrite one of its inputs.
+    """Checks that a command does not overwrite its inputs.
 
     Args:
-        written: files that will be written, and folders that will be replaced.
+        written: files to write and folders to replace.
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input, after links are resolved, is one of the paths in `written` or lies below one of
-            them. The message names the input and that path.
+        InputError: an input is one of the paths in `written`, or lies below one, after links are resolved.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):
@@ -122,7 +120,7 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
 
 
 def _is_same(path: _Path, other: _Path) -> bool:
-    """Returns whether two paths, possibly links or hard links, lead to the same file."""
+    """Returns whether two paths, links included, lead to the same file."""
     try:
         return os.path.samefile(path, other)
     except OSError:
@@ -130,11 +128,7 @@ def _is_same(path: _Path, other: _Path) -> bool:
 
 
 def check_plain(path: _Path) -> None:
-    """Raises an error if `path` is a link, folder, pipe or device, since the output would replace it.
-
-    Raises:
-        InputError: the path is one of these. The message says which.
-    """
+    """Raises InputError if `path` is a link, folder, pipe or device, which the output would replace."""
     if not os.path.lexists(path):
         return
     mode = os.lstat(path).st_mode
@@ -146,17 +140,14 @@ def check_plain(path: _Path) -> None:
 
 
 def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[str]) -> None:
-    """Raises an error if an output in a folder would replace a file that the command did not write.
+    """Checks that the outputs in a folder replace only files of the same command.
 
     Args:
-        folder: folder of the outputs.
-        index: name of the file that the command writes first. If it is missing, the command has written none
-            of the files.
-        made: recognises the file `index`.
-        names: names of the other files.
+        index: name of the file that the command writes first. Without it, the command wrote none of the
+            files.
 
     Raises:
-        InputError: as for `check_outputs`. The message names the file.
+        InputError: as for `check_outputs`.
     """
     check_outputs({folder / index: made})
     for path in (folder / name for name in names):
@@ -166,7 +157,7 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
 
 
 def foreign_file(path: _Path, by: str, why: str = "") -> InputError:
-    """Returns the error for a file that the command `by` must not replace, since it did not write the file."""
+    """Returns the error for a file that the command `by` did not write and must not replace."""
     return InputError(
         f"{path}: exists and was not written by `{by}`{why}, so it is not overwritten; move it away,"
         " or choose another name"

@@ -1,4 +1,4 @@
-"""Shows progress on standard error: as a bar with rate and remaining time on a terminal, otherwise as lines."""
+"""Shows progress on standard error: a bar with rate and remaining time on a terminal, lines elsewhere."""
 
 import contextlib
 import sys
@@ -21,13 +21,13 @@ class Bar(Protocol):
 
 
 def translate_names(by: Callable[[str], str]) -> None:
-    """Sets the function `by`, which replaces names of parameters in messages by the running command's flags."""
+    """Sets the function that replaces names of parameters in messages with the command's flags."""
     global _written
     _written = by
 
 
 def translated(message: str) -> str:
-    """Replaces the names of parameters in `message` with the running command's flags, and returns the result."""
+    """Returns `message` with names of parameters replaced by the running command's flags."""
     return _written(message)
 
 
@@ -37,12 +37,12 @@ def log(message: str) -> None:
 
 
 def format_values(values: dict[str, float]) -> str:
-    """Returns values as a string, such as "loss 1.234  lr 5e-05"."""
+    """Formats values, such as "loss 1.234 lr 5e-05"."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 class _Lines:
-    """Shows progress in log files: prints a line every ten seconds, and a line at the end."""
+    """Prints a line of progress every ten seconds and at the end, for log files."""
 
     def __init__(self, total: int | None, description: str, done: int):
         self._total, self._description = total, description
@@ -79,7 +79,7 @@ class _Lines:
 
 
 def _rate(count: int, seconds: float) -> str:
-    """Returns a rate such as "12.3/s", or "4.5 s each" if a unit takes over a second, or "" if `count` is 0."""
+    """Returns a rate such as "12.3/s" or, for slow units, "4.5 s each", or "" if `count` is 0."""
     if not count:
         return ""
     each = max(seconds, 1e-9) / count
@@ -94,15 +94,12 @@ def _clock(seconds: float) -> str:
 
 @contextlib.contextmanager
 def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[Bar]:
-    """Shows the progress of a long task.
+    """Shows the progress of a long task, and yields a `Bar`.
 
     Args:
-        total: number of units; None if unknown.
-        description: text shown in front of the count.
-        done: number of units that an earlier run has finished.
-
-    Yields:
-        A `Bar`.
+        total: count of units; None if unknown.
+        description: text before the count.
+        done: count of units that an earlier run has finished.
     """
     if not sys.stderr.isatty():
         lines = _Lines(total, description, done)

@@ -1,9 +1,8 @@
-"""Waits for all processes of a job before JAX joins them, and reports which processes are missing.
+"""Waits for all processes of a job before JAX joins them, and reports the missing ones, which JAX does not.
 
-JAX itself does not report them. Process 0 listens on the coordinator's address. Every other process connects
-to process 0, and sends the job's token and its own index. At the end, process 0 sends the same answer to all
-of them: either that they may start, or which processes are missing. After that, JAX's service uses the port.
-A connection without the token is closed and changes nothing.
+Process 0 listens on the coordinator's address. Every other process sends the job's token and its own index.
+Process 0 then sends all the same answer: either start, or the missing processes. After that, JAX's service
+uses the port. A connection without the token is closed.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ ANSWER_SECS = 10.0  # more than process 0 needs to answer after its own time-out
 
 
 class ProcessesMissing(TimeoutError):
-    """Some processes of the job did not start in time. The message is one line with their indices."""
+    """Some processes of the job did not start in time. The message lists their indices."""
 
 
 def rendezvous(
@@ -45,18 +44,13 @@ def rendezvous(
     """Waits until all processes of the job have called this function.
 
     Args:
-        host, port: address of process 0. All processes must spell it the same.
-        num_processes: number of processes of the job.
-        process_id: index of the calling process, from 0.
-        timeout_secs: seconds to wait for the other processes.
-        bind: address that process 0 listens on; None means the result of `own_address`.
-        secret: string that only the job's processes know. The token is made from it. None means that the
-            token is made from `host` and `port`. Such a token keeps out other programs and jobs, but not a
-            person who knows the address.
+        host: host of process 0, spelled the same in all processes.
+        bind: address that process 0 listens on; None means `own_address(...)`.
+        secret: the job's secret, from which the token is made. None means the address of process 0, which
+            keeps out other jobs, but not a person who knows it.
 
     Raises:
-        ProcessesMissing: some processes have not started in time. All processes that have started raise this
-            error, which lists the missing ones.
+        ProcessesMissing: some processes have not started in time. All others raise this error.
         InputError: two processes have the same index or different `num_processes`, or the port cannot be
             opened.
     """
@@ -71,11 +65,11 @@ def rendezvous(
 
 
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
-    """Returns (IP address, port) on which process 0 must listen, so that other processes reach it as `host`.
+    """Returns the (IP address, port) on which process 0 must listen, so that others reach it as `host`.
 
     The IP address is empty, which means all addresses, if a name other than `localhost` resolves to the
     loopback device. For example, Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve
-    it to the machine's real address.
+    it to the real address.
 
     Raises:
         InputError: this machine cannot resolve `host`, even after `timeout_secs` seconds.
@@ -122,7 +116,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
 def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
-    """On process 0, waits for the other processes and sends them the answer."""
+    """Waits on process 0 for the other processes, and sends them the answer."""
     present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)
@@ -174,7 +168,7 @@ def _greet(
     deadline: float,
     timeout_secs: float,
 ) -> None:
-    """On any other process, sends the greeting to process 0 and waits for its answer."""
+    """Sends the greeting to process 0 from another process, and waits for the answer."""
     reason = ""
     while time.monotonic() < deadline:
         reply = ""
@@ -227,13 +221,13 @@ def _refusal(count: int, number: int, num_processes: int, present: dict) -> str 
     if count != num_processes:
         return f"process {number} was started as one of {count}, but process 0 as one of {num_processes}"
     if not 0 < number < num_processes or number in present:
-        return f"two processes of the job have number {number}; give each its own number"
+        return f"two processes of the job have index {number}; give each process its own index"
     return None
 
 
 def _missing(numbers: list[int], num_processes: int, timeout_secs: float) -> str:
     return (
         f"after {timeout_secs:g} s {len(numbers)} of {num_processes} processes"
-        f" {'is' if len(numbers) == 1 else 'are'} missing: number"
+        f" {'is' if len(numbers) == 1 else 'are'} missing: index"
         f" {', '.join(map(str, numbers))} (counted from 0); was the command started on every host?"
     )

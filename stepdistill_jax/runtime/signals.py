@@ -1,4 +1,4 @@
-"""Handles SIGTERM and Ctrl-C in every command: the first signal stops the work, and the second ends the process."""
+"""Handles SIGTERM and Ctrl-C in every command: the first signal stops the work, the second ends the process."""
 
 import itertools
 import os
@@ -27,8 +27,7 @@ def leave(signal_name: str, what: str) -> NoReturn:
 def agreed() -> bool:
     """Returns whether all processes must stop here because one of them has received a SIGTERM.
 
-    `jax.distributed` catches the signal. All processes must call this function at the same points of their
-    work, and must not call it again after it has returned True.
+    All processes must call this function at the same points, and never again after it has returned True.
     """
     from jax.experimental import multihost_utils
 
@@ -36,22 +35,19 @@ def agreed() -> bool:
 
 
 class StopSignals:
-    """A context that handles stop signals.
+    """A context that handles stop signals: the first calls `act`, the second ends the process.
 
-    The first signal calls `act`. A second signal ends the process with status 128 + the signal's number.
-    Python runs a signal handler only between its own instructions, and not during a long compilation. For
-    this reason, a thread reads the signals as well. The thread ends the process when a second signal arrives,
-    or `limit_secs` seconds after the first signal.
-
-    In a job of several processes, `jax.distributed` catches SIGTERM and makes all processes stop at the same
-    point. In such a job, this context does not catch SIGTERM, and turns SIGINT into SIGTERM.
+    The process ends with status 128 + the second signal. A thread reads the signals, since Python runs no
+    signal handler during a long compilation. With several processes, `jax.distributed` catches SIGTERM and
+    stops all processes at the same point, so this context turns SIGINT into SIGTERM and does not catch
+    SIGTERM.
 
     Attributes:
-        act: function that the main thread calls with the name of the first signal. If `act` is None, the
-            signal only sets `received`.
-        limit_secs: number of seconds from the first signal until the process is ended, with the exit status
-            that belongs to this signal; 0 means no limit.
-        received: name of the first signal, or "" if there was none.
+        act: function that the main thread calls with the first signal's name. None means to set only
+            `received`.
+        limit_secs: seconds from the first signal until the process ends with the signal's exit status; 0
+            means no limit.
+        received: name of the first signal, or "".
     """
 
     def __init__(
@@ -62,12 +58,10 @@ class StopSignals:
         limit_secs: float = 0.0,
         several: bool = False,
     ):
-        """Prepares the context. Signals are caught only after the context is entered.
+        """Prepares the context. Signals are caught only inside it.
 
         Args:
-            act: see `StopSignals`.
-            codes: {signal to catch: exit status of a process that is ended after `limit_secs`}.
-            limit_secs: see `StopSignals`.
+            codes: {signal to catch: exit status after `limit_secs`}.
             several: whether the job has several processes.
         """
         self.act, self.limit_secs = act, limit_secs
@@ -103,7 +97,7 @@ class StopSignals:
             self.act(self.received)
 
     def _watch(self) -> None:
-        """Reads the numbers of the signals as they arrive. The number 0 means that another process got a signal."""
+        """Reads the signals' numbers as they arrive. The number 0 means that another process got a signal."""
         first, ends = 0, None
         with os.fdopen(self._reads, "rb", buffering=0) as numbers:
             while True:
@@ -132,7 +126,7 @@ class StopSignals:
     def agreed(self) -> bool:
         """Returns whether to stop here.
 
-        All processes must call this method at the same points, and all get the same answer.
+        All processes must call this method at the same points. All get the same answer.
         """
         if not self._several:
             return bool(self.received)
@@ -145,8 +139,7 @@ class StopSignals:
     def act_if_agreed(self) -> None:
         """Calls `act` if `agreed` returns True.
 
-        With several processes, a signal does not call `act` by itself, since all processes must stop at the
-        same point.
+        With several processes, only this method calls `act`, since all processes must stop at the same point.
         """
         if self.agreed() and self.act is not None:
             self.act(self.received)

@@ -1,7 +1,6 @@
-"""A path in an object store. If the store does not answer, the methods of the path raise an error.
+"""A path in an object store, whose methods raise an error if the store does not answer.
 
-If Google Cloud Storage cannot be reached, gcsfs reports that a folder does not exist. An existing run would
-then look like a new one.
+gcsfs itself reports an unreachable folder as missing, so an existing run would look like a new one.
 """
 
 import dataclasses
@@ -13,7 +12,7 @@ from stepdistill_jax.runtime.stores import store_errors
 
 
 class _Stat(stat_utils.StatResult):
-    """The result of epath's `stat`. The size is also in the attribute `st_size`, as in pathlib."""
+    """The result of epath's `stat`, with the size also in `st_size`, as in pathlib."""
 
     @property
     def st_size(self) -> int:

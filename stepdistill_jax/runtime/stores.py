@@ -21,7 +21,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
 def _url(path: os.PathLike | str) -> str | None:
-    """Returns a path that is a URL as `SCHEME://REST`, or None if the path is not a URL."""
+    """Returns a URL as `SCHEME://REST`, or None if the path is not a URL."""
     text = os.fspath(path)
     if (match := _URL.match(text)) is None:
         return None
@@ -29,17 +29,17 @@ def _url(path: os.PathLike | str) -> str | None:
 
 
 def is_remote(path: os.PathLike | str) -> bool:
-    """Returns whether a path is in an object store (`gs://`) rather than on this machine."""
+    """Returns whether a path is in an object store (`gs://`)."""
     return (_url(path) or "").startswith(_GS)
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """Returns a user's path as a `pathlib.Path`. A path in a store becomes a `StorePath` with the same methods.
+    """Returns a user's path as a `pathlib.Path`, or as a `StorePath` with the same methods if it is in a store.
 
     In a store, files cannot be appended to, renamed or locked, and there are no empty folders.
 
     Raises:
-        InputError: the path is another kind of URL, or the package that reads the store is missing.
+        InputError: the path is another kind of URL, or the store's package is missing.
     """
     if (url := _url(path)) is None:
         return pathlib.Path(path)
@@ -58,9 +58,9 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
 
 
 class StoreError(Exception):
-    """A store did not answer, even after its client retried. The message is one line with the URL.
+    """A store did not answer, even after retries. The message is one line with the URL.
 
-    This class is not a subclass of OSError: code that treats an unreadable file as damaged must not catch it.
+    This class is no OSError: code that treats an unreadable file as damaged must not catch it.
 
     Attributes:
         reason: the message without the URL.
@@ -78,9 +78,7 @@ class StoreError(Exception):
 def store_errors(path: os.PathLike | str) -> Iterator[None]:
     """A context that turns the errors of a store's client into `StoreError`, which names the URL.
 
-    Raises:
-        StoreError: the client raised an error other than "no such file", "is a folder" or "is not a folder".
-            These three errors, and all errors of a path on this machine, are raised unchanged.
+    Errors of a local path stay as they are, and so do "no such file", "is a folder" and "is not a folder".
     """
     try:
         yield
@@ -93,11 +91,10 @@ def store_errors(path: os.PathLike | str) -> Iterator[None]:
 
 
 def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
-    """Returns the pathlib path of a file or folder that must be on this machine.
+    """Returns the path of a file or folder that must be on this machine.
 
     Args:
-        path: path as the user gave it.
-        name: parameter's name for messages, with backticks: "`data_dir`".
+        name: parameter for messages, with backticks: "`data_dir`".
 
     Raises:
         InputError: the path is a URL.
@@ -111,7 +108,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
 
 @functools.cache
 def _prepare_stores() -> None:
-    """Configures the libraries that access stores. Runs once, before the first access."""
+    """Configures the libraries for stores once, before the first access."""
     # epath would use an installed TensorFlow, which `predict` must not import
     os.environ.setdefault("EPATH_USE_TF", "false")
     import fsspec.config
@@ -125,13 +122,12 @@ def _prepare_stores() -> None:
 
 @functools.cache
 def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
-    """Returns `path` itself if it is local, otherwise a local copy, for libraries that read only local files.
+    """Returns a local path, or a local copy of a path in a store, for libraries that read only local files.
 
     The copy is removed when this process ends.
 
     Args:
-        path: path on this machine or in a store.
-        beside: names of files in the same folder that are copied as well, if they exist.
+        beside: names of files in the same folder to copy as well, if they exist.
     """
     if not is_remote(path):
         return path
@@ -146,6 +142,6 @@ def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
 
 
 def upload(folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies every file below a local folder into a store, and replaces existing files."""
+    """Copies all files below a local folder into a store, and replaces existing files."""
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         (target / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())

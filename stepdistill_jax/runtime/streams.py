@@ -1,4 +1,4 @@
-"""Writes output files that grow as PATH.partial and are renamed to PATH when they are complete."""
+"""Writes output files as PATH.partial, which are renamed to PATH when they are complete."""
 
 import contextlib
 import json
@@ -22,15 +22,15 @@ _to_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
-    """Returns the path of the sidecar, a JSON file that records how many bytes of `partial_of(output)` are valid."""
+    """Returns the path of the sidecar, a JSON file with the count of valid bytes in `partial_of(output)`."""
     return partial_of(output).with_name(partial_of(output).name + ".json")
 
 
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
     """Returns the arguments `outputs` and `known` of `check_outputs` for a `ResumableFile`.
 
-    `outputs` are all files that a `ResumableFile` writes. `known` is [PATH.partial, its sidecar] if one of
-    the two is recognised as written by `predict`, otherwise []. The other file may be damaged.
+    `known` lists PATH.partial and its sidecar if at least one of them is recognised, since the other may be
+    damaged. Otherwise, it is [].
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
     # an empty file does not prove that the other file is ours
@@ -51,14 +51,14 @@ def _quarantine_path(path: pathlib.Path) -> pathlib.Path:
 
 
 class StreamedFile:
-    """Writes JSON lines to PATH.partial. An older PATH.partial is emptied first.
+    """Writes JSON lines to PATH.partial, which is emptied first.
 
-    The file is locked while it is open, so a second run on the same output is refused.
+    The file is locked while it is open, so a second run on the same output fails.
 
     Attributes:
         path: path of the complete file.
-        partial: path of the file while it grows.
-        state: {"rows": number of rows written so far}.
+        partial: path of the growing file.
+        state: {"rows": count of rows written so far}.
     """
 
     _file: Any = None  # open only in the process that writes
@@ -86,7 +86,7 @@ class StreamedFile:
         self.state["rows"] += 1
 
     def write(self, data: bytes, *, sync: bool = False) -> None:
-        """Appends bytes. With `sync`, the bytes survive a power loss once this method has returned."""
+        """Appends bytes. With `sync`, they survive a power loss once this method has returned."""
         with naming(self.partial):
             self._file.write(data)
             if sync:
@@ -108,10 +108,10 @@ class StreamedFile:
         self._file.close()
 
     def _forget(self) -> None:
-        """Removes the other files that belong to the unfinished file."""
+        """Removes the unfinished file's other files."""
 
     def close(self) -> None:
-        """Closes an unfinished file. A file with rows is kept, and an empty file is removed."""
+        """Closes an unfinished file. Removes it if it is empty."""
         if self._file is None:
             return
         # closing flushes the buffer again; `write` has already raised the error of a full disk
@@ -121,17 +121,15 @@ class StreamedFile:
 
 
 class ResumableFile(StreamedFile):
-    """Writes JSON lines in groups of rows, called windows, and continues where an earlier run stopped.
+    """Writes JSON lines in groups, called windows, and continues where an earlier run stopped.
 
-    The sidecar is a JSON file next to PATH.partial. It records how many bytes of PATH.partial are valid, the
-    checksum of these bytes, and the digests of the inputs from which the rows were made (`key`). A run with a
-    different key starts from scratch. All processes of a job must make the same calls. Only process 0 opens
-    the file, and its errors are raised on all processes.
+    A sidecar next to PATH.partial records the count of its valid bytes, their checksum, and `key`, the
+    digests of the inputs. A run with a different key starts from scratch. All processes must make the same
+    calls. Only process 0 opens the file, and all processes raise its errors.
 
     Attributes:
-        state: a dict that is the same on every process. `rows` and `bytes` are the numbers of rows and bytes
-            written so far, `crc32` is the checksum of these bytes, and `key` contains the digests of the
-            inputs. The dict also contains the counts that were passed to the last call of `append`.
+        state: dict, the same on all processes: counts of `rows` and `bytes` written so far, `crc32` of the
+            bytes, `key`, and the counts of the last `append`.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):
@@ -162,7 +160,7 @@ class ResumableFile(StreamedFile):
         return state
 
     def _valid_state(self) -> dict[str, Any] | None:
-        """Returns the state that an earlier run saved, or None if sidecar or rows are missing or damaged."""
+        """Returns the state that an earlier run saved, or None if the sidecar or rows are missing or damaged."""
         size = os.path.getsize(self.partial)
         try:
             state = read_json(self.sidecar)
@@ -180,20 +178,17 @@ class ResumableFile(StreamedFile):
         return None
 
     def _quarantine(self, state: dict[str, Any]) -> None:
-        """Renames PATH.partial and its sidecar, which were made from other inputs, instead of removing them.
-
-        Computing their rows again may take hours, and a single mistyped flag changes the key.
-        """
+        """Renames PATH.partial and its sidecar, since their rows may have taken hours to compute."""
         for path in (self.partial, self.sidecar):
             os.replace(path, _quarantine_path(path))
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)
         log(
-            f"warning: {self.partial}: its {state['rows']} rows come from a different {was}; it is renamed to"
-            f" {self.partial.name}.old, and this run starts from scratch"
+            f"warning: {self.partial}: holds {state['rows']} rows from a different {was}; renamed it to"
+            f" {self.partial.name}.old, and starting from scratch"
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """On process 0, yields the rows that an earlier run wrote. On other processes, yields nothing."""
+        """Yields the rows of an earlier run on process 0, and nothing on other processes."""
         if self._file is not None:
             with open(self.partial, encoding="utf-8", newline="\n") as f:
                 yield from map(json.loads, f)
@@ -202,7 +197,6 @@ class ResumableFile(StreamedFile):
         """Writes one window, which survives a power loss once this method has returned.
 
         Args:
-            rows: JSON objects.
             counts: integers that are saved in `state` for the next run.
         """
         self.state = on_process_0(lambda: self._append(rows, counts))

@@ -390,7 +390,7 @@ def test_rows_of_other_options_are_set_aside_and_can_be_gone_on_from(echo, tmp_p
     source.write_bytes(question * 2)
     predict(echo, source, out)
     assert (
-        "its 8 rows come from a different input; it is renamed to out.jsonl.partial.old"
+        "holds 8 rows from a different input; renamed it to out.jsonl.partial.old"
         in capsys.readouterr().err
     )
     source.write_bytes(question)

@@ -207,7 +207,7 @@ TASK_DEFECTS = {
     ),
     "labels": ({"labels": [1]}, "labels must be a list of strings"),
     "not ours": ({"format": "REMOVED"}, "'format' is missing"),
-    "newer": ({"format": 2}, "format 2 is newer than this version reads (1)"),
+    "newer": ({"format": 2}, "format 2 is too new for this version, which reads format 1"),
 }
 
 

@@ -178,7 +178,7 @@ def test_a_process_that_never_comes_is_named_and_all_end(tmp_path):
         assert code == 1
         assert out == ""
         (line,) = err.splitlines()
-        assert "after 4 s 1 of 3 processes is missing: number 1 (counted from 0)" in line
+        assert "after 4 s 1 of 3 processes is missing: index 1 (counted from 0)" in line
 
 
 def test_bad_input_ends_every_process_with_2_and_in_seconds(tmp_path):

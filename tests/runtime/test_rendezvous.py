@@ -50,22 +50,20 @@ def test_all_go_on_when_all_are_there_and_the_port_is_free_again(port):
 def test_who_is_missing_is_named_in_every_process_that_came(port):
     for error in outcomes(port, [0, 1, 4], of=5):
         assert isinstance(error, ProcessesMissing)
-        assert "after 1.5 s 2 of 5 processes are missing: number 2, 3 (counted from 0)" in str(
-            error
-        )
+        assert "after 1.5 s 2 of 5 processes are missing: index 2, 3 (counted from 0)" in str(error)
 
 
 def test_a_missing_first_process_is_named_with_its_address(port):
     for error in outcomes(port, [1, 2], of=3, timeout_secs=0.8):
         assert isinstance(error, ProcessesMissing)
-        assert "1 of 3 processes is missing: number 0" in str(error)
+        assert "1 of 3 processes is missing: index 0" in str(error)
         assert f"127.0.0.1:{port}: Connection refused" in str(error)
 
 
 @pytest.mark.parametrize(
     ("numbers", "counts", "said"),
     [
-        ([0, 1, 1], {}, "two processes of the job have number 1"),
+        ([0, 1, 1], {}, "two processes of the job have index 1"),
         ([0, 1], {1: 4}, "process 1 was started as one of 4, but process 0 as one of 3"),
     ],
     ids=["same number", "other count"],
@@ -102,7 +100,7 @@ def test_one_that_came_and_died_is_missing(port):
     threading.Thread(target=visit, daemon=True).start()
     for error in outcomes(port, [0, 1], of=4, timeout_secs=2, secrets={0: "s", 1: "s"}):
         assert isinstance(error, ProcessesMissing)
-        assert "missing: number 2, 3 (" in str(error)
+        assert "missing: index 2, 3 (" in str(error)
 
 
 STRANGERS = {
@@ -134,7 +132,7 @@ def test_a_stranger_neither_ends_a_job_nor_takes_a_place_in_it(port, line):
 
 def test_a_process_with_another_token_names_the_reason_and_stays_missing(port):
     first, second = outcomes(port, [0, 1], of=2, timeout_secs=1.5, secrets={0: "a", 1: "b"})
-    assert "missing: number 1 (" in str(first)
+    assert "missing: index 1 (" in str(first)
     assert "another job answers there, or this process has another STEPDISTILL_JOB_TOKEN" in str(
         second
     )

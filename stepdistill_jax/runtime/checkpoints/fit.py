@@ -11,18 +11,16 @@ from stepdistill_jax.errors import InputError
 
 
 def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
-    """Raises an error if a checkpoint's arrays have other names, shapes or dtypes than the tree to restore.
+    """Checks that a checkpoint's arrays have the names, shapes and dtypes of the tree to restore.
 
-    Without this check, Orbax would silently cast an array to another dtype.
+    Orbax would silently cast an array to another dtype.
 
     Args:
-        item_folder: folder of the saved tree, `STEP/params` or `STEP/state`.
-        abstract: the tree to restore.
-        fits: what determines the tree to restore, for the message, such as "the model's config.json".
+        item_folder: `STEP/params` or `STEP/state`.
+        fits: words for the message, such as "the model's config.json".
 
     Raises:
-        InputError: arrays differ (the message names the first and counts the others), or Orbax cannot read
-            the checkpoint.
+        InputError: an array differs (the message names the first), or Orbax cannot read the checkpoint.
     """
     try:
         saved = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(item_folder)).tree)
@@ -43,7 +41,7 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
 
 
 def _leaves(tree: Any) -> dict[str, str]:
-    """Returns {path in the tree: dtype and shape} for each array, such as {"mlp/wo/kernel": "float32[8, 4]"}."""
+    """Returns the dtype and shape of each array by its path, such as {"mlp/wo/kernel": "float32[8, 4]"}."""
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # saved as integers

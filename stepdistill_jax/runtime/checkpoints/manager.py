@@ -1,6 +1,6 @@
 """Saves the steps of a run with Orbax, and keeps the two newest steps and the best one.
 
-A step is sealed when its manifest is written. A step without a manifest is incomplete.
+A step is sealed when its manifest is written. Without a manifest, it is incomplete.
 """
 
 import concurrent.futures
@@ -42,13 +42,11 @@ KEPT_LATEST = 2
 
 
 def rank(metrics: dict[str, Any]) -> Any:
-    """Returns the sort key of a step, from its metrics. A better step has a larger key.
+    """Returns the sort key of a step from its metrics. A better step has a larger key.
 
-    Validated steps are compared by the two numbers in `rank`: larger numbers are better. If two steps have
-    equal numbers, the earlier step is better. Steps that were not validated rank below all validated steps.
-    If neither of two steps was validated, the later step is better, so the best step of a run without
-    validation is its last step. Metrics without `rank` were written by an older version. Such steps are
-    compared by label accuracy (higher is better), and then by label loss (lower is better).
+    - Validated steps are compared by the two numbers in `rank` (larger is better). On a tie, the earlier step wins.
+    - Steps without validation rank below all validated steps. Among them, the later step wins.
+    - Metrics without `rank`, from older versions, are compared by label accuracy, then by label loss.
 
     For example, a validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400
     without validation has the key (False, 0.0, 0.0, 400).
@@ -61,7 +59,7 @@ def rank(metrics: dict[str, Any]) -> Any:
 
 
 class _Kept:
-    """Tells Orbax which steps to keep: the newest steps and the best one (a preservation policy of Orbax)."""
+    """Orbax preservation policy: keeps the newest steps and the best one."""
 
     def __init__(self, metrics: dict[int, dict[str, Any]]):
         self._metrics = metrics
@@ -80,10 +78,10 @@ class Checkpoints:
     """Saves and restores the train state of one run."""
 
     def __init__(self, workdir: os.PathLike | str):
-        """Opens or creates the folder of the checkpoints, and removes leftovers of a save that was killed.
+        """Opens or creates the folder of checkpoints, and removes the remains of interrupted saves.
 
-        Damaged and incomplete steps are renamed before Orbax sees them (`manifest.quarantine_damaged`). All
-        bytes of the step that `latest_step` returns have been verified.
+        Damaged and incomplete steps are renamed (`manifest.quarantine_damaged`). All bytes of the step that
+        `latest_step` returns are verified.
 
         Raises:
             CheckpointError: there are damaged steps, and no good one.
@@ -118,22 +116,20 @@ class Checkpoints:
         self._saving, self._channel = 0, Channel("seal")
 
     def latest_step(self) -> int | None:
-        """Returns the number of the newest finished step, or None if no step is finished."""
+        """Returns the newest finished step, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, params: Any, rest: Any, metrics: dict[str, Any]) -> None:
-        """Waits for the previous save, and then starts to write and seal a step in the background.
+        """Waits for the previous save, then starts to write and seal a step in the background.
 
         Args:
-            step: number of updates.
-            params: parameter tree.
+            step: count of updates.
             rest: the train state without its parameters.
-            metrics: `step` and `validated`. If `validated` is true, also `label_accuracy`, `label_loss`,
-                `rank` (two numbers, larger is better) and any other results of the validation.
+            metrics: `step` and `validated`. Validated steps also need `label_accuracy`, `label_loss` and
+                `rank` (two numbers, larger is better).
 
         Raises:
-            CheckpointError: this step or the previous one could not be written. The message names the failed
-                step and the newest step that is saved.
+            CheckpointError: this save or the previous one failed. The message names the newest saved step.
         """
         self.wait()
         self._saving, self._metrics[step] = step, metrics
@@ -148,7 +144,7 @@ class Checkpoints:
         self._sealing = self._background.submit(self._seal, step, metrics)
 
     def set_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Replaces the metrics of a saved step. To be called if the step is validated after it was saved."""
+        """Replaces the metrics of a saved step, for example after a later validation."""
         self.wait()
         self._metrics[step] = metrics
         on_process_0(lambda: reseal(self._folder / str(step), metrics))
@@ -157,18 +153,15 @@ class Checkpoints:
             self._manager.delete(old)
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
-        """Returns the parameters of a step and the rest of its train state, sharded like `params` and `rest`.
+        """Returns the parameters and the rest of the train state of a step, sharded like `params` and `rest`.
 
         Args:
-            step: number of the step.
             params: tree with the shape, dtype and sharding of each parameter.
-            rest: tree with the shape, dtype and sharding of each array in the rest of the train state.
+            rest: the same for the rest of the train state.
 
         Raises:
-            InputError: the saved arrays have other names, shapes or dtypes. The message names the first such
-                array.
-            CheckpointError: the step is damaged, or this process cannot read it. The message names the step's
-                folder.
+            InputError: saved arrays have other names, shapes or dtypes.
+            CheckpointError: the step is damaged, or this process cannot read it.
         """
         if step != self._verified:
             self._require_undamaged(step)
@@ -197,14 +190,14 @@ class Checkpoints:
             raise CheckpointError(f"{self._folder / str(step)}: damaged ({problem})")
 
     def wait(self) -> None:
-        """Waits until the step that is being saved is sealed. If the save failed, raises its error."""
+        """Waits until the current save is sealed. Raises the save's error if it failed."""
         if (sealing := self._sealing) is not None:
             self._sealing = None
             with self._reported():
                 sealing.result()
 
     def close(self) -> None:
-        """Waits for the save in the background, and closes Orbax's manager. If the save failed, raises its error."""
+        """Waits for the current save, and closes Orbax's manager. Raises the save's error if it failed."""
         try:
             self.wait()
         finally:
@@ -212,7 +205,7 @@ class Checkpoints:
             self._manager.close()
 
     def _seal(self, step: int, metrics: dict[str, Any]) -> None:
-        """Waits until all processes have written a step, and seals it. Runs in the background thread."""
+        """Seals a step after all processes have written it. Runs in the background thread."""
         on_all_processes(self._finish, self._channel)
         seal(self._folder / str(step), metrics, self._channel)
         on_process_0(lambda: purge(self._folder), self._channel)
@@ -244,10 +237,7 @@ class Checkpoints:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Log filter. Returns False for the record of an error that is also raised.
-
-    `_reported` reports such errors, so they need not be logged.
-    """
+    """Drops Orbax's log records of errors that `_reported` raises anyway."""
     if not record.exc_info:
         return True
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
@@ -255,16 +245,13 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns the message of an error as one line.
-
-    If the message is long, only its end is returned, since TensorStore puts the cause there.
-    """
+    """Returns an error's message as one line, shortened to its end, where TensorStore puts the cause."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"
 
 
 def checkpoints_folder(workdir: os.PathLike | str) -> pathlib.Path:
-    """Returns the folder of a workdir's steps. A path on this machine is made absolute."""
+    """Returns the folder of a workdir's steps: an absolute path, or a path in a store."""
     path = as_path(workdir) / FOLDER
     return path if is_remote(path) else path.absolute()
 
@@ -275,26 +262,23 @@ def is_workdir(path: os.PathLike | str) -> bool:
 
 
 def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
-    """Returns {step: metrics} for the sealed steps whose files exist with the right sizes, oldest first.
-
-    The function only reads files, so it does not disturb a live run.
-    """
+    """Returns {step: metrics} of the sealed steps that have all their files, oldest first. Changes nothing."""
     steps = saved(checkpoints_folder(workdir))
     return {s.number: s.metrics for s in steps if s.problem is None and s.metrics is not None}
 
 
 def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | None = None) -> int:
-    """Returns the number of the step that `step` selects.
+    """Returns the selected step of a run.
 
     Args:
-        workdir: a run's folder, which is not changed.
+        workdir: folder of the run, which is not changed.
         step: `best`, `last` or a number.
-        read: an item of the step, such as `params`. The files of this item are read and compared with the
-            manifest. If None, no file is read, and only the names and sizes of files are compared.
+        read: item whose bytes are verified, such as `params`. None means to check only names and sizes of
+            files.
 
     Raises:
-        InputError: there is no such step (the message lists the existing ones), or the step is damaged (the
-            message names the file and a good step).
+        InputError: there is no such step (the message lists the steps), or it is damaged (the message names a
+            good step).
     """
     # a step without a manifest is being saved, or its save was interrupted
     steps = {s.number: s for s in saved(checkpoints_folder(workdir)) if s.problem != UNSEALED}
@@ -326,21 +310,19 @@ def _problem(step: SavedStep, read: str | None) -> str | None:
 
 
 def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
-    """Returns a digest of a step's number and its saved parameter files, or None if its manifest cannot be read."""
+    """Returns a digest of a step's number and parameter files, or None without a readable manifest."""
     found = files_digest(checkpoints_folder(workdir) / str(step), PARAMS)
     return None if found is None else digest([step, found])
 
 
 def restore_params(workdir: os.PathLike | str, step: int, abstract: Any) -> Any:
-    """Returns the parameters of a step, sharded like `abstract`. The rest of the step is not read.
+    """Returns the parameters of a step. Reads nothing else of the step.
 
     Args:
-        workdir: a run's folder.
-        step: number of the step.
         abstract: tree with the shape, dtype and sharding of each parameter.
 
     Raises:
-        InputError: the checkpoint has other arrays, shapes or dtypes than the model.
+        InputError: the saved arrays have other names, shapes or dtypes.
     """
     path = checkpoints_folder(workdir) / str(step) / PARAMS
     require_fit(path, abstract, "the model's config.json")

@@ -1,7 +1,7 @@
-"""Writes and checks the manifest of a saved step: the sizes and digests of the step's files, and its metrics.
+"""Writes and checks the manifest of a saved step: its metrics, and the sizes and digests of its files.
 
-The manifest is written last, so a step without a manifest is incomplete. A step is damaged if its files do
-not match the manifest, or if the number in the manifest differs from the name of the step's folder.
+The manifest is written last, so a step without one is incomplete. A step is damaged if its files do not match
+the manifest, or if its folder is named after another step.
 """
 
 import json
@@ -33,19 +33,17 @@ _QUARANTINED = re.compile(rf"([0-9]+)\.({DAMAGED}|{UNFINISHED})-([0-9]+)")
 
 
 class CheckpointError(Exception):
-    """A step cannot be saved or restored, or all saved steps are damaged. The message is one line."""
+    """A step cannot be saved or restored, or all saved steps are damaged."""
 
 
 class SavedStep(NamedTuple):
     """A folder that Orbax reads as a step.
 
     Attributes:
-        number: number of updates.
-        folder: path of the step.
-        metrics: metrics of the step; None if the manifest cannot be read.
-        size: total size of the step's files in bytes.
-        problem: description of the first defect, or None if there is none. It is `UNSEALED`, or a string such
-            as "FILE: missing".
+        number: count of updates.
+        metrics: None if the manifest cannot be read.
+        size: total size of the files in bytes.
+        problem: the first defect: `UNSEALED`, a string such as "FILE: missing", or None.
     """
 
     number: int
@@ -58,13 +56,8 @@ class SavedStep(NamedTuple):
 def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
     """Writes the manifest of a step that Orbax has finished.
 
-    All processes must call this function. Each process reads a share of the files once to compute their
-    crc32, and process 0 writes the manifest. No process returns before the manifest is written.
-
-    Args:
-        step_folder: folder of the step.
-        metrics: metrics of the step.
-        channel: channel of the calling thread.
+    All processes must call this function, and none returns before the manifest is written. Each process reads
+    a share of the files. `channel` belongs to the calling thread.
     """
     sizes = on_process_0(lambda: _files(step_folder), channel)
     to_read = {name: sizes[name] for name in _to_read(step_folder, sizes)}
@@ -79,19 +72,14 @@ def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = 
 
 
 def reseal(step_folder: pathlib.Path, metrics: dict[str, Any]) -> None:
-    """Replaces the metrics of a sealed step atomically, without touching its arrays."""
+    """Atomically replaces the metrics of a sealed step."""
     _write(step_folder, _read(step_folder) | {"metrics": metrics})
 
 
 def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
-    """Reads a step's files and compares them with the manifest.
+    """Returns the first difference between a step's files and the manifest, such as "FILE: missing", or None.
 
-    Args:
-        step_folder: folder of a step.
-        below: an item, such as `params`. Only the files of this item are compared; "" means all files.
-
-    Returns:
-        A description of the first file that differs, such as "FILE: missing", or None if no file differs.
+    Reads only the files of the item `below`, such as `params`. "" means all files.
     """
     try:
         wanted = _wanted(step_folder, below)
@@ -101,9 +89,9 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
 
 def defect_by_all(step_folder: pathlib.Path) -> str | None:
-    """Returns, on all processes, the result of `defect` for all files of a step.
+    """Returns the result of `defect` on all processes. Each process reads a share of the files.
 
-    All processes must call this function. Each process reads a share of the files.
+    All processes must call this function.
     """
 
     def look() -> tuple[dict[str, list[Any]], str | None]:
@@ -121,11 +109,7 @@ def defect_by_all(step_folder: pathlib.Path) -> str | None:
 
 
 def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
-    """Returns the manifest's entries for the files of an item, {name: [size, crc32]}.
-
-    Raises:
-        ValueError: the manifest is not valid, or a file is missing or has another size.
-    """
+    """Returns an item's manifest entries as {name: [size, crc32]}, after comparing names and sizes with the files."""
     files = _read(step_folder)["files"]
     wanted = {n: w for n, w in files.items() if n.startswith(f"{below}/" if below else "")}
     if problem := _other_size(wanted, _files(step_folder)):
@@ -136,10 +120,9 @@ def _wanted(step_folder: pathlib.Path, below: str) -> dict[str, list[Any]]:
 def _difference(
     step_folder: pathlib.Path, wanted: dict[str, list[Any]], found: dict[str, str]
 ) -> str | None:
-    """Returns a description of the first file whose bytes have changed, or None if no file has changed.
+    """Returns a message for the first file with changed bytes, or None.
 
-    If the digest of a file in `found` is missing or wrong, the file is read again here, since a host may have
-    misread a good file.
+    A file whose digest in `found` is missing or wrong is read again, since another host may have misread it.
     """
     names = [n for n, (_, crc) in wanted.items() if crc is not None]
     try:
@@ -154,7 +137,7 @@ def _difference(
 
 
 def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
-    """Returns a digest of an item's entries in the manifest, or None if the manifest cannot be read."""
+    """Returns a digest of an item's manifest entries, or None if the manifest cannot be read."""
     try:
         files = _read(step_folder)["files"]
     except ValueError:
@@ -163,7 +146,7 @@ def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
 
 
 def saved(folder: pathlib.Path) -> list[SavedStep]:
-    """Returns the steps in a `checkpoints` folder, oldest first. Only names and sizes of files are checked."""
+    """Returns the steps in a `checkpoints` folder, oldest first. Checks only names and sizes of files."""
     numbers = [int(p.name) for p in _folders(folder) if _STEP.fullmatch(p.name)]
     steps = [_look(folder / str(number)) for number in sorted(numbers)]
     # a live run may have removed a step in the meantime
@@ -176,21 +159,18 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
-    """Renames damaged and unfinished steps, so that no run resumes from them, and logs a line for each.
+    """Renames damaged and unfinished steps, so that no run resumes from them, and logs each one.
 
-    All bytes of the newest step are read. If that step is damaged, all bytes of the step before it are read,
-    and so on until a step is good. For all other steps, only the names and sizes of files are checked. If the
-    newest step has no manifest, it is unfinished: its save was interrupted. If an older step has no manifest,
-    it is damaged, since a save starts only after the previous step is sealed.
-
-    All processes must call this function. Each process reads a share of the bytes, and process 0 renames the
-    steps.
+    All processes must call this function, and each reads a share of the bytes. Steps are read in full from
+    the newest backwards, until one is good. Of the older steps, only the names and sizes of files are
+    checked. The newest step without a manifest is unfinished. An older step without a manifest is damaged,
+    since a save starts only after the previous step is sealed.
 
     Returns:
-        The number of the newest good step, or None if no save in the folder has ever finished.
+        The newest good step, or None if no save in the folder has ever finished.
 
     Raises:
-        CheckpointError: there are damaged steps, and no good one. The message lists the damaged steps.
+        CheckpointError: there are damaged steps, and no good one.
         OSError: a step cannot be renamed.
     """
     # Reads the steps whose names and sizes are right, newest first, until one is good. Example: `problems` is
@@ -206,10 +186,7 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
 
 
 def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
-    """Returns (number, problem) for each step, oldest first, except unfinished steps that Orbax itself removes.
-
-    Only names and sizes of files are checked.
-    """
+    """Returns (number, problem) of each step, oldest first, without the steps that Orbax itself removes."""
     steps = [
         s
         for s in saved(folder)
@@ -229,7 +206,7 @@ def _quarantine(folder: pathlib.Path, problems: Mapping[int, str | None], good: 
     if good is None and damaged:
         raise CheckpointError(
             f"{folder}: has no good checkpoint to resume from: all are damaged ({', '.join(damaged)});"
-            " copy one from a backup into a folder named by its step number, or start in another `workdir`"
+            " copy one from a backup into a folder whose name is its step number, or use another `workdir`"
         )
 
 
@@ -262,7 +239,7 @@ def _other_size(wanted: dict[str, list[Any]], sizes: dict[str, int]) -> str | No
 
 
 def _text(body: dict[str, Any]) -> str:
-    """Returns the text of a manifest: `body` as JSON, with an additional key for the crc32 of `body`."""
+    """Returns the manifest's text: `body` as JSON with its crc32 as an additional key."""
     crc = f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
     return json.dumps({**body, "crc32": crc}, sort_keys=True, indent=1) + "\n"
 
@@ -273,12 +250,7 @@ def _write(step_folder: pathlib.Path, body: dict[str, Any]) -> None:
 
 
 def _read(step_folder: pathlib.Path) -> dict[str, Any]:
-    """Returns the manifest of a step, a dict with `metrics` and `files`.
-
-    Raises:
-        ValueError: the manifest is missing, cannot be read, is damaged, or belongs to another step. The
-            message says which.
-    """
+    """Returns the manifest of a step. Raises a ValueError that names the defect."""
     path = step_folder / MANIFEST
     try:
         if (
@@ -306,7 +278,7 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_manifest(body: Any) -> bool:
-    """Returns whether `body` has the form that `seal` writes. A correct crc32 alone does not prove this."""
+    """Returns whether `body` has the form that `seal` writes, which a correct crc32 does not prove."""
     metrics, files = body.get("metrics"), body.get("files")
     if body.keys() != {"metrics", "files"} or not all(
         isinstance(x, dict) for x in (metrics, files)
@@ -336,7 +308,7 @@ def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _files(step_folder: pathlib.Path) -> dict[str, int]:
-    """Returns {relative path: size in bytes} for all regular files below a step's folder, except the manifest."""
+    """Returns {relative path: size in bytes} of a step's regular files, without the manifest."""
     if is_remote(step_folder):
         import fsspec
 
@@ -363,7 +335,7 @@ def _to_read(step_folder: pathlib.Path, sizes: dict[str, int]) -> Iterable[str]:
 
 
 def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
-    """Gives a step's folder a name that Orbax does not read as a step: `300` becomes `300.damaged-1`."""
+    """Renames a step's folder so that Orbax does not read it as a step: `300` becomes `300.damaged-1`."""
     # one more than the highest number in use: after 300.damaged-1 and 300.damaged-2 comes 300.damaged-3
     prefix = f"{step_folder.name}.{kind}-"
     before = [p.name for p in quarantined(step_folder.parent) if p.name.startswith(prefix)]
@@ -377,10 +349,7 @@ def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a step within the store without downloading it.
-
-    If the process is killed meanwhile, the old and the new folder may both contain files of the step.
-    """
+    """Moves a step within the store without downloading it. A kill meanwhile may leave files in both folders."""
     import fsspec
 
     with store_errors(step_folder):

@@ -1,8 +1,7 @@
-"""Computes digests of a step's files. Each process of a job reads a share of the files.
+"""Computes digests of a step's files. Each process reads a share of about equal size in bytes.
 
-The shares have about equal sizes in bytes, no matter which process wrote which file. So every
-process should be able to read all files, which restoring a step in another layout requires anyway. If a process
-cannot read a file of its share, process 0 reads the file.
+The shares do not depend on which process wrote a file, so every process should be able to read all files.
+Process 0 reads the files that another process cannot read.
 """
 
 import heapq
@@ -16,21 +15,19 @@ from stepdistill_jax.runtime.stores import StoreError, store_errors
 
 
 def digests(step_folder: pathlib.Path, names: Iterable[str]) -> dict[str, str]:
-    """Returns {name of a file: its crc32}. If a file cannot be read, raises an OSError that names the file."""
+    """Returns {name of a file: its crc32}. Raises an OSError that names the unreadable file."""
     return {name: crc for name, (crc, _) in digest_each(_checksum, step_folder, names).items()}
 
 
 def digests_by_all(
     step_folder: pathlib.Path, sizes: Mapping[str, int], channel: Channel
 ) -> dict[str, str]:
-    """Returns {name of a file: its crc32} on all processes. Each process reads a share of the files.
+    """Returns {name of a file: its crc32} on all processes. All processes must call this function.
 
-    If a process cannot read all of a file in its share, that file is left out. If there is only one process,
-    the result is empty.
+    Files that a process could not read in full are missing. With one process, the result is empty.
 
     Args:
-        step_folder: folder of a step.
-        sizes: {name of a file: its size in bytes}. It must be the same in all processes.
+        sizes: {name of a file: its size in bytes}, the same on all processes.
         channel: channel of the calling thread.
     """
     import jax
@@ -46,7 +43,7 @@ def digests_by_all(
 
 
 def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
-    """Divides files into `count` lists of about equal total size, and returns the lists of names.
+    """Divides file names into `count` lists of about equal total size.
 
     From the largest to the smallest, each file goes to the list with the fewest bytes so far:
     `balanced_shares({"a": 3, "b": 5, "c": 2, "d": 4}, 2)` is [["b", "c"], ["d", "a"]].
@@ -63,13 +60,13 @@ def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
 
 
 def _checksum(path: pathlib.Path) -> tuple[str, int]:
-    """Returns the crc32 of a file, and its size in bytes."""
+    """Returns the crc32 and the size in bytes of a file."""
     with store_errors(path), path.open("rb") as f:
         return f"{crc32(f):08x}", f.tell()
 
 
 def _checksum_if_seen(path: pathlib.Path) -> tuple[str, int]:
-    """Returns the result of `_checksum`, or ("", -1) if this host cannot read the file (yet)."""
+    """Returns the result of `_checksum`, or ("", -1) if this host cannot read the file."""
     try:
         return _checksum(path)
     except (OSError, StoreError):
