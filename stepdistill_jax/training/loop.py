@@ -117,9 +117,7 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     extra = [run.config.extra_loss] if run.config.extra_loss else []
     weights = ", ".join(f"{o.name} {o.weight:g}" for o in (*run.data.objectives, *extra))
     devices = jax.device_count()
-    log(
-        f"{devices} device{'s' * (devices > 1)} ({described['device']}), mesh {described['mesh']}"
-    )
+    log(f"{devices} device{'s' * (devices > 1)} ({described['device']}), mesh {described['mesh']}")
     if run.config.pack:
         inputs, targets = run.batches.row_lengths
         log(f"packed rows of {inputs} input and {targets} target tokens")
