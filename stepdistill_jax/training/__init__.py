@@ -1,4 +1,4 @@
-"""Training: `train` trains a model as a `TrainConfig` describes, and `inspect` shows what it would read.
+"""Training: `train` trains a model, and `inspect` shows the data that it would read.
 
 Subclasses of `ExtraLoss` and `PairedLoss` add a term to the loss.
 """

@@ -1,4 +1,4 @@
-"""Shows what training will read of a task: its rows, their lengths and truncation, and how full batches are."""
+"""Shows what training will read of a task: rows, their lengths and truncation, and how full batches are."""
 
 import dataclasses
 import itertools
