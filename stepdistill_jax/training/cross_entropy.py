@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary, computed for one chunk of tokens at a time.
 
-The logits of 2,048 tokens x 32,128 ids take 263 MB in float32, and a plain loss keeps several copies for the
-backward pass. Here only one chunk's logits exist at a time. The forward pass computes the chunk's gradient
-from them, as in Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
+The forward pass also computes a chunk's gradient, as in Liger Kernel's fused linear cross-entropy (Hsu et al.
+2024, arXiv:2410.10989). So only one chunk's logits exist at a time: 2,048 tokens x 32,128 ids take 263 MB in
+float32.
 """
 
 import functools
@@ -36,17 +36,15 @@ def cross_entropy(
     Args:
         states: the decoder's states, [batch, length, embed]. Matmuls are computed in their dtype.
         kernel: weights of the output layer, [embed, vocab], or [vocab, embed] if `tied`.
-        targets: ids that the model should predict, [batch, length] int32.
+        targets: target ids, [batch, length] int32.
         scale: factor of each token, [batch, length] float32. It gets no gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
-        tied: whether `kernel` is the embedding itself. It is not transposed, since a copy would cost memory
-            and time.
+        tied: whether `kernel` is the embedding itself, which is not transposed, to save memory and time.
 
     Returns:
         The scaled loss, a float32 scalar; only this output has a gradient.
         The negative log probability of each token in nats, [batch, length] float32.
         For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
-        A target that ties with another id counts as correct.
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, tied, False, False)
     return _total(scale, nll), nll, correct
@@ -133,8 +131,7 @@ def _chunked(
     Returns:
         The negative log probability of each token, [batch, length] float32.
         For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
-        The gradient with respect to the states, or None if `states_grad` is False.
-        The gradient with respect to the kernel, or None if `kernel_grad` is False.
+        The gradients with respect to states and kernel, each None if not requested.
     """
     rows, length, _ = states.shape
     tokens = rows * length

@@ -18,11 +18,10 @@ from stepdistill_jax.runtime.checks import snake_case
 class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
 
-    A subclass is a frozen dataclass whose fields are its settings. The compiled step traces `count` and
-    `total`: their arguments are JAX arrays, and no Python branch may depend on their values. The step calls
-    each method once for each group of rows in each slice of the batch. A call must return a sum over its
-    rows. Then the result does not depend on the number of devices or microbatches. A packed row contains
-    several examples, which its segment ids distinguish.
+    A subclass is a frozen dataclass whose fields are its settings. `count` and `total` are traced, so no
+    Python branch may depend on values in their arguments. The step calls them once for each group of rows in
+    each slice of the batch. A call must return a sum over its rows, so that the result does not depend on
+    devices or microbatches. A packed row contains several examples, which its segment ids distinguish.
 
     Attributes:
         name: name in lower_snake_case. The metric `loss/<name>` is (sum of `total`) / (sum of `count`).
@@ -52,12 +51,12 @@ class ExtraLoss(abc.ABC):
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of the terms of these rows, a finite scalar in nats, even without any term.
+        """Returns the sum of the terms of these rows, a scalar in nats. It must be finite even without any term.
 
         Args:
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
-            output: `output.logits(states)` returns float32 logits, which are the step's largest array if
-                computed for all rows at once. `output.kernel` is [embed, vocab] float32.
+            output: `output.logits(states)` returns float32 logits, which can be the step's largest array.
+                `output.kernel` is [embed, vocab] float32.
             group: arrays [rows, length] (see `batches.batch`): `decoder_target_tokens`,
                 `decoder_segment_ids`, `decoder_objective_ids` (index of the objective, from 1; 0 is padding),
                 `decoder_loss_weights`, the encoder's arrays, `decoder_task_ids` for a mixture, and
@@ -76,9 +75,9 @@ class PairedLoss(ExtraLoss):
     A subclass defines `total`; `count` is the number of pairs. An example with several rationales is one
     pair. An example that lacks one of the two targets is no pair.
 
-    All targets of an example are in the same row, so devices, hosts and microbatches never split a pair.
-    `decoder_example_ids` has, for each target token, the 1-based index of its example within the row; 0 is
-    padding. A pair has an index of at most `length // 2`, the size of the axis `examples` below.
+    All targets of an example are in the same row, so a pair is never split. `decoder_example_ids` has, for
+    each target token, the 1-based index of its example within the row; 0 is padding. A pair has an index of
+    at most `length // 2`, the size of the axis `examples` below.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:

@@ -16,8 +16,8 @@ FOLDER = "profile"
 class StepProfile:
     """A context that traces a range of steps into `WORKDIR/profile`, on process 0 only.
 
-    It writes `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`. If the run ends during the
-    trace, the steps so far are written.
+    It writes `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`, even if the run ends during the
+    trace.
     """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
@@ -33,7 +33,7 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Starts the trace if `step` is in its range, and returns a context that marks the step in the trace."""
+        """Returns a context that marks the step in the trace, which starts with the first step of the range."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
