@@ -39,7 +39,7 @@ class StepProfile:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def ended(self, step: int, flush: Callable[[], None]) -> None:
-        """If `step` is the last step of the trace, calls `flush`, which waits for the devices, and ends the trace."""
+        """Ends the trace after its last step. `flush` is called first and must wait for the devices."""
         if self._written is not None and self._steps is not None and step == self._steps[1]:
             flush()
             self._stop()

@@ -25,9 +25,9 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     SAVING -> stopped (75)          the step that was running at a signal is saved
     SAVING -> done (0)              the last step is saved
 
-`min_secs` and `medians` are the settings `watchdog_min_secs` and `watchdog_medians`. `median` is the median
-time of recent steps. The time limit of STEPPING is at least `min_secs`. A number in parentheses is the exit
-status. Every process has a supervisor, and all supervisors make the same decisions.
+A number in parentheses is the exit status. `min_secs` and `medians` are the settings `watchdog_min_secs` and
+`watchdog_medians`. `median` is the median time of recent steps. STEPPING has a time limit of at least
+`min_secs`. Every process has a supervisor, and all supervisors make the same decisions.
 """
 
 import collections
@@ -75,7 +75,7 @@ State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
 
 
 class _TooManyBadSteps(Exception):
-    """Raised by `flush` after step `step`. The run is rolled back after the loop has released the state."""
+    """Raised by `flush` after step `step`. The run rolls back once the loop has released the state."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -87,12 +87,12 @@ class _BrokenOff(Exception):
 
 
 def leave_at_start(signal_name: str) -> None:
-    """Ends the process with status 75 without saving, since there is nothing to save yet."""
+    """Ends the process with status 75 before there is anything to save."""
     leave(signal_name, "stopped before the first step; there was nothing to save")
 
 
 def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Calls `life()` and returns its result. If the run has to roll back, does so and calls `life()` again.
+    """Returns the result of `life()`. If the run must roll back, rolls it back and calls `life()` again.
 
     Raises:
         FloatingPointError: raised by `life`; advice is added to its message.
@@ -118,10 +118,7 @@ class Supervisor:
     """Supervises a run from its newest checkpoint on. `last` contains the metrics of the newest step."""
 
     def __init__(self, run: Run, stop: StopSignals):
-        """Starts in the state STARTING.
-
-        `stop` must be an entered context. Each state sets how `stop` reacts to a signal.
-        """
+        """Starts in the state STARTING. `stop` must be an entered context."""
         config = run.config
         self._run, self._stop = run, stop
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
@@ -145,8 +142,8 @@ class Supervisor:
     def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
         """Opens the workdir, and returns the step and the state of the newest checkpoint.
 
-        Without a checkpoint, it returns 0 and a new state that devices may still be computing. `closing`
-        closes everything that is opened here.
+        Without a checkpoint, these are 0 and a new state, which may still be computing. `closing` closes what
+        is opened here.
         """
         run, config = self._run, self._run.config
         self._checkpoints = checkpoints = Checkpoints(run.workdir)
