@@ -192,7 +192,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
 
 
 def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, ModelConfig]:
-    """Returns the vocabulary and the configuration of `init_from`, or of its copies in a resumed run's workdir."""
+    """Returns the vocabulary and configuration of `init_from`, which a resumed run reads from its workdir."""
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
     files = read_model_files(workdir if resumed else _init_path(config.init_from))

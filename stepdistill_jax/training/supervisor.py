@@ -181,7 +181,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Restores what earlier starts recorded up to step `start`: losses, non-finite steps and a rollback."""
+        """Restores the losses, non-finite steps and rollback that earlier starts recorded up to step `start`."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)
@@ -211,8 +211,7 @@ class Supervisor:
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
         """Keeps a step's metrics and writes those of the previous step, so that the devices never wait.
 
-        The devices may still be computing `device_metrics`. `waited` is how long the loop waited for the
-        batch, in seconds. Raises the errors of `flush`.
+        `waited` is how long the loop waited for the batch, in seconds. Raises the errors of `flush`.
         """
         # the end of a step that has already ended is measured here, since `flush` runs later
         ended = self._throughput.now() if device_metrics["loss"].is_ready() else None
@@ -222,8 +221,8 @@ class Supervisor:
     def flush(self, before: float | None = None) -> None:
         """Writes the metrics that `record` has kept.
 
-        `before` is the time at which the step after the written step ended, or None if that step has not
-        ended. If the end of the written step is unknown, it is estimated from `before`.
+        `before` is the end of the following step, if it has ended. From `before`, the end of the written step
+        is estimated if it is unknown.
 
         Raises:
             FloatingPointError: the loss or gradient of the written step is not finite, and the run must end.
@@ -311,10 +310,7 @@ class Supervisor:
         self._writer.flag(step, entry | {"examples": _examples_of(self._run, step)})
 
     def _enforce(self, step: int, metrics: dict[str, float]) -> None:
-        """Handles a step whose loss or gradient is not finite.
-
-        Logs a warning, or ends the run. After too many such steps in a row, rolls the run back.
-        """
+        """Handles a step whose loss or gradient is not finite: logs a warning, rolls back, or ends the run."""
         config = self._run.config
         what = f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
         if config.on_nonfinite == "stop":
@@ -369,11 +365,7 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Validates a step, and writes the metrics and the answers.
-
-        Returns:
-            The metrics, which the checkpoint stores; None if a signal interrupted the validation.
-        """
+        """Validates a step, and writes and returns the metrics. Returns None if a signal interrupted it."""
         validator = self._run.validator
         assert validator is not None
         self._enter(State.VALIDATING)
@@ -418,7 +410,7 @@ def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns, for each example of a step, the index in the tokenised split, the start of the input and the label."""
+    """Returns the index in the tokenised split, the start of the input and the label of a step's examples."""
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
@@ -431,14 +423,11 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 
 
 def _roll_back(run: Run, step: int) -> None:
-    """Rolls a run back: saves step `step` with the parameters and optimizer of the last good checkpoint.
+    """Saves step `step` with the parameters and optimizer of the last good checkpoint.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). If they were repeated
-    in the same order, they would fail again.
-
-    The last good checkpoint is the newest one whose step is a multiple of `checkpoint_every` and whose next step
-    was finite. Steps that were saved for another reason, such as a stop signal, do not count. So a run gives
-    the same result with and without stops.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). The last good
+    checkpoint is the newest whose step is a multiple of `checkpoint_every` and whose next step was finite.
+    Steps saved for another reason, such as a stop signal, do not count, so stops do not change the result.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to
@@ -469,10 +458,9 @@ def _roll_back(run: Run, step: int) -> None:
 
 
 class Watchdog:
-    """A context that ends the process if a state lasts too long.
+    """A context that writes the stacks of all threads and exits with status 134 if a state lasts too long.
 
-    Before that, it writes the stacks of all threads. The exit status is 134. Time in which the process does not run
-    (a suspended laptop, Ctrl-Z) does not count, since the watchdog adds up its own short sleeps.
+    Time in which the process is suspended does not count, since the watchdog adds up its own short sleeps.
     """
 
     def __init__(self, medians: float, min_secs: float):
