@@ -268,9 +268,8 @@ class Batches:
     def row_counts(self) -> tuple[int, ...]:
         """The row counts that a packed batch may have: at most four, ascending.
 
-        Each batch gets the smallest count into which it fits. Any batch of this data fits into the last. The
-        counts do not depend on the seed, nor on a `data_fraction` that leaves enough examples for a batch. So
-        runs that differ only in these settings share compiled steps.
+        Each batch gets the smallest count into which it fits. The counts do not depend on the seed, nor on a
+        `data_fraction` that leaves enough examples for a batch, so such runs share compiled steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
@@ -291,8 +290,7 @@ class Batches:
     def _block_multiple(self) -> int:
         """Number that must divide a block's row count, so that `row_multiple` divides the batch's.
 
-        Example: with 4 shards and a `row_multiple` of 6, this number is 3, and the row count of 4 blocks is a
-        multiple of 12.
+        Example: 3 for 4 shards and a `row_multiple` of 6, so the row count of 4 blocks is a multiple of 12.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
@@ -365,10 +363,9 @@ class Batches:
 
     @functools.cached_property
     def _groups(self) -> list[list[TokenTable]]:
-        """The tables of each group.
+        """The tables of each group: a single group for packed batches and batches with `pairs`.
 
-        Packed batches and batches with `pairs` have a single group. Other padded batches have a group for
-        each objective and variant (index of a rationale), with at most one row of an example.
+        Other padded batches have a group for each objective and variant (index of a rationale).
         """
         if self.pack or self.pairs:
             return [list(self._tables)]
@@ -457,7 +454,7 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Returns the encodings of `rows`: for each table, the input lengths, decoder lengths and places of its rows."""
+        """Returns the encodings of rows, given as (input lengths, decoder lengths, places) for each table."""
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice
@@ -471,8 +468,7 @@ class Batches:
     def _all_encodings(self, store: int) -> Encodings:
         """Returns the encodings of all examples of a store, where example i has place i.
 
-        With `pairs` and sampled rationales, an example counts as having only its longest rationale, since a
-        step draws one.
+        With `pairs`, only the longest of sampled rationales counts, since a step draws one.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):

@@ -1,7 +1,7 @@
 """Prepares the part of the coming batches that a process needs: the shards on its devices.
 
-A batch's row count and token totals depend on all shards. So each process packs its shards of the next 8
-steps, exchanges their row and token counts with the other processes, and then makes the arrays, step by step.
+Row count and token totals of a batch depend on all shards. So each process packs its shards of the next 8
+steps, exchanges their counts with the other processes, and then makes the arrays, step by step.
 """
 
 import dataclasses
@@ -27,10 +27,9 @@ class HostBatch:
         shards: indices of these shards, from 0, ascending.
         num_shards: number of shards of the global batch.
         shapes: (rows, input length, target length) of each group of the global batch.
-        input_tokens: number of input tokens in the global batch, without padding.
-        target_tokens: number of target tokens in the global batch, with decoder prefixes but without padding.
-        objective_tokens: number of target tokens of each objective in the global batch, without decoder
-            prefixes.
+        input_tokens: number of input tokens in the global batch.
+        target_tokens: number of target tokens in the global batch, with decoder prefixes.
+        objective_tokens: number of target tokens of each objective in the global batch, without prefixes.
     """
 
     groups: Batch
@@ -132,10 +131,7 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Returns, for each step, the largest row count and the summed token counts of all shards.
-
-    Several processes may make the same shard, which counts only once.
-    """
+    """Returns the largest row count and the summed token counts of all shards, for each step."""
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]
     # column 0, rows, becomes the maximum over shards; token counts are added up

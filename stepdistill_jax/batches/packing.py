@@ -1,9 +1,9 @@
 """Packs many short rows into few long ones, in three steps: lengths -> packed rows -> arrays.
 
 1. `Encodings.of` groups the rows that read the same encoding of an input, and adds up their lengths.
-2. `first_fit` chooses a packed row and its columns for each encoding. For paired targets, it places complete
-examples (`Encodings.of_examples`), and `Packing.of_encodings` finds the encodings in them.
-`choose_row_counts` and `most_rows` limit the number of packed rows.
+2. `first_fit` chooses a packed row for each encoding, or for each example if targets are paired
+   (`Encodings.of_examples`, `Packing.of_encodings`). `choose_row_counts` and `most_rows` limit the
+   number of packed rows.
 3. `scatter` writes each token into its cell of the arrays of a batch.
 """
 
@@ -36,11 +36,9 @@ class Encodings:
 
     Attributes:
         of_row: index of each row's encoding, from 0, [rows] int64.
-        offset: number of columns between the start of the encoding's targets and each row's own target,
-            [rows] int64.
+        offset: column of each row's target, counted from the start of its encoding's targets, [rows] int64.
         row_sizes: input length and decoder length of each row, [rows, 2] int64.
-        is_first: whether a row is the first of its encoding, which encodes the inputs of this row, [rows]
-            bool.
+        is_first: whether a row is the first of its encoding, so that its inputs are encoded, [rows] bool.
         places: place of each encoding's example in the step, [encodings] int64.
         sizes: input length of each encoding, and the sum of its rows' decoder lengths, [encodings, 2] int64.
     """
@@ -132,9 +130,8 @@ class Packing:
     def of_encodings(self, encodings: Encodings) -> "Packing":
         """Turns positions of complete examples into positions of their encodings, one after the other.
 
-        The examples are in the order of `Encodings.of_examples`. Example: an example's inputs start at column
-        5 and its targets at column 2, and it has two encodings of the sizes (3, 1) and (3, 4). Then the
-        encodings start at the columns (5, 2) and (8, 3).
+        The examples are in the order of `Encodings.of_examples`. Example: an example with the start columns
+        (5, 2) has two encodings of the sizes (3, 1) and (3, 4). They start at the columns (5, 2) and (8, 3).
         """
         _, of = np.unique(encodings.places, return_inverse=True)
         order = np.argsort(of, kind="stable")
@@ -150,14 +147,14 @@ class Packing:
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     """Packs rows by first-fit decreasing on two lengths: fills one packed row after the other.
 
-    The rows wait in two lists. Rows whose target length / target capacity exceeds input length / input
-    capacity, as for most rationales, wait in a list sorted by target length. The others, such as most labels,
-    wait in a list sorted by input length. The longest row of a list comes first. The next row is the first
-    that fits, from the target list if the packed row has relatively more room for targets, otherwise from the
-    input list. If none fits, the other list is tried. So inputs and targets fill up together. When only about
-    two more rows fit, the pair that fills the packed row best is chosen.
+    Rows whose target length / target capacity exceeds input length / input capacity, such as most rationales,
+    wait in a list sorted by target length. The others, such as most labels, wait in a list sorted by input
+    length. Both lists begin with the longest row. If a packed row has relatively more room for targets, the
+    first fitting row of the target list comes next, otherwise that of the input list. If none fits, the other
+    list is tried. When only about two more rows fit, the pair that fills the packed row best is chosen.
 
-    On rows like CQA's, this needs 15% fewer packed rows than a single list, and the pairs save another 3%.
+    So inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a single
+    list. The pairs save another 3%.
 
     Example: with the capacity (4, 4), the sizes (3, 1), (1, 1), (1, 3) are put into the packed rows 0, 1, 0.
     The row of size (3, 1) comes first, and the row of size (1, 3) fills the rest of its packed row.
@@ -210,10 +207,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """One of the two lists of waiting rows in `first_fit`, the longest row first.
-
-    The list is sorted by input length (`side` 0) or by target length (`side` 1).
-    """
+    """A list of waiting rows in `first_fit`, by descending input length (`side` 0) or target length (1)."""
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
         order = members[np.argsort(-sizes[members, side], kind="stable")]
@@ -242,7 +236,7 @@ class _Decreasing:
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
         """Returns the positions, input lengths and target lengths of about 24 evenly spread candidates.
 
-        A candidate's sorting length fits into `room`, but its other length may not.
+        Only a candidate's sorting length is sure to fit into `room`.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)
@@ -259,7 +253,7 @@ class _Decreasing:
 def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
-    """Returns the one or two candidates that fit and fill the packed row best, as (list, position) each.
+    """Returns the one or two candidates that fill the packed row best, as (list, position) each, or [].
 
     The later position comes first, so that removing its row does not move the other row.
     """
@@ -285,10 +279,7 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns the sum of each pair of n lengths, [n, n] float64, with the single lengths on the diagonal.
-
-    Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
-    """
+    """Returns the sum of each pair of n lengths, [n, n] float64: `_each_two([1, 5])` is [[1, 6], [6, 5]]."""
     single = np.array(lengths, np.float64)
     sums = np.add.outer(single, single)
     sums.reshape(-1)[:: len(single) + 1] = single
@@ -300,9 +291,9 @@ def choose_row_counts(
 ) -> tuple[int, ...]:
     """Returns the row counts that the packed block of a shard may have: at most four, ascending.
 
-    A block gets the smallest count into which it fits. Each count is another shape to compile. The first two
-    minimise the mean count over the probes. The third lies one or two standard deviations above the largest
-    probe. The fourth is `bound`, rounded up: far larger, but hardly ever needed.
+    A block gets the smallest count into which it fits. The first two minimise the mean count over the probes.
+    The third lies about one or two standard deviations above the largest probe. The fourth is `bound`,
+    rounded up: far larger, but hardly ever needed.
 
     Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
@@ -310,7 +301,7 @@ def choose_row_counts(
         probes: numbers of packed rows that some random shards needed.
         bound: number of packed rows that no shard can exceed.
         row_multiple: every count is a multiple of this number.
-        num_shards: number of shards in a batch. All blocks of a batch get the fullest shard's count.
+        num_shards: number of shards in a batch, whose blocks all get the fullest shard's count.
     """
     used = np.sort(np.asarray(probes, np.int64))
     # The fullest of several shards lies further above the mean. With this factor, only one batch in some
@@ -372,8 +363,8 @@ def empty_group(
 ) -> Group:
     """Returns a group of `count` rows of padding.
 
-    Each option adds an array with an entry for each target token: `shared` the encoder segment that it reads,
-    `several_tasks` the index of its task, and `pairs` the index of its example within the packed row.
+    Each option adds an array for the target tokens: `shared` their encoder segments, `several_tasks` their
+    task indices, and `pairs` the indices of their examples within the packed row.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
@@ -405,8 +396,7 @@ def scatter(
 ) -> None:
     """Writes each token of the rows into its cell of a group.
 
-    A packed row's decoder segments are numbered from left to right. If every target has its own encoding, its
-    encoder and decoder segments have the same number.
+    A packed row's decoder segments are numbered from left to right, as are its encoder segments.
 
     Args:
         group: arrays of `empty_group`, filled in place.
@@ -450,8 +440,7 @@ def scatter(
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Returns, for each row, the 1-based index of its example within the packed row, [rows].
 
-    Examples with several targets, and thus several target tokens, come first. So their indices are at most
-    half of the packed row's target length.
+    Examples with several targets come first, so their indices are at most half of the target length.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True

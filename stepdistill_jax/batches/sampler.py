@@ -1,7 +1,7 @@
-"""Chooses the examples of a step and their rows, which depend only on the data, the settings and the step.
+"""Chooses the examples of a step and their rows, from only the data, the settings and the step.
 
-`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run can resume from its step number
-alone. `rows_of` finds the rows of these examples in each `TokenTable`.
+`Sampler` maps the positions 0, 1, 2, ... of a run to examples. `rows_of` finds the rows of these examples in
+each `TokenTable`.
 """
 
 import dataclasses
@@ -64,8 +64,7 @@ class TokenTable:
         store: index of the store, from 0.
         objective: index of the objective, from 1.
         variant: index of the rationale among the example's rationales, from 0.
-        inputs, targets: ids of each example's input and target. An example with an empty target has no row
-            here.
+        inputs, targets: ids of each example's input and target. An empty target means that there is no row.
         prefix: ids of the objective's `decoder_prefix`.
         weights: loss weight of each example's target tokens, [examples] float32.
         token_weights: a further factor of each target token's loss weight, [tokens] float32; None means 1.
@@ -154,8 +153,8 @@ def _loss_weights(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns `weights` and `token_weights` of a `TokenTable`.
 
-    With `loss_mean` "example", a target's loss weights add up to its weight w: each token gets w / length or,
-    with token weights, w / (sum of the target's token weights). So the compiled step stays the same.
+    With `loss_mean` "example", a target's weight w is shared out: each token gets w / length or, with token
+    weights, w / (sum of the target's token weights).
     """
     first, shares = targets.rows.starts, targets.lengths
     ends = first + targets.lengths
@@ -200,8 +199,8 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
     """Returns, for each store, the sorted indices of the examples that a run uses.
 
-    These are the first of all usable examples, in an order that depends only on the seed and the store. So a
-    smaller fraction is a subset of a larger one.
+    The seed and the store alone decide the order in which examples are chosen. So a smaller fraction is a
+    subset of a larger one.
     """
     if fraction == 1:
         return list(usable)

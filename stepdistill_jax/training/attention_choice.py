@@ -37,10 +37,8 @@ def settle_attention(
 ) -> ModelConfig:
     """Returns the model's configuration with `attention` set to "xla" or "pallas", and logs the choice.
 
-    "auto" becomes "pallas" if the kernel works on the mesh's devices, otherwise "xla".
-
-    Args:
-        lengths: pairs (input length, target length) of the rows, in tokens.
+    "auto" becomes "pallas" if the kernel works on the mesh's devices, otherwise "xla". `lengths` has pairs
+    (input length, target length) of the rows, in tokens.
 
     Raises:
         InputError: `attention` is "pallas", but no kernel supports the platform, the shapes or the model.
@@ -68,11 +66,11 @@ def untried_attention(
 ) -> tuple[ModelConfig, str | None]:
     """Chooses the attention like `settle_attention`, but assumes that the kernel works and logs nothing.
 
-    The mesh's devices need not exist on this machine, since nothing runs on them.
+    Nothing runs on the mesh's devices, so they need not exist on this machine.
 
     Returns:
         The model's configuration with the choice.
-        The reason why no kernel can be used; None if one can be used, or if kernels were not considered.
+        The reason why no kernel can be used, or None.
 
     Raises:
         InputError: as for `settle_attention`.

@@ -1,8 +1,7 @@
 """Cross-entropy over a large vocabulary, computed for one chunk of tokens at a time.
 
-The forward pass also computes a chunk's gradient, as in Liger Kernel's fused linear cross-entropy (Hsu et al.
-2024, arXiv:2410.10989). So only one chunk's logits exist at a time: 2,048 tokens x 32,128 ids take 263 MB in
-float32.
+The forward pass also computes a chunk's gradient, so only one chunk's logits exist at a time, as in Liger
+Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 import functools
@@ -84,10 +83,7 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_own_rows(
     states, kernel, targets, scale, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Runs `_chunked` on each device's rows.
-
-    GSPMD alone would gather the kernel, and add up its gradient, for each chunk instead of once.
-    """
+    """Runs `_chunked` on each device's rows. GSPMD alone would gather the kernel for each chunk."""
     # leaves out axes of size 1, over which XLA cannot reduce (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
@@ -126,13 +122,7 @@ def _on_own_rows(
 def _chunked(
     states, weights, targets, scale, *, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Computes the loss and its gradients for the rows of one device.
-
-    Returns:
-        The negative log probability of each token, [batch, length] float32.
-        For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
-        The gradients with respect to states and kernel, each None if not requested.
-    """
+    """Returns each token's loss and correctness, and the requested gradients, for the rows of one device."""
     rows, length, _ = states.shape
     tokens = rows * length
     most = GPU_CHUNK_TOKENS if traced_platform() == "gpu" else CHUNK_TOKENS

@@ -44,7 +44,7 @@ def load_split(
 ) -> TaskData:
     """Returns the tokens of a split as a run of `config` reads them.
 
-    The supervision and the token weights of `config` apply to the train split. The validation split has the
+    The config's supervision and token weights apply to the train split. The validation split has the
     supervision `Supervision.held_out()`. The rows of other splits stay unchanged.
 
     Args:
@@ -80,9 +80,9 @@ def load_split(
 def tried_row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig
 ) -> list[row_lengths.RowLengths]:
-    """Returns the candidates for the lengths of packed rows of the train split, each with the FLOPs of a step.
+    """Returns the candidates for the lengths of packed rows, each with the FLOPs of a step.
 
-    A row length that `config` sets is the only candidate for that length.
+    `batches` must be of the train split. A length that `config` sets has no other candidate.
     """
 
     def cost(input_length: int, target_length: int) -> float:
@@ -113,8 +113,8 @@ def batches_of(
 ) -> Batches:
     """Returns the batches of a split as a run of `config` draws them.
 
-    `data_fraction` and the pairs of a `PairedLoss` apply only to the train split. Packed rows have the
-    lengths `input_length` and `target_length` until `with_row_lengths` changes them.
+    `data_fraction` and pairs apply only to the train split. Packed rows have the lengths `input_length` and
+    `target_length` until `with_row_lengths` changes them.
     """
     return Batches(
         data,

@@ -19,14 +19,14 @@ class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
 
     A subclass is a frozen dataclass whose fields are its settings. `count` and `total` are traced, so no
-    Python branch may depend on values in their arguments. The step calls them once for each group of rows in
-    each slice of the batch. A call must return a sum over its rows, so that the result does not depend on
-    devices or microbatches. A packed row contains several examples, which its segment ids distinguish.
+    Python branch may depend on values in their arguments. The step calls them for each group of rows in each
+    slice of the batch. A call must return a sum over its rows, so that the result does not depend on devices
+    or microbatches. In a packed row, segment ids distinguish the examples.
 
     Attributes:
         name: name in lower_snake_case. The metric `loss/<name>` is (sum of `total`) / (sum of `count`).
-        weight: factor of the term, a number of at least 0 or a `Schedule`. The metric `loss_weight/<name>`
-            shows the value of a schedule.
+        weight: factor of the term, a number of at least 0 or a `Schedule`, whose value is the metric
+            `loss_weight/<name>`.
 
     Raises:
         InputError: the name or the weight is invalid.
@@ -72,12 +72,12 @@ class ExtraLoss(abc.ABC):
 class PairedLoss(ExtraLoss):
     """An `ExtraLoss` over pairs: the targets of the first two objectives of one example.
 
-    A subclass defines `total`; `count` is the number of pairs. An example with several rationales is one
-    pair. An example that lacks one of the two targets is no pair.
+    A subclass defines `total`. An example with several rationales is one pair. An example that lacks one of
+    the two targets is no pair.
 
-    All targets of an example are in the same row, so a pair is never split. `decoder_example_ids` has, for
-    each target token, the 1-based index of its example within the row; 0 is padding. A pair has an index of
-    at most `length // 2`, the size of the axis `examples` below.
+    All targets of an example are in the same row. `decoder_example_ids` has, for each target token, the
+    1-based index of its example within the row; 0 is padding. A pair has an index of at most `length // 2`,
+    the size of the axis `examples` below.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
@@ -103,8 +103,8 @@ class PairedLoss(ExtraLoss):
         Args:
             values: a value for each target token, [rows, length, ...].
             group: the argument of `total`.
-            objective: 1 for the first of OBJECTIVES (the label), 2 for the second (the rationale).
-            by: the reduction: `segment_sum` or another function of `jax.ops`, such as `segment_max`.
+            objective: index of the objective, from 1: 1 for the label, 2 for the rationale.
+            by: the reduction, a function of `jax.ops`.
 
         Returns:
             The reduced values, [rows, examples, ...]. An example without such tokens gets 0, or what `by`

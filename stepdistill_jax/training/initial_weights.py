@@ -56,8 +56,8 @@ class InitialWeights:
     def described(self) -> dict[str, Any]:
         """Returns the entry for `run.json`: `step` and, if there are rules, three groups of parameters.
 
-        `from_scratch` lists the parameters that are not loaded. `renamed` maps parameters to different names
-        in `path`. `unused` lists the names in `path` that are not loaded.
+        The groups are `from_scratch` (not loaded), `renamed` (run's name -> name in `path`) and `unused`
+        (names in `path`).
         """
         found: dict[str, Any] = {"step": self.step}
         if self.rules is not None:

@@ -65,13 +65,13 @@ def inspect(
         `cut`: {name: {"inputs", "targets"}}, the counts of truncated inputs and targets.
         `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token.
         `rows_per_step`: mean row count of a step.
-        `row_counts`: the row counts that a step can have if rows are packed.
+        `row_counts`: the row counts that a packed step can have.
         `shown`: list of rows, each a list of targets: {"objective", "input", "target", "input_tokens",
             "target_tokens", "weight" (of the last target token)}. A target that shares the previous target's
             encoding has the input "" with 0 tokens.
         `row_lengths`: [input length, target length] of a packed row.
-        `candidates`: possible row lengths, each with its fill, rows per step, and matmul FLOPs of a step,
-            padding included (`flops_per_step`).
+        `candidates`: possible row lengths, each with its fill, rows per step, and `flops_per_step` (FLOPs of
+            the matmuls, padding included).
         `chosen`: the shortest candidate whose FLOPs are within 1% of the fewest.
         `verified`: only with `verify`, each store's folder (`store`) and number of compared `files` and
             `bytes`.
@@ -143,10 +143,7 @@ def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
-    """Returns the lengths of the inputs or targets that exist, in tokens before truncation, [rows].
-
-    `feature` is `inputs` or `targets`. `objective` is an index from 0.
-    """
+    """Returns the length of each row's `inputs` or `targets` (`feature`) before truncation, [rows]."""
     prefix = len(data.decoder_prefixes[objective]) if feature == "targets" else 0
     return np.concatenate(
         [np.zeros(0, np.int64)]
@@ -250,7 +247,7 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
 
 
 def _text(data: TaskData, ids: list[int]) -> str:
-    """Returns an input as text, with the end-of-sequence piece between its two texts if it has two."""
+    """Returns an input as text. If it has two texts, the end-of-sequence piece separates them."""
     texts = (list(own) for is_end, own in itertools.groupby(ids, EOS_ID.__eq__) if not is_end)
     decoded = list(map(data.vocabulary.decode, texts))
     return data.vocabulary.pieces()[EOS_ID].join(decoded) if len(decoded) > 1 else "".join(decoded)

@@ -42,14 +42,14 @@ def train(
         workdir: folder of checkpoints, metrics and model files; created if absent.
         data_dir: folder of prepared datasets; None means the default folder.
         config_text: gin text to write as `config.gin`.
-        began: start of the command, on the clock of `time.monotonic()`, for the logged time to the first
-            step. None means now.
+        began: start of the command, a time of `time.monotonic()`, for the logged time to the first step. None
+            means now.
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ...
         `examples_per_second`: the mean since this start of the run, or 0 if no step was left.
         `best_step`, and the metrics `eval/validation/...` of the best step.
-        `majority_baseline`, if there is a validation split: the label accuracy of always answering the most
+        `majority_baseline`, only with a validation split: the label accuracy of always answering the most
             frequent label.
 
     Raises:

@@ -22,8 +22,8 @@ Columns = TypeVar("Columns", jax.Array, np.ndarray)
 class ObjectiveSums(struct.PyTreeNode):
     """Totals of each objective, as arrays [columns] float32. Totals are divided only once, at the end.
 
-    Each objective of each task has a column: first all objectives of the first task, then those of the
-    second, and so on. An extra loss has one more column at the end.
+    The columns are all objectives of the first task, then those of the second, and so on. An extra loss has
+    the last column.
 
     Attributes:
         loss: sum over target tokens of weight x cross-entropy, in nats.
@@ -116,8 +116,7 @@ def objective_sums(
     """Returns what a group of rows adds to the loss, and the group's totals.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, where each term is a
-    mean of cross-entropies over target tokens. The means are over the global batch, so the caller computes
-    `scale` from its counts.
+    mean of cross-entropies over target tokens, here those of the global batch.
 
     With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4). With
     the weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
@@ -126,7 +125,7 @@ def objective_sums(
         states: the decoder's states, [batch, length, embed].
         group: `decoder_target_tokens`, `decoder_objective_ids` (index of the objective, from 1; 0 is padding)
             and `decoder_loss_weights`, all [batch, length].
-        scale: factor of each column, [columns] float32, from `loss_scale`.
+        scale: factor of each column, [columns] float32: `loss_scale` of the global batch's counts.
         num_objectives: number of objectives of each task; None means the number of columns.
 
     Returns:

@@ -23,10 +23,9 @@ class MutualInformation(PairedLoss):
     where z gets no gradient. So the rationale moves towards the words that the label predicts. The loss gets
     `weight` times the mean over the pairs of the global batch.
 
-    The computation follows the paper's code (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033,
-    `model_utils.py`): the probabilities r are the logits of a second softmax, and z does not sum to 1. One
-    thing differs: the paper's code also takes the maxima over padding, so its loss depends on the other rows
-    of a batch. Here they are over the target's own tokens, including the end of sequence.
+    The probabilities r are the logits of a second softmax, and z does not sum to 1, as in the paper's code
+    (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`). One thing differs: the
+    paper's code also takes the maxima over padding, so its loss depends on the other rows of a batch.
 
     Example with 2 ids: if the label's tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), z is (0.9,
     0.8). If r is (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.

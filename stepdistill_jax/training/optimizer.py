@@ -14,7 +14,7 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """Returns the learning rate as a function of the step, from 0; None if a user's optimizer hides its rate."""
+    """Returns the learning rate as a function of the step, from 0; None if the rate is unknown."""
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 
@@ -53,8 +53,8 @@ def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Returns a config's optimizer: clipping followed by AdamW or Adafactor, or a user's transformation.
 
-    Adafactor has T5X's settings: a decay rate of 0.8, and updates multiplied by the parameter's scale. Equal
-    settings return the same object, so runs in one process share compiled programs.
+    Adafactor has T5X's settings. Equal settings return the same object, so runs in one process share compiled
+    programs.
 
     Raises:
         InputError: the user's function raises, or does not return a transformation.
@@ -88,7 +88,7 @@ def _optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips gradients like `optax.clip_by_global_norm`, but multiplies by one scalar instead of dividing.
+    """Clips gradients like `optax.clip_by_global_norm`, but with a multiplication.
 
     After a division, XLA's CPU backend would write the clipped gradients to memory.
     """
@@ -106,8 +106,8 @@ def _adam_of_transformers(
 ) -> optax.GradientTransformation:
     """Returns `optax.scale_by_adam`, but with `eps` added to the root before the bias correction.
 
-    Let v_hat = v / c with c = 1 - b2^count. Then sqrt(v_hat) + eps / sqrt(c) = (sqrt(v) + eps) / sqrt(c), so
-    optax gets eps / sqrt(c).
+    With c = 1 - b2^count, (sqrt(v) + eps) / sqrt(c) = sqrt(v / c) + eps / sqrt(c), so optax gets eps /
+    sqrt(c).
     """
 
     def update(updates, state, params=None):

@@ -1,4 +1,4 @@
-"""A user's update rule: a function that returns an optax transformation, and its arguments."""
+"""A user's update rule."""
 
 import dataclasses
 import inspect
@@ -19,10 +19,9 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFunction:
-    """A function that returns an optax transformation, and the arguments of its call.
+    """A user's complete update rule: a function that returns an optax transformation, and its arguments.
 
-    The transformation is the complete update rule: no clip, weight decay or learning rate is added. A
-    `LearningRate` argument is passed as an optax schedule, a function of the run's step.
+    No clip, weight decay or learning rate is added. A `LearningRate` argument is passed as an optax schedule.
 
     Attributes:
         function: the function, called when a run is assembled.

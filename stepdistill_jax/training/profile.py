@@ -16,8 +16,7 @@ FOLDER = "profile"
 class StepProfile:
     """A context that traces a range of steps into `WORKDIR/profile`, on process 0 only.
 
-    It writes `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`, even if the run ends during the
-    trace.
+    The trace is written even if the run ends before the last of these steps.
     """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
@@ -33,7 +32,7 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Returns a context that marks the step in the trace, which starts with the first step of the range."""
+        """Starts the trace if `step` is in its range. Returns a context that marks the step in the trace."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)

@@ -102,10 +102,9 @@ def _count(tree: Any) -> int:
 
 
 def _weights_digest(initial: InitialWeights) -> str | None:
-    """Returns a digest of `init_from` that does not read the weights, or None if its directory or step is gone.
+    """Returns a digest of `init_from`, or None if its directory or step is gone.
 
-    For a workdir, the digest covers the step's manifest. For a model directory, it covers config.json and all
-    file sizes.
+    The digest covers a step's manifest, or config.json and the file sizes of a model, but not the weights.
     """
     directory = initial.path
     if initial.step is not None and is_workdir(directory):
@@ -169,7 +168,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns why a resumed run must not raise `train_steps`: a learning rate depends on it. [] if it may."""
+    """Returns why a resumed run must not raise `train_steps` (a learning rate depends on it), or []."""
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")
     rates = [{"shape": named}] if isinstance(named, str) else [named]
@@ -189,8 +188,8 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
     """Compares the run with its earlier starts, and writes `run.json`, `config.gin` and the model files.
 
     Raises:
-        InputError: the workdir belongs to a run with other settings (the message lists them) or cannot be
-            written, or processes see different configs, data or workdirs. Raised on every process.
+        InputError: the workdir has a run with other settings or cannot be written, or processes see different
+            configs, data or workdirs. Raised on every process.
     """
     _agree(described)
     path = run.workdir / RUN
@@ -235,7 +234,7 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
                 f.write(config_text)
     except OSError as error:
         raise InputError(
-            f"`workdir` {run.workdir}: {error.strerror or error} ({error.filename})"
+            f"`workdir` {run.workdir}: cannot be written ({error.strerror or error}: {error.filename})"
         ) from None
 
 

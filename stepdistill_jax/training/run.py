@@ -86,7 +86,7 @@ class Run:
 def assemble(
     config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathLike | str | None
 ) -> Run:
-    """Loads the data of a config, and creates the mesh, the model's configuration and the other parts.
+    """Loads the data of a config, and creates the mesh, the model's configuration and so on.
 
     Raises:
         InputError: settings, data, model and devices do not fit together. Raised before a step is compiled.
@@ -209,7 +209,7 @@ def _init_path(init_from: str) -> pathlib.Path:
 def _initial_weights(
     config: TrainConfig, workdir: pathlib.Path, model: ModelConfig, abstract: TrainState
 ) -> InitialWeights:
-    """Returns the weights that `init_rules` select from `init_from`. A new run also checks and logs them."""
+    """Returns the weights that `init_rules` select from `init_from`. A new run checks and logs the selection."""
     assert config.init_from is not None
     path = as_path(config.init_from)
     # process 0 decides for all, since the others may not see the same files
@@ -227,7 +227,7 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and its first step in `path`, or None for a model directory."""
+    """Returns whether the run has begun, and the step in `path` that it starts from, if `path` has steps."""
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")
     return False, resolve_step(path, "best") if is_workdir(path) else None
@@ -236,7 +236,7 @@ def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]
 def max_decode_len(data: TaskData, config: TrainConfig) -> int:
     """Returns the maximum length of a decoded answer in tokens: the config's `max_decode_len`, if it is set.
 
-    Otherwise, or if an answer contains more than a label, it is the length of the first objective's longest
+    Otherwise, or if answers contain more than a label, it is the length of the first objective's longest
     target, at most `target_length`, rounded up to a multiple of 8.
     """
     if config.max_decode_len is not None and not data.objectives[0].writes_more:

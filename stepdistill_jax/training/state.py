@@ -1,4 +1,4 @@
-"""Creates the state that a training step updates. No process needs memory for all its shards."""
+"""Creates the state that a training step updates. Each device gets only its own shards."""
 
 import functools
 from collections.abc import Callable
@@ -24,8 +24,7 @@ class TrainState(struct.PyTreeNode):
     Attributes:
         step: number of updates so far, scalar int32; also the position in the data.
         params: float32 parameters of `models.encoder_decoder`.
-        opt_state: optimizer state of the trained parameters (`models.lora.split`): the adapters, if there are
-            any, otherwise all parameters.
+        opt_state: optimizer state of the trained parameters (`models.lora.split`).
         rng: typed random key; the dropout of step k uses fold_in(rng, k).
     """
 
@@ -61,10 +60,9 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
 
 
 def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Returns the shardings of an optimizer state.
+    """Returns the shardings of an optimizer state. A leaf whose path ends with a parameter's path is its moment.
 
-    A leaf whose path ends with a parameter's path is a moment of this parameter. `optax.tree_map_params`
-    would fail for some users' transformations, since it calls `init` on a placeholder.
+    `optax.tree_map_params` fails for some users' transformations, since it calls `init` on a placeholder.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
@@ -109,7 +107,7 @@ def hashable(abstract: Any) -> tuple[tuple, Any]:
 
 
 def _key_data(seed: int) -> np.ndarray:
-    """Returns the data of the seed's random key, an argument of the program, so that all seeds share it."""
+    """Returns the data of the seed's random key, as an argument, so that all seeds share one program."""
     with jax.ensure_compile_time_eval():
         return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
@@ -134,10 +132,7 @@ def _jit_init(config: ModelConfig, tx: optax.GradientTransformation, leaves: tup
 def drawn(
     part: Callable[[Any], Any], config: ModelConfig, abstract: TrainState, *, seed: int
 ) -> Any:
-    """Returns the `part` of the parameters that `init_state` would draw, placed on the devices.
-
-    Only this part is computed.
-    """
+    """Returns the `part` of the parameters that `init_state` would draw, and computes only this part."""
 
     def init() -> Any:
         return part(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))

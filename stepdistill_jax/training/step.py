@@ -96,9 +96,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Computes the loss and the gradient of the global batch and makes one update.
 
-    The result does not depend on slices, devices or packing, since the loss is divided by the counts of the
-    complete batch. Adapters are the only trained parameters, if there are any. If the loss or the gradient is
-    not finite, parameters and optimizer keep their values, but the step number still grows by 1.
+    The result does not depend on slices, devices or packing. Adapters, if there are any, are the only
+    parameters that change. If the loss or the gradient is not finite, only the step number changes.
 
     Args:
         state: the state before the step. The compiled function reuses its memory (donation).
@@ -110,9 +109,9 @@ def train_step(
 
     Returns:
         The new state.
-        The metrics: `sums` (an `ObjectiveSums` with a column for each objective of each task), `loss` (nats
-        per token), `grad_norm` (before the clip) and, if any loss weight is a schedule, `weights` (all loss
-        weights in this step). An extra loss has the last column of `sums` and the last of `weights`.
+        The metrics: `sums` (an `ObjectiveSums`), `loss` (nats per token), `grad_norm` (before the clip) and,
+        if any loss weight is a schedule, `weights` (all loss weights in this step; the last is an extra
+        loss's).
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
     # 2 tasks with 2 objectives and an extra loss: 5 columns, 2 for task 1, 2 for task 2, 1 for the extra loss
@@ -162,8 +161,7 @@ def train_step(
 def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any) -> Any:
     """Returns `updated`, or `before` if the loss or the gradient is not finite.
 
-    `optax.apply_if_finite` would add counters to every checkpoint, read each gradient once more, and after
-    too many errors apply even a non-finite update.
+    `optax.apply_if_finite` would add counters to checkpoints and read each gradient once more.
     """
     # a NaN or infinity in any gradient makes the global norm NaN or infinite
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -173,7 +171,7 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
 def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
     """Sets the counts of schedules to the step, so that skipped updates do not delay the learning rate.
 
-    A state whose only field is `count`, such as `optax.ScaleByScheduleState`, belongs to a schedule.
+    A state whose only field is `count` belongs to a schedule.
     """
 
     def of_schedule(x: Any) -> bool:
@@ -228,10 +226,9 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """Returns `eval_step`, compiled once for each batch shape.
+    """Returns `eval_step`, compiled once for each batch shape, for plain parameters with adapters merged.
 
-    The compiled function takes plain parameters, with adapters merged into them. Equal arguments return the
-    same function.
+    Equal arguments return the same function.
     """
     return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
 

@@ -140,10 +140,9 @@ class Supervisor:
         self._skipped, self._in_a_row, self._gone_back = 0, 0, False
 
     def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
-        """Opens the workdir, and returns the step and the state of the newest checkpoint.
+        """Opens the workdir, and returns the step and state of the newest checkpoint, or 0 and a new state.
 
-        Without a checkpoint, these are 0 and a new state, which may still be computing. `closing` closes what
-        is opened here.
+        `closing` closes what is opened here. Devices may still be computing a new state.
         """
         run, config = self._run, self._run.config
         self._checkpoints = checkpoints = Checkpoints(run.workdir)
@@ -221,8 +220,8 @@ class Supervisor:
     def flush(self, before: float | None = None) -> None:
         """Writes the metrics that `record` has kept.
 
-        `before` is the end of the following step, if it has ended. From `before`, the end of the written step
-        is estimated if it is unknown.
+        `before` is the end of the following step, or None if it has not ended. An unknown end of the written
+        step is estimated from it.
 
         Raises:
             FloatingPointError: the loss or gradient of the written step is not finite, and the run must end.
@@ -365,7 +364,7 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Validates a step, and writes and returns the metrics. Returns None if a signal interrupted it."""
+        """Validates a step, and writes and returns the metrics, or returns None if a signal interrupts this."""
         validator = self._run.validator
         assert validator is not None
         self._enter(State.VALIDATING)
@@ -425,9 +424,8 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 def _roll_back(run: Run, step: int) -> None:
     """Saves step `step` with the parameters and optimizer of the last good checkpoint.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). The last good
-    checkpoint is the newest whose step is a multiple of `checkpoint_every` and whose next step was finite.
-    Steps saved for another reason, such as a stop signal, do not count, so stops do not change the result.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). Only multiples of
+    `checkpoint_every` count, so that a stop signal, which saves other steps, does not change the result.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to
@@ -460,7 +458,7 @@ def _roll_back(run: Run, step: int) -> None:
 class Watchdog:
     """A context that writes the stacks of all threads and exits with status 134 if a state lasts too long.
 
-    Time in which the process is suspended does not count, since the watchdog adds up its own short sleeps.
+    Time in which the process is suspended does not count.
     """
 
     def __init__(self, medians: float, min_secs: float):

@@ -29,13 +29,13 @@ class Throughput:
         return time.monotonic()
 
     def halfway(self, ended: float) -> float:
-        """Returns an estimate of the end of the first of two steps: the midpoint of the time until `ended`."""
+        """Returns an estimate of a step's end: the midpoint between the last known end and `ended`."""
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
         """Returns `timing/...` and `non_padding_fraction/...` of a step that ended at `ended` (see `now`).
 
-        A step's time counts from the end of the previous step, or from the last `pause`.
+        The step's time counts from the end of the previous step, or from the last `pause`.
         """
         seconds, self._last = max(ended - self._last, 1e-9), ended
         flops = sum(

@@ -122,8 +122,7 @@ class Validator:
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
         """Returns two numbers that rank a step: the value of `best_metric` and, for ties, minus the label loss.
 
-        Larger numbers are better: a metric whose name, without a part's name, starts with `loss` gets a
-        minus, too.
+        The value is also negated if the metric is a loss. So larger numbers are better.
 
         Args:
             found: the result of `compute`.
@@ -291,7 +290,7 @@ class Validator:
 
 
 def _checked(part: Part, names: Iterable[str]) -> list[str]:
-    """Returns the names of a task's metrics, none of which may be a name that every validation uses."""
+    """Returns the names of a task's metrics. Raises InputError if every validation computes one of them."""
     for name in (found := list(names)):
         if name in OWN or name.startswith(("loss/", "accuracy/")):
             raise InputError(

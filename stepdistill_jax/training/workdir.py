@@ -100,7 +100,7 @@ def check_workdir(workdir: pathlib.Path) -> None:
 def check_config(path: pathlib.Path, new: str) -> None:
     """Checks that `train` wrote the config at `path`, so that it may be replaced by the text `new`.
 
-    `train` writes only bindings: a file with comments or includes was written by a person.
+    A file with comments or includes was written by a person.
 
     Raises:
         InputError: `train` did not write the file.
