@@ -49,9 +49,9 @@ class Packed(NamedTuple):
     """One group of a shard, packed or padded, before its arrays are made.
 
     Attributes:
-        rows: the group's rows, listed table by table. The list is empty if the group has no rows.
-        encodings: the encoded inputs that these rows read; None if the group has no rows.
-        packing: positions of the encodings in the packed rows; None if the group has no rows.
+        rows: the group's rows, listed table by table; may be empty.
+        encodings: the encoded inputs that these rows read; None without rows.
+        packing: positions of the encodings in the packed rows; None without rows.
     """
 
     rows: Rows
@@ -71,17 +71,15 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    A step takes `batch_size` examples. An example has one row, an input with its target, for each
-    objective for which it has a target. If an example has several rationales, it has one row for each
-    rationale. With `TaskData.sample_rationales`, one rationale is drawn in each epoch, and only it has a row. In each
-    epoch, the order of the examples is a permutation that depends only on (seed, epoch).
+    A step takes `batch_size` examples, in an order that depends only on (seed, epoch). An example has a row,
+    an input with its target, for each of its targets: one for each objective, and one for each rationale.
+    With `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
 
-    The examples of a step are split into `num_shards` shards of consecutive examples, of about equal
-    size. The rows of each shard are packed separately, into a block of packed rows. A packed row is a
-    row of the batch's arrays and contains the tokens of many rows. All blocks have the same number of
-    packed rows: as many as the fullest shard needs, rounded up. The batch consists of all blocks, in
-    order. So the batch does not depend on the number of processes, and each process packs only the
-    shards whose packed rows are on its devices (`batches/host.py`).
+    A packed row is a row of the batch's arrays and contains the tokens of many rows. The examples of a step
+    are split into `num_shards` shards of consecutive examples, of about equal size. Each shard is packed
+    separately, into a block of packed rows. All blocks have the same row count, rounded up from that of the
+    fullest shard. The batch is the sequence of all blocks, so it does not depend on the number of processes.
+    Each process packs only the shards on its devices (`batches/host.py`).
 
     Here are two packed examples. The second has weight 0.5 and no rationale (objective 2):
 
@@ -93,10 +91,9 @@ class Batches:
         decoder_objective_ids   1  1  2  2  2  1  1  0
         decoder_loss_weights    1  1  1  1  1 .5 .5  0
 
-    If all objectives have the same input (`share_encoding`), the input is encoded once, and all targets
-    of the example read the same encoder segment. `decoder_encoder_segment_ids` says, for each target
-    token, which encoder segment it reads. Here are the same two examples with a shared input. The
-    target of objective 2 begins with the decoder prefix 9, a token without loss:
+    If all objectives have the same input (`share_encoding`), an example's targets read the same encoder
+    segment, which `decoder_encoder_segment_ids` gives for each target token. Here are the two examples with a
+    shared input. The target of objective 2 begins with the decoder prefix 9, a token without loss:
 
         encoder_input_tokens        20  5  1 20  6  1
         encoder_segment_ids          1  1  1  2  2  2
@@ -110,9 +107,9 @@ class Batches:
     If the data has several parts, `decoder_task_ids` has, for each target token, the 1-based index of its
     part.
 
-    With `pairs`, all targets of an example are next to each other in the same packed (or padded) row.
-    The examples in a packed row are numbered from 1: first the examples with several targets, then
-    the others. `decoder_example_ids` has, for each target token, the number of its example:
+    With `pairs`, all targets of an example are next to each other in the same row. `decoder_example_ids` has,
+    for each target token, the 1-based index of its example within the row. Examples with several targets come
+    first:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -121,29 +118,25 @@ class Batches:
     Attributes:
         data: token stores and objectives.
         batch_size: number of examples in a step.
-        input_length: maximum number of tokens of an input. A longer input is truncated, but its last
-            token is still the end of sequence.
-        target_length: maximum number of tokens of a target together with its decoder prefix. Longer
-            targets are truncated in the same way.
+        input_length: maximum number of tokens of an input. The last token of a truncated input is still the
+            end of sequence.
+        target_length: maximum number of tokens of a target with its decoder prefix, truncated in the same
+            way.
         seed: seed of the order, and of the choice of examples for `data_fraction`.
-        pack: whether to pack the rows. If False, they are padded. There is then one group for each
-            objective and variant (index of a rationale) or, with `pairs`, only one group. Row i of a
-            group belongs to the i-th example of the step. All rows of a group are padded to the
-            length of the group's longest row in the data. Encodings are not shared.
-        row_multiple: the row count of a batch is a multiple of this number. The number is the product
-            of the number of devices over which a batch is sharded and the number of microbatches.
-        data_fraction: share of the examples to use. The examples of a smaller share are a subset of those
-            of a larger share.
-        row_lengths: input length and target length of a packed row (`batches/row_lengths.py` chooses
-            them). (0, 0) means `input_length` and `target_length`. With `pairs`, a length that is
-            too short for the longest example is raised to the length of that example.
-        pairs: whether all targets of an example are in the same packed row, so that a loss can compare
-            them.
-        loss_mean: `token` or `example`. With `example`, the loss weight of each target token is divided
-            by the number of tokens of its target.
-        shuffle: whether the order is random, as in training. If False, the batches take each example
-            once and in order, as in an evaluation. They then have `num_steps` steps. The last step may
-            have fewer examples, but its arrays have the same shapes.
+        pack: whether to pack the rows. If False, the rows of a group are padded to the group's longest row in
+            the data. There is a group for each objective and variant (index of a rationale) or, with `pairs`,
+            only one. Row i of a group belongs to the i-th example of the step. Encodings are not shared.
+        row_multiple: the row count of a batch is a multiple of this number, the product of the number of
+            devices that share a batch and the number of microbatches.
+        data_fraction: share of the examples to use. A smaller share is a subset of a larger one.
+        row_lengths: input length and target length of a packed row (see `batches/row_lengths.py`). (0, 0)
+            means `input_length` and `target_length`, or with `pairs`, the length of the longest example if it
+            is larger.
+        pairs: whether all targets of an example are in the same row, so that a loss can compare them.
+        loss_mean: `token` or `example`. `example` divides a target token's loss weight by the target's
+            length.
+        shuffle: whether the order is random. If False, the batches take each example once and in order, in
+            `num_steps` steps. The last step may have fewer examples, in arrays of the same shapes.
     """
 
     data: TaskData
@@ -199,8 +192,6 @@ class Batches:
     def with_row_lengths(self, row_lengths: tuple[int, int]) -> "Batches":
         """Returns a copy of these batches whose packed rows have other lengths.
 
-        The copy reuses the token tables that are already computed.
-
         Raises:
             InputError: an example is longer than the new lengths.
         """
@@ -214,7 +205,7 @@ class Batches:
 
     @property
     def shared(self) -> bool:
-        """True if an example's input is encoded only once and all of the example's targets read it."""
+        """Whether all targets of an example read one encoding of its input."""
         return self.pack and self.data.shares_encoding
 
     @functools.cached_property
@@ -239,7 +230,7 @@ class Batches:
         return Sampler(pools, self.data.rates, self.seed, self.shuffle)
 
     def _has_pairs(self) -> bool:
-        """Returns whether any example in use has a target for objective 1 and a target for objective 2."""
+        """Returns whether any example in use has targets for the objectives 1 and 2."""
         # two tables of one store, for objectives 1 and 2, and an example in use that has a row in each
         pairs = itertools.product(self._tables, self._tables)
         return any(
@@ -255,7 +246,7 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Number of steps in an epoch, which may be a fraction: the number of examples in use / `batch_size`."""
+        """Number of steps in an epoch, which may be a fraction."""
         return self.num_examples / self.batch_size
 
     @property
@@ -270,17 +261,15 @@ class Batches:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps in one pass over the examples. It is meaningful only if `shuffle` is false."""
+        """Number of steps in one pass over the examples, if `shuffle` is False."""
         return -(-self.num_examples // self.batch_size)
 
     @functools.cached_property
     def row_counts(self) -> tuple[int, ...]:
         """The row counts that a packed batch may have: at most four, ascending.
 
-        Each batch gets the smallest count into which it fits, and any batch of this data fits into the
-        last. The counts do not depend on the seed, and they depend on `data_fraction` only if it leaves
-        fewer examples than a batch takes (then the last count is larger). So runs that differ only in
-        `seed` and `data_fraction` share compiled steps.
+        Each batch gets the smallest count into which it fits. The counts do not depend on the seed, nor on a
+        `data_fraction` that leaves enough examples for a batch, so such runs share compiled steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
@@ -299,11 +288,9 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """A block's row count must be a multiple of this number.
+        """Number that must divide a block's row count, so that `row_multiple` divides the batch's.
 
-        Then the row count of the batch is a multiple of `row_multiple`. Example: with 4 shards and a
-        `row_multiple` of 6, this number is 3. A batch has 4 blocks, so its row count is a
-        multiple of 12.
+        Example: 3 for 4 shards and a `row_multiple` of 6, so the row count of 4 blocks is a multiple of 12.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
@@ -314,9 +301,8 @@ class Batches:
     def longest(self) -> tuple[int, int]:
         """Returns the lengths of the longest input and of the longest target, after truncation.
 
-        With `pairs`, these are the largest total input length and the largest total target length of
-        any example. If rationales are sampled, these totals include only the longest rationale of an
-        example.
+        With `pairs`, these are the largest total input length and total target length of an example. Of
+        sampled rationales, only the longest counts.
         """
         return self._longest
 
@@ -334,9 +320,8 @@ class Batches:
     def probe(self, count: int) -> list[int]:
         """Packs up to `count` random shards and returns the number of packed rows that each of them needs.
 
-        The shards do not depend on `seed` or `data_fraction`, except that `seed` decides which rationales
-        are sampled. To bound the time, all these shards together have about `count` x 1,024 rows at
-        most. So if shards are large, fewer than `count` are packed, but at least `count` / 16.
+        The shards do not depend on `data_fraction`, and on `seed` only for sampled rationales. To bound the
+        time, fewer large shards are packed, but at least `count` / 16.
         """
         size = self._shard_size
         # 128 shards of 256 examples with 3 tables: 98,304 rows <= 131,072, so all 128. Of 512 examples: 85
@@ -361,7 +346,7 @@ class Batches:
 
     @functools.cached_property
     def lengths(self) -> tuple[tuple[int, int], ...]:
-        """The input length and the target length of the rows of each group."""
+        """The input length and the target length of each group's rows."""
         if self.pack:
             return (self.row_lengths,)
         if self.pairs:
@@ -378,11 +363,9 @@ class Batches:
 
     @functools.cached_property
     def _groups(self) -> list[list[TokenTable]]:
-        """The tables of each group.
+        """The tables of each group: a single group for packed batches and batches with `pairs`.
 
-        Packed batches and batches with `pairs` have one group, with all tables. Other padded batches
-        have a group for each objective and variant (index of a rationale). An example has at most one
-        row in such a group.
+        Other padded batches have a group for each objective and variant (index of a rationale).
         """
         if self.pack or self.pairs:
             return [list(self._tables)]
@@ -424,12 +407,11 @@ class Batches:
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
 
     def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
-        """Returns, for each group, the arrays of the given shards: one block of rows after the other.
+        """Returns each group's arrays for the given shards, one block of rows after the other.
 
         Args:
             shards: some or all shards of one step.
-            fullest: number of rows that the fullest of all shards of the step needs. That shard need not be
-                one of the given ones.
+            fullest: number of rows that the fullest of all shards of the step needs.
         """
         count, features = self.batch_rows(fullest) // self.num_shards, self._features
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
@@ -472,11 +454,7 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Returns the encodings of `rows`.
-
-        Each item of `rows` describes the rows of one table. It contains three arrays: the rows' input
-        lengths, their decoder lengths and the places of their examples.
-        """
+        """Returns the encodings of rows, given as (input lengths, decoder lengths, places) for each table."""
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice
@@ -484,18 +462,13 @@ class Batches:
         return Encodings.of(sizes, places, room, shared=self.shared)
 
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the places and the sizes of the units to pack.
-
-        With `pairs`, a unit is a complete example. Without `pairs`, a unit is one encoding and its
-        targets.
-        """
+        """Returns the places and sizes of the units to pack: with `pairs`, complete examples, else encodings."""
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store. The example at place i is example i of the store.
+        """Returns the encodings of all examples of a store, where example i has place i.
 
-        All rationales of an example are included. With `pairs` and sampled rationales, an example
-        counts as having only one rationale, as in a step. The length of its longest rationale is used.
+        With `pairs`, only the longest of sampled rationales counts, since a step draws one.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):
@@ -511,7 +484,10 @@ class Batches:
         return self._encodings_of(rows)
 
     def sizes(self) -> np.ndarray:
-        """Returns the input and target lengths of all units of the data (see `_units`), [units, 2]."""
+        """Returns the input and target lengths of all units to pack, [units, 2].
+
+        A unit is a complete example with `pairs`, otherwise an input with the targets that read it.
+        """
         stores = range(len(self.data.stores))
         return np.concatenate([self._units(self._all_encodings(store))[1] for store in stores])
 
@@ -528,5 +504,5 @@ class Batches:
 
 
 def filled_rows(batch: Batch) -> int:
-    """Returns the number of rows that have at least one input token, over all groups of the batch."""
+    """Returns the number of rows of all groups that have at least one input token."""
     return sum(int((group["encoder_segment_ids"] > 0).any(1).sum()) for group in batch)

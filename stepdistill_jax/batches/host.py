@@ -1,9 +1,7 @@
-"""Prepares the part of the coming batches that a process needs: the shards with rows on its devices.
+"""Prepares the part of the coming batches that a process needs: the shards on its devices.
 
-The row count of a batch depends on its fullest shard, and its token totals depend on all shards. So
-each process first packs its shards of the next 8 steps. Then the processes exchange the row and token
-counts of their shards for these steps. Each process then makes the arrays of its shards, one step at
-a time.
+Row count and token totals of a batch depend on all shards. So each process packs its shards of the next 8
+steps, exchanges their counts with the other processes, and then makes the arrays, step by step.
 """
 
 import dataclasses
@@ -29,11 +27,9 @@ class HostBatch:
         shards: indices of these shards, from 0, ascending.
         num_shards: number of shards of the global batch.
         shapes: (rows, input length, target length) of each group of the global batch.
-        input_tokens: number of input tokens in the global batch, without padding.
-        target_tokens: number of target tokens in the global batch. It includes decoder prefixes, but
-            not padding.
-        objective_tokens: number of target tokens of each objective in the global batch. It excludes
-            decoder prefixes.
+        input_tokens: number of input tokens in the global batch.
+        target_tokens: number of target tokens in the global batch, with decoder prefixes.
+        objective_tokens: number of target tokens of each objective in the global batch, without prefixes.
     """
 
     groups: Batch
@@ -54,16 +50,13 @@ def iterate(
     channel: Channel | None = None,
     prefetch: int = 4,
 ) -> Iterator[HostBatch]:
-    """Returns an iterator over the batches of steps `start` to `stop - 1`.
-
-    A thread makes the batches in advance.
+    """Returns an iterator over the batches of steps `start` to `stop - 1`, made in advance by a thread.
 
     Args:
         batches: the run's batches, the same in all processes.
-        start, stop: the first step, and the step after the last.
         shards: indices of the shards that this process makes, ascending; None means all.
-        channel: connection to the processes that make the other shards. The iterator closes it at the
-            end. None means that this process makes all shards.
+        channel: connection to the processes that make the other shards, closed at the end. None means that
+            this process makes all shards.
         prefetch: number of batches to keep ready.
     """
     import grain
@@ -138,11 +131,7 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Returns, for each step, the largest row count of any shard and the sums of the shards' token counts.
-
-    `of_processes` has the counts of each process's shards. A shard that several processes make is counted
-    only once.
-    """
+    """Returns the largest row count and the summed token counts of all shards, for each step."""
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]
     # column 0, rows, becomes the maximum over shards; token counts are added up

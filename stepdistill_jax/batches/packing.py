@@ -1,11 +1,9 @@
 """Packs many short rows into few long ones, in three steps: lengths -> packed rows -> arrays.
 
-1. `Encodings.of` groups the rows of a step that read the same encoding of an input, and computes the
-   lengths of each group.
-2. `first_fit` chooses a packed row for each encoding, and the columns where its inputs and targets start.
-   `choose_row_counts` and `most_rows` limit the number of packed rows. If targets are paired,
-   `first_fit` packs complete examples (`Encodings.of_examples`), and `Packing.of_encodings` computes the
-   positions of the encodings inside them.
+1. `Encodings.of` groups the rows that read the same encoding of an input, and adds up their lengths.
+2. `first_fit` chooses a packed row for each encoding, or for each example if targets are paired
+   (`Encodings.of_examples`, `Packing.of_encodings`). `choose_row_counts` and `most_rows` limit the
+   number of packed rows.
 3. `scatter` writes each token into its cell of the arrays of a batch.
 """
 
@@ -34,18 +32,15 @@ CANDIDATES = 24  # candidates from each list for these two; more take time and p
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """For each row, the input encoding that it uses and the position of its target.
+    """The input encoding that each row reads, and the position of the row's target.
 
     Attributes:
-        of_row: for each row, the index of the encoding that it reads, from 0, [rows] int64.
-        offset: for each row, the number of columns between the start of its encoding's targets and the start
-            of its own target, [rows] int64. These columns contain targets of other rows of the encoding.
-        row_sizes: for each row, its input length and its decoder length, [rows, 2] int64.
-        is_first: for each row, whether it is the first row of its encoding, [rows] bool. The inputs of this row
-            are the ones that are encoded.
-        places: for each encoding, the place of its example in the step, [encodings] int64.
-        sizes: for each encoding, its input length and the sum of its rows' decoder lengths,
-            [encodings, 2] int64.
+        of_row: index of each row's encoding, from 0, [rows] int64.
+        offset: column of each row's target, counted from the start of its encoding's targets, [rows] int64.
+        row_sizes: input length and decoder length of each row, [rows, 2] int64.
+        is_first: whether a row is the first of its encoding, so that its inputs are encoded, [rows] bool.
+        places: place of each encoding's example in the step, [encodings] int64.
+        sizes: input length of each encoding, and the sum of its rows' decoder lengths, [encodings, 2] int64.
     """
 
     of_row: np.ndarray
@@ -61,16 +56,16 @@ class Encodings:
     ) -> "Encodings":
         """Returns one encoding for each row or, if `shared`, one for all rows of an example.
 
-        If the targets of an example are together longer than `target_length`, the example is encoded
-        again for the targets that do not fit. So no target is truncated to make room for another.
+        A shared input is encoded again for targets that do not fit into `target_length` together, so that
+        none is truncated.
 
-        Example: an example has three shared rows of the sizes (3, 2), (3, 3) and (3, 4), and
-        `target_length` is 6. Then `of_row` is [0, 0, 1], `offset` is [0, 2, 0], and the sizes of the two
-        encodings are (3, 5) and (3, 4).
+        Example: an example has three shared rows of the sizes (3, 2), (3, 3) and (3, 4), and `target_length`
+        is 6. Then `of_row` is [0, 0, 1], `offset` is [0, 2, 0], and the sizes of the two encodings are (3, 5)
+        and (3, 4).
 
         Args:
-            sizes: for each row, its input length and its decoder length, [rows, 2] int64.
-            places: for each row, the place of its example in the step, [rows] int64.
+            sizes: input length and decoder length of each row, [rows, 2] int64.
+            places: place of each row's example in the step, [rows] int64.
             target_length: decoder length of a packed row.
             shared: whether all rows of an example have the same input.
         """
@@ -100,8 +95,8 @@ class Encodings:
         """Adds up the lengths of each example's encodings.
 
         Returns:
-            `places` [examples], the examples' places in ascending order, and `sizes` [examples, 2], each
-            example's total input length and total target length.
+            The examples' places in ascending order, [examples].
+            The total input length and total target length of each example, [examples, 2].
         """
         places, of = np.unique(self.places, return_inverse=True)
         sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
@@ -114,8 +109,8 @@ class Packing:
 
     Attributes:
         row: index of the packed row that the encoding is in, from 0.
-        input_start: column of the packed row where the encoding's inputs start.
-        target_start: column of the packed row where the encoding's targets start.
+        input_start: column where the encoding's inputs start.
+        target_start: column where the encoding's targets start.
         segment: index of the encoding's segment within the packed row, from 1.
         num_rows: number of packed rows.
     """
@@ -128,17 +123,15 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns the positions of unpacked rows: the example at place i has row i, and its one encoding fills it."""
+        """Returns the positions of unpacked rows: the encoding of the example at place i fills row i."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Turns the positions of complete examples, in `self`, into the positions of their encodings.
+        """Turns positions of complete examples into positions of their encodings, one after the other.
 
-        The examples in `self` are in the order of `Encodings.of_examples`. The encodings of an example are
-        placed one after the other. Example: an example's inputs start at column 5 and its targets at
-        column 2, and it has two encodings of the sizes (3, 1) and (3, 4). Then the encodings start at the
-        columns (5, 2) and (8, 3).
+        The examples are in the order of `Encodings.of_examples`. Example: an example with the start columns
+        (5, 2) has two encodings of the sizes (3, 1) and (3, 4). They start at the columns (5, 2) and (8, 3).
         """
         _, of = np.unique(encodings.places, return_inverse=True)
         order = np.argsort(of, kind="stable")
@@ -154,21 +147,20 @@ class Packing:
 def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
     """Packs rows by first-fit decreasing on two lengths: fills one packed row after the other.
 
-    The rows wait in two lists. A row whose target length / target capacity exceeds its input length / input
-    capacity is in the target list, as most rationales are; the list is sorted by target length. All other rows,
-    such as most labels, are in the input list, which is sorted by input length. In either list, the longest
-    row comes first. If a packed row has relatively more room left for targets than for inputs, the next row
-    comes from the target list, otherwise from the input list: the first that fits. If none fits, the other list
-    is tried. So inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a
-    single list sorted by the larger share, since such a list would pack the rationales together. Once only
-    about two more rows fit into a packed row, the pair that fills it best is chosen. This saves another 3%.
+    Rows whose target length / target capacity exceeds input length / input capacity, such as most rationales,
+    wait in a list sorted by target length. The others, such as most labels, wait in a list sorted by input
+    length. Both lists begin with the longest row. If a packed row has relatively more room for targets, the
+    first fitting row of the target list comes next, otherwise that of the input list. If none fits, the other
+    list is tried. When only about two more rows fit, the pair that fills the packed row best is chosen.
+
+    So inputs and targets fill up together. On rows like CQA's, this needs 15% fewer packed rows than a single
+    list. The pairs save another 3%.
 
     Example: with the capacity (4, 4), the sizes (3, 1), (1, 1), (1, 3) are put into the packed rows 0, 1, 0.
     The row of size (3, 1) comes first, and the row of size (1, 3) fills the rest of its packed row.
 
     Args:
-        sizes: for each row, its input length and its target length, [rows, 2] int. Each length is at
-            least 1 and at most the capacity.
+        sizes: input length and target length of each row, [rows, 2] int, at least 1 and at most the capacity.
         capacity: input length and target length of a packed row.
 
     Returns:
@@ -215,11 +207,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """One of the two lists of waiting rows in `first_fit`, sorted by one of their lengths, the longest first.
-
-    The sorting length is the input length in the input list (`side` 0), and the target length in the target
-    list (`side` 1).
-    """
+    """A list of waiting rows in `first_fit`, by descending input length (`side` 0) or target length (1)."""
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
         order = members[np.argsort(-sizes[members, side], kind="stable")]
@@ -230,7 +218,7 @@ class _Decreasing:
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the first position whose sorting length fits into `room`. All later ones fit, too."""
+        """Returns the first position whose sorting length fits into `room`, as do all later ones."""
         # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
         # target length in the input list) does not fit, no row fits, and the result is the end of the list.
         if room[1 - self._side] < self._least_other:
@@ -238,7 +226,7 @@ class _Decreasing:
         return bisect.bisect_left(self._keys, -room[self._side])
 
     def first(self, room: list[int]) -> list[tuple["_Decreasing", int]]:
-        """Returns [(self, k)], where k is the position of the first row whose input and target both fit, else []."""
+        """Returns [(self, position)] of the first row whose input and target fit, or [] if there is none."""
         other, other_room = self._lengths[1 - self._side], room[1 - self._side]
         for k in range(self._from(room), len(other)):
             if other[k] <= other_room:
@@ -246,10 +234,9 @@ class _Decreasing:
         return []
 
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
-        """Returns the positions, input lengths and target lengths of about 24 candidates.
+        """Returns the positions, input lengths and target lengths of about 24 evenly spread candidates.
 
-        The sorting length of a candidate fits into `room`, but its other length may not. The candidates are
-        evenly spread over the list, so they include long and short rows.
+        Only a candidate's sorting length is sure to fit into `room`.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)
@@ -266,10 +253,9 @@ class _Decreasing:
 def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
-    """Returns the candidate, or the pair of candidates, that fits and fills the packed row best.
+    """Returns the one or two candidates that fill the packed row best, as (list, position) each, or [].
 
-    The result is a list of (list of waiting rows, position); it is [] if no candidate fits. The row at
-    the later position comes first, so that removing it does not move the other row.
+    The later position comes first, so that removing its row does not move the other row.
     """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists
@@ -293,10 +279,7 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns the sum of each pair of n lengths, [n, n] float64. The diagonal contains the single lengths.
-
-    Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
-    """
+    """Returns the sum of each pair of n lengths, [n, n] float64: `_each_two([1, 5])` is [[1, 6], [6, 5]]."""
     single = np.array(lengths, np.float64)
     sums = np.add.outer(single, single)
     sums.reshape(-1)[:: len(single) + 1] = single
@@ -308,20 +291,17 @@ def choose_row_counts(
 ) -> tuple[int, ...]:
     """Returns the row counts that the packed block of a shard may have: at most four, ascending.
 
-    A block gets the smallest count into which it fits, and the rows that it does not need are empty. Each count
-    is another shape to compile, so there are only four. The first two minimise the mean count over the
-    probes, and thereby the number of empty rows. The third lies above the largest probe by about one or two
-    standard deviations of the probes. The fourth is `bound`, rounded up: it is far larger, but hardly ever
-    needed.
+    A block gets the smallest count into which it fits. The first two minimise the mean count over the probes.
+    The third lies about one or two standard deviations above the largest probe. The fourth is `bound`,
+    rounded up: far larger, but hardly ever needed.
 
     Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
     Args:
-        probes: number of packed rows that each of some random shards needed.
+        probes: numbers of packed rows that some random shards needed.
         bound: number of packed rows that no shard can exceed.
         row_multiple: every count is a multiple of this number.
-        num_shards: number of shards in a batch. All blocks of a batch get the count that its fullest
-            shard needs.
+        num_shards: number of shards in a batch, whose blocks all get the fullest shard's count.
     """
     used = np.sort(np.asarray(probes, np.int64))
     # The fullest of several shards lies further above the mean. With this factor, only one batch in some
@@ -354,17 +334,15 @@ def round_up(value: float, multiple: int) -> int:
 def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
     """Returns a number of packed rows that `first_fit` never exceeds for `batch_size` examples.
 
-    `first_fit` opens a new packed row only when no waiting row fits into the current one, because its
-    input or its target is too long. Let the load of a packed row be the sum, over its encodings, of
-    input length / input capacity + target length / target capacity. Then the loads of two consecutive packed
-    rows add up to more than 1. So m packed rows have a total load above (m - 1) / 2, which means that
-    m < 2 * total load + 1.
+    An encoding's load is input length / input capacity + target length / target capacity, and a packed row's
+    load is the sum of its encodings' loads. `first_fit` opens a packed row only when no waiting row fits into
+    the current one. So two consecutive packed rows have a load above 1, and m packed rows have a load above
+    (m - 1) / 2. Then m < 2 * total load + 1.
 
     Args:
-        loads: for each example, its load, which is the same sum over the example's encodings, [examples]. An
-            example that a batch may contain twice is listed twice.
-        rows_each: for each example, its number of encodings, [examples]. An encoding is always in a
-            single packed row.
+        loads: sum of the loads of each example's encodings, [examples]. An example that a batch may contain
+            twice is listed twice.
+        rows_each: number of encodings of each example, [examples], each in a single packed row.
         batch_size: number of examples in a batch.
     """
     # the worst batch has the heaviest examples
@@ -385,9 +363,8 @@ def empty_group(
 ) -> Group:
     """Returns a group of `count` rows of padding.
 
-    Each option adds an array with one entry for each target token. `shared` adds the encoder segment that each
-    target token reads, `several_tasks` adds the index of its task, and `pairs` adds the number of its example
-    within the packed row.
+    Each option adds an array for the target tokens: `shared` their encoder segments, `several_tasks` their
+    task indices, and `pairs` the indices of their examples within the packed row.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
@@ -419,16 +396,14 @@ def scatter(
 ) -> None:
     """Writes each token of the rows into its cell of a group.
 
-    The decoder segments of a packed row are numbered from left to right. If every target has its own
-    encoding, its encoder segment and its decoder segment have the same number.
+    A packed row's decoder segments are numbered from left to right, as are its encoder segments.
 
     Args:
         group: arrays of `empty_group`, filled in place.
         encodings, packing: positions of the tokens.
         inputs: input ids of all rows, one row after the other, [input tokens].
-        targets: decoder ids of all rows, in the same order of rows and including decoder prefixes,
-            [decoder tokens].
-        tasks, objectives, weights: the task index, objective index and loss weight of each decoder token,
+        targets: decoder ids of all rows, with decoder prefixes, in the same order, [decoder tokens].
+        tasks, objectives, weights: task index, objective index and loss weight of each decoder token,
             [decoder tokens].
     """
     # An array [rows, width] is filled through its flat view: cell = row * width + column.
@@ -465,10 +440,7 @@ def scatter(
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Returns, for each row, the 1-based index of its example within the packed row, [rows].
 
-    The examples of a packed row that have several targets are numbered first, from left to right, and
-    those with a single target after them. An example with several targets has at least two target tokens. So
-    the indices of these examples are at most half of the packed row's target length, however many other
-    examples are in the row.
+    Examples with several targets come first, so their indices are at most half of the target length.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True
@@ -479,7 +451,7 @@ def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray)
 
 
 def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns, for each row, its 1-based rank among the rows of its group when they are sorted by key, [rows].
+    """Returns each row's 1-based rank by key among the rows of its group, [rows].
 
     Example: `_numbers_within([0, 1, 0], [9, 5, 2])` is [2, 1, 1].
     """

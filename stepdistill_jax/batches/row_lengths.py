@@ -25,9 +25,8 @@ class RowLengths:
     """A candidate for the lengths of packed rows, and its cost.
 
     Attributes:
-        input_length, target_length: lengths of the inputs and of the targets of a packed row, in tokens.
-        rows: mean number of packed rows over sampled steps. Before the mean is taken, the number of each
-            step is rounded up to a multiple of `row_multiple`.
+        input_length, target_length: lengths of the inputs and targets of a packed row, in tokens.
+        rows: mean number of packed rows of a step, each rounded up to a multiple of `row_multiple`.
         cost: mean cost of a step: `rows` times the cost of one packed row.
     """
 
@@ -45,11 +44,9 @@ class RowLengths:
 def candidates(
     batches: Batches, cost: Cost, input_length: int | None, target_length: int | None
 ) -> list[RowLengths]:
-    """Returns candidate row lengths with their cost, shortest first.
+    """Returns candidate row lengths with their cost, shortest first. The longest example fits into each.
 
-    The longest example of the data fits into a row of each candidate. The candidates do not depend on the
-    seed. They depend on `data_fraction` only if `TaskData.share_is_drawn` is true, because the data then
-    consists of the drawn share.
+    The candidates do not depend on the seed, and on `data_fraction` only if `TaskData.share_is_drawn`.
 
     Args:
         batches: batches of the train split. Their `row_lengths` are ignored.

@@ -1,7 +1,7 @@
-"""Chooses the examples of a step and their rows. The choice depends only on the data, the settings and the step.
+"""Chooses the examples of a step and their rows, from only the data, the settings and the step.
 
-`Sampler` maps the positions 0, 1, 2, ... of a run to examples, so a run can resume from its step number alone.
-`rows_of` finds the rows of these examples in each `TokenTable`.
+`Sampler` maps the positions 0, 1, 2, ... of a run to examples. `rows_of` finds the rows of these examples in
+each `TokenTable`.
 """
 
 import dataclasses
@@ -22,9 +22,7 @@ MIXTURE_BLOCK = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedRows:
-    """Rows of ids, truncated to `most` tokens.
-
-    If a row ends with the end of sequence (id 1), so does the truncated row.
+    """Rows of ids, truncated to `most` tokens. A truncated row keeps its end of sequence (id 1).
 
     Example: with `most` 3, the row `5 6 7 1` becomes `5 6 1`, and `5 6 7 8` becomes `5 6 7`.
     """
@@ -39,15 +37,15 @@ class TruncatedRows:
 
     @functools.cached_property
     def is_truncated(self) -> np.ndarray:
-        """Returns a mask of the rows that are longer than `most`, [examples] bool."""
+        """Whether each row is longer than `most`, [examples] bool."""
         return self.rows.lengths > self.most
 
     def used(self, examples: np.ndarray) -> np.ndarray:
-        """Returns the indices, in `rows.ids`, of the tokens that the examples keep: [tokens]."""
+        """Returns the indices in `rows.ids` of the tokens that the examples keep, [tokens]."""
         return ranges(self.rows.starts[examples], self.lengths[examples])
 
     def ids(self, examples: np.ndarray) -> np.ndarray:
-        """Returns the ids of the examples, one example after the other: [tokens] int32."""
+        """Returns the ids of the examples, one example after the other, [tokens] int32."""
         # the indices are an array, so `ids` is a copy: the store itself is not changed below
         ids, cut = self.rows.ids[self.used(examples)], self.is_truncated[examples]
         if cut.any():
@@ -66,12 +64,10 @@ class TokenTable:
         store: index of the store, from 0.
         objective: index of the objective, from 1.
         variant: index of the rationale among the example's rationales, from 0.
-        inputs, targets: ids of each example's input and target. If the target is empty, the example has
-            no row in this table.
+        inputs, targets: ids of each example's input and target. An empty target means that there is no row.
         prefix: ids of the objective's `decoder_prefix`.
         weights: loss weight of each example's target tokens, [examples] float32.
-        token_weights: a further factor of the loss weight of each target token, [tokens] float32; None
-            means 1 for all.
+        token_weights: a further factor of each target token's loss weight, [tokens] float32; None means 1.
     """
 
     store: int
@@ -85,20 +81,25 @@ class TokenTable:
 
     @functools.cached_property
     def present(self) -> np.ndarray:
-        """Mask of the examples that have this row, [examples] bool."""
+        """Whether each example has a row in this table, [examples] bool."""
         return self.targets.lengths > 0
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """Total length of prefix and target of each example, or 0 if the example has no row, [examples] int64."""
+        """Length of prefix and target of each example, or 0 without a row, [examples] int64."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns the input ids, decoder ids, task indices, objective indices and loss weights of examples.
+        """Returns five arrays of the examples' tokens, one example after the other.
 
-        Each result is an array [tokens], which lists one example after the other. The input ids have one entry
-        for each input token, and the other arrays have one for each decoder token. Tokens of a decoder prefix
-        have objective 0 and weight 0.
+        Tokens of a decoder prefix have objective 0 and weight 0.
+
+        Returns:
+            The input ids, [input tokens].
+            The decoder ids, [decoder tokens].
+            The task indices, [decoder tokens].
+            The objective indices, [decoder tokens].
+            The loss weights, [decoder tokens].
         """
         ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
         objectives = np.full(len(ids), self.objective)
@@ -123,10 +124,7 @@ class TokenTable:
 def token_tables(
     data: TaskData, input_length: int, target_length: int, loss_mean: str
 ) -> tuple[TokenTable, ...]:
-    """Returns a table for each column of each store.
-
-    `Batches` describes the lengths and `loss_mean`.
-    """
+    """Returns a table for each column of each store. `Batches` explains the arguments."""
     tables = []
     for number, part in enumerate(data.parts):
         store = part.store
@@ -155,9 +153,8 @@ def _loss_weights(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns `weights` and `token_weights` of a `TokenTable`.
 
-    With `loss_mean` "example", the weights of a target's tokens add up to the target's weight w. Each token
-    gets w / length or, with token weights, w / (sum of the target's token weights). So the sums over tokens
-    in the compiled step become sums over targets, without a change of the step.
+    With `loss_mean` "example", a target's weight w is shared out: each token gets w / length or, with token
+    weights, w / (sum of the target's token weights).
     """
     first, shares = targets.rows.starts, targets.lengths
     ends = first + targets.lengths
@@ -176,11 +173,7 @@ def _loss_weights(
 
 
 class ExampleIds(NamedTuple):
-    """Drawn examples, as three arrays [examples] int64.
-
-    They contain, for each example, the index of its store, its index in the store, and the epoch in which it
-    is drawn.
-    """
+    """The store, the index in the store and the epoch of drawn examples, each [examples] int64."""
 
     stores: np.ndarray
     indices: np.ndarray
@@ -190,8 +183,8 @@ class ExampleIds(NamedTuple):
 def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
     """Returns a uniform random number for each drawn example, [examples] uint64.
 
-    The number depends only on (seed, store, example, epoch). It is computed with the mixing function of
-    splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators").
+    The number depends only on (seed, store, example, epoch). It is mixed as in splitmix64 (Steele et al.
+    2014, "Fast splittable pseudorandom number generators").
     """
     # uint64 arrays wrap around without a warning, as the algorithm needs
     mixed = np.full(len(drawn.indices), seed, np.uint64)
@@ -206,8 +199,8 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
     """Returns, for each store, the sorted indices of the examples that a run uses.
 
-    To choose them, a store's usable examples are put in a random order, which depends only on the seed and the
-    store, and the first ones are kept. So the examples of a smaller fraction are a subset of those of a larger one.
+    The seed and the store alone decide the order in which examples are chosen. So a smaller fraction is a
+    subset of a larger one.
     """
     if fraction == 1:
         return list(usable)
@@ -223,18 +216,16 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 class Sampler:
     """Maps positions 0, 1, 2, ... of a run to examples, in two steps.
 
-    1. Position -> (store, turn). Each block of 65,536 positions is a random sequence of the stores, in which
-       each store appears in proportion to its rate. The turn of a position is the number of earlier
-       positions of the same store.
-    2. (store, turn) -> example. Turn t of a store with n examples takes the element t % n of the store's
-       permutation in epoch t // n.
+    1. Position -> (store, turn). Each block of 65,536 positions is a random sequence of the stores, in
+       proportion to their rates. A position's turn is the number of earlier positions of its store.
+    2. (store, turn) -> example. Turn t of a store with n examples takes the element t % n of the
+       store's permutation in epoch t // n.
 
     Attributes:
         pools: for each store, the examples in use.
         rates: for each store, its share of the positions. Only used with `shuffle`.
         seed: seed of all draws.
-        shuffle: if False, the positions give each example once: one store after the other, each in its own
-            order.
+        shuffle: if False, the positions give each example once and in order, one store after the other.
     """
 
     pools: Sequence[np.ndarray]
@@ -243,7 +234,7 @@ class Sampler:
     shuffle: bool
 
     def __call__(self, position: np.ndarray) -> ExampleIds:
-        """Returns the examples at the given positions, [positions] int64, which may be in any order."""
+        """Returns the examples at the given positions, [positions] int64, in any order."""
         if not self.shuffle:
             return self._in_order(position)
         # position -> (store, turn), block by block
@@ -272,10 +263,7 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """Function that takes (store, epoch) and returns the store's pool in the order of this epoch.
-
-        It caches two permutations per store on average.
-        """
+        """Cached function from (store, epoch) to the store's pool in the order of this epoch."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -285,10 +273,7 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Function that takes the index of a block and returns the store and the turn of each of its positions.
-
-        The result is two arrays [65,536].
-        """
+        """Cached function from the index of a block to its positions' stores and turns, two arrays [65,536]."""
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng((self.seed, len(self.pools), 2, block))
@@ -303,11 +288,10 @@ class Sampler:
 
     @functools.cached_property
     def _shares(self) -> np.ndarray:
-        """Number of positions of each store in a block, at least 1, [stores].
+        """Number of positions of each store in a block, at least 1, [stores], rounded by largest remainders.
 
-        The exact shares are rounded by the method of largest remainders. Example: for 10 positions, the rates
-        1 and 2 give the exact shares 3.33 and 6.67, and 3 and 6 rounded down. The position that is left over
-        goes to the store with the larger remainder, so the result is 3 and 7.
+        Example: for 10 positions, the rates 1 and 2 give the exact shares 3.33 and 6.67, and 3 and 6 rounded
+        down. The position left over goes to the larger remainder, so the result is 3 and 7.
         """
         exact = np.asarray(self.rates, np.float64)
         exact = exact / exact.sum() * MIXTURE_BLOCK
@@ -327,8 +311,7 @@ Rows = list[tuple[TokenTable, np.ndarray, np.ndarray]]
 def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int | None) -> Rows:
     """Returns the rows that the drawn examples have in these tables.
 
-    If there is a `variant_seed`, one rationale of each example is drawn in each epoch. If it is None, an
-    example has the rows of all its rationales.
+    With a `variant_seed`, one rationale of each example is drawn in each epoch. None takes all rationales.
     """
     found = []
     random = None if variant_seed is None else draws(drawn, variant_seed)

@@ -1,4 +1,4 @@
-"""Training: `train` trains a model as a `TrainConfig` describes, and `inspect` shows what it would read.
+"""Trains a model (`train`), and shows what training would read (`inspect`).
 
 Subclasses of `ExtraLoss` and `PairedLoss` add a term to the loss.
 """

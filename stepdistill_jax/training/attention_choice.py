@@ -1,4 +1,4 @@
-"""Chooses how a run computes attention, and tests the attention kernel before the first step is compiled."""
+"""Chooses how a run computes attention, and tests the attention kernel before the first compile."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class _Call(NamedTuple):
-    """The lengths (in tokens) and options of one attention call in a training step."""
+    """The lengths (in tokens) and options of one attention call."""
 
     queries: int
     keys: int
@@ -37,16 +37,11 @@ def settle_attention(
 ) -> ModelConfig:
     """Returns the model's configuration with `attention` set to "xla" or "pallas", and logs the choice.
 
-    The value "auto" becomes "pallas" if the kernel works on the mesh's devices, otherwise "xla".
-
-    Args:
-        model: the run's model; its `attention` is one of `config.ATTENTIONS`.
-        mesh: the run's mesh.
-        lengths: pairs (input length, target length) of the rows, in tokens.
+    "auto" becomes "pallas" if the kernel works on the mesh's devices, otherwise "xla". `lengths` has pairs
+    (input length, target length) of the rows, in tokens.
 
     Raises:
-        InputError: `attention` is "pallas", but no kernel supports the platform, the shapes or the
-            model's features.
+        InputError: `attention` is "pallas", but no kernel supports the platform, the shapes or the model.
     """
     settled, problem = untried_attention(model, mesh, lengths)
     device = mesh.devices.flat[0]
@@ -71,12 +66,14 @@ def untried_attention(
 ) -> tuple[ModelConfig, str | None]:
     """Chooses the attention like `settle_attention`, but assumes that the kernel works and logs nothing.
 
-    It takes the same arguments and raises the same errors. It runs nothing on the mesh's devices, so they
-    need not exist on this machine.
+    Nothing runs on the mesh's devices, so they need not exist on this machine.
 
     Returns:
-        The model's configuration with the choice, and the reason why no kernel can be used. The reason is
-        None if a kernel can be used, or if "xla" was chosen without checking the kernels.
+        The model's configuration with the choice.
+        The reason why no kernel can be used, or None.
+
+    Raises:
+        InputError: as for `settle_attention`.
     """
     device = mesh.devices.flat[0]
     if model.attention == "xla" or (model.attention == "auto" and device.platform == "cpu"):
@@ -99,10 +96,7 @@ def untried_attention(
 
 
 def _beyond_kernels(model: ModelConfig) -> str | None:
-    """Returns a string that lists the model's attention features that no kernel supports.
-
-    Returns None if the model has no such features.
-    """
+    """Returns a message that lists the model's features without a kernel, or None if there are none."""
     sides = (model.encoder, model.decoder)
     beyond = {
         "soft caps of scores": any(side.score_softcap is not None for side in sides),
@@ -120,10 +114,7 @@ def _say(line: str) -> None:
 
 
 def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
-    """Returns the attention calls of a step.
-
-    Each pair of lengths has three calls: encoder self-attention, decoder self-attention and cross-attention.
-    """
+    """Returns a step's calls: for each pair of lengths, encoder, decoder and cross-attention."""
     return [
         call
         for inputs, targets in dict.fromkeys(lengths)
@@ -136,11 +127,7 @@ def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
 
 
 def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]) -> str | None:
-    """Compares the kernel with plain operations on this process's first device.
-
-    Returns:
-        A string that describes the error or the difference, or None if the results agree.
-    """
+    """Returns how the kernel fails or differs from plain operations on this process's first device, or None."""
     heads = model.decoder.num_heads // tensor
     try:
         distances = {call: _distance(model, heads, call) for call in _calls(lengths)}
@@ -154,7 +141,7 @@ def _failure(model: ModelConfig, tensor: int, lengths: Sequence[tuple[int, int]]
 
 
 def _distance(model: ModelConfig, heads: int, call: _Call) -> float:
-    """Returns the largest |kernel - plain| / |plain| over the output and the gradients, for random packed rows."""
+    """Returns the largest |kernel - plain| / |plain| of the output and the gradients, for random packed rows."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int, dtype: str = model.dtype) -> jax.Array:

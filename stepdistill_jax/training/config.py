@@ -41,18 +41,16 @@ class OptimizerConfig:
         schedule: a `LearningRate`, or its name (`linear`, `cosine`, `rsqrt`, `constant`).
         warmup_steps (steps): number of steps until the learning rate reaches its peak. Used only if
             `schedule` is a name.
-        b1, b2: AdamW's decay rates: `b1` for the mean of the gradients, `b2` for the mean of their
-            squares.
+        b1, b2: AdamW's decay rates: `b1` for the mean of the gradients, `b2` for the mean of their squares.
         eps: AdamW's epsilon, added to the root of the second moment.
-        eps_before_correction: whether AdamW adds `eps` to the root of the second moment before the
-            bias correction, as the `AdamW` of transformers did. With `b2` 0.999, `eps` then has
-            sqrt(1000) times as much effect in the first step; the difference vanishes over the run.
+        eps_before_correction: whether AdamW adds `eps` before the bias correction, as the `AdamW` of
+            transformers did. With `b2` 0.999, `eps` then has sqrt(1000) times as much effect in the first
+            step; the difference vanishes over the run.
         weight_decay: weight decay of AdamW or Adafactor. The paper uses 0, unlike optax's default.
-        clip_norm: largest global norm of the gradients. Gradients with a larger norm are scaled down
-            to this norm.
-        mu_dtype: type of AdamW's first moment, `float32` or `bfloat16` (optax uses the same name). The
-            second moment is always float32: each step changes it only by the fraction 1 - b2, which
-            bfloat16 would round away.
+        clip_norm: largest global norm of the gradients. Gradients with a larger norm are scaled down to this
+            norm.
+        mu_dtype: type of AdamW's first moment, `float32` or `bfloat16`. The second moment is always float32:
+            each step changes it only by the fraction 1 - b2, which bfloat16 would round away.
     """
 
     name: str = "adamw"
@@ -94,7 +92,7 @@ class OptimizerConfig:
 
     @property
     def rate(self) -> LearningRate:
-        """The schedule as a `LearningRate`, even if `schedule` is a name."""
+        """The schedule as a `LearningRate`."""
         if isinstance(self.schedule, LearningRate):
             return self.schedule
         return LearningRate(self.schedule, self.warmup_steps)
@@ -114,19 +112,18 @@ class TrainConfig:
             used with `init_from`.
         init_from: where the initial weights come from: a model directory, another run's workdir (its
             best step), or a model of the Hugging Face hub, `OWNER/NAME`. None means random weights.
-        init_rules: pairs (regular expression, name in `init_from` or None). For each parameter, the
-            first expression that matches its complete name decides: the parameter is loaded from the
-            given name, or drawn from the seed if the rule has None. A parameter that no rule matches
-            is loaded under its own name.
+        init_rules: pairs (regular expression, name in `init_from` or None). The first expression that
+            matches a parameter's complete name decides. The parameter is loaded from the given name, or
+            drawn from the seed if that is None. A parameter without a matching rule is loaded under its own
+            name.
         objectives: name of a predefined set (an arm), such as `step_by_step`, or your own objectives.
         task_objectives: maps each plain SeqIO task of a mixture to the objective that it trains, for
             instance {"own_label": "label", "own_rationale": "rationale"}. The value `single` trains all
-            tasks of the mixture as one objective. Tasks of `add_task` and prepared datasets have their
-            own objectives and need no entry.
+            tasks of the mixture as one objective. Tasks of `add_task` and prepared datasets need no entry.
         extra_loss: a further term of the loss, or None.
         batch_size (examples): number of examples per step. The step uses all rows of each example.
-        pack: whether several short rows are packed into one longer row. False pads the rows of each objective
-            instead.
+        pack: whether several short rows are packed into one longer row. False pads the rows of each
+            objective instead.
         input_length (tokens): maximum length of an input. Longer inputs are truncated, and their number
             is logged.
         target_length (tokens): maximum length of a target. Longer targets are truncated, and their
@@ -153,11 +150,10 @@ class TrainConfig:
         data_fraction: share of the train split to use. A smaller share is a subset of a larger one. For
             a dataset prepared with `paper_exact`, the seed decides which examples are in the share,
             and the validation examples are drawn from this share.
-        best_metric: validation metric that decides which step is best, named without
-            `eval/validation/`. The largest value wins, or the smallest if the name starts with `loss`.
-            None means the label accuracy, averaged over the parts of a mixture. If two steps
-            have equal values, the one with the lower label loss wins. If these are equal, too, the
-            earlier step wins.
+        best_metric: validation metric that decides which step is best, named without `eval/validation/`.
+            The largest value wins, or the smallest if the name starts with `loss`. None means the label
+            accuracy, averaged over the parts of a mixture. Between equal values, the step with the lower
+            label loss wins, then the earlier step.
         profile_steps (steps): first and last step to profile. The profile is written to
             `WORKDIR/profile`. None means no profile.
         optimizer: update rule and schedule, or your own function that returns an optax transformation.
@@ -166,9 +162,9 @@ class TrainConfig:
             `init_from`.
         dropout_rate: dropout rate of the complete model.
         max_decode_len (tokens): maximum length of a decoded label, including its end of sequence, in
-            validation and in later predictions. None means the length of the longest train label,
-            rounded up to a multiple of 8. If answers contain more than a label, the longest train
-            target of the first objective is used, and this setting is ignored.
+            validation and in later predictions. None means the length of the longest train label, rounded
+            up to a multiple of 8. If answers contain more than a label, this setting is ignored: the
+            longest train target of the first objective decides.
         remat_policy: what the backward pass recomputes to save memory: `elementwise`, `minimal` or
             `full`.
         scan_layers: whether all layers are compiled as one loop. False suits runs of many hours: on a
@@ -177,8 +173,8 @@ class TrainConfig:
         loss_mean: how an objective's loss is averaged over the global batch. `token` takes the mean over
             all target tokens, as in the paper. `example` takes the mean over the tokens of each target,
             then the mean over the targets.
-        token_weights: maps an objective to the field of the train rows that has a weight for each word
-            of its target, e.g. {"rationale": "rationale_weights"}. None gives all words equal weights.
+        token_weights: maps an objective to a field of the train rows, which has a weight for each word of
+            the target, e.g. {"rationale": "rationale_weights"}. None gives all words equal weights.
         lora: ranks of LoRA adapters. If set, only the adapters are trained. None trains all weights.
         watchdog_medians: a step is stuck if it takes more than this many times the median of recent
             steps. The process then ends. 0 turns this off.
@@ -186,8 +182,8 @@ class TrainConfig:
             for a validation and for a save, the limit is 12 times this time.
         on_nonfinite: what happens if a step's loss or gradient is not finite. `skip` leaves out the
             update, counts the step and records its examples; `stop` ends the run.
-        max_consecutive_nonfinite (steps): number of steps in a row that are not finite, after which the
-            run returns to the last good checkpoint's parameters. The second time, the run ends.
+        max_consecutive_nonfinite (steps): after this many steps in a row that are not finite, the run
+            returns to the last good checkpoint's parameters. The second time, the run ends.
         spike_factor: a step is recorded with its examples if its loss is above this many times the
             median loss of the last 100 steps. 0 turns this off.
         grace_secs (seconds): longest time from a stop signal to the end of the process, even if nothing
@@ -334,7 +330,7 @@ class TrainConfig:
         return isinstance(self.extra_loss, PairedLoss)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the settings as plain values for `run.json`. A resumed run compares them."""
+        """Returns the settings as plain values for `run.json`, with which a resumed run is compared."""
         extra = self.extra_loss and self.extra_loss.to_json()
         fields = dataclasses.asdict(self) | {"extra_loss": extra}
         if isinstance(self.optimizer, OptimizerFunction):

@@ -1,9 +1,7 @@
 """Cross-entropy over a large vocabulary, computed for one chunk of tokens at a time.
 
-The logits of 2,048 tokens x 32,128 ids take 263 MB in float32, and a plain loss keeps several copies for
-the backward pass. Here the forward pass computes the gradient of each chunk while its logits exist, as in
-Liger Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). So all logits are computed
-only once, and only one chunk of them exists at a time.
+The forward pass also computes a chunk's gradient, so only one chunk's logits exist at a time, as in Liger
+Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 import functools
@@ -30,25 +28,22 @@ def cross_entropy(
     softcap: float | None = None,
     tied: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the scaled sum of all tokens' negative log probabilities, and two values for each token.
+    """Returns the scaled loss of all tokens, and the loss and correctness of each token.
 
-    Let logits = states @ kernel. A token adds scale x (-log softmax(logits)[target]) to the sum.
+    Let logits = states @ kernel. A token adds scale x (-log softmax(logits)[target]) to the scaled loss.
 
     Args:
         states: the decoder's states, [batch, length, embed]. Matmuls are computed in their dtype.
         kernel: weights of the output layer, [embed, vocab], or [vocab, embed] if `tied`.
-        targets: ids that the model should predict, [batch, length] int32.
-        scale: each token's factor in the sum, [batch, length] float32. It gets no gradient.
+        targets: target ids, [batch, length] int32.
+        scale: factor of each token, [batch, length] float32. It gets no gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
-        tied: whether `kernel` is the embedding itself, [vocab, embed]. Neither the embedding nor its
-            gradient is transposed, since a copy would cost memory and time.
+        tied: whether `kernel` is the embedding itself, which is not transposed, to save memory and time.
 
     Returns:
-        The sum, a float32 scalar; only this output has a gradient.
-        Each token's negative log probability in nats, [batch, length] float32.
+        The scaled loss, a float32 scalar; only this output has a gradient.
+        The negative log probability of each token in nats, [batch, length] float32.
         For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
-        So a target that shares the highest probability with another id counts as correct. With
-        argmax, it would count only if it were the first of these ids.
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, tied, False, False)
     return _total(scale, nll), nll, correct
@@ -88,10 +83,7 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_own_rows(
     states, kernel, targets, scale, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Runs `_chunked` on each device's rows, so that the kernel is gathered and its gradient added up only once.
-
-    GSPMD alone would gather the kernel and add up its gradient for each chunk of the loop.
-    """
+    """Runs `_chunked` on each device's rows. GSPMD alone would gather the kernel for each chunk."""
     # leaves out axes of size 1, over which XLA cannot reduce (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)
@@ -130,14 +122,7 @@ def _on_own_rows(
 def _chunked(
     states, weights, targets, scale, *, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Computes the loss and its gradients for the rows of one device.
-
-    Returns:
-        Each token's negative log probability, [batch, length] float32.
-        For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
-        The gradient of the scaled sum with respect to the states, or None if `states_grad` is False.
-        The gradient of the scaled sum with respect to the kernel, or None if `kernel_grad` is False.
-    """
+    """Returns each token's loss and correctness, and the requested gradients, for the rows of one device."""
     rows, length, _ = states.shape
     tokens = rows * length
     most = GPU_CHUNK_TOKENS if traced_platform() == "gpu" else CHUNK_TOKENS

@@ -28,7 +28,7 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def vocabulary_of(config: TrainConfig) -> str | None:
-    """Returns the vocabulary of `init_from` or of the model family. None means the task's own vocabulary."""
+    """Returns the vocabulary of `init_from` or of the model family; None means the task's own vocabulary."""
     if config.init_from is not None:
         return read_model_files(local_model(config.init_from)).vocabulary.source
     return BYTES if config.model_family == "byt5" else None
@@ -44,12 +44,10 @@ def load_split(
 ) -> TaskData:
     """Returns the tokens of a split as a run of `config` reads them.
 
-    The train split is read with the config's supervision and token weights. The validation split is read
-    with the supervision that `Supervision.held_out` returns. Other splits keep each row unchanged.
+    The config's supervision and token weights apply to the train split. The validation split has the
+    supervision `Supervision.held_out()`. The rows of other splits stay unchanged.
 
     Args:
-        config: the run's config.
-        split: name of a split of the config's task.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets; None means the default folder.
         objectives: objectives of the train split; None means the config's.
@@ -84,10 +82,7 @@ def tried_row_lengths(
 ) -> list[row_lengths.RowLengths]:
     """Returns the candidates for the lengths of packed rows, each with the FLOPs of a step.
 
-    Args:
-        config: the run's config. If it sets a row length, this length is the only candidate.
-        batches: batches of the train split (`batches_of`).
-        model: configuration of the trained model.
+    `batches` must be of the train split. A length that `config` sets has no other candidate.
     """
 
     def cost(input_length: int, target_length: int) -> float:
@@ -99,7 +94,7 @@ def tried_row_lengths(
 
 
 def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) -> Batches:
-    """Sets the row lengths of `batches` to those that a new run of `config` chooses; padded ones stay unchanged."""
+    """Returns the batches with the packed-row lengths that a new run of `config` chooses."""
     if not config.pack:
         return batches
     best = row_lengths.cheapest(tried_row_lengths(config, batches, model))
@@ -107,7 +102,7 @@ def in_cheapest_rows(config: TrainConfig, batches: Batches, model: ModelConfig) 
 
 
 def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
-    """Returns the batches with packed rows of these lengths. A length is increased if an example is longer."""
+    """Returns the batches with packed rows of these lengths, or longer ones if an example needs them."""
     pairs = zip(lengths, batches.longest(), strict=True)
     fitting = [length if longest <= length else round_up(longest, 8) for length, longest in pairs]
     return dataclasses.replace(batches, row_lengths=tuple(fitting))
@@ -118,8 +113,7 @@ def batches_of(
 ) -> Batches:
     """Returns the batches of a split as a run of `config` draws them.
 
-    Only the train split is reduced to `data_fraction`. If the extra loss pairs targets, only batches of the train
-    split keep all targets of an example in one row. Packed rows have the lengths `input_length` and
+    `data_fraction` and pairs apply only to the train split. Packed rows have the lengths `input_length` and
     `target_length` until `with_row_lengths` changes them.
     """
     return Batches(
@@ -138,9 +132,9 @@ def batches_of(
 
 
 def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[HostBatch]:
-    """Yields this process's rows of each batch, from step `start` to `stop - 1`. Makes batches in advance.
+    """Yields this process's rows of each batch, from step `start` to `stop - 1`, made in advance.
 
-    Every process must iterate over the same steps, in the same order.
+    All processes must iterate over the same steps, in the same order.
     """
     channel = Channel("batches") if jax.process_count() > 1 else None
     shards = blocks_on(mesh, batches.num_shards)
@@ -148,5 +142,5 @@ def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterato
 
 
 def placed(batch: HostBatch, mesh: Mesh) -> Batch:
-    """Returns a batch as global arrays. Each process adds its own rows to them."""
+    """Returns a batch as global arrays, to which each process adds its own rows."""
     return place_rows(batch.groups, mesh, blocks=batch.shards, num_blocks=batch.num_shards)

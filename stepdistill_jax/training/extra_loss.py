@@ -1,7 +1,4 @@
-"""Base classes for a further term of the loss, written by a user.
-
-A `PairedLoss` compares the label and the rationale of each example.
-"""
+"""Base classes for a further term of the loss, written by a user."""
 
 import abc
 import dataclasses
@@ -21,17 +18,15 @@ from stepdistill_jax.runtime.checks import snake_case
 class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
 
-    A subclass is a frozen dataclass whose fields are its settings. The compiled step traces the methods
-    `count` and `total`, so their arguments are JAX arrays, and no Python branch may depend on their values.
-    Each method is called once for each group of rows in each slice of the batch. A call sees only the rows
-    of one group, so it must return a sum over these rows. Then the result of the step does not depend on
-    the number of devices or microbatches. Rows may be packed: one row contains the tokens of several
-    examples, and segment ids distinguish the examples.
+    A subclass is a frozen dataclass whose fields are its settings. `count` and `total` are traced, so no
+    Python branch may depend on values in their arguments. The step calls them for each group of rows in each
+    slice of the batch. A call must return a sum over its rows, so that the result does not depend on devices
+    or microbatches. In a packed row, segment ids distinguish the examples.
 
     Attributes:
         name: name in lower_snake_case. The metric `loss/<name>` is (sum of `total`) / (sum of `count`).
-        weight: factor of the term, a number of at least 0 or a `Schedule`. With a schedule, the metric
-            `loss_weight/<name>` shows its current value.
+        weight: factor of the term, a number of at least 0 or a `Schedule`, whose value is the metric
+            `loss_weight/<name>`.
 
     Raises:
         InputError: the name or the weight is invalid.
@@ -49,30 +44,27 @@ class ExtraLoss(abc.ABC):
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the number of terms that `total` adds up, a scalar.
 
-        The number may depend only on the arrays in `group`. The step calls this method before the model
-        runs, since each slice's share of the gradient depends on the number.
+        The step calls this method before the model runs, so the number may depend only on `group`.
         """
 
     @abc.abstractmethod
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of the terms of these rows, a scalar in nats.
-
-        The sum must be finite even if there are no terms.
+        """Returns the sum of the terms of these rows, a scalar in nats. It must be finite even without any term.
 
         Args:
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
-            output: `output.logits(states)` returns float32 logits. If they are computed for all rows at
-                once, they are the largest array of the step. `output.kernel` is [embed, vocab] float32.
-            group: arrays [rows, length] (see `batches.batch`), among them `decoder_target_tokens`,
-                `decoder_segment_ids`, `decoder_objective_ids` (index of the objective, from 1; 0 is
-                padding), `decoder_loss_weights` and the encoder's arrays. For a mixture, `group` also
-                has `decoder_task_ids`, and for a `PairedLoss`, `decoder_example_ids`.
+            output: `output.logits(states)` returns float32 logits, which can be the step's largest array.
+                `output.kernel` is [embed, vocab] float32.
+            group: arrays [rows, length] (see `batches.batch`): `decoder_target_tokens`,
+                `decoder_segment_ids`, `decoder_objective_ids` (index of the objective, from 1; 0 is padding),
+                `decoder_loss_weights`, the encoder's arrays, `decoder_task_ids` for a mixture, and
+                `decoder_example_ids` for a `PairedLoss`.
         """
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the class and its settings for `run.json`. A resumed run compares them."""
+        """Returns the class and its settings for `run.json`, with which a resumed run is compared."""
         kind = type(self)
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(self)}
 
@@ -80,13 +72,12 @@ class ExtraLoss(abc.ABC):
 class PairedLoss(ExtraLoss):
     """An `ExtraLoss` over pairs: the targets of the first two objectives of one example.
 
-    In a run with a paired loss, all targets of an example are in the same row, packed or padded. So devices,
-    hosts and microbatches never split a pair. `group` then has `decoder_example_ids`: for each target token,
-    the 1-based index of its example within the row; 0 is padding. In a row of `length` target tokens, no pair has
-    an index above `length // 2`, which is the size of the axis `examples` below. An example with several
-    rationales is one pair. An example that lacks one of the two targets is no pair.
+    A subclass defines `total`. An example with several rationales is one pair. An example that lacks one of
+    the two targets is no pair.
 
-    A subclass defines `total`. Here, `count` is the number of pairs.
+    All targets of an example are in the same row. `decoder_example_ids` has, for each target token, the
+    1-based index of its example within the row; 0 is padding. A pair has an index of at most `length // 2`,
+    the size of the axis `examples` below.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
@@ -95,7 +86,7 @@ class PairedLoss(ExtraLoss):
 
     @staticmethod
     def is_pair(group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns, for each example, whether it has targets of both objectives, [rows, examples] bool."""
+        """Returns whether each example has targets of both objectives, [rows, examples] bool."""
         ones = jnp.ones_like(group[EXAMPLE_IDS])
         first, second = (PairedLoss.pooled(ones, group, i) > 0 for i in (1, 2))
         return first & second
@@ -107,17 +98,17 @@ class PairedLoss(ExtraLoss):
         objective: int,
         by: Callable[..., jax.Array] = jax.ops.segment_sum,
     ) -> jax.Array:
-        """For each example, reduces the values of one objective's target tokens, by default to their sum.
+        """Reduces the values of one objective's target tokens to one value for each example.
 
         Args:
             values: a value for each target token, [rows, length, ...].
             group: the argument of `total`.
-            objective: 1 for the first of OBJECTIVES (the label), 2 for the second (the rationale).
-            by: the reduction: `segment_sum` or another function of `jax.ops`, such as `segment_max`.
+            objective: index of the objective, from 1: 1 for the label, 2 for the rationale.
+            by: the reduction, a function of `jax.ops`.
 
         Returns:
-            The result for each example, [rows, examples, ...]. An example without such tokens gets 0, or
-            the value that `by` returns for an empty segment.
+            The reduced values, [rows, examples, ...]. An example without such tokens gets 0, or what `by`
+            returns for an empty segment.
         """
         # Example ids 1 1 1 2 2 2 0 0 with objectives 1 2 2 1 2 2 0 0: for objective 2, `numbers` is
         # 0 1 1 0 2 2 0 0. Segment 0 collects all other tokens and is dropped.

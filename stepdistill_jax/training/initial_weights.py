@@ -1,4 +1,4 @@
-"""Loads the weights that a run starts from: those of `init_from` that `init_rules` select."""
+"""Loads the weights of `init_from` that `init_rules` select."""
 
 import dataclasses
 import functools
@@ -28,7 +28,6 @@ class InitialWeights:
         path: path of a model directory or of another run's workdir.
         step: step to load from that workdir; None for a model directory.
         rules: `TrainConfig.init_rules`; None loads every parameter under its own name.
-        model: the run's model configuration.
         abstract: shapes and shardings of the run's state.
     """
 
@@ -40,7 +39,7 @@ class InitialWeights:
 
     @functools.cached_property
     def sources(self) -> dict[str, str | None]:
-        """The name in `path` of each of the run's parameters, or None for a parameter that starts from scratch.
+        """For each parameter of the run, its name in `path`, or None if it starts from scratch.
 
         Raises:
             InputError: as for `sources_of`.
@@ -55,10 +54,10 @@ class InitialWeights:
         return stored_shapes(self.path, dataclasses.replace(self.model, lora=None))
 
     def described(self) -> dict[str, Any]:
-        """Returns the entry for `run.json`: `step` and, if there are rules, three groups of parameter names.
+        """Returns the entry for `run.json`: `step` and, if there are rules, three groups of parameters.
 
-        `from_scratch` lists parameters that are not loaded, `renamed` maps parameters to their different
-        names in `path`, and `unused` lists names in `path` that no parameter uses.
+        The groups are `from_scratch` (not loaded), `renamed` (run's name -> name in `path`) and `unused`
+        (names in `path`).
         """
         found: dict[str, Any] = {"step": self.step}
         if self.rules is not None:
@@ -90,8 +89,7 @@ class InitialWeights:
     def load(self, mesh: Mesh, seed: int) -> Any:
         """Returns the run's initial parameters. All processes must call this method.
 
-        Parameters that are not loaded are drawn from the seed, as in a run without `init_from`. Adapters
-        are always new.
+        Adapters, and parameters that are not loaded, are drawn from the seed.
         """
         base = self._loaded(mesh)
         if self.rules is not None:
@@ -109,10 +107,7 @@ class InitialWeights:
         return base
 
     def _loaded(self, mesh: Mesh) -> Any:
-        """Returns the parameters that are loaded from `path`, under the run's names.
-
-        Two of these parameters may share a buffer.
-        """
+        """Returns the parameters loaded from `path`, under the run's names. Two of them may share a buffer."""
         shardings = shardings_of(base_of(self.abstract.params))
         plain = dataclasses.replace(self.model, lora=None)
         sources = None
@@ -137,8 +132,8 @@ def sources_of(
     r"""Returns the stored name of each parameter of a run, chosen by rules as in T5X.
 
     The first rule whose expression matches the parameter's complete name decides. Its replacement, in which
-    `\1` stands for a group, is the stored name. A replacement of None means that the parameter is not
-    loaded. If no rule matches, the stored name is the parameter's own name.
+    `\1` stands for a group, is the stored name. None means that the parameter is not loaded. Without a
+    matching rule, the stored name is the parameter's own name.
 
     >>> rules = [(r"decoder/layers/self_(.*)", r"encoder/layers/\1"), ("logits_dense/.*", None)]
     >>> names = ["decoder/layers/self_attention/out/kernel", "logits_dense/kernel", "token_embedder"]
@@ -185,7 +180,7 @@ def sources_of(
             problem = f"{where} has no parameter {source}{of}{nearest(source, stored)}"
         problems.append(f"{problem}; add the rule ({name!r}, None) to start it from scratch")
     if problems:
-        more = f" (and {len(problems) - 1} more do not fit)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more parameters do not fit)" if len(problems) > 1 else ""
         raise InputError(f"`init_rules`: {problems[0]}{more}")
     return sources
 

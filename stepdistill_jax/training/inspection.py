@@ -1,4 +1,4 @@
-"""Shows what training will read of a task: its rows, their lengths and truncation, and how full batches are."""
+"""Shows what training will read of a task: rows, their lengths and truncation, and how full batches are."""
 
 import dataclasses
 import itertools
@@ -50,35 +50,31 @@ def inspect(
 
     Args:
         config: a run's config, or the name of a task, which is then measured with the default lengths.
-        split: name of the split.
-        rows: number of rows of step 0 to show. If rows are not packed, this is the number per objective.
+        rows: number of rows of step 0 to show, for each objective if rows are not packed.
         data_dir: folder of prepared datasets; None means the default folder.
         task_module: replaces the config's `task_module`.
         verify: whether to compare every byte of the split's token stores with their manifests.
 
     Returns:
-        `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`,
-        `vocabulary_size`, and
-
-        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows" (count of rows
-            with a target), "absent" (count of examples without a target), "inputs", "targets"}}.
-            "inputs" and "targets" describe lengths in tokens before truncation: "min", "mean",
-            "median", "p99", "max" and "histogram" (list of {"from", "to", "rows"}).
-            The length of a target includes its decoder prefix;
-        `shares`: only for a mixture, the result of `TaskData.shares`;
-        `cut`: {name: {"inputs", "targets"}}, the counts of truncated inputs and targets;
-        `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token;
-        `rows_per_step`: mean row count of a step;
-        `row_counts`: the row counts that a step can have if rows are packed;
-        `shown`: list of rows. Each is a list of its targets: {"objective", "input", "target",
-            "input_tokens", "target_tokens", "weight" (of the last target token)}. A target that reads
-            the same encoding as the previous target has the input "" with 0 tokens;
-        `row_lengths`: [input length, target length] of a packed row;
-        `candidates`: possible row lengths, each with its fill, its rows per step, and the matmul FLOPs
-            of a step, padding included (`flops_per_step`);
-        `chosen`: the shortest candidate whose FLOPs are within 1% of the fewest;
-        `verified`: only with `verify`, for each store its folder (`store`) and the number of `files` and
-            `bytes` that were compared.
+        `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`, `vocabulary_size`.
+        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows" (count of rows with a
+            target), "absent" (count of examples without a target), "inputs", "targets"}}. "inputs" and
+            "targets" give lengths in tokens before truncation: "min", "mean", "median", "p99", "max" and
+            "histogram" (list of {"from", "to", "rows"}). Target lengths include the decoder prefix.
+        `shares`: only for a mixture, the result of `TaskData.shares`.
+        `cut`: {name: {"inputs", "targets"}}, the counts of truncated inputs and targets.
+        `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token.
+        `rows_per_step`: mean row count of a step.
+        `row_counts`: the row counts that a packed step can have.
+        `shown`: list of rows, each a list of targets: {"objective", "input", "target", "input_tokens",
+            "target_tokens", "weight" (of the last target token)}. A target that shares the previous target's
+            encoding has the input "" with 0 tokens.
+        `row_lengths`: [input length, target length] of a packed row.
+        `candidates`: possible row lengths, each with its fill, rows per step, and `flops_per_step` (FLOPs of
+            the matmuls, padding included).
+        `chosen`: the shortest candidate whose FLOPs are within 1% of the fewest.
+        `verified`: only with `verify`, each store's folder (`store`) and number of compared `files` and
+            `bytes`.
 
     Raises:
         InputError: the task or split is unknown, `rows` is negative, or a store is damaged.
@@ -129,7 +125,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns the train split's batches for one device. The row lengths are chosen from these batches."""
+    """Returns the train split's batches, from which the row lengths are chosen, for one device."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source
@@ -139,7 +135,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """Returns the configuration of the model that would be trained, which decides what row lengths cost."""
+    """Returns the configuration of the model that would be trained, for the cost of row lengths."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))
@@ -147,10 +143,7 @@ def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
 
 
 def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
-    """Returns the length of the inputs or targets in tokens, before truncation, [rows].
-
-    `feature` is `inputs` or `targets`. Rows without a target are left out. `objective` is an index from 0.
-    """
+    """Returns the length of each row's `inputs` or `targets` (`feature`) before truncation, [rows]."""
     prefix = len(data.decoder_prefixes[objective]) if feature == "targets" else 0
     return np.concatenate(
         [np.zeros(0, np.int64)]
@@ -254,14 +247,14 @@ def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]
 
 
 def _text(data: TaskData, ids: list[int]) -> str:
-    """Returns an input as text. If the input has two texts, the end-of-sequence piece is put between them."""
+    """Returns an input as text. If it has two texts, the end-of-sequence piece separates them."""
     texts = (list(own) for is_end, own in itertools.groupby(ids, EOS_ID.__eq__) if not is_end)
     decoded = list(map(data.vocabulary.decode, texts))
     return data.vocabulary.pieces()[EOS_ID].join(decoded) if len(decoded) > 1 else "".join(decoded)
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
-    """Returns a candidate's row lengths and the fill, rows per step and FLOPs that result from these lengths."""
+    """Returns a candidate's row lengths, with the fill, rows per step and FLOPs that they give."""
     return {
         "row_input_length": tried.input_length,
         "row_target_length": tried.target_length,

@@ -29,8 +29,8 @@ class LearningRate:
 
     Attributes:
         shape: one of these four names.
-        warmup_steps (steps): W, the length of the rise to the peak. For `rsqrt`, the number of steps at
-            the peak, at least 1.
+        warmup_steps (steps): W, the length of the rise to the peak. For `rsqrt`, the number of steps at the
+            peak, at least 1.
         end_value: E, the rate of the last step, at least 0.
         learning_rate: P, the peak; None means the run's `learning_rate`.
         train_steps (steps): N, the last step of the fall; None means the run's `train_steps`.
@@ -66,7 +66,7 @@ class LearningRate:
     def schedule(self, learning_rate: float, train_steps: int) -> optax.Schedule:
         """Returns the rate as a function of the step, for a run with this peak and number of steps.
 
-        `linear` has the same values as the linear schedule of `transformers`, which the paper's code uses.
+        `linear` equals the linear schedule of `transformers`, which the paper's code uses.
         """
         warmup_steps = self.warmup_steps
         peak = learning_rate if self.learning_rate is None else self.learning_rate

@@ -39,27 +39,24 @@ def train(
     """Trains a model in `workdir`, or continues where an earlier start of the same run stopped.
 
     Args:
-        config: settings of the run.
         workdir: folder of checkpoints, metrics and model files; created if absent.
-        data_dir: folder in which `prepare` put the dataset; None means the default folder.
+        data_dir: folder of prepared datasets; None means the default folder.
         config_text: gin text to write as `config.gin`.
-        began: time at which the command started, on the clock of `time.monotonic()`. The logged time to
-            the first step counts from it. None means now.
+        began: start of the command, a time of `time.monotonic()`, for the logged time to the first step. None
+            means now.
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ...
         `examples_per_second`: the mean since this start of the run, or 0 if no step was left.
         `best_step`, and the metrics `eval/validation/...` of the best step.
-        `majority_baseline`, if there is a validation split: the label accuracy of always answering the
-        most frequent label.
+        `majority_baseline`, only with a validation split: the label accuracy of always answering the most
+            frequent label.
 
     Raises:
         InputError: a setting, the dataset or the workdir cannot be used. Raised before a step is compiled.
         SystemExit: status 75, after a signal has stopped the run and its last step is saved.
-        FloatingPointError: a step's loss or gradient is not finite, and either `on_nonfinite` is "stop",
-            or too many steps in a row were skipped. The message names the step.
-        MemoryError: a step does not fit into a device's memory. The message names the settings that
-            reduce the memory.
+        FloatingPointError: non-finite steps ended the run (see `on_nonfinite`). The message names the step.
+        MemoryError: a step does not fit into a device's memory. The message names settings that reduce it.
     """
     startup = StartUp(began)
     startup.done("imports")
@@ -166,7 +163,7 @@ def empty_rows(run: Run) -> str | None:
         f"{1 - full / rows:.0%} of a batch's rows are empty: {run.config.batch_size} examples fill"
         f" {full} rows, but the row count must be a multiple of {shards * slices} ({shards} batch"
         f" shards x {slices} microbatches). Use a larger BATCH_SIZE, fewer microbatches, or a LAYOUT"
-        " with fewer batch shards and more `tensor` (fsdp_tensor, tensor)"
+        " with fewer batch shards (fsdp_tensor, tensor)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Computes the loss of all objectives as sums, which can be added up over slices, devices and steps."""
+"""Computes the loss of all objectives as sums over tokens, which can be added up over slices and devices."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,8 @@ Columns = TypeVar("Columns", jax.Array, np.ndarray)
 class ObjectiveSums(struct.PyTreeNode):
     """Totals of each objective, as arrays [columns] float32. Totals are divided only once, at the end.
 
-    With one task, each objective has a column. With several tasks, each objective of each task has a column:
-    first all objectives of the first task, then those of the second, and so on. `over_tasks` adds up the
-    columns of all tasks. If there is an extra loss, it has one more column at the end.
+    The columns are all objectives of the first task, then those of the second, and so on. An extra loss has
+    the last column.
 
     Attributes:
         loss: sum over target tokens of weight x cross-entropy, in nats.
@@ -38,21 +37,21 @@ class ObjectiveSums(struct.PyTreeNode):
 
     @classmethod
     def empty(cls, num_objectives: int) -> "ObjectiveSums":
-        """Returns sums of 0, the neutral element of `merge`."""
+        """Returns sums of 0."""
         zeros = jnp.zeros(num_objectives, jnp.float32)
         return cls(zeros, zeros, zeros)
 
     def merge(self, other: "ObjectiveSums") -> "ObjectiveSums":
-        """Returns the totals of `self` plus the totals of `other`, column by column."""
+        """Returns the totals of `self` plus the totals of `other`."""
         return jax.tree.map(jnp.add, self, other)
 
     def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":
-        """Adds a loss and a count to the last column, which must be the column of an extra loss."""
+        """Adds a loss and a count to the last column, the column of an extra loss."""
         loss, count = self.loss.at[-1].add(loss), self.count.at[-1].add(count)
         return self.replace(loss=loss, count=count)
 
     def over_tasks(self, num_objectives: int, num_tasks: int) -> "ObjectiveSums":
-        """Adds up the columns of each objective over all tasks. An extra loss's column stays unchanged."""
+        """Adds up each objective's columns over all tasks. An extra loss's column stays unchanged."""
         return jax.tree.map(lambda x: over_tasks(x, num_objectives, num_tasks), self)
 
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
@@ -74,7 +73,7 @@ def means_of_tasks(
 
 
 def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
-    """Returns each objective's weight / count, or 0 for an objective without tokens, [objectives] float32."""
+    """Returns each objective's weight / count, or 0 without tokens, [objectives] float32."""
     # Inside `where` both sides are computed, so the divisor must not be 0. A count is a sum of loss weights
     # and may be below 1.
     return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
@@ -98,10 +97,7 @@ def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Arr
 
 
 def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
-    """Puts each token's loss weight into its objective's column: [batch, length, columns] float32.
-
-    The columns are those of `ObjectiveSums`.
-    """
+    """Puts each token's loss weight into its column of `ObjectiveSums`: [batch, length, columns] float32."""
     # 2 objectives: objective 1 of task 3 is column 1 + 2 * (3 - 1) = 5, counted from 1; padding stays 0
     ids = group["decoder_objective_ids"]
     if TASK_IDS in group:
@@ -120,23 +116,21 @@ def objective_sums(
     """Returns what a group of rows adds to the loss, and the group's totals.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, where each term is a
-    mean of cross-entropies over target tokens. The caller computes `scale` from the counts of the global
-    batch. If each slice computed its own mean, a token's weight would depend on the slice that contains it.
+    mean of cross-entropies over target tokens, here those of the global batch.
 
-    With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4)
-    and, with weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
+    With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4). With
+    the weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
 
     Args:
         states: the decoder's states, [batch, length, embed].
-        output: the output layer, which turns states into logits.
-        group: `decoder_target_tokens`, `decoder_objective_ids` (index of the objective, from 1; 0 is
-            padding) and `decoder_loss_weights`, all [batch, length].
-        scale: factor of each column, [columns] float32, from `loss_scale`.
+        group: `decoder_target_tokens`, `decoder_objective_ids` (index of the objective, from 1; 0 is padding)
+            and `decoder_loss_weights`, all [batch, length].
+        scale: factor of each column, [columns] float32: `loss_scale` of the global batch's counts.
         num_objectives: number of objectives of each task; None means the number of columns.
 
     Returns:
         The sum of scale x loss over all columns, a scalar with a gradient.
-        The totals of the group, an `ObjectiveSums` without a gradient.
+        The totals of the group, without a gradient.
     """
     weights = token_weights(group, len(scale), num_objectives or len(scale))
     targets = group["decoder_target_tokens"]

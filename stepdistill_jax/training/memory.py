@@ -1,4 +1,4 @@
-"""Explains an out-of-memory error of a device: says which settings decide how much memory a step takes."""
+"""Explains an out-of-memory error of a device by the settings that decide the memory of a step."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from stepdistill_jax.training.config import TrainConfig
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """Replaces an out-of-memory error of a device by one line that names the settings to change.
+    """A context that replaces a device's out-of-memory error by one line that names the settings to change.
 
     Raises:
         MemoryError: JAX raised RESOURCE_EXHAUSTED.

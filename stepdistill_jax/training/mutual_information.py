@@ -16,23 +16,21 @@ class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
     At each token of a target, the model predicts a probability for each id v. The largest probability of v
-    over the label's tokens is z_v, and the largest over the rationale's tokens is r_v. The loss of a pair is
+    over the label's tokens is z_v, and over the rationale's tokens r_v. The loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
-    where z gets no gradient. `weight` times the mean over the pairs of the global batch is added to the loss,
-    so the rationale moves towards the words that the label predicts.
+    where z gets no gradient. So the rationale moves towards the words that the label predicts. The loss gets
+    `weight` times the mean over the pairs of the global batch.
 
-    In the paper, the cross-entropy of z and r is a bound of the mutual information. The computation follows
-    the paper's code (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`): it
-    treats the probabilities r as logits of a second softmax, z does not sum to 1, and z is detached. One
-    thing differs: the paper's code also takes the maxima over padding, so its loss depends on the other
-    rows of a batch. Here the maxima are over the target's own tokens, including the end of sequence.
+    The probabilities r are the logits of a second softmax, and z does not sum to 1, as in the paper's code
+    (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`). One thing differs: the
+    paper's code also takes the maxima over padding, so its loss depends on the other rows of a batch.
 
-    Example with 2 ids: if the label's tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), z is
-    (0.9, 0.8). If r is (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.
+    Example with 2 ids: if the label's tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), z is (0.9,
+    0.8). If r is (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.
 
-    The float32 logits of a slice are computed at once. They are the largest array of the step.
+    A slice's float32 logits are computed at once, as the largest array of the step.
 
     Attributes:
         weight: factor of the term, a number of at least 0 or a `Schedule`. The paper's code uses 0.1

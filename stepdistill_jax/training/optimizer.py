@@ -14,10 +14,7 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """Returns the learning rate as a function of the step, where 0 is the first step.
-
-    Returns None if the rate of a user's optimizer is unknown.
-    """
+    """Returns the learning rate as a function of the step, from 0; None if the rate is unknown."""
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 
@@ -56,8 +53,7 @@ def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Returns a config's optimizer: clipping followed by AdamW or Adafactor, or a user's transformation.
 
-    The paper uses AdamW. Adafactor has T5X's settings: a decay rate of 0.8, and updates that are multiplied by
-    the scale of the parameter. Equal settings return the same object, so runs in one process share compiled
+    Adafactor has T5X's settings. Equal settings return the same object, so runs in one process share compiled
     programs.
 
     Raises:
@@ -92,10 +88,9 @@ def _optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips gradients like `optax.clip_by_global_norm`, but multiplies all of them by one scalar.
+    """Clips gradients like `optax.clip_by_global_norm`, but with a multiplication.
 
-    optax divides each gradient by the norm. XLA's CPU backend does not repeat divisions in the loops that
-    read the result, so it writes the clipped gradient to memory and reads it three times.
+    After a division, XLA's CPU backend would write the clipped gradients to memory.
     """
 
     def clipped(updates, _):
@@ -111,8 +106,8 @@ def _adam_of_transformers(
 ) -> optax.GradientTransformation:
     """Returns `optax.scale_by_adam`, but with `eps` added to the root before the bias correction.
 
-    Let v_hat = v / c with c = 1 - b2^count. Then sqrt(v_hat) + eps / sqrt(c) = (sqrt(v) + eps) / sqrt(c), so
-    passing eps / sqrt(c) to optax has this effect.
+    With c = 1 - b2^count, (sqrt(v) + eps) / sqrt(c) = sqrt(v / c) + eps / sqrt(c), so optax gets eps /
+    sqrt(c).
     """
 
     def update(updates, state, params=None):

@@ -1,4 +1,4 @@
-"""A user's update rule: a function that returns an optax transformation, and the arguments to call it with."""
+"""A user's update rule."""
 
 import dataclasses
 import inspect
@@ -19,15 +19,13 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFunction:
-    """A function that returns an optax transformation, and the arguments to call the function with.
+    """A user's complete update rule: a function that returns an optax transformation, and its arguments.
 
-    The transformation is the complete update rule: no clip, weight decay or learning rate is added. A
-    `LearningRate` argument is passed as an optax schedule, a function of the run's step.
+    No clip, weight decay or learning rate is added. A `LearningRate` argument is passed as an optax schedule.
 
     Attributes:
         function: the function, called when a run is assembled.
-        arguments: the function's arguments by name. Each is a `LearningRate` or a plain value that
-            `run.json` can store.
+        arguments: the function's arguments by name, each a `LearningRate` or a plain value for `run.json`.
 
     Raises:
         InputError: an argument is unknown, missing, or not a plain value.
@@ -48,14 +46,14 @@ class OptimizerFunction:
 
     @property
     def name(self) -> str:
-        """Name of the function, `my_module.my_function`, where a private module is replaced by its public parent."""
+        """Name of the function under its public module, such as `my_module.my_function`."""
         module = getattr(self.function, "__module__", None) or ""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return f"{module.partition('._')[0]}.{name}"
 
     @property
     def rate(self) -> LearningRate | None:
-        """The argument `learning_rate` if it is a `LearningRate`. Otherwise None: the rate is unknown."""
+        """The argument `learning_rate` if it is a `LearningRate`; otherwise None, since the rate is unknown."""
         rate = self.arguments.get("learning_rate")
         return rate if isinstance(rate, LearningRate) else None
 
@@ -73,10 +71,7 @@ class OptimizerFunction:
         return f"{self.name}({', '.join(f'{n}={x!r}' for n, x in self.arguments.items())})"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the function's name and all its arguments, including defaults, for `run.json`.
-
-        A resumed run compares them.
-        """
+        """Returns the function's name and all arguments, with defaults, for `run.json`."""
         described = {
             name: dataclasses.asdict(value) if isinstance(value, LearningRate) else value
             for name, value in {**self._all_arguments(), **self.arguments}.items()
@@ -90,8 +85,8 @@ class OptimizerFunction:
         """Calls the function for a run with this peak and number of steps, and returns its transformation.
 
         Raises:
-            InputError: the function raises, or does not return a transformation. The `init` of the returned
-                transformation raises an InputError if a training step could not call `update`.
+            InputError: the function raises, or does not return a transformation. The transformation's `init`
+                raises it if a training step could not call `update`.
         """
         arguments = {
             name: value.schedule(learning_rate, train_steps)
@@ -118,7 +113,7 @@ class OptimizerFunction:
         return optax.GradientTransformation(init, tx.update)
 
     def _check_update(self, tx: optax.GradientTransformation, state: Any, params: Any) -> None:
-        """Raises InputError if a training step could not call `update`. Computes only shapes, no values."""
+        """Raises InputError if a training step could not call `update`. Computes only shapes."""
 
         def step(params: Any, state: Any) -> Any:
             return (params, state), tx.update(params, state, params)
@@ -136,7 +131,7 @@ class OptimizerFunction:
                 raise self._refused(f"the transformation's update must return {what}")
 
     def _all_arguments(self) -> dict[str, Any]:
-        """Returns arguments and defaults by name, but not those that `*args` or `**kwargs` collects."""
+        """Returns arguments and defaults by name, except those that `*args` or `**kwargs` collects."""
         try:
             signature = inspect.signature(self.function)
             bound = signature.bind(**self.arguments)
@@ -168,7 +163,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _code(function: Any) -> Any:
-    """Returns a Python function's code object, which records its file and line, or None for other callables."""
+    """Returns a Python function's code object, which records its file and line; None for other callables."""
     return getattr(inspect.unwrap(function), "__code__", None)
 
 

@@ -16,8 +16,7 @@ FOLDER = "profile"
 class StepProfile:
     """A context that traces a range of steps into `WORKDIR/profile`, on process 0 only.
 
-    It writes `plugins/profile/TIME/HOST.xplane.pb` and `HOST.trace.json.gz`. If the run ends during the
-    trace, the steps so far are written.
+    The trace is written even if the run ends before the last of these steps.
     """
 
     def __init__(self, workdir: pathlib.Path, steps: tuple[int, int] | None):
@@ -33,13 +32,13 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Starts the trace if `step` is in its range, and returns a context that marks the step in the trace."""
+        """Starts the trace if `step` is in its range. Returns a context that marks the step in the trace."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def ended(self, step: int, flush: Callable[[], None]) -> None:
-        """If `step` is the last step of the trace, calls `flush`, which waits for the devices, and ends the trace."""
+        """Ends the trace after its last step. `flush` is called first and must wait for the devices."""
         if self._written is not None and self._steps is not None and step == self._steps[1]:
             flush()
             self._stop()

@@ -63,7 +63,7 @@ LIFE_FIELDS = (
 
 
 def describe(run: Run) -> dict[str, Any]:
-    """Returns the content of `run.json`, which identifies the run. A resumed run is compared with it."""
+    """Returns the content of `run.json`, with which a resumed run is compared."""
     fingerprint = {"train": run.data.fingerprint}
     cut = {"train": run.batches.cut_counts()}
     if run.validator is not None:
@@ -102,10 +102,9 @@ def _count(tree: Any) -> int:
 
 
 def _weights_digest(initial: InitialWeights) -> str | None:
-    """Returns a digest of `init_from`, or None if its directory or step no longer exists.
+    """Returns a digest of `init_from`, or None if its directory or step is gone.
 
-    For a workdir, the digest covers the step and the digests in the step's manifest. For a model directory, it covers
-    config.json and the sizes of all files. The weights are not read, since they may take many gigabytes.
+    The digest covers a step's manifest, or config.json and the file sizes of a model, but not the weights.
     """
     directory = initial.path
     if initial.step is not None and is_workdir(directory):
@@ -119,7 +118,7 @@ def _weights_digest(initial: InitialWeights) -> str | None:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the package's checkout, or None if the package is installed or git is missing."""
+    """Returns the commit of the package's checkout, or None if there is no checkout or no git."""
     folder = pathlib.Path(__file__).parent
     try:
         tracked, described = (
@@ -135,10 +134,7 @@ def _commit() -> str | None:
 
 
 def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Completes a config of `run.json`: adds the defaults of settings that did not exist when it was written.
-
-    Missing settings inside nested settings are added, too.
-    """
+    """Adds the defaults of settings that are missing in an older `run.json`, also inside nested settings."""
     found = json.loads(json.dumps(TrainConfig(task="").to_json()))
     for name, value in config.items():
         default = found.get(name)
@@ -172,11 +168,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns the reasons why a resumed run must not raise `train_steps`, or [] if it may.
-
-    It must not if a learning rate depends on `train_steps`. `before` and `now` are the configs of the earlier
-    start and of this start, as in `run.json`.
-    """
+    """Returns why a resumed run must not raise `train_steps` (a learning rate depends on it), or []."""
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")
     rates = [{"shape": named}] if isinstance(named, str) else [named]
@@ -196,9 +188,8 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
     """Compares the run with its earlier starts, and writes `run.json`, `config.gin` and the model files.
 
     Raises:
-        InputError: the workdir belongs to a run with other settings (the message lists them), the workdir
-            cannot be written, or the processes do not see the same config, data or workdir. Raised on
-            every process.
+        InputError: the workdir has a run with other settings or cannot be written, or processes see different
+            configs, data or workdirs. Raised on every process.
     """
     _agree(described)
     path = run.workdir / RUN
@@ -243,7 +234,7 @@ def _write(run: Run, described: dict[str, Any], earlier: Any, config_text: str |
                 f.write(config_text)
     except OSError as error:
         raise InputError(
-            f"`workdir` {run.workdir}: {error.strerror or error} ({error.filename})"
+            f"`workdir` {run.workdir}: cannot be written ({error.strerror or error}: {error.filename})"
         ) from None
 
 

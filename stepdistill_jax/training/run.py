@@ -61,7 +61,7 @@ MODEL_SETTINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The objects that a training run uses: its config, mesh, data, model and so on."""
+    """The objects that a training run uses."""
 
     config: TrainConfig
     workdir: pathlib.Path
@@ -75,7 +75,7 @@ class Run:
     initial: InitialWeights | None = None
 
     def initial_state(self) -> TrainState:
-        """Returns the state at step 0, with weights of `init_from` or random weights. Adapters are always new."""
+        """Returns the state at step 0, with random weights or those of `init_from`. Adapters are always new."""
         seed = self.config.seed
         if self.initial is None:
             return init_state(self.model, self.tx, self.abstract, seed=seed)
@@ -86,11 +86,10 @@ class Run:
 def assemble(
     config: TrainConfig, workdir: os.PathLike | str, data_dir: os.PathLike | str | None
 ) -> Run:
-    """Loads the data of a config, and creates the mesh, the model's configuration and the other parts.
+    """Loads the data of a config, and creates the mesh, the model's configuration and so on.
 
     Raises:
-        InputError: settings, data, model and devices cannot be used together. Raised before a step is
-            compiled.
+        InputError: settings, data, model and devices do not fit together. Raised before a step is compiled.
     """
     workdir, data_dir = as_path(workdir), data_folder(data_dir)
     check_workdir(workdir)
@@ -152,10 +151,7 @@ def assemble(
 def _row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig, workdir: pathlib.Path
 ) -> tuple[int, int]:
-    """Returns the input and target length of packed rows.
-
-    A resumed run keeps its lengths, even if its layout has changed.
-    """
+    """Returns the input and target length of packed rows. A resumed run keeps its lengths."""
     if config.pack and (workdir / RUN).is_file():
         # older versions did not choose lengths; their rows have the maximum lengths of inputs and targets
         kept = read_run(workdir).get("row_lengths")
@@ -164,7 +160,7 @@ def _row_lengths(
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:
-    """Returns the validation split, or None if no part of the data has labelled validation rows."""
+    """Returns the validation split, or None if it has no labelled rows."""
     where = {"data_dir": read["data_dir"], "task_module": config.task_module}
     if not has_split(config.task, VALIDATION, **where):
         return None
@@ -185,9 +181,7 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
 def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
     """Returns the model of a run that starts from random weights.
 
-    Args:
-        config: the run's config.
-        data: data whose vocabulary the model uses; None means the family's published vocabulary.
+    The model has the vocabulary of `data`; without data, the family's published vocabulary.
     """
     one_of("model_family", config.model_family, FAMILIES)
     if data is None:
@@ -198,10 +192,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
 
 
 def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, ModelConfig]:
-    """Returns the vocabulary and the configuration of `init_from`.
-
-    A resumed run reads the copies in its workdir.
-    """
+    """Returns the vocabulary and configuration of `init_from`, which a resumed run reads from its workdir."""
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
     files = read_model_files(workdir if resumed else _init_path(config.init_from))
@@ -210,7 +201,7 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, Model
 
 
 def _init_path(init_from: str) -> pathlib.Path:
-    """Returns the path of `init_from`, which is a workdir or a model. A model of the hub is downloaded first."""
+    """Returns the path of `init_from`, a workdir or a model. Downloads a model of the hub."""
     init_from = local_model(init_from)
     return as_path(init_from) if is_workdir(init_from) else local_path(init_from, "`init_from`")
 
@@ -218,10 +209,7 @@ def _init_path(init_from: str) -> pathlib.Path:
 def _initial_weights(
     config: TrainConfig, workdir: pathlib.Path, model: ModelConfig, abstract: TrainState
 ) -> InitialWeights:
-    """Returns the weights that `init_rules` select from `init_from`.
-
-    A new run also checks the rules and logs what they select.
-    """
+    """Returns the weights that `init_rules` select from `init_from`. A new run checks and logs the selection."""
     assert config.init_from is not None
     path = as_path(config.init_from)
     # process 0 decides for all, since the others may not see the same files
@@ -239,10 +227,7 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step in `path` whose weights the run starts from.
-
-    The step is None if `path` is a model directory.
-    """
+    """Returns whether the run has begun, and the step in `path` that it starts from, if `path` has steps."""
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")
     return False, resolve_step(path, "best") if is_workdir(path) else None
@@ -251,9 +236,8 @@ def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]
 def max_decode_len(data: TaskData, config: TrainConfig) -> int:
     """Returns the maximum length of a decoded answer in tokens: the config's `max_decode_len`, if it is set.
 
-    If it is not set, or if an answer contains more than a label, the result is the length of the first
-    objective's longest target in the data, or `target_length` if that is smaller. This length is rounded up
-    to a multiple of 8.
+    Otherwise, or if answers contain more than a label, it is the length of the first objective's longest
+    target, at most `target_length`, rounded up to a multiple of 8.
     """
     if config.max_decode_len is not None and not data.objectives[0].writes_more:
         return config.max_decode_len

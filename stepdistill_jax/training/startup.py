@@ -1,4 +1,4 @@
-"""Measures the time from the start of a command to its first step, and how this time is spent."""
+"""Measures how the time from the start of a command to its first step is spent."""
 
 import time
 from typing import Any
@@ -24,7 +24,7 @@ class StartUp:
         self._over = False
 
     def done(self, part: str) -> None:
-        """Ends the current lap and gives it the name `part`."""
+        """Ends the current lap and names it `part`."""
         now = time.monotonic()
         self._laps[part] = now - self._last
         self._last = now

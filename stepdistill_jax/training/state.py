@@ -1,4 +1,4 @@
-"""Creates the state that a training step updates, in shards, so that no process needs memory for all of it."""
+"""Creates the state that a training step updates. Each device gets only its own shards."""
 
 import functools
 from collections.abc import Callable
@@ -22,10 +22,9 @@ class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint saves.
 
     Attributes:
-        step: number of updates so far, scalar int32. It is also the position in the data.
+        step: number of updates so far, scalar int32; also the position in the data.
         params: float32 parameters of `models.encoder_decoder`.
-        opt_state: state of the optax transformation for the trained parameters (`models.lora.split`).
-            If there are adapters, only they are trained.
+        opt_state: optimizer state of the trained parameters (`models.lora.split`).
         rng: typed random key; the dropout of step k uses fold_in(rng, k).
     """
 
@@ -48,10 +47,7 @@ def _first_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) 
 
 
 def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
-    """Derives the sharding of an optimizer moment from the sharding of its parameter.
-
-    A factored moment lacks one axis of the parameter. Its sharding lacks this axis, too.
-    """
+    """Returns the sharding of a parameter's moment. A factored moment lacks one axis, as does its sharding."""
     if moment.shape == param.shape:
         return sharding
     # Adafactor keeps the means over rows and over columns: [512, 1024] sharded as (fsdp, tensor) has moments
@@ -64,11 +60,9 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
 
 
 def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Returns the shardings of an optimizer state.
+    """Returns the shardings of an optimizer state. A leaf whose path ends with a parameter's path is its moment.
 
-    A leaf whose path ends with the path of a parameter is a moment of this parameter. This works for any
-    transformation. `optax.tree_map_params` would call `init` on a placeholder, but a user's function may
-    need arrays there, and trees with masked nodes differ in structure from the parameters.
+    `optax.tree_map_params` fails for some users' transformations, since it calls `init` on a placeholder.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
@@ -107,16 +101,13 @@ def shardings_of(abstract: Any) -> Any:
 
 
 def hashable(abstract: Any) -> tuple[tuple, Any]:
-    """Returns the leaves and the structure of a tree of abstract arrays, as a cache key for compiled programs."""
+    """Returns the leaves and structure of a tree of abstract arrays, as a cache key for compiled programs."""
     leaves, tree = jax.tree.flatten(abstract)
     return tuple(leaves), tree
 
 
 def _key_data(seed: int) -> np.ndarray:
-    """Returns the data of the seed's random key.
-
-    It is passed to the compiled program as an argument, so runs that differ only in seed share the program.
-    """
+    """Returns the data of the seed's random key, as an argument, so that all seeds share one program."""
     with jax.ensure_compile_time_eval():
         return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
@@ -141,16 +132,7 @@ def _jit_init(config: ModelConfig, tx: optax.GradientTransformation, leaves: tup
 def drawn(
     part: Callable[[Any], Any], config: ModelConfig, abstract: TrainState, *, seed: int
 ) -> Any:
-    """Returns a part of the parameters that `init_state` would draw, placed on the devices.
-
-    XLA removes the computation of all other parameters, since it is unused.
-
-    Args:
-        part: function that takes the part out of a parameter tree.
-        config: the model's configuration.
-        abstract: shapes and shardings of the model's state.
-        seed: the run's seed.
-    """
+    """Returns the `part` of the parameters that `init_state` would draw, and computes only this part."""
 
     def init() -> Any:
         return part(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))
@@ -159,7 +141,7 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Combines `base`, the plain weights on the devices, with the adapters that `init_state` would draw."""
+    """Combines plain weights on the devices with the adapters that `init_state` would draw."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 

@@ -40,10 +40,9 @@ def batch_sums(
     num_objectives: int | None = None,
     **apply,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Returns the loss of a batch, and its totals over all groups.
+    """Returns the loss of a batch, and its totals over all groups (see `objective_sums`).
 
-    `objective_sums` explains `scale` and `num_objectives`. If there is an extra loss, the last column of the
-    totals belongs to it.
+    An extra loss has the last column of the totals.
     """
     loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
@@ -72,8 +71,7 @@ def batch_counts(
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
     """Reshapes arrays from [rows, length] to [slices, rows / slices, length].
 
-    Slice i consists of the rows i, i + slices, i + 2 slices, ... If a slice consisted of
-    adjacent rows, rows would have to be moved between devices.
+    Slice i has the rows i, i + slices, i + 2 slices, ..., so that no row moves to another device.
     """
 
     # Rows 0 to 7 on two devices, 0-3 and 4-7, in two slices: 0 2 | 4 6 and 1 3 | 5 7. Each device keeps its
@@ -98,28 +96,22 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Computes the loss and the gradient of the global batch and makes one update.
 
-    The counts of the complete batch are known before it is cut into slices, so each slice adds its share
-    of the exact gradient. The result does not depend on slices, devices or packing. If there are adapters,
-    only their gradients are computed, clipped and used for the update. If the loss or the gradient is not finite,
-    parameters and optimizer keep their values, but the step number still grows by 1.
+    The result does not depend on slices, devices or packing. Adapters, if there are any, are the only
+    parameters that change. If the loss or the gradient is not finite, only the step number changes.
 
     Args:
         state: the state before the step. The compiled function reuses its memory (donation).
         batch: groups of rows, see `batches.batch`.
-        model: the module to which the parameters in `state` belong.
-        tx: the transformation to which the optimizer state in `state` belongs.
         objective_weights: a weight for each objective; a `Schedule` is computed from the state's step.
-        num_microbatches: number of slices. The row count of each group must be a multiple of this number.
+        num_microbatches: number of slices, which must divide the row count of each group.
         extra_loss: a further term of the loss, with its own weight.
-        num_tasks: number of parts of the data; an objective's loss is the mean over the tokens of all
-            parts.
+        num_tasks: number of parts of the data; an objective's loss is the mean over the tokens of all parts.
 
     Returns:
         The new state.
-        The metrics: `sums` (an `ObjectiveSums` with a column for each objective of each task), `loss` (in
-        nats per token), `grad_norm` (before the clip) and, if any loss weight is a schedule, `weights`
-        (the values of all loss weights in this step). If there is an extra loss, the last column of
-        `sums` and the last value of `weights` belong to it.
+        The metrics: `sums` (an `ObjectiveSums`), `loss` (nats per token), `grad_norm` (before the clip) and,
+        if any loss weight is a schedule, `weights` (all loss weights in this step; the last is an extra
+        loss's).
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
     # 2 tasks with 2 objectives and an extra loss: 5 columns, 2 for task 1, 2 for task 2, 1 for the extra loss
@@ -169,10 +161,7 @@ def train_step(
 def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any) -> Any:
     """Returns `updated`, or `before` if the loss or the gradient is not finite.
 
-    `optax.apply_if_finite` would add counters to every checkpoint, read each gradient once more, and
-    apply even a non-finite update after too many errors in a row. Here the check costs almost nothing:
-    the clip needs the gradient's norm anyway, and XLA chooses between old and new values as it writes
-    the update.
+    `optax.apply_if_finite` would add counters to checkpoints and read each gradient once more.
     """
     # a NaN or infinity in any gradient makes the global norm NaN or infinite
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -182,8 +171,7 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
 def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
     """Sets the counts of schedules to the step, so that skipped updates do not delay the learning rate.
 
-    A state whose only field is `count` belongs to a schedule, for example `optax.ScaleByScheduleState` and the
-    states of `optax.inject_hyperparams` and of scheduled weight decay.
+    A state whose only field is `count` belongs to a schedule.
     """
 
     def of_schedule(x: Any) -> bool:
@@ -198,14 +186,14 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
 def eval_step(
     params, batch: Batch, *, model: EncoderDecoder, num_objectives: int, num_tasks: int = 1
 ) -> ObjectiveSums:
-    """Returns a batch's totals for a validation: without dropout and without an update."""
+    """Returns a batch's totals without dropout and without an update."""
     # the scale only affects the loss, which is not used here
     scale = jnp.zeros(num_objectives * num_tasks)
     return batch_sums(model, params, batch, scale, num_objectives=num_objectives)[1]
 
 
 def in_mesh(function: Callable, mesh: Mesh) -> Callable:
-    """Wraps `function` so that it runs, and is traced, in the context of the mesh and the logical axis rules."""
+    """Wraps `function` to run, and be traced, in the context of the mesh and the logical axis rules."""
 
     @functools.wraps(function)
     def inside(*args):
@@ -218,9 +206,8 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
     """Returns `train_step` with explicit shardings, compiled once for each batch shape.
 
-    The compiled function reuses the memory of its argument `state` (donation).
-
-    Equal arguments return the same function, so runs that differ only in seed or data compile once.
+    The compiled function reuses the memory of its argument `state` (donation). Equal arguments return the
+    same function, so runs that differ only in seed or data compile once.
     """
     return _jit_train_step(*hashable(abstract), mesh, tuple(static.items()))
 
@@ -239,10 +226,9 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """Returns `eval_step`, compiled once for each batch shape.
+    """Returns `eval_step`, compiled once for each batch shape, for plain parameters with adapters merged.
 
-    The compiled function takes plain parameters, into which any adapters have been merged. Equal arguments
-    return the same function, as for `jit_train_step`.
+    Equal arguments return the same function.
     """
     return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
 

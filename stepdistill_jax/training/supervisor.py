@@ -25,9 +25,9 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     SAVING -> stopped (75)          the step that was running at a signal is saved
     SAVING -> done (0)              the last step is saved
 
-`min_secs` and `medians` are the settings `watchdog_min_secs` and `watchdog_medians`. `median` is the median
-time of recent steps. The time limit of STEPPING is at least `min_secs`. A number in parentheses is the exit
-status. Every process has a supervisor, and all supervisors make the same decisions.
+A number in parentheses is the exit status. `min_secs` and `medians` are the settings `watchdog_min_secs` and
+`watchdog_medians`. `median` is the median time of recent steps. STEPPING has a time limit of at least
+`min_secs`. Every process has a supervisor, and all supervisors make the same decisions.
 """
 
 import collections
@@ -75,7 +75,7 @@ State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
 
 
 class _TooManyBadSteps(Exception):
-    """Raised by `flush` after step `step`. The run is rolled back after the loop has released the state."""
+    """Raised by `flush` after step `step`. The run rolls back once the loop has released the state."""
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -87,12 +87,12 @@ class _BrokenOff(Exception):
 
 
 def leave_at_start(signal_name: str) -> None:
-    """Ends the process with status 75 without saving, since there is nothing to save yet."""
+    """Ends the process with status 75 before there is anything to save."""
     leave(signal_name, "stopped before the first step; there was nothing to save")
 
 
 def supervised(run: Run, life: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Calls `life()` and returns its result. If the run has to roll back, does so and calls `life()` again.
+    """Returns the result of `life()`. If the run must roll back, rolls it back and calls `life()` again.
 
     Raises:
         FloatingPointError: raised by `life`; advice is added to its message.
@@ -118,10 +118,7 @@ class Supervisor:
     """Supervises a run from its newest checkpoint on. `last` contains the metrics of the newest step."""
 
     def __init__(self, run: Run, stop: StopSignals):
-        """Starts in the state STARTING.
-
-        `stop` must be an entered context. Each state sets how `stop` reacts to a signal.
-        """
+        """Starts in the state STARTING. `stop` must be an entered context."""
         config = run.config
         self._run, self._stop = run, stop
         self._watchdog = Watchdog(config.watchdog_medians, config.watchdog_min_secs)
@@ -143,10 +140,9 @@ class Supervisor:
         self._skipped, self._in_a_row, self._gone_back = 0, 0, False
 
     def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
-        """Opens the workdir, and returns the step and the state of the newest checkpoint.
+        """Opens the workdir, and returns the step and state of the newest checkpoint, or 0 and a new state.
 
-        Without a checkpoint, it returns 0 and a new state that devices may still be computing. `closing`
-        closes everything that is opened here.
+        `closing` closes what is opened here. Devices may still be computing a new state.
         """
         run, config = self._run, self._run.config
         self._checkpoints = checkpoints = Checkpoints(run.workdir)
@@ -184,7 +180,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Restores what earlier starts recorded up to step `start`: losses, non-finite steps and a rollback."""
+        """Restores the losses, non-finite steps and rollback that earlier starts recorded up to step `start`."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)
@@ -214,8 +210,7 @@ class Supervisor:
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
         """Keeps a step's metrics and writes those of the previous step, so that the devices never wait.
 
-        The devices may still be computing `device_metrics`. `waited` is how long the loop waited for the
-        batch, in seconds. Raises the errors of `flush`.
+        `waited` is how long the loop waited for the batch, in seconds. Raises the errors of `flush`.
         """
         # the end of a step that has already ended is measured here, since `flush` runs later
         ended = self._throughput.now() if device_metrics["loss"].is_ready() else None
@@ -225,8 +220,8 @@ class Supervisor:
     def flush(self, before: float | None = None) -> None:
         """Writes the metrics that `record` has kept.
 
-        `before` is the time at which the step after the written step ended, or None if that step has not
-        ended. If the end of the written step is unknown, it is estimated from `before`.
+        `before` is the end of the following step, or None if it has not ended. An unknown end of the written
+        step is estimated from it.
 
         Raises:
             FloatingPointError: the loss or gradient of the written step is not finite, and the run must end.
@@ -314,10 +309,7 @@ class Supervisor:
         self._writer.flag(step, entry | {"examples": _examples_of(self._run, step)})
 
     def _enforce(self, step: int, metrics: dict[str, float]) -> None:
-        """Handles a step whose loss or gradient is not finite.
-
-        Logs a warning, or ends the run. After too many such steps in a row, rolls the run back.
-        """
+        """Handles a step whose loss or gradient is not finite: logs a warning, rolls back, or ends the run."""
         config = self._run.config
         what = f"step {step}: loss {metrics['loss']}, grad_norm {metrics['grad_norm']}"
         if config.on_nonfinite == "stop":
@@ -372,11 +364,7 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Validates a step, and writes the metrics and the answers.
-
-        Returns:
-            The metrics, which the checkpoint stores; None if a signal interrupted the validation.
-        """
+        """Validates a step, and writes and returns the metrics, or returns None if a signal interrupts this."""
         validator = self._run.validator
         assert validator is not None
         self._enter(State.VALIDATING)
@@ -421,7 +409,7 @@ def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns, for each example of a step, the index in the tokenised split, the start of the input and the label."""
+    """Returns the index in the tokenised split, the start of the input and the label of a step's examples."""
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
@@ -434,14 +422,10 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 
 
 def _roll_back(run: Run, step: int) -> None:
-    """Rolls a run back: saves step `step` with the parameters and optimizer of the last good checkpoint.
+    """Saves step `step` with the parameters and optimizer of the last good checkpoint.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). If they were repeated
-    in the same order, they would fail again.
-
-    The last good checkpoint is the newest one whose step is a multiple of `checkpoint_every` and whose next step
-    was finite. Steps that were saved for another reason, such as a stop signal, do not count. So a run gives
-    the same result with and without stops.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). Only multiples of
+    `checkpoint_every` count, so that a stop signal, which saves other steps, does not change the result.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to
@@ -472,10 +456,9 @@ def _roll_back(run: Run, step: int) -> None:
 
 
 class Watchdog:
-    """A context that ends the process if a state lasts too long.
+    """A context that writes the stacks of all threads and exits with status 134 if a state lasts too long.
 
-    Before that, it writes the stacks of all threads. The exit status is 134. Time in which the process does not run
-    (a suspended laptop, Ctrl-Z) does not count, since the watchdog adds up its own short sleeps.
+    Time in which the process is suspended does not count.
     """
 
     def __init__(self, medians: float, min_secs: float):

@@ -11,7 +11,7 @@ from stepdistill_jax.runtime.chips import chip_of
 
 
 class Throughput:
-    """Turns the times of steps into rates. `pause` excludes the time of validations and saves."""
+    """Turns the times of steps into rates."""
 
     def __init__(self, config: ModelConfig, *, batch_size: int):
         """Starts the clock."""
@@ -21,7 +21,7 @@ class Throughput:
         self._peak = None if chip is None else chip.bfloat16 * jax.device_count()
 
     def pause(self) -> None:
-        """Excludes the time since the end of the last step from the next step's time."""
+        """Excludes the time since the last step, such as that of a validation, from the next step's time."""
         self._last = time.monotonic()
 
     def now(self) -> float:
@@ -29,17 +29,13 @@ class Throughput:
         return time.monotonic()
 
     def halfway(self, ended: float) -> float:
-        """Returns the midpoint between the last known end of a step and `ended`.
-
-        If two steps ran in this time, the midpoint is an estimate of the end of the first step.
-        """
+        """Returns an estimate of a step's end: the midpoint between the last known end and `ended`."""
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
-        """Returns `timing/...` and `non_padding_fraction/...` of a step.
+        """Returns `timing/...` and `non_padding_fraction/...` of a step that ended at `ended` (see `now`).
 
-        `ended` is the time at which the step ended, as `now` returns it. A step's time counts from the end of the
-        previous step, or from the last `pause`.
+        The step's time counts from the end of the previous step, or from the last `pause`.
         """
         seconds, self._last = max(ended - self._last, 1e-9), ended
         flops = sum(

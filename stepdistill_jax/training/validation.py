@@ -36,11 +36,7 @@ MEANS = ("label_accuracy", "unfinished", "collapsed")  # averaged over the parts
 
 @dataclasses.dataclass(frozen=True)
 class Validator:
-    """Everything that validations need, created once for a run.
-
-    `compute` takes the parameters of a step. It merges adapters into them first, so it measures the model that
-    would be exported.
-    """
+    """Everything that validations need, created once for a run."""
 
     config: ModelConfig
     data: TaskData
@@ -63,10 +59,9 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Creates the functions that validations call, and the metrics that the SeqIO tasks of the parts define.
+        """Creates the functions that validations call, and the metrics that the parts' SeqIO tasks define.
 
-        `batches` must cover the split once, in order. `batch_size` is the number of rows that the decoder
-        decodes together.
+        `batches` must cover the split once, in order. The decoder decodes `batch_size` rows together.
         """
         plain = dataclasses.replace(config, lora=None)
         found = {part.name: TaskMetrics.of(part, data.split) for part in data.parts}
@@ -92,10 +87,9 @@ class Validator:
         )
 
     def try_out(self) -> list[str]:
-        """Returns the names of the metrics of `compute`, without `eval/<split>/`.
+        """Returns the names of the metrics that can choose a step, without `eval/<split>/`.
 
-        `unfinished`, `collapsed` and `unparsed` are left out, since no step should be chosen by them. The
-        tasks' own metrics are computed once, with the targets as answers, so that a broken metric fails
+        The tasks' own metrics are computed once, with the targets as answers, so that a broken metric fails
         before the first step.
 
         Raises:
@@ -126,14 +120,13 @@ class Validator:
         return float(np.mean(of_parts))
 
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
-        """Returns two numbers that rank a step. For each number, larger is better. The second number breaks ties.
+        """Returns two numbers that rank a step: the value of `best_metric` and, for ties, minus the label loss.
 
-        The first is the value of `best_metric`, and the second is the label loss times -1.
+        The value is also negated if the metric is a loss. So larger numbers are better.
 
         Args:
             found: the result of `compute`.
-            best_metric: name of a metric without `eval/<split>/`; None means `label_accuracy`. Its value is
-                multiplied by -1 if the name, without a leading part name, starts with `loss`.
+            best_metric: name of a metric without `eval/<split>/`; None means `label_accuracy`.
 
         Raises:
             InputError: this validation has no such metric.
@@ -159,25 +152,28 @@ class Validator:
         on_batch: Callable[[], None] = lambda: None,
         keep: Callable[[dict[str, Any]], None] = lambda _: None,
     ) -> dict[str, float]:
-        """Returns the metrics of the split, named `eval/<split>/...`.
+        """Returns the metrics of the split, named `eval/<split>/...`. All processes must call this method.
 
-        With several parts, a part's metrics are named `eval/<split>/<part>/...`, and `label_accuracy` is
-        the mean over the parts. Every process runs the same batches.
+        With several parts, a part's metrics are named `eval/<split>/<part>/...`, and `label_accuracy`,
+        `collapsed` and `unfinished` are means over the parts. In addition to the metrics of a part's own
+        SeqIO task, there are:
 
-        `label_accuracy` is the share of decoded labels that equal the gold label (as text, or as a number for
-        equations). `collapsed` is 1 if there are several rows and all got the same answer, otherwise 0. A
-        collapse is logged as well. `unfinished` is the share of answers without an end of sequence. If
-        targets contain more than a label, `unparsed` is the share of answers without a label, which count
-        as wrong. `accuracy/<objective>` is the share of target tokens that the model finds likeliest under
-        teacher forcing, weighted as in the loss. Losses are nats per token. `loss` uses the final weights of
-        schedules, so that steps can be compared, and leaves out an extra loss. The metrics of a part's own
-        task keep their names. With several parts, `<part>/` precedes them.
+            label_accuracy        share of decoded labels that equal the gold label, as text, or as a number
+                                  for equations
+            collapsed             1 if all of several answers are the same, otherwise 0
+            unfinished            share of answers without an end of sequence
+            unparsed              share of answers without a label, which count as wrong; only if targets
+                                  contain more than a label
+            loss/<objective>      mean in nats per token
+            accuracy/<objective>  share of target tokens that the model finds likeliest under teacher
+                                  forcing, weighted as in the loss
+            loss                  weighted sum of the objectives' losses, with the final weights of schedules
 
         Args:
-            params: parameters of a step.
+            params: parameters of a step; adapters are merged.
             on_batch: called after each batch whose losses or answers are computed; may raise an exception.
-            keep: called with each answer: `id` (1-based index of its row), `label`, `score` (natural log
-                of its probability), `target`, and, with several parts, `task`.
+            keep: called with each answer: `id` (1-based index of its row), `label`, `score` (natural log of
+                its probability), `target`, and, with several parts, `task`.
 
         Raises:
             InputError: a task's metric fails.
@@ -205,7 +201,7 @@ class Validator:
     def _means(self, totals: Iterable[np.ndarray]) -> dict[str, float]:
         """Returns the loss and the accuracy of each objective that has tokens.
 
-        `totals` is (loss, correct, count). Each of these has one value for each objective.
+        `totals` is (loss, correct, count), each with one value for each objective.
         """
         found = {}
         for objective, loss, correct, count in zip(self.data.objectives, *totals, strict=True):
@@ -217,7 +213,7 @@ class Validator:
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
     ) -> dict[str, float]:
-        """Decodes the labels, and returns each part's metrics and, if there are several parts, their means."""
+        """Decodes the labels, and returns each part's metrics, with their means if there are several parts."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [
@@ -294,11 +290,7 @@ class Validator:
 
 
 def _checked(part: Part, names: Iterable[str]) -> list[str]:
-    """Returns the names of a task's metrics as a list.
-
-    Raises:
-        InputError: a metric has the name of a metric that every validation computes.
-    """
+    """Returns the names of a task's metrics. Raises InputError if every validation computes one of them."""
     for name in (found := list(names)):
         if name in OWN or name.startswith(("loss/", "accuracy/")):
             raise InputError(

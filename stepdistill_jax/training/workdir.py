@@ -43,7 +43,7 @@ _LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list, "row_lengths
 def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
     """A context in which process 0 holds the lock of a workdir.
 
-    In an object store, and on a network disk without locks, nothing is locked.
+    Nothing is locked in an object store or on a network disk without locks.
 
     Raises:
         InputError: another run holds the lock, or the lock file cannot be written. Raised on every process.
@@ -79,8 +79,8 @@ def check_workdir(workdir: pathlib.Path) -> None:
     """Checks that a run may use a folder, before anything is read or written.
 
     Raises:
-        InputError: the folder cannot be written, its `run.json` is damaged, or it has files of a run
-            but no `run.json`.
+        InputError: the folder cannot be written, its `run.json` is damaged, or it has files of a run but no
+            `run.json`.
     """
     if is_remote(workdir):
         _check_store(workdir)
@@ -98,16 +98,12 @@ def check_workdir(workdir: pathlib.Path) -> None:
 
 
 def check_config(path: pathlib.Path, new: str) -> None:
-    """Checks that the config in a workdir was written by `train`, so that it may be replaced.
+    """Checks that `train` wrote the config at `path`, so that it may be replaced by the text `new`.
 
-    `train` writes only bindings: a file with comments or includes was written by a person.
-
-    Args:
-        path: path of the config in a workdir.
-        new: the text that will be written there.
+    A file with comments or includes was written by a person.
 
     Raises:
-        InputError: `train` did not write the file. The message names the file.
+        InputError: `train` did not write the file.
     """
     if not path.exists() or path.read_bytes() == new.encode():
         return
@@ -126,7 +122,7 @@ def check_config(path: pathlib.Path, new: str) -> None:
 
 
 def _check_store(workdir: pathlib.Path) -> None:
-    """Writes and removes a small object, since only an attempt shows whether a store may be written."""
+    """Checks that a store may be written, by writing and removing a small object."""
     probe = workdir / f".{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"")
@@ -168,7 +164,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _misfit(found: Any, kinds: dict[str, Any], prefix: str = "") -> str | None:
-    """Returns a string that names a field that is missing or has the wrong type, or None if all are right."""
+    """Returns which field is missing or has the wrong type, or None if all are right."""
     if not isinstance(found, dict):
         return f"expected an object, got {_kind(found)}"
     for name, kind in kinds.items():

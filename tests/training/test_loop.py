@@ -281,7 +281,7 @@ def test_a_layout_that_leaves_most_rows_empty_is_told(tmp_path, delivery_data_di
         f"{1 - filled / 16:.0%} of a batch's rows are empty: 2 examples fill {filled} rows" in said
     )
     assert "a multiple of 16 (8 batch shards x 2 microbatches)" in said
-    assert "larger BATCH_SIZE" in said and "fewer batch shards and more `tensor`" in said
+    assert "larger BATCH_SIZE" in said and "LAYOUT with fewer batch shards" in said
     one_row = dataclasses.replace(few, row_input_length=64, row_target_length=64)
     said = empty_rows(assemble(one_row, tmp_path, delivery_data_dir))
     assert "94% of a batch's rows are empty: 2 examples fill 1 rows" in said
