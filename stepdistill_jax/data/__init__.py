@@ -1,7 +1,7 @@
 """Reads original files, prepares datasets and opens prepared ones.
 
-Importing this package does not load TensorFlow. In this package, the function `prepare` hides the module of
-the same name. Import the module's other names with `from stepdistill_jax.data.prepare import ...`.
+Importing this package does not load TensorFlow. `stepdistill_jax.data.prepare` is a function here; import other
+names of that module with `from stepdistill_jax.data.prepare import ...`.
 """
 
 from stepdistill_jax.data.prepare import ensure_prepared, prepare

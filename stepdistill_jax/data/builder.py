@@ -28,7 +28,7 @@ TEXT_FEATURES = ("id", "input", "label", "rationale", "llm_label")
 
 @functools.cache
 def tensorflow() -> types.ModuleType:
-    """Hides all accelerators from TensorFlow, since JAX needs their memory, and returns TensorFlow.
+    """Returns TensorFlow, with all accelerators hidden from it: JAX needs their memory.
 
     Raises:
         InputError: TensorFlow cannot be imported, or already uses an accelerator.
@@ -62,9 +62,9 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what native code writes to standard error in the `with` block, but shows it if the block raises.
+    """Hides what native code writes to standard error in the `with` block, unless the block raises.
 
-    TensorFlow, whatever its log level, writes lines about oneDNN and CUDA while it loads and looks for devices.
+    At any log level, TensorFlow prints lines about oneDNN and CUDA when it loads and looks for devices.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -100,10 +100,9 @@ def features(more: Sequence[str] = ()) -> Any:
 
 
 def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
-    """Serialises a row of SPLIT.jsonl to the same `tf.train.Example` as TFDS's own encoder does.
+    """Serialises a row of SPLIT.jsonl as the `tf.train.Example` that TFDS's own encoder gives.
 
-    TFDS's encoder handles features of any kind, but takes 18 times as long. A test compares the
-    results. Text fields that the row lacks are empty in the result.
+    TFDS's encoder takes 18 times as long. Text fields missing from the row are empty in the result.
     """
     tf = tensorflow()
     train = tf.train
@@ -132,7 +131,7 @@ def build(
     Args:
         name: lower_snake_case name of the dataset.
         folder: folder of that name, with SPLIT.jsonl in it.
-        splits: number of rows of each split.
+        splits: {split: number of its rows}.
         more: names of the texts in `Example.more`.
     """
     tf = tensorflow()
@@ -194,7 +193,7 @@ def build_in_subprocess(
 ) -> Iterator[None]:
     """Runs `build` in another process while this one runs the `with` block.
 
-    The other process never outlives this one, even if this one is killed.
+    The other process ends with this one, even if this one is killed.
 
     Raises:
         InputError: the other process cannot use TensorFlow.
@@ -219,7 +218,7 @@ def build_in_subprocess(
 
 
 def _main(arguments: str) -> int:
-    """Runs in the process that `build_in_subprocess` starts. Its standard input closes when the parent ends."""
+    """Runs `build` in the child process, which exits when the parent closes its end of standard input."""
 
     def end_with_the_other() -> None:
         os.read(0, 1)  # not sys.stdin: a buffer's lock that is held at exit would be fatal
