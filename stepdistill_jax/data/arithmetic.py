@@ -15,11 +15,9 @@ def evaluate(text: str) -> float | None:
     Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0; `evaluate("1 / 0")` and `evaluate("2 apples")` are
     None.
 
-    Args:
-        text: at most 2,000 characters and 100 nested parentheses.
-
     Returns:
-        A finite float. None if `text` is not an expression, divides by zero, overflows or is too long.
+        A finite float. None if `text` is not an expression, divides by zero, overflows, or has more than 2,000
+        characters or 100 nested parentheses.
     """
     if len(text) > MAX_LENGTH:
         return None

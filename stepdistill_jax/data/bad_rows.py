@@ -21,7 +21,6 @@ class BadRows:
     """The rows of one source that cannot be used.
 
     Attributes:
-        count: number of bad rows.
         first: the first 20 bad rows.
     """
 

@@ -100,9 +100,9 @@ def features(more: Sequence[str] = ()) -> Any:
 
 
 def to_record(row: Mapping[str, Any], more: Sequence[str] = ()) -> bytes:
-    """Serialises a row of SPLIT.jsonl as the `tf.train.Example` that TFDS's own encoder gives.
+    """Serialises a row of SPLIT.jsonl as TFDS's own encoder does, but 18 times as fast.
 
-    TFDS's encoder takes 18 times as long. Text fields missing from the row are empty in the result.
+    Text fields missing from the row are empty in the result.
     """
     tf = tensorflow()
     train = tf.train
@@ -129,8 +129,8 @@ def build(
     Rows keep the order of SPLIT.jsonl.
 
     Args:
-        name: lower_snake_case name of the dataset.
-        folder: folder of that name, with SPLIT.jsonl in it.
+        name: lower_snake_case name of the dataset and of `folder`.
+        folder: folder with SPLIT.jsonl.
         splits: {split: number of its rows}.
         more: names of the texts in `Example.more`.
     """
