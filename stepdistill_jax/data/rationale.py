@@ -160,7 +160,7 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 
 
 def in_parentheses(text: str) -> str:
-    r"""Returns the text from the first `(` to the last `)` of a line, the first that has both in this order, or "".
+    r"""Returns the text from the first `(` to the last `)` of the first line with such a pair, or "".
 
     Equals the first match of the regular expression `\(.*\)`, which can take quadratic time.
     """

@@ -176,7 +176,7 @@ def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[Jso
 
 
 def as_json(value: Any) -> Any:
-    """Converts a value of a table or list to JSON's types: NaN becomes None, and a NumPy scalar Python's.
+    """Converts a value to JSON's types: NaN becomes None, and a NumPy scalar becomes a Python one.
 
     Types unknown to JSON are left unchanged.
 
