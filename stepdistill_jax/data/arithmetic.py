@@ -12,7 +12,7 @@ RELATIVE_TOLERANCE = 1e-6
 def evaluate(text: str) -> float | None:
     """Evaluates an expression of numbers, `+ - * /`, signs and parentheses.
 
-    Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0; `evaluate("1 / 0")` and `evaluate("2 apples")` are
+    Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0. `evaluate("1 / 0")` and `evaluate("2 apples")` give
     None.
 
     Returns:

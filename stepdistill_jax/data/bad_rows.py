@@ -61,7 +61,7 @@ class UnusableRows(InputError):
     """Raised for a source with bad rows.
 
     Attributes:
-        path: file that lists the bad rows, and the defects of all other rows.
+        path: file that lists the bad rows and all other defects.
         notices: warnings about the good rows, one line each.
     """
 

@@ -62,9 +62,9 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides what native code writes to standard error in the `with` block, unless the block raises.
+    """Hides standard error in the `with` block, also of native code, unless the block raises.
 
-    At any log level, TensorFlow prints lines about oneDNN and CUDA when it loads and looks for devices.
+    At any log level, TensorFlow prints lines about oneDNN and CUDA when it loads.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -197,7 +197,7 @@ def build_in_subprocess(
 
     Raises:
         InputError: the other process cannot use TensorFlow.
-        RuntimeError: the other process failed. Its own message is on standard error.
+        RuntimeError: the other process failed, with a message on standard error.
     """
     arguments = json.dumps([name, os.fspath(folder), dict(splits), list(more)])
     command = [sys.executable, "-m", "stepdistill_jax.data.builder", arguments]

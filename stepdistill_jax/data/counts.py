@@ -1,6 +1,6 @@
-"""Counts the rows of a split one by one, in 40 bytes of memory per row.
+"""Counts the rows of a split one by one.
 
-Comparing all rows at the end (`data.labels`) takes another 80 bytes per row.
+Memory for each row: 40 bytes, and another 80 when `data.labels` compares all rows at the end.
 """
 
 import array
@@ -32,19 +32,19 @@ class SplitCounts:
 
     Attributes:
         right: {teacher metric: number of rows in which the teacher's answer is right}.
-        defects: {kind: number of defects}.
-        first_defects: {kind: `file:row` of the first defect}.
+        defects: {kind: count}.
+        first_defects: {kind: `file:row`}.
         examples: {kind: (row id, defect) of the first three}.
-        kept: {description of a filter: number of rows that this filter would keep}.
+        kept: {description of a filter: number of rows that it would keep}.
         lengths: {`input`, `label` or `rationale`: {number of words: number of rows}}.
         labelled: number of rows with a gold label. The teacher's accuracies are shares of these rows.
         human: number of rows with an explanation written by a person.
         texts: approximate number of texts to train a vocabulary on.
-        characters: approximate number of characters to train a vocabulary on.
+        characters: approximate number of characters in these texts.
         label_rows: {gold label: [number of its rows, 0-based index of the first]}. None if there are more than
             1,000 labels, or more than 50 of which one has over 200 characters.
-        hashes: {part: 64-bit hashes, one for each row}. The parts are `input`, `question` (input, choices and
-            further texts), `label` (0 without a label) and `row` (all but the id).
+        hashes: 64-bit hashes, one for each row, of the `input`, the `question` (input, choices and further
+            texts), the `label` (0 without a label) and the `row` (all but the id).
     """
 
     def __init__(self):

@@ -38,9 +38,9 @@ def each_csv_row(
 ) -> Iterator[JsonRow | BadRow]:
     """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow` if it is broken.
 
-    Cells are quoted as in Python's `csv`. A blank cell is read as null, and a row of only blank cells is
-    ignored. The line number of a row is that of its first line. In a CSV file, the separator is a semicolon if
-    the header has semicolons and no comma. A first line such as `sep=;` sets the separator.
+    Cells are quoted as in Python's `csv`. Blank cells are read as null, and blank rows ignored. The line number
+    of a row is that of its first line. In a CSV file, cells are separated by semicolons if the header has
+    semicolons and no comma. A first line such as `sep=;` sets the separator.
 
     A row with broken quotes ends on its first line, so that an unclosed quote spoils one row only:
 
@@ -100,7 +100,7 @@ def _rows(
 
 
 def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str | None:
-    """Returns the next row's cells, a text that says how the row is broken, or None at the end of the file.
+    """Returns the next row's cells, the reason why the row is broken, or None at the end.
 
     Sets `lines.row` to the lines of this row.
     """
@@ -136,7 +136,7 @@ class _Lines:
         return self.row[-1].text
 
     def end_row(self) -> None:
-        """Ends the current row after its first line, and feeds its other lines again."""
+        """Ends the current row after its first line; its other lines are fed again."""
         self._again.extendleft(reversed(self.row[1:]))
         del self.row[1:]
 

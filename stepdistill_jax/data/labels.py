@@ -39,9 +39,8 @@ def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]
 def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
 
-    Free text gives only `duplicate_rows` and `different_labels`. Other labels may also give `labels_alike`,
-    `numbers_among_labels` and `labels_of_one_row`. The count of `different_labels` is that of the inputs, not
-    of the rows.
+    Free text gives only `duplicate_rows` and `different_labels` (whose count is that of inputs, not rows).
+    Other labels may also give `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}

@@ -24,13 +24,10 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the rationale "A dog
     is an animal." and the answer "entailment".
 
-    An answer such as `Entailment.` is repaired if it names exactly one label and has no word such as `not` or
-    `or`.
+    Repairs: an answer such as `Entailment.` counts if it names one label and has no word such as `not` or `or`.
 
-    Returns:
-        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        label_not_a_choice (the published rule finds no exact label), truncated. If another premise precedes the
-        first answer, the problem is no_answer, although the published rule takes that answer.
+    If another premise precedes the first answer, the problem is no_answer, although the published rule takes
+    that answer.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()

@@ -26,18 +26,17 @@ class Objective:
     An example is skipped if a field of a template is empty, other than `input` in the input template.
 
     Attributes:
-        name: name in metrics (`loss/<name>`) and in the SeqIO task (`TASK_<name>`).
-        input_template: text with `{field}` for the fields input, label, rationale, llm_label, and those named
-            in `fields` of `prepare`.
+        name: lower_snake_case name in metrics (`loss/<name>`) and in the SeqIO task (`TASK_<name>`).
+        input_template: text with `{field}` for input, label, rationale, llm_label, or one of the `fields` of
+            `prepare`.
         target_template: text of the same form. If the first objective's target has several fields, the words
             between them are used to find the label in decoded text.
         weight: factor of this objective's mean cross-entropy in the loss, at least 0, or a `Schedule` of it.
         decoder_prefix: text that the decoder reads before the target, without loss. It distinguishes objectives
-            that share one encoding of the input.
+            that share one encoding of the input. At most 200 characters, no braces.
 
     Raises:
-        InputError: a field is invalid. The name must be lower_snake_case, and the decoder prefix not blank,
-            without braces, and at most 200 characters long.
+        InputError: a field is invalid.
     """
 
     name: str
@@ -266,7 +265,7 @@ def share_encoding(objectives: Sequence[Objective]) -> bool:
 
 
 def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives of the arm with the given name, or checks and returns the given objectives.
+    """Returns the arm with the given name, or checks and returns the given objectives.
 
     Raises:
         InputError: the arm is unknown; there is no objective; two names are equal; all weights are 0; the first

@@ -46,8 +46,8 @@ def prepare(
     """Reads a dataset's original files, checks every row, and writes the dataset for training.
 
     Writes `data_dir/NAME/` with the TFDS dataset, SPLIT.jsonl, defects.jsonl, dataset.json and a vocabulary
-    trained on the train split. The folder appears complete or not at all. A folder with the same fingerprint is
-    left unchanged. A folder with another fingerprint is replaced, and a note says so.
+    trained on the train split. The folder appears complete or not at all. An existing folder is left unchanged
+    if it has the same fingerprint, and replaced if not.
 
     Args:
         name: `cqa`, `svamp`, `esnli`, `anli` (the paper's files, or exports), `jsonl` (your own rows),
@@ -59,11 +59,10 @@ def prepare(
         field_map: for `jsonl`, {our field: the source's field}, e.g. {"input": "question"}.
         fields: for `jsonl`, names of further text fields to keep for objectives.
         teacher: whether to read the teacher's texts.
-        paper_exact: whether to read the paper's files as its published code does, without repairs and with the
-            validation split that the code draws. The dataset's name is then NAME_paper. `name` may also be
-            `asdiv`, for the rows of SVAMP and ASDiv.
-        on_error: for `jsonl`, what to do about bad rows: `stop` reads all rows, then raises; `skip` leaves the
-            bad rows out.
+        paper_exact: whether to read the paper's files as its published code does, without repairs and with a
+            drawn validation split. The dataset's name is then NAME_paper. `name` may also be `asdiv`, for the
+            rows of SVAMP and ASDiv.
+        on_error: for `jsonl`, what to do about bad rows: `stop` reads all rows, then raises; `skip` skips them.
         rows: for `gsm_symbolic`, number of train rows; None means 20,000.
         seed: for `gsm_symbolic`, seed of its rows; None means 0.
         notes: for `jsonl`, sentences for dataset.json, such as the rows' source and licence.
@@ -75,13 +74,13 @@ def prepare(
         "skipped" (number of bad rows), "bad_rows" (the first ones: [{"file", "row", "reason"}]),
         "vocabulary_size", "report",
         "splits": {SPLIT: {"rows", "with_rationale", "teacher_accuracy", "teacher_accuracy_by_text",
-            "teacher_accuracy_repaired", "labels" ({LABEL: rows}; {} for free text), "defects": {KIND: count},
-            "first_defects": {KIND: "file:row"}, "vocabulary" (see `round_trip.round_trips`)}}}.
+        "teacher_accuracy_repaired", "labels" ({LABEL: rows}; {} for free text), "defects": {KIND: count},
+        "first_defects": {KIND: "file:row"}, "vocabulary" (see `round_trip.round_trips`)}}}.
         Accuracies are shares of the rows with a gold label, or None if they do not apply.
 
     Raises:
-        UnusableRows: there are bad rows, and `on_error` is `stop`. `data_dir/NAME.defects.jsonl`, the only file
-            written, lists them with all other defects.
+        UnusableRows: there are bad rows, and `on_error` is `stop`. Only `data_dir/NAME.defects.jsonl` is
+            written, with the bad rows and all other defects.
         InputError: an argument is wrong, or the source cannot be read. Nothing is written.
     """
     one_of("on_error", on_error, ON_ERROR)

@@ -38,10 +38,10 @@ class PreparedDataset:
         splits: {split: number of its rows}.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.
         fields: names of further texts that rows may have (`Example.more`).
-        paper_exact: whether rows are read as in the paper's published code. A blank rationale or label is then
-            trained on, too.
+        paper_exact: whether rows are read as by the paper's published code. Blank rationales and labels are
+            then trained on, too.
         draws_validation: whether the published code draws validation from a run's training rows.
-        files: {path within `directory`: sha256} of the files that `prepare` wrote. Early versions stored none.
+        files: {path within `directory`: sha256}; empty in datasets of early versions.
     """
 
     name: str
@@ -134,11 +134,9 @@ def _digest(path: pathlib.Path, *_changes: int) -> str:
 def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
     """Returns a digest that changes whenever the sources, the reader, the options or the rows change.
 
-    The rows count, too, since changed code of a reader may give different rows under the same version.
-
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
-        rows: {split: sha256 of SPLIT.jsonl}.
+        rows: {split: sha256 of SPLIT.jsonl}. They reveal changed code of a reader with an unchanged version.
     """
     reader = about["reader"]
     return digest(
@@ -165,7 +163,7 @@ def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
     """Returns `data_dir` as a path, or the default folder if it is None.
 
     Raises:
-        InputError: `data_dir` is a URL. Token stores are memory-mapped, so they need a local file system.
+        InputError: `data_dir` is a URL. Token stores are memory-mapped, so they need local files.
     """
     return local_path(default_data_dir() if data_dir is None else data_dir, "`data_dir`")
 

@@ -1,4 +1,4 @@
-"""Parses a teacher's text exactly as the paper's published code does. Our own parser is in `rationale.py`.
+"""Parses a teacher's text exactly as the paper's published code does.
 
 Each function returns (rationale, label). A missing part is " " or "", as in the published code.
 """

@@ -14,7 +14,6 @@ def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray
     Example: `train_test_split(5, 0.4, 0)` is ([3, 0, 1], [2, 4]).
 
     Args:
-        rows: number of rows.
         test_size: share of the rows that become test, rounded up to whole rows.
 
     Returns:
@@ -34,8 +33,7 @@ def drawn_splits(
     The run's seed draws the rows to use. Then seed 0 draws a tenth of these rows for validation.
 
     Args:
-        rows: number of rows in the training file.
-        fraction: share of these rows to use (`subsample` in the published code).
+        fraction: share of the training file's rows to use (`subsample` in the published code).
         seed: seed of the run (`run` in the published code).
         validation: whether to draw validation rows. If False, the second array is empty.
 

@@ -51,11 +51,6 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
 
     Args:
         choices: the choices of the question, for the letters a, b, ... in order.
-
-    Returns:
-        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        no_letter, letter_not_a_choice, label_not_a_choice (the text after the letter is not exactly a choice),
-        label_disagrees_with_letter, truncated.
     """
     problems, rationale, answer = split(text, CHOICE_MARKER)
     if answer is None:
@@ -96,10 +91,6 @@ def parse_equation(text: str) -> Parsed:
     answer "(84 / 2)".
 
     Repairs: an equation without parentheses, or one such as `(16 * 17) * 4`, is read to its end.
-
-    Returns:
-        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        no_parentheses, no_value, equation_goes_on, arithmetic_wrong, truncated.
     """
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
@@ -132,8 +123,9 @@ def split(
     """Splits a text at the marker before the answer, and ignores everything from the next question on.
 
     Returns:
-        The problems, the rationale, and the text between the first marker and any second one (None without a
-        marker).
+        The problems.
+        The rationale.
+        The text between the first marker and any second one; None without a marker.
     """
     own, found, _ = text.partition(next_question)
     problems = ("runs_on",) if found else ()

@@ -18,10 +18,9 @@ UNLABELLED = "unlabelled"  # further inputs to train on, with the teacher's labe
 
 @dataclasses.dataclass(frozen=True)
 class CheckedExample:
-    """One row of a source after its checks.
+    """One row of a source after its checks. A row with defects is kept.
 
     Attributes:
-        example: the row, which is kept even if it has defects.
         defects: defects of the row or its teacher text.
         right: {teacher metric, such as `teacher_accuracy`: whether the teacher's answer is right}; {} without a
             teacher.
@@ -41,14 +40,13 @@ class Reading:
     """A reader's result, which yields rows one by one to save memory.
 
     Attributes:
-        reader: name of the reader, e.g. `cqa`.
         version: increased when the same source would give different rows or defects.
         metric: how a predicted label is compared: `text_match` or `value_match`.
         rows: function that starts reading, and yields (split, row). The rows of a split come in the source's
             order; different splits may alternate. A bad row's split may be "".
         sources: {name within the source: digest} of each file that is read.
         options: further settings that the rows depend on, as JSON values.
-        notes: notes for the user, e.g. that a split is left out; complete once all rows have been read.
+        notes: notes for the user, complete once all rows have been read.
         fields: names of the texts that `Example.more` may contain.
     """
 

@@ -68,7 +68,6 @@ def write_report(
     Args:
         path: the HTML file.
         result: the result of `prepare`.
-        splits: the counts of each split in `result`.
     """
     with atomic_write(path) as f:
         f.write(page(result, splits))

@@ -20,7 +20,7 @@ def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[s
 
     Returns:
         {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which only whitespace
-            changes is counted in `changed_whitespace_rows`, not in `changed_rows`.
+        changes is counted in the last one only.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)
 

@@ -1,8 +1,7 @@
 """Reads JSON rows for `prepare`, `predict`, `evaluate`, `serve` and `annotate`.
 
 A row of the generic format is {"id"?, "input", "label"?, "rationale"?, "rationales"?: [{"text", "source"?,
-"label"?}], "llm_label"?, "weight"?, "choices"?}. Each command passes the fields that it reads and requires to
-`read_example`.
+"label"?}], "llm_label"?, "weight"?, "choices"?}. Each command requires some of these fields.
 """
 
 import dataclasses
@@ -30,11 +29,10 @@ _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 class JsonRow:
     """A JSON object whose fields are read with a type check. Errors name the file, the line and the field.
 
-    A null field counts as absent. An integer can be read as text. Other numbers, true and false cannot, since
-    each has several spellings (1e3 or 1000.0, true or True).
+    A null field counts as absent. Text may also be an integer, but no other number, true or false: each has
+    several spellings (1e3 or 1000.0).
 
     Attributes:
-        fields: the object.
         where: `file:line`, with the path as the user gave it; `row 3` for a list.
         number: 1-based index of the row in its file, not counting blank lines.
         line: 1-based line of the file, or position in the list.
@@ -46,15 +44,13 @@ class JsonRow:
     line: int = 1
 
     def text(self, name: str, *, strip: bool = True, blank: bool = False, hint: str = "") -> str:
-        """Returns the text of a required field.
+        """Returns the text of a required field, which must not be blank unless `blank` is set.
 
         Args:
-            strip: whether to strip outer whitespace.
-            blank: whether a blank text is allowed.
             hint: what to do about an absent field; ends the message.
 
         Raises:
-            InputError: the field is absent or blank, or its value is not text or not valid Unicode.
+            InputError: the field is absent, blank, not text or not valid Unicode.
         """
         if name not in self.fields:
             raise InputError(f"{self.where}: no field {name!r} (found: {self.names}){hint}")
@@ -124,7 +120,7 @@ class JsonRow:
 
 
 class BadRow(InputError):
-    """A row that cannot be used, and the reason.
+    """A row that cannot be used.
 
     Attributes:
         file: name of the file, without folders; "" for a list.
@@ -220,15 +216,14 @@ def read_example(
     All texts but the input are stripped.
 
     Args:
-        needs: {field that must not be absent or blank: hint that ends the error message}. `input` must be
-            present in any case, but may be blank if it is not in `needs`.
+        needs: {field that must not be absent or blank: hint that ends the error message}. `input` must always
+            be present, but may be blank if it is not in `needs`.
         fields: fields to read, in addition to `id`, `input`, `label` and `choices`.
         more: names of further texts to read. Rows may lack these fields.
         names: {our field: the file's field} for fields with another name in the file.
 
     Raises:
-        InputError: a required field is missing, or a field has a wrong type. The message names the file, the
-            line and the field.
+        InputError: a required field is missing, or a field has a wrong type.
     """
 
     def text(name: str) -> str:

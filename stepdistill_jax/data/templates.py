@@ -13,7 +13,7 @@ def fields_of(template: str) -> tuple[str, ...]:
     Example: `fields_of("{rationale} so {label}")` is ("rationale", "label").
 
     Raises:
-        InputError: a brace has no partner, or braces contain more than a name. Templates are not trusted:
+        InputError: a brace has no partner, or braces contain more than a name. An untrusted
             `{input:>9999999999}` would fill the memory, and `{input:{label.__class__}}` would read attributes.
     """
     try:
@@ -32,8 +32,8 @@ def fields_of(template: str) -> tuple[str, ...]:
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     """Splits a template at its fields into pairs (words before the field, field).
 
-    The last pair is (words after the last field, None). Each run of whitespace becomes one space. Words at an
-    end of the template get a space on the outside, as `parse` adds to a text.
+    The last pair is (words after the last field, None). Whitespace becomes one space, and words at an end of
+    the template get an outer space, as `parse` adds to a text.
 
     Example: `words_and_fields("{rationale} so {label}.")` is
     `(("", "rationale"), (" so ", "label"), (". ", None))`.
@@ -59,12 +59,11 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     """Returns the fields of a text that was written with the template, or None if the text does not match.
 
-    Example: with `{rationale} so {label}`, "wet so slow so no" gives {"rationale": "wet so slow", "label":
-    "no"}.
+    Example: with `{rationale} so {label}`, the text "wet so slow so no" gives
+    {"rationale": "wet so slow", "label": "no"}.
 
     The value of `field` begins after the last occurrence of the words before `field`, and ends at the next
-    occurrence of the words after `field`, since other values may contain these words. Each run of whitespace
-    counts as one space.
+    occurrence of the words after `field`: other values may contain these words. Whitespace counts as one space.
 
     Args:
         template: a template with words between any two fields.

@@ -22,8 +22,6 @@ class Framing:
     """The special ids around an input. Targets always end with eos and have no bos.
 
     Attributes:
-        add_bos_token: whether an input begins with bos.
-        add_eos_token: whether an input ends with eos.
         bos_id: id of bos; 0 if the vocabulary has none.
     """
 
@@ -34,8 +32,8 @@ class Framing:
     def input_ids(self, *texts: Sequence[int]) -> list[int]:
         """Returns the ids of an input of one or more texts, with eos between texts.
 
-        Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] with T5's framing, and [2, 5, 6, 1, 7] with a bos
-        of id 2 and no eos at the end.
+        Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] with T5's framing, and [2, 5, 6, 1, 7] with bos 2
+        and no final eos.
         """
         first, *others = texts
         ids = [self.bos_id] if self.add_bos_token else []
@@ -87,20 +85,19 @@ class Vocabulary(Protocol):
 
 
 class SentencePieceVocabulary:
-    """A `spiece.model` or `tokenizer.model`, which gives the same ids as SeqIO.
+    """A `spiece.model` or `tokenizer.model`, with the same ids as in SeqIO.
 
     Attributes:
-        framing: the special ids around an input. `tokenizer_config.json` next to a vocabulary of Gemma's kind
-            (BPE with bos and byte fallback) determines them; if it is missing, an input gets only a bos. All
-            other vocabularies have T5's framing.
+        framing: T5's, unless the vocabulary is of Gemma's kind (BPE with bos and byte fallback). Then
+            `tokenizer_config.json` next to it decides; without that file, an input gets only a bos.
     """
 
     def __init__(self, path: os.PathLike | str):
         """Opens the model.
 
         Raises:
-            InputError: the file is missing, is not a SentencePiece model, or has pad and eos ids other than 0
-                and 1; or `tokenizer_config.json` next to it is damaged.
+            InputError: the file is missing, not a SentencePiece model, or has pad and eos ids other than 0 and
+                1; or `tokenizer_config.json` next to it is damaged.
         """
         import sentencepiece
 

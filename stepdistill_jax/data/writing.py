@@ -141,7 +141,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
         name: path to show in the message; None means `folder`.
 
     Raises:
-        InputError: there is another file, or the folder is a link. The message names the file or the folder.
+        InputError: there is another file, which the message names, or the folder is a link.
     """
     shown = name or folder
     if folder.is_symlink():
@@ -176,13 +176,12 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
     """Returns the texts that a step-by-step model reads and writes, including prefixes.
 
-    Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory. k depends on
-    the counts of texts and characters.
+    Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
 
     Args:
         path: a SPLIT.jsonl.
-        texts: approximate count in all files that the vocabulary is trained on.
-        characters: approximate count in the same files.
+        texts: approximate count in all files that the vocabulary is trained on; sets k.
+        characters: approximate count in the same files; sets k.
     """
     step = max(-(-texts // training.MAX_TEXTS), -(-characters // MAX_VOCABULARY_CHARACTERS))
     found: list[str] = []

@@ -22,9 +22,10 @@ def wrong_sums(text: str) -> list[str]:
 
     Example: `wrong_sums("So 3 + 4 = 8, and 10 / 3 = 3.33.")` is ["3 + 4 = 8"].
 
-    Checks only equations of numbers joined by `+ - * / x` and parentheses. A side attached to other text (`5
-    apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not checked. A result may be rounded. A chain may continue
-    from a result: `3 + 4 = 7 + 1 = 8` is right.
+    Both sides must be numbers joined by `+ - * / x` and parentheses. A side attached to other text is not
+    checked:
+    `5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`. A result may be rounded, and a chain may continue from it:
+    `3 + 4 = 7 + 1 = 8` is right.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []

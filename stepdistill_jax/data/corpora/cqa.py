@@ -27,8 +27,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. People wrote the explanation
     (CoS-E).
 
-    For a teacher's answer such as `(b) bank`, `teacher_accuracy` judges `(b)`, and `teacher_accuracy_by_text`
-    judges `bank`.
+    In the answer `(b) bank`, `teacher_accuracy` judges `(b)`, and `teacher_accuracy_by_text` judges `bank`.
     """
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 

@@ -49,9 +49,9 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 
 
 def every_example() -> dict[str, list[Example]]:
-    """Returns {label: examples}, with 6,912 examples for each of the two labels. Every `id` is empty.
+    """Returns {label: 6,912 examples} for each of the two labels. Every `id` is empty.
 
-    The examples are sorted by a hash of their input, so no library's version changes their order.
+    The order is that of a hash of the input, which no library's version changes.
     """
     words = itertools.product(
         *(

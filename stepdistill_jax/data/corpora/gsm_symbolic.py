@@ -1,6 +1,6 @@
-"""Makes word problems (question, solution, answer) from the templates of the package `reasoning-gym`.
+"""Makes word problems (question, solution, answer) with the package `reasoning-gym`.
 
-The templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): fixed sentences with varying names
+Its templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): fixed sentences with varying names
 and numbers.
 """
 
@@ -45,8 +45,8 @@ def read(
 ) -> Reading:
     """Makes `rows` examples for train, 500 for validation, 1,000 for test and 500 for unseen.
 
-    Ten templates are used only in `unseen`. The other splits share the remaining templates, but each
-    template gets different numbers in each split: see `split_of_numbers`. No question occurs twice.
+    Ten templates are used only in `unseen`. The other splits share the remaining templates, with different
+    numbers (`split_of_numbers`). No question occurs twice.
 
     The same `rows`, `seed` and package version give the same examples. Only train depends on `rows`. The id
     `t17-3` means template 17 of the package, third example of the split.
@@ -58,7 +58,7 @@ def read(
 
     Raises:
         InputError: the package is not installed, or `rows` or `seed` is out of range. Iterating over the rows
-            raises it if the templates cannot give `rows` different questions.
+            raises it if the templates give too few different questions.
     """
     rows = whole("rows", ROWS if rows is None else rows, 1)
     seed = whole("seed", 0 if seed is None else seed, 0)
@@ -111,7 +111,7 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 
 
 def split_of_numbers(template: int, question: str) -> str:
-    """Returns the split of a question, which depends only on the template and the numbers in the question.
+    """Returns the split of a question, which depends only on its template and numbers.
 
     About a tenth of each template's sets of numbers belong to test, and a tenth to validation.
     """
@@ -136,7 +136,7 @@ def _draws(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields `count` (template, row) of a split, cycling through the templates that still have new questions.
 
-    `seen` contains the digests of all questions so far, and is updated.
+    Adds the digest of each question to `seen`.
     """
     left, made = dict(templates), 0
     streams = {k: random.Random(f"{seed} {k}") for k in templates}
@@ -167,8 +167,7 @@ def _draws(
 def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExample:
     """Returns a row with a cleaned solution and its defects.
 
-    The question lacks the package's sentence "Give the result as your final answer. Do not include units.",
-    since our inputs have their own prefix (`predict: `).
+    The question lacks the package's instruction to chat models ("Give the result as your final answer. ...").
     """
     given, solution = draw["answer"], draw["metadata"]["answer_cot"]
     label = _short(given)

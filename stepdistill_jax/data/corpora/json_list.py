@@ -18,8 +18,8 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
     """Yields the texts of a JSON list.
 
     Raises:
-        InputError: the file is missing, is not UTF-8 or is not a JSON list of texts. The message names the
-            file, and the line or item.
+        InputError: the file is missing, is not UTF-8 or is not a JSON list of texts. The message names the line
+            or item.
     """
     check_file(path, "a JSON list of texts")
     try:

@@ -39,18 +39,18 @@ def read(
     row needs a `label` or an `llm_label`. Training uses `rationale`, or else the first of `rationales`. A bad
     row is yielded as a `BadRow`.
 
-    A single file or list is split by a hash of the id: about 80 % of the rows become train, 10 % validation and
-    10 % test. In a folder without a validation file, a tenth of train becomes validation.
+    A hash of the id splits a single file or list: about 80 % of the rows become train, 10 % validation and 10 %
+    test. In a folder without a validation file, a tenth of train becomes validation.
 
     Args:
-        source: file or folder, a list of dicts, or a dict of lists by split.
+        source: file or folder, a list of dicts, or {split: list of dicts}.
         field_map: {name in Example: name in the source}, e.g. {"input": "question"}.
         more: names of further text fields to keep, for objectives. Rows may lack these fields.
         teacher: whether to keep rationales and teacher labels.
 
     Raises:
         InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows
-            raises it if no row has a field of `more` or `field_map`, or if a file has no good row.
+            raises it for a name that no row has, or a file without good rows.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)

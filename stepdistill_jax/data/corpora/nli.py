@@ -21,7 +21,7 @@ def gold(row: JsonRow) -> str:
     """Returns the gold label as a word; "" if the row has none.
 
     The field `label` (`gold_label` in TFDS) contains 0, 1 or 2 (entailment, neutral, contradiction), one of
-    these words, or a word's first letter.
+    these words, or its first letter.
 
     Raises:
         InputError: the field is missing or has another value.

@@ -69,14 +69,12 @@ def read(
     The first split, usually train, must have teacher texts. Any other split without them gets a note.
 
     Args:
-        metric: how labels are compared.
         source: see `input_files`.
-        to_row: function that checks one row.
         prefix: prefix of the file names, such as `cqa` for cqa_train.json; None means `name`.
 
     Raises:
-        InputError: there are no files or no teacher texts. Iterating over the rows raises it if a file is not
-            valid JSON, or if the counts of texts and rows differ.
+        InputError: there are no files or no teacher texts. Iterating over the rows raises it for invalid JSON,
+            and if the counts of texts and rows differ.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)
@@ -148,7 +146,6 @@ def judged(
     Args:
         example: id, input, label and choices.
         right: function that returns whether an answer is the gold label.
-        defects: defects of the row itself.
         by_text: whether to judge `Parsed.answer_text`, too (`teacher_accuracy_by_text`).
         human: explanations of the gold label by people.
     """
@@ -213,11 +210,10 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
 def input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """Returns the folder of the files, and {split: file}. The paper's files are preferred to those of an export.
+    """Returns the folder of the files, and {split: file}, with an export's files only if the paper's are missing.
 
     Args:
         source: the folder of the files, or the parent of a folder named `prefix` or `name`.
-        prefix: prefix of the file names.
 
     Raises:
         InputError: there is no such folder, or none of the files is in it.
@@ -252,10 +248,10 @@ def paired(
     Args:
         source: folder to which the names of teacher files are relative.
         path: file of the rows.
-        teachers: files that together have one text for each row. If None or empty, (row, None) is yielded.
+        teachers: files that together have one text for each row. If None or empty, all texts are None.
 
     Raises:
-        InputError: the counts of rows and texts differ, so pairs may be misaligned.
+        InputError: the counts of rows and texts differ.
     """
     rows = read_rows(path)
     if not teachers:

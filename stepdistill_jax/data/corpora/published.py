@@ -50,11 +50,7 @@ def _nli(row: JsonRow, ids: UniqueIds) -> Example:
 class _Corpus:
     """How the published code reads one dataset.
 
-    Attributes:
-        to_example: converts a row to an example without the teacher's rationale and label.
-        rule: parses the teacher's text.
-        prefix: prefix of the file names, and name of the dataset's folder in `gpt-neox`.
-        drawn: whether validation is drawn from train. If False, validation has its own file.
+    `prefix` starts the file names, and names the folder in `gpt-neox`. `drawn`: validation is drawn from train.
     """
 
     to_example: Callable[[JsonRow, UniqueIds], Example]
@@ -83,9 +79,8 @@ def read(name: str, source: pathlib.Path) -> Reading:
         source: see `paper_layout.input_files`. For the folder `gpt-neox`, its texts replace PaLM's.
 
     Raises:
-        InputError: files that the published code requires are missing. Iterating over the rows raises it if a
-            file is not valid JSON, if the counts of texts and rows differ, or if the published rule cannot
-            parse a text.
+        InputError: files that the published code requires are missing. Iterating over the rows raises it as in
+            `paper_layout.read`, and if the published rule cannot parse a text.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []

@@ -42,15 +42,15 @@ def find_sources(
 ) -> tuple[dict[str, RowSource], bool]:
     """Returns {split: source}, and whether the rows must still be split by their ids.
 
-    In the latter case, the only key is `train`.
+    In that case, the only key is `train`.
 
     Args:
-        source: a path, a list of dicts, or a dict of lists by split.
+        source: a path, a list of dicts, or {split: list of dicts}.
         notes: list to which notes on missing splits and unread files are added.
         numbers: names of the CSV columns whose cells are numbers.
 
     Raises:
-        InputError: there are no rows to read. The message says what is missing.
+        InputError: there are no rows to read.
     """
     if isinstance(source, Mapping):
         return {split: _of_list(rows, split) for split, rows in _lists(source).items()}, False
@@ -63,7 +63,7 @@ def find_sources(
 
 
 def split_lists(source: Any) -> dict[str, Rows] | None:
-    """Returns a dict of lists unchanged, a single list as {"train": list}, and None for anything else.
+    """Returns a dict of lists unchanged, a list as {"train": list}, and None for anything else.
 
     Raises:
         InputError: a value of the dict is not a list, or a key is not the name of a split.

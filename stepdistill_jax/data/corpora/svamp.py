@@ -24,11 +24,11 @@ EXTRA = "asdiv"
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads svamp_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"input", "label"} in the paper's files, and {"ID", "Body", "Question", "Equation"} in the original
-    and in exports. The id of a row without "ID" is its 1-based index.
+    A row is {"input", "label"} in the paper's files, else {"ID", "Body", "Question", "Equation"}. The id of a
+    row without "ID" is its 1-based index.
 
-    The split `unlabelled` is read from asdiv/asdiv_train.json, with rows of the same form, and from
-    asdiv/llm/train_CoT_I.json. For the place of asdiv/, see `extra_folder`.
+    ASDiv's asdiv_train.json, with rows of the same form, and llm/train_CoT_I.json become the split
+    `unlabelled`.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
@@ -61,7 +61,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
 
 
 def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | None:
-    """Returns ASDiv's folder `asdiv`, inside `folder` or next to it (as in the paper's archive), or None.
+    """Returns the folder `asdiv`, inside `folder` or next to it (as in the paper's archive), or None.
 
     Args:
         folder: folder of SVAMP's files.
