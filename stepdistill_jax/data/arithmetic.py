@@ -12,8 +12,8 @@ RELATIVE_TOLERANCE = 1e-6
 def evaluate(text: str) -> float | None:
     """Evaluates an expression of numbers, `+ - * /`, signs and parentheses.
 
-    Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0. `evaluate("1 / 0")` and `evaluate("2 apples")` give
-    None.
+    Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0.
+    `evaluate("1 / 0")` and `evaluate("2 apples")` are None.
 
     Returns:
         A finite float. None if `text` is not an expression, divides by zero, overflows, or has more than 2,000

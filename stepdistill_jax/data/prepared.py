@@ -136,7 +136,7 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
 
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
-        rows: {split: sha256 of SPLIT.jsonl}. They reveal changed code of a reader with an unchanged version.
+        rows: {split: sha256 of SPLIT.jsonl}. They change with a reader's code, even if its version does not.
     """
     reader = about["reader"]
     return digest(

@@ -20,7 +20,7 @@ def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[s
 
     Returns:
         {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which only whitespace
-        changes is counted in the last one only.
+        changes is counted only in `changed_whitespace_rows`.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)
 

@@ -29,8 +29,8 @@ _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 class JsonRow:
     """A JSON object whose fields are read with a type check. Errors name the file, the line and the field.
 
-    A null field counts as absent. Text may also be an integer, but no other number, true or false: each has
-    several spellings (1e3 or 1000.0).
+    A null field counts as absent. An integer can be read as text. Other numbers and booleans cannot, since each
+    has several spellings (1e3 or 1000.0).
 
     Attributes:
         where: `file:line`, with the path as the user gave it; `row 3` for a list.

@@ -21,8 +21,8 @@ def train_vocabulary(
 ) -> None:
     """Trains a unigram model on `texts` and writes it to `path`, atomically.
 
-    The same texts produce the same bytes. Every character becomes a piece, or only the commonest `vocab_size /
-    2` if there are more than `vocab_size`.
+    The same texts produce the same bytes. Every character becomes a piece. If there are more than
+    `vocab_size`, only the commonest `vocab_size / 2` do.
 
     Args:
         texts: inputs and targets as the model will read them, with prefixes.

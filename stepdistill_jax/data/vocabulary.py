@@ -96,7 +96,7 @@ class SentencePieceVocabulary:
         """Opens the model.
 
         Raises:
-            InputError: the file is missing, not a SentencePiece model, or has pad and eos ids other than 0 and
+            InputError: the file is missing, is not a SentencePiece model, or has pad and eos ids other than 0 and
                 1; or `tokenizer_config.json` next to it is damaged.
         """
         import sentencepiece

@@ -22,10 +22,9 @@ def wrong_sums(text: str) -> list[str]:
 
     Example: `wrong_sums("So 3 + 4 = 8, and 10 / 3 = 3.33.")` is ["3 + 4 = 8"].
 
-    Both sides must be numbers joined by `+ - * / x` and parentheses. A side attached to other text is not
-    checked:
-    `5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`. A result may be rounded, and a chain may continue from it:
-    `3 + 4 = 7 + 1 = 8` is right.
+    Both sides must be numbers joined by `+ - * / x` and parentheses. A side attached to other text
+    (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not checked. A result may be rounded, and a chain may
+    continue from it: `3 + 4 = 7 + 1 = 8` is right.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []
@@ -40,7 +39,7 @@ def wrong_sums(text: str) -> list[str]:
 
 
 def _hangs_on(before: str) -> bool:
-    """Returns whether an expression continues the text before it, which ends with an operator, a digit or the like."""
+    """Returns whether the text before an expression belongs to it, since it ends with an operator or a digit."""
     last = before.rstrip()[-1:]
     return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
         last != "" and last in "+-*/x^%="

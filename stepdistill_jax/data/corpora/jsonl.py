@@ -98,7 +98,7 @@ class _Rows:
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row). The split of a bad row is "" if splits depend on ids."""
+        """Yields (split, row). The split of a bad row is "" if ids decide the splits."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):
@@ -173,8 +173,8 @@ class _Rows:
         ]
         if self._unanswered:
             added.append(
-                f"{len(self._unanswered)} rows are left out: they have no label, and the teacher gave no"
-                f" answer; the first is at {self._unanswered[0]}"
+                f"{len(self._unanswered)} rows have no label and no answer from the teacher; they are left"
+                f" out, the first at {self._unanswered[0]}"
             )
         added += [
             f"the field {name} is in {n} of {self._good} rows" for name, n in self._having.items()
