@@ -33,7 +33,6 @@ class PreparedDataset:
 
     Attributes:
         directory: `data_dir/name`, with SPLIT.jsonl, defects.jsonl, spiece.model and TFDS's 1.0.0/.
-        fingerprint: digest of the sources, the reader and the rows.
         metric: `text_match` or `value_match`.
         splits: {split: number of its rows}.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.

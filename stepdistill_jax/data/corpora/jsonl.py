@@ -46,7 +46,6 @@ def read(
         source: file or folder, a list of dicts, or {split: list of dicts}.
         field_map: {name in Example: name in the source}, e.g. {"input": "question"}.
         more: names of further text fields to keep, for objectives. Rows may lack these fields.
-        teacher: whether to keep rationales and teacher labels.
 
     Raises:
         InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows

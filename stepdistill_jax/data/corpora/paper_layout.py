@@ -247,7 +247,6 @@ def paired(
 
     Args:
         source: folder to which the names of teacher files are relative.
-        path: file of the rows.
         teachers: files that together have one text for each row. If None or empty, all texts are None.
 
     Raises:

@@ -27,7 +27,6 @@ class RowSource:
     Attributes:
         name: name for messages: the path of the file, or `the list`.
         key: name of the source in the dataset's fingerprint.
-        digest: hex digest of the rows' contents.
         rows: function that yields the rows from the start.
     """
 
@@ -45,7 +44,6 @@ def find_sources(
     In that case, the only key is `train`.
 
     Args:
-        source: a path, a list of dicts, or {split: list of dicts}.
         notes: list to which notes on missing splits and unread files are added.
         numbers: names of the CSV columns whose cells are numbers.
 
