@@ -36,7 +36,7 @@ def is_csv(path: os.PathLike | str) -> bool:
 def each_csv_row(
     path: os.PathLike | str, numbers: Collection[str] = ()
 ) -> Iterator[JsonRow | BadRow]:
-    """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow` if it is broken.
+    """Yields each row below the header of a CSV or TSV file in UTF-8. A broken row gives a `BadRow`.
 
     Cells are quoted as in Python's `csv`. Blank cells are read as null, and blank rows ignored. The line number
     of a row is that of its first line. In a CSV file, cells are separated by semicolons if the header has
@@ -49,7 +49,6 @@ def each_csv_row(
         b,no           <- row 2, line 3
 
     Args:
-        path: the file, in UTF-8.
         numbers: names of the columns whose cells are numbers.
 
     Raises:

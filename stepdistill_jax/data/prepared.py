@@ -176,7 +176,7 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
     """Opens the prepared dataset `name`.
 
     Args:
-        data_dir: folder of the prepared datasets; None means the default folder.
+        data_dir: None means the default folder.
 
     Raises:
         InputError: the dataset is missing or damaged. The message says how to prepare it.

@@ -21,7 +21,6 @@ class CheckedExample:
     """One row of a source after its checks. A row with defects is kept.
 
     Attributes:
-        defects: defects of the row or its teacher text.
         right: {teacher metric, such as `teacher_accuracy`: whether the teacher's answer is right}; {} without a
             teacher.
         file: name of the row's file, without folders; "" for a list.
@@ -41,7 +40,6 @@ class Reading:
 
     Attributes:
         version: increased when the same source would give different rows or defects.
-        metric: how a predicted label is compared: `text_match` or `value_match`.
         rows: function that starts reading, and yields (split, row). The rows of a split come in the source's
             order; different splits may alternate. A bad row's split may be "".
         sources: {name within the source: digest} of each file that is read.

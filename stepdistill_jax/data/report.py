@@ -50,8 +50,7 @@ def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
     Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
 
     Args:
-        right: number of rows whose answer is right.
-        rows: number of all rows, at least 1.
+        rows: number of rows, at least 1.
         z: standard normal quantile; the default gives a 95 % interval.
     """
     share, square = right / rows, z * z / rows
@@ -63,12 +62,7 @@ def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
 def write_report(
     path: pathlib.Path, result: Mapping[str, Any], splits: Mapping[str, SplitCounts]
 ) -> None:
-    """Writes the page, atomically.
-
-    Args:
-        path: the HTML file.
-        result: the result of `prepare`.
-    """
+    """Writes the page about a result of `prepare`, atomically."""
     with atomic_write(path) as f:
         f.write(page(result, splits))
 

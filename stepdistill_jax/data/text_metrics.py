@@ -115,7 +115,6 @@ def is_valid(
     Under `value_match`, any expression with a value is valid.
 
     Args:
-        metric: the task's metric.
         labels: the labels of the task's train split; empty if there are too many to list.
         choices: the row's allowed answers, which replace the other criteria.
     """

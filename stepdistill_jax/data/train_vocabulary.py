@@ -19,14 +19,13 @@ MIN_WORD_COUNT = 5
 def train_vocabulary(
     texts: Sequence[str], path: os.PathLike | str, *, vocab_size: int = 8000
 ) -> None:
-    """Trains a unigram model on `texts` and writes it to `path`, atomically.
+    """Trains a unigram model on `texts` and writes it to `path` (a `spiece.model`), atomically.
 
     The same texts produce the same bytes. Every character becomes a piece. If there are more than
     `vocab_size`, only the commonest `vocab_size / 2` do.
 
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
-        path: the `spiece.model` to write.
         vocab_size: largest number of pieces. Little text gives fewer.
 
     Raises:

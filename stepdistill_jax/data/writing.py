@@ -174,12 +174,11 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
-    """Returns the texts that a step-by-step model reads and writes, including prefixes.
+    """Returns the texts of a SPLIT.jsonl that a step-by-step model reads and writes, with prefixes.
 
     Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
 
     Args:
-        path: a SPLIT.jsonl.
         texts: approximate count in all files that the vocabulary is trained on; sets k.
         characters: approximate count in the same files; sets k.
     """
