@@ -1,7 +1,7 @@
-"""Reads original files, prepares datasets and opens prepared ones.
+"""Reads original files, prepares datasets and opens prepared ones, without loading TensorFlow.
 
-Importing this package does not load TensorFlow. In this package, the function `prepare` hides the module of
-the same name. Import the module's other names with `from stepdistill_jax.data.prepare import ...`.
+`data.prepare` is a function here. Import other names of that module with
+`from stepdistill_jax.data.prepare import ...`.
 """
 
 from stepdistill_jax.data.prepare import ensure_prepared, prepare

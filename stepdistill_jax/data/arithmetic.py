@@ -1,4 +1,4 @@
-"""Evaluates short arithmetic expressions with a parser: model output is never run as code."""
+"""Evaluates short arithmetic expressions without running model output as code."""
 
 import math
 import re
@@ -10,16 +10,14 @@ RELATIVE_TOLERANCE = 1e-6
 
 
 def evaluate(text: str) -> float | None:
-    """Evaluates an expression of numbers, `+ - * /` and parentheses. Returns None for any other text.
+    """Evaluates an expression of numbers, `+ - * /`, signs and parentheses.
 
-    Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0; `evaluate("1 / 0")` and
-    `evaluate("2 apples")` are None. A sign before a number or a parenthesis is allowed.
-
-    Args:
-        text: an expression of at most 2,000 characters and 100 nested parentheses.
+    Example: `evaluate("( ( 17.0 + 15.0 ) / 2 )")` is 16.0.
+    `evaluate("1 / 0")` and `evaluate("2 apples")` are None.
 
     Returns:
-        A finite float. None if `text` is not an expression, divides by zero, overflows or is too long.
+        A finite float. None if `text` is not an expression, divides by zero, overflows, or has more than 2,000
+        characters or 100 nested parentheses.
     """
     if len(text) > MAX_LENGTH:
         return None
@@ -32,7 +30,7 @@ def evaluate(text: str) -> float | None:
 
 
 def equal(left: float, right: float) -> bool:
-    """Returns whether two values are equal within a relative tolerance of 1e-6 or an absolute one of 1e-9."""
+    """Returns whether two values are equal, within a relative tolerance of 1e-6 or an absolute one of 1e-9."""
     return math.isclose(left, right, rel_tol=RELATIVE_TOLERANCE, abs_tol=1e-9)
 
 
@@ -52,7 +50,7 @@ def _tokens(text: str) -> list[str]:
 
 
 class _Parser:
-    """Recursive-descent parser of arithmetic expressions.
+    """Recursive-descent parser.
 
     Grammar: sum = product (("+" | "-") product)*;  product = factor (("*" | "/") factor)*;
     factor = ("+" | "-")* (NUMBER | "(" sum ")").

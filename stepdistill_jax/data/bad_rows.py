@@ -1,4 +1,4 @@
-"""Collects the rows that cannot be used, so that `prepare` can list all of them, not only the first."""
+"""Collects all rows that `prepare` cannot use, so that one run lists them all."""
 
 import os
 import pathlib
@@ -21,7 +21,6 @@ class BadRows:
     """The rows of one source that cannot be used.
 
     Attributes:
-        count: number of bad rows.
         first: the first 20 bad rows.
     """
 
@@ -30,7 +29,7 @@ class BadRows:
         self.first: list[BadRow] = []
 
     def add(self, row: BadRow, split: str) -> dict[str, Any]:
-        """Counts one row and returns its entry for defects.jsonl."""
+        """Counts a bad row and returns its entry for defects.jsonl."""
         self.count += 1
         if len(self.first) < SHOWN:
             self.first.append(row)
@@ -45,7 +44,7 @@ class BadRows:
         ]
 
     def warnings(self, total: int) -> list[dict[str, Any]]:
-        """Returns a list of one warning about the skipped rows, or []. See `data.labels.warnings`."""
+        """Returns a list with one warning about the skipped rows, or []. See `data.labels.warnings`."""
         if not self.count:
             return []
         places = [place(row.file, row.line) for row in self.first[:EXAMPLES]]
@@ -53,7 +52,7 @@ class BadRows:
         return [{"kind": BAD_ROW, "count": self.count, "examples": places, "message": message}]
 
     def of(self, total: int) -> str:
-        """Returns a summary such as `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""
+        """Returns a summary: `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""
         cannot = "row cannot" if total == 1 else "rows cannot"
         return f"{self.count:,} of {total:,} {cannot} be used, the first at {translated(str(self.first[0]))}"
 
@@ -62,8 +61,7 @@ class UnusableRows(InputError):
     """Raised for a source with bad rows.
 
     Attributes:
-        rows: the bad rows.
-        path: file that lists the bad rows, and the defects of all other rows.
+        path: file that lists the bad rows and all other defects.
         notices: warnings about the good rows, one line each.
     """
 
@@ -83,7 +81,7 @@ class UnusableRows(InputError):
 
 
 def failed_list(directory: pathlib.Path) -> pathlib.Path:
-    """Returns the path to which a failed run writes its list of defects: `DATA_DIR/NAME.defects.jsonl`."""
+    """Returns the path of a failed run's list of defects: `DATA_DIR/NAME.defects.jsonl`."""
     return directory.with_name(f"{directory.name}.{DEFECTS}")
 
 
@@ -91,7 +89,7 @@ def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
     """Moves defects.jsonl from the folder `new` to `failed_list(directory)`, and returns the new path.
 
     Raises:
-        InputError: at the new path, there is already a file that `prepare` did not write.
+        InputError: the new path is a file that `prepare` did not write.
     """
     path = failed_list(directory)
     check_outputs({path: LIST})
@@ -100,7 +98,7 @@ def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
 
 
 def remove_list(directory: pathlib.Path) -> None:
-    """Removes the list of defects that an earlier, failed run left for `directory`."""
+    """Removes `failed_list(directory)`, if an earlier run wrote this file."""
     path = failed_list(directory)
     if path.is_file() and not path.is_symlink() and LIST.wrote(path):
         path.unlink()

@@ -1,6 +1,6 @@
-"""Counts the rows of a split one by one, which takes 40 bytes of memory per row.
+"""Counts the rows of a split one by one.
 
-Comparing all rows at the end (`data.labels`) takes another 80 bytes per row.
+Memory for each row: 40 bytes, and another 80 when `data.labels` compares all rows at the end.
 """
 
 import array
@@ -31,21 +31,20 @@ class SplitCounts:
     """Counts of one split.
 
     Attributes:
-        rows, with_rationale: number of all rows, and of rows with a rationale.
-        right: for each teacher metric that applies, number of rows in which the teacher's answer is right.
-        defects: number of defects of each kind.
-        first_defects: `file:row` of the first defect of each kind.
-        examples: (row id, defect) of the first three defects of each kind.
-        kept: {description of a filter: number of rows that this filter would keep}.
-        lengths: for input, label and rationale, {number of words: number of rows}.
+        right: {teacher metric: number of rows in which the teacher's answer is right}.
+        defects: {kind: count}.
+        first_defects: {kind: `file:row`}.
+        examples: {kind: (row id, defect) of the first three}.
+        kept: {description of a filter: number of rows that it would keep}.
+        lengths: {`input`, `label` or `rationale`: {number of words: number of rows}}.
         labelled: number of rows with a gold label. The teacher's accuracies are shares of these rows.
         human: number of rows with an explanation written by a person.
-        texts, characters: approximate number of texts, and of characters, to train a vocabulary on.
-        label_rows: {gold label: [number of rows with it, 0-based index of the first such row]}. None if
-            there are more than 1,000 labels, or if there are more than 50 and any of them has over 200
-            characters.
-        hashes: for each row, a 64-bit hash of its input, of its question (input, choices and further
-            texts), of its label (0 if there is none), and of the whole row without its id.
+        texts: approximate number of texts to train a vocabulary on.
+        characters: approximate number of characters in these texts.
+        label_rows: {gold label: [number of its rows, 0-based index of the first]}. None if there are more than
+            1,000 labels, or more than 50 of which one has over 200 characters.
+        hashes: 64-bit hashes, one for each row, of the `input`, the `question` (input, choices and further
+            texts), the `label` (0 without a label) and the `row` (all but the id).
     """
 
     def __init__(self):
@@ -89,7 +88,7 @@ class SplitCounts:
         self._note(row)
 
     def _note(self, row: CheckedExample) -> None:
-        """Records the hashes that `data.labels` compares, the row's place in the source, and its gold label."""
+        """Records the hashes, place and gold label of a row."""
         example, at = row.example, len(self._places)
         text = example.input + example.input_pair
         question = (example.input, sorted(example.more.items()), example.choices)
@@ -109,7 +108,7 @@ class SplitCounts:
             self.label_rows = None
 
     def place(self, number: int) -> str:
-        """Returns `file:line` of the row with this 0-based index in the split, or "" if it is unknown."""
+        """Returns `file:line` of the row with this 0-based index, or "" if it is unknown."""
         file, line = divmod(self._places[number], 1 << LINE_BITS)
         return place([*self._files][file], line) if line else ""
 
@@ -129,7 +128,7 @@ class SplitCounts:
 
     @property
     def labels(self) -> list[str]:
-        """The sorted labels, if there are at most 50 and no row has its own choices; else []."""
+        """The sorted labels; [] if there are more than 50 or a row has its own choices."""
         few = self.label_rows is not None and len(self.label_rows) <= MAX_LABELS
         return sorted(self.label_rows or ()) if few and not self._choices else []
 

@@ -1,4 +1,4 @@
-"""Reads the rows of CSV and TSV files as `JsonRow`, as `data.rows` does for JSON-lines files."""
+"""Reads CSV and TSV files, as `data.rows` reads JSON lines."""
 
 import collections
 import csv
@@ -29,19 +29,18 @@ class _Line(NamedTuple):
 
 
 def is_csv(path: os.PathLike | str) -> bool:
-    """Returns whether a file is CSV or TSV, judged by its suffix."""
+    """Returns whether a file has a suffix of CSV or TSV."""
     return os.path.splitext(path)[1].lower() in SUFFIXES
 
 
 def each_csv_row(
     path: os.PathLike | str, numbers: Collection[str] = ()
 ) -> Iterator[JsonRow | BadRow]:
-    """Yields each row below the header of a CSV or TSV file: a `JsonRow`, or a `BadRow` if it is broken.
+    """Yields each row below the header of a CSV or TSV file in UTF-8. A broken row gives a `BadRow`.
 
-    Cells are quoted as in Python's `csv`. A blank cell is read as null, and a row of only blank cells is
-    ignored. A row that spans several lines gets the line number of its first line. Semicolons separate the
-    cells if the header of a CSV file has semicolons and no comma, as in spreadsheets of some countries.
-    A first line such as `sep=;` sets the separator.
+    Cells are quoted as in Python's `csv`. Blank cells are read as null, and blank rows ignored. The line number
+    of a row is that of its first line. In a CSV file, cells are separated by semicolons if the header has
+    semicolons and no comma. A first line such as `sep=;` sets the separator.
 
     A row with broken quotes ends on its first line, so that an unclosed quote spoils one row only:
 
@@ -50,7 +49,6 @@ def each_csv_row(
         b,no           <- row 2, line 3
 
     Args:
-        path: the file, in UTF-8.
         numbers: names of the columns whose cells are numbers.
 
     Raises:
@@ -101,9 +99,9 @@ def _rows(
 
 
 def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str | None:
-    """Returns the next row's cells, or a text that says how the row is broken, or None after the last row.
+    """Returns the next row's cells, the reason why the row is broken, or None at the end.
 
-    Afterwards, `lines.row` contains the lines of this row.
+    Sets `lines.row` to the lines of this row.
     """
     lines.row.clear()
     try:
@@ -116,14 +114,14 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
             again = f" (line {second} is read as a separate row)" if second else ""
             return f"a quote is opened and never closed{again}"
         if "expected after" in str(error):
-            return 'a quote closes within a cell; inside quotes, a quote is written twice ("")'
+            return 'a quoted cell continues after its closing quote; write a quote inside a cell twice ("")'
         if "new-line" in str(error):
             return "a line ends with a carriage return alone; save the file with LF or CRLF"
         return f"broken CSV ({error})"
 
 
 class _Lines:
-    """Feeds lines to a CSV reader. If a quote never closes, all lines of its row but the first are fed again."""
+    """Feeds lines to a CSV reader, and feeds lines after an unclosed quote again."""
 
     def __init__(self, lines: Iterator[_Line]):
         self._lines, self._again = lines, collections.deque[_Line]()
@@ -137,7 +135,7 @@ class _Lines:
         return self.row[-1].text
 
     def end_row(self) -> None:
-        """Ends the current row after its first line, so that the next row begins on the line after that."""
+        """Ends the current row after its first line; its other lines are fed again."""
         self._again.extendleft(reversed(self.row[1:]))
         del self.row[1:]
 

@@ -1,4 +1,4 @@
-"""The fields of one row of a dataset, no matter which file it came from."""
+"""The fields of one row of a dataset, whatever its source."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,21 +20,19 @@ class Rationale:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A checked row. Texts are UTF-8; an empty `rationale` or `llm_label` means there is none.
+    """A checked row. Texts are UTF-8.
 
     Attributes:
-        id: unique within a split. `predict` keeps it as given, text or number, so that answers can
-            be joined to questions.
+        id: unique within a split. In `predict`, the user's own id, text or number.
         input: the question, as the model reads it after the objective's prefix.
         label: the gold answer; empty if unknown.
-        rationale: the teacher's explanation, which is trained on.
-        rationales: all explanations, with `rationale` first; empty if there is none besides `rationale`.
-        llm_label: the teacher's own answer.
-        weight: loss weight of each target token of the example; above 0.
+        rationale: the teacher's explanation, which is trained on; empty if there is none.
+        rationales: all explanations, with `rationale` first; empty if there is only `rationale`.
+        llm_label: the teacher's own answer; empty if there is none.
+        weight: loss weight of each target token; above 0.
         choices: the allowed answers, in order; empty if any answer is allowed.
-        more: {field: text} of the fields named in `prepare(fields=...)`, for objectives to use.
-            `input_pair` is a second input text. The encoder reads both texts, each followed by an end of
-            sequence.
+        more: {field: text} of the fields named in `prepare(fields=...)`. `input_pair` is a second input text;
+            the encoder reads both texts, each followed by an end of sequence.
     """
 
     id: str
@@ -64,7 +62,7 @@ class Example:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row for `SPLIT.jsonl`. Empty fields are left out, except id, input and label."""
+        """Returns the row for SPLIT.jsonl, without empty fields except id, input and label."""
         row: dict[str, Any] = {"id": self.id, "input": self.input, "label": self.label}
         for name in ("rationale", "llm_label"):
             if value := getattr(self, name):

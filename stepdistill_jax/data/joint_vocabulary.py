@@ -12,10 +12,9 @@ from stepdistill_jax.runtime.fingerprints import digest
 
 
 def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) -> str:
-    """Returns the path of a vocabulary that is trained on the train splits of all datasets.
+    """Returns the path of a vocabulary trained on the train splits of all datasets, in any order.
 
-    The vocabulary is trained on first use and stored in `folder`. The order of the datasets does not
-    matter. For a single dataset, the result is the vocabulary of that dataset.
+    It is trained on first use and stored in `folder`. A single dataset gives its own vocabulary.
 
     Raises:
         InputError: a dataset has no train split, or a file of a dataset has changed.

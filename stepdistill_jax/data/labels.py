@@ -1,4 +1,4 @@
-"""Warns about suspicious labels and duplicate rows of a dataset, and gives their places."""
+"""Warns about suspicious labels and duplicate rows of a dataset."""
 
 import collections
 import re
@@ -17,11 +17,10 @@ _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 
 
 def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
-    """Returns {label: {split: number of rows}}, with the commonest label first.
+    """Returns {label: {split: number of rows}}, with the commonest label first; {} for free text.
 
-    The result is empty unless the labels are a closed set: at least five rows per label on average, and
-    at most 1,000 labels (at most 20 if most labels are numbers). Otherwise, answers are free text, so it
-    is normal that many labels occur only once.
+    Labels are free text unless there are at least five rows per label on average, and at most 1,000 labels (20
+    if most labels are numbers).
     """
     found: dict[str, dict[str, int]] = {}
     for split, counts in splits.items():
@@ -40,9 +39,8 @@ def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]
 def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
 
-    Kinds for closed sets of labels: `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
-    Kinds for all datasets: `duplicate_rows`, and `different_labels`, which counts inputs, not rows. The
-    message is one line, which states the problem, the count, the first places, and what to do.
+    Free text gives only `duplicate_rows` and `different_labels` (whose count is that of inputs, not rows).
+    Other labels may also give `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -126,7 +124,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
     """Yields the warnings about equal rows, and about equal inputs with different labels.
 
     Row indices count from 0 over all splits. For rows with the hashes [7, 9, 7, 7], `firsts` is [0, 1] and
-    `inverse` is [0, 1, 0, 0]. Rows 2 and 3 are not the first with their hash, so each repeats row 0.
+    `inverse` is [0, 1, 0, 0]: rows 2 and 3 repeat row 0.
     """
 
     def joined(name: str) -> np.ndarray:
@@ -174,7 +172,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
 
 
 def _place(splits: Mapping[str, SplitCounts], number: int) -> str:
-    """Returns the place of a row. `number` is its 0-based index over all splits."""
+    """Returns the place of the row with this 0-based index over all splits."""
     for counts in splits.values():
         if number < counts.rows:
             return counts.place(number)
@@ -210,10 +208,7 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns the places of pairs of rows, in the form ` (such as A and B, C and D)`.
-
-    `count` is the number of all pairs. If `places` contains all of them, `such as` is left out.
-    """
+    """Returns ` (such as A and B, C and D)`, without `such as` if `places` has all `count` pairs of rows."""
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""
     return f" ({such_as}{', '.join(pairs)})" if pairs else ""

@@ -21,17 +21,13 @@ _HEDGES = re.compile(r"\b(?:not|or|nor|neither|cannot)\b|n't\b")
 def parse_esnli(text: str) -> Parsed:
     r"""Reads `RATIONALE Answer: LABEL`; the label ends at the next `Premise`.
 
-    Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the
-    rationale "A dog is an animal." and the answer "entailment".
+    Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the rationale "A dog
+    is an animal." and the answer "entailment".
 
-    A label with a capital letter, with a full stop or among other words is repaired if the answer names
-    exactly one label and contains no word such as `not` or `or`.
+    Repairs: an answer such as `Entailment.` counts if it names one label and has no word such as `not` or `or`.
 
-    Returns:
-        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        label_not_a_choice (the answer that the published rule finds is not exactly a label), truncated. A
-        text that continues with another premise before any answer has the problem no_answer, although
-        the published rule takes the answer of the invented pair.
+    If another premise precedes the first answer, the problem is no_answer, although the published rule takes
+    that answer.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()
@@ -56,12 +52,11 @@ def parse_esnli(text: str) -> Parsed:
 def parse_anli(text: str) -> Parsed:
     """Reads `RATIONALE So the answer is LABEL.`; the text from the next `Premise:` on is ignored.
 
-    Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale
-    "He was born later." and the answer "contradiction".
+    Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale "He was born
+    later." and the answer "contradiction".
 
-    Repairs and problems are the same as in `parse_esnli`. The published rule finds no
-    answer if the marker occurs more than once. It drops the last character of an answer, whatever that
-    character is.
+    Repairs and problems are those of `parse_esnli`. The published rule drops the last character of an answer,
+    whatever it is, and finds no answer in a text with two markers.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:
@@ -73,10 +68,7 @@ def parse_anli(text: str) -> Parsed:
 def _with_label(
     problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """Returns the parts of `text`.
-
-    `answer_text` is the text of the first answer, and `answer` is what the published rule finds.
-    """
+    """Returns the parts of `text`, given its first answer and the `answer` that the published rule finds."""
     repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:
         problems += ("label_not_a_choice",)

@@ -17,29 +17,26 @@ MAX_PREFIX = 200  # characters; a prefix may come from a model directory, which 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Says how to make an (input, target) pair from an example's fields, and how to weight its loss.
+    """How to make an (input, target) pair from an example's fields, and how to weight its loss.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): `predict: x -> label`, `explain: x -> rationale`.
 
     Example: `Objective("label", "predict: {input}", "{label}", 0.5)`.
 
+    An example is skipped if a field of a template is empty, other than `input` in the input template.
+
     Attributes:
-        name: name of the objective in metrics (`loss/<name>`) and in its SeqIO task (`TASK_<name>`).
-        input_template: text with `{field}` for fields of an example: input, label, rationale,
-            llm_label, or a further field that the dataset keeps (`fields` of `prepare`).
-        target_template: text of the same form, for the target. An example is skipped if a field of either
-            template is empty, except that the input template allows an empty `input`. If the target of the
-            first objective has several fields, the words between them are used to find the label in
-            decoded text.
-        weight: factor of this objective's mean cross-entropy in the loss, at least 0; or a `Schedule`
-            that gives the factor for each step.
-        decoder_prefix: text that the decoder reads before the target, without loss on its tokens.
-            The prefix distinguishes objectives that share one encoding of the input.
+        name: lower_snake_case name in metrics (`loss/<name>`) and in the SeqIO task (`TASK_<name>`).
+        input_template: text with `{field}` for input, label, rationale, llm_label, or one of the `fields` of
+            `prepare`.
+        target_template: text of the same form. If the first objective's target has several fields, the words
+            between them are used to find the label in decoded text.
+        weight: factor of this objective's mean cross-entropy in the loss, at least 0, or a `Schedule` of it.
+        decoder_prefix: text that the decoder reads before the target, without loss. It distinguishes objectives
+            that share one encoding of the input. At most 200 characters, no braces.
 
     Raises:
-        InputError: the weight is not a number of at least 0; the name is not lower_snake_case; a
-            template is not text, or has more than a field's name in braces; the decoder prefix is
-            not text, is blank, over 200 characters, or has braces.
+        InputError: a field is invalid.
     """
 
     name: str
@@ -75,7 +72,7 @@ class Objective:
         elif len(prefix) > MAX_PREFIX:
             expected = f"at most {MAX_PREFIX} characters"
         elif set("{}") & set(prefix):
-            expected = "text without braces, since it is the same for all rows"
+            expected = "text without braces, since a prefix has no fields"
         if expected:
             raise InputError(
                 f"Objective {self.name}: decoder_prefix: expected {expected}, got {prefix!r:.80}"
@@ -84,7 +81,7 @@ class Objective:
     def render(self, fields: Mapping[str, str], *, keep_empty: bool = False) -> tuple[str, str]:
         """Returns the input and the target text of an example.
 
-        The target is "" if one of the fields in `needed` is empty, unless `keep_empty` is set.
+        The target is "" if a field in `needed` is empty, unless `keep_empty` is set.
         """
         values = {name: fields.get(name, "") for name in self.fields}
         absent = not keep_empty and not all(values[name] for name in self.needed)
@@ -93,7 +90,7 @@ class Objective:
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
-        """Names of all fields that occur in either template, without duplicates."""
+        """Names of the fields in both templates, without duplicates."""
         return tuple(
             dict.fromkeys(fields_of(self.input_template) + fields_of(self.target_template))
         )
@@ -110,7 +107,7 @@ class Objective:
 
     @property
     def label_field(self) -> str | None:
-        """Name of the field that is the label in the target: `label`, `llm_label` (the teacher's), or None."""
+        """Name of the target's label field: `label`, `llm_label` (the teacher's), or None."""
         named = fields_of(self.target_template)
         return next((name for name in ("label", "llm_label") if name in named), None)
 
@@ -121,7 +118,7 @@ class Objective:
 
     @property
     def writes_more(self) -> bool:
-        """Whether the target contains the label and more, so that the label must be parsed from an answer."""
+        """Whether the target contains more than the label, and `parse` can find the label in an answer."""
         alone = self.target_template == f"{{{self.label_field}}}"
         return self.label_field is not None and not alone and self.is_separable
 
@@ -132,19 +129,19 @@ class Objective:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Words of the target template between and around its fields, in order."""
+        """Words between and around the fields of the target template, in order."""
         return tuple(
             words for words, _ in templates.words_and_fields(self.target_template) if words
         )
 
     def parse(self, text: str) -> dict[str, str] | None:
-        """Returns the fields of a decoded answer, among them `label`, or None if the answer has no label.
+        """Returns the fields of a decoded answer, including `label`, or None if the answer has no label.
 
-        With the target template `{rationale} so the answer is {label}`, the answer `"it rains so the
-        answer is no"` gives `{"label": "no", "rationale": "it rains"}`. The label begins after
-        the last occurrence of the words that precede it in the template. It ends at the next occurrence
-        of the words that follow it in the template. The whole answer is the label if the target is a
-        label alone, has no label, or has two fields without words between them.
+        Example: with the target template `{rationale} so the answer is {label}`, the answer `"it rains so the
+        answer is no"` gives `{"label": "no", "rationale": "it rains"}`.
+
+        The label begins after the last occurrence of the template's words before it, and ends at the next
+        occurrence of the words after it. Unless `writes_more`, the whole answer is the label.
         """
         if not self.writes_more:
             return {"label": text}
@@ -164,7 +161,7 @@ RATIONALE_THEN_LABEL = "{rationale} so the answer is {label}"
 def label_only(
     label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
 ) -> tuple[Objective, ...]:
-    """Standard fine-tuning: trains on the label only. The paper's code adds no prefix to `{input}`."""
+    """Standard fine-tuning: trains on the label only. In the paper's code, `input_template` is `{input}`."""
     return (Objective("label", input_template, "{label}", label_weight),)
 
 
@@ -188,7 +185,7 @@ def label_only_llm(
 def step_by_step_llm(
     label_weight: Weight = 0.5, rationale_weight: Weight = 0.5
 ) -> tuple[Objective, ...]:
-    """Step-by-step with the teacher's labels: trains on no gold label."""
+    """Step-by-step with the teacher's labels in place of gold labels."""
     return (
         Objective("label", LABEL_INPUT, "{llm_label}", label_weight),
         Objective("rationale", RATIONALE_INPUT, "{rationale}", rationale_weight),
@@ -196,7 +193,7 @@ def step_by_step_llm(
 
 
 def single_task(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
-    """The paper's ablation: a single target, which is the rationale followed by the label."""
+    """The paper's ablation: a single target, the rationale followed by the label."""
     return (Objective("label", LABEL_INPUT, RATIONALE_THEN_LABEL, label_weight),)
 
 
@@ -208,7 +205,7 @@ def rationale_input(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
 def step_by_step_multi(
     label_weight: Weight = 0.5, rationale_weight: Weight = 0.25, why_not_weight: Weight = 0.25
 ) -> tuple[Objective, ...]:
-    """Step-by-step with a third objective, which explains why the other answers are wrong (`why_not`)."""
+    """Step-by-step with a third objective: why the other answers are wrong (`why_not`)."""
     return (
         *step_by_step(label_weight, rationale_weight),
         Objective("why_not", "why not: {input}", "{why_not}", why_not_weight),
@@ -228,8 +225,7 @@ def shared_encoder(
 ) -> tuple[Objective, ...]:
     """Step-by-step with one encoding of the input for both targets: our variant, not in the paper.
 
-    A prefix of the decoder, not of the input, asks for the rationale. So both objectives have the same
-    input, which is encoded once. The label's input is the same as in `step_by_step`.
+    Both objectives have the label's input of `step_by_step`. A decoder prefix asks for the rationale.
     """
     return (
         Objective("label", LABEL_INPUT, "{label}", label_weight),
@@ -258,7 +254,7 @@ ARMS: dict[str, Callable[..., tuple[Objective, ...]]] = {
 def share_encoding(objectives: Sequence[Objective]) -> bool:
     """Returns whether all objectives have the same input, which is then encoded only once.
 
-    Returns False if the input contains the rationale, since an example may have several rationales.
+    An input with the rationale is never shared, since an example may have several rationales.
     """
     templates = {o.input_template for o in objectives}
     return (
@@ -269,12 +265,11 @@ def share_encoding(objectives: Sequence[Objective]) -> bool:
 
 
 def resolve(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives of the arm with the given name, or checks and returns the given objectives.
+    """Returns the arm with the given name, or checks and returns the given objectives.
 
     Raises:
-        InputError: the arm is unknown; there is no objective; two objectives have the same name;
-            all weights are 0; the first objective has a decoder prefix; the target of the first objective
-            has two fields without words between them.
+        InputError: the arm is unknown; there is no objective; two names are equal; all weights are 0; the first
+            objective has a decoder prefix, or a target with two fields and no words between them.
     """
     if isinstance(objectives, str):
         one_of("objectives", objectives, ARMS)
@@ -308,7 +303,7 @@ def gives_rationale(objectives: Sequence[Objective]) -> bool:
 
 
 def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """Returns the objectives for validation. In the first target, `label` replaces `llm_label`."""
+    """Returns the objectives for validation: in the first target, `label` replaces `llm_label`."""
     first = objectives[0]
     if first.label_field != "llm_label":
         return tuple(objectives)
@@ -317,10 +312,7 @@ def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...
 
 
 def check_first(objectives: Sequence[Objective]) -> None:
-    """Raises InputError if the first objective has a decoder prefix.
-
-    The first objective is used for inference, also by programs that do not support decoder prefixes.
-    """
+    """Raises InputError if the first objective, which is used for inference, has a decoder prefix."""
     if objectives[0].decoder_prefix:
         raise InputError(
             f"Objective {objectives[0].name}: the first objective is used for inference, so its"

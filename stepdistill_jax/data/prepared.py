@@ -32,19 +32,15 @@ class PreparedDataset:
     """A dataset on disk.
 
     Attributes:
-        name: name of the dataset and of its folder.
         directory: `data_dir/name`, with SPLIT.jsonl, defects.jsonl, spiece.model and TFDS's 1.0.0/.
-        fingerprint: digest of the sources, the reader and the rows.
         metric: `text_match` or `value_match`.
-        splits: number of rows of each split.
+        splits: {split: number of its rows}.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.
         fields: names of further texts that rows may have (`Example.more`).
-        paper_exact: whether rows are read as the paper's published code reads them. If so, a
-            blank rationale or label is trained on, too.
-        draws_validation: whether the published code draws the validation split from the share of the training
-            rows that a run uses.
-        files: {path within `directory`: sha256} of each file that `prepare` wrote. Empty if an early
-            version, which stored no digests, prepared the dataset.
+        paper_exact: whether rows are read as by the paper's published code. Blank rationales and labels are
+            then trained on, too.
+        draws_validation: whether the published code draws validation from a run's training rows.
+        files: {path within `directory`: sha256}; empty in datasets of early versions.
     """
 
     name: str
@@ -66,10 +62,10 @@ class PreparedDataset:
         return ("train", "validation") if self.draws_validation else ("train",)
 
     def check(self, *names: str) -> None:
-        """Checks that the named files, or all files if none is named, still have the stored digests.
+        """Checks that files still have the stored digests.
 
         Args:
-            names: keys of `files`, or folders that contain such files.
+            names: keys of `files`, or their folders; all files if empty.
 
         Raises:
             InputError: a file is missing or has changed. The message names the file.
@@ -109,8 +105,7 @@ class PreparedDataset:
         """Returns the path of SPLIT.jsonl.
 
         Raises:
-            InputError: the dataset has no such split, or the file has changed. The message lists the splits
-                that the dataset has.
+            InputError: the dataset has no such split, or the file has changed.
         """
         if split not in self.splits:
             raise InputError(
@@ -124,7 +119,7 @@ class PreparedDataset:
         """Yields the rows of a split, in the order of the TFDS dataset.
 
         Raises:
-            InputError: the dataset has no such split, or the file of the split is missing or damaged.
+            InputError: the dataset has no such split, or its file is missing or damaged.
         """
         path = self.file(split)  # checked at the call, not at the first row
         return (Example.from_json(row) for _, row in read_jsonl(path))
@@ -138,12 +133,9 @@ def _digest(path: pathlib.Path, *_changes: int) -> str:
 def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
     """Returns a digest that changes whenever the sources, the reader, the options or the rows change.
 
-    The digest covers the rows as well as their sources. So it also changes if the code of the reader
-    makes different rows while the version of the reader stays the same.
-
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
-        rows: sha256 of each SPLIT.jsonl.
+        rows: {split: sha256 of SPLIT.jsonl}. They change with a reader's code, even if its version does not.
     """
     reader = about["reader"]
     return digest(
@@ -170,7 +162,7 @@ def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
     """Returns `data_dir` as a path, or the default folder if it is None.
 
     Raises:
-        InputError: `data_dir` is a URL. Token stores are memory-mapped, so they need a local file system.
+        InputError: `data_dir` is a URL. Token stores are memory-mapped, so they need local files.
     """
     return local_path(default_data_dir() if data_dir is None else data_dir, "`data_dir`")
 
@@ -184,12 +176,10 @@ def open_prepared(name: str, data_dir: os.PathLike | str | None = None) -> Prepa
     """Opens the prepared dataset `name`.
 
     Args:
-        name: name of the dataset, and of its folder in `data_dir`.
-        data_dir: folder of the prepared datasets; None means the default folder.
+        data_dir: None means the default folder.
 
     Raises:
-        InputError: the dataset is not prepared in that folder, or it is damaged. The message says how to
-            prepare it, and which datasets are prepared.
+        InputError: the dataset is missing or damaged. The message says how to prepare it.
     """
     directory = data_folder(data_dir) / name
     path = directory / FILE
@@ -221,11 +211,7 @@ def is_prepared(name: str, data_dir: pathlib.Path) -> bool:
 
 
 def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> PreparedDataset:
-    """Returns the dataset that a dataset.json describes.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: the file is damaged.
-    """
+    """Returns the dataset that a dataset.json describes."""
     splits, labels, files = stored["splits"], stored["labels"], stored.get("files", {})
     if not splits:
         raise ValueError("it has no split")
@@ -261,7 +247,7 @@ def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> Pr
 
 
 def how_to_prepare(name: str) -> str:
-    """Returns the end of an error message, which tells the user the command that prepares `name`."""
+    """Returns the end of an error message, with the command that prepares `name`."""
     if name in (EMBEDDED, GENERATED):
         return f"run `stepdistill prepare {name}`"
     original = name.removesuffix(PAPER_SUFFIX)

@@ -1,4 +1,4 @@
-"""Parses a teacher's text exactly as the paper's published code does. Our own parser is in `rationale.py`.
+"""Parses a teacher's text exactly as the paper's published code does.
 
 Each function returns (rationale, label). A missing part is " " or "", as in the published code.
 """
@@ -21,11 +21,10 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
     """Reads `RATIONALE So the answer is (x) CHOICE.`; the label is the text after the letter.
 
     Args:
-        text: a completion.
-        neox: whether GPT-NeoX wrote the text. Its texts may have no answer.
+        neox: whether GPT-NeoX wrote the text, which may then have no answer.
 
     Raises:
-        ValueError: a text by PaLM does not contain the marker exactly once. The published code fails on it, too.
+        ValueError: a text by PaLM does not have exactly one marker. The published code fails, too.
     """
     own = _own(text, NEXT_QUESTION, neox)
     if neox and own.count(CHOICE_MARKER) != 1:
@@ -48,8 +47,7 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
     """Reads `RATIONALE Answer: LABEL`.
 
-    If the text gives no answer for its own premise and hypothesis, the answer of the next pair, which the
-    teacher made up, is used.
+    Without an answer for the given pair, the label is that of the next pair, which the teacher invented.
     """
     rationale = _own(text, ESNLI_MARKER, neox)
     answers = text.split(f"{ESNLI_MARKER} ")

@@ -14,13 +14,11 @@ def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray
     Example: `train_test_split(5, 0.4, 0)` is ([3, 0, 1], [2, 4]).
 
     Args:
-        rows: number of rows.
         test_size: share of the rows that become test, rounded up to whole rows.
-        seed: seed of the permutation of the rows. The first rows after the permutation become test.
 
     Returns:
-        The 0-based indices of the train rows, [train] int64, and of the test rows, [test] int64. Each
-        array is in the order of the permutation.
+        0-based indices of the train rows, [train] int64, in the order drawn.
+        0-based indices of the test rows, [test] int64, in the order drawn.
     """
     order = np.random.default_rng(seed).permutation(rows)
     test = math.ceil(test_size * rows)
@@ -32,18 +30,16 @@ def drawn_splits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of train and validation that a run of the published code uses.
 
-    First, the seed of the run draws the rows to use. Then seed 0 draws a tenth of these rows for validation.
+    The run's seed draws the rows to use. Then seed 0 draws a tenth of these rows for validation.
 
     Args:
-        rows: number of rows in the training file.
-        fraction: share of these rows to use (`subsample` in the published code).
+        fraction: share of the training file's rows to use (`subsample` in the published code).
         seed: seed of the run (`run` in the published code).
-        validation: whether to draw validation rows. If False, the second array is empty, since the split
-            has its own file.
+        validation: whether to draw validation rows. If False, the second array is empty.
 
     Returns:
-        The 0-based indices, in the file, of the train rows, [train] int64, and of the validation rows,
-        [validation] int64.
+        0-based indices of the train rows in the file, [train] int64.
+        0-based indices of the validation rows in the file, [validation] int64.
     """
     used = np.arange(rows)
     if fraction < 1.0:

@@ -25,11 +25,10 @@ class Parsed:
 
     Attributes:
         rationale: the text before the answer.
-        answer: the answer that the published rule finds. If the question has choices, it is the choice that
-            the letter names.
-        answer_text: the text after the letter, if the question has choices.
+        answer: the answer that the published rule finds; for a question with choices, the choice of the letter.
+        answer_text: for a question with choices, the text after the letter.
         repaired: the answer after our repairs.
-        problems: names of the text's defects; see `defects.KINDS`.
+        problems: the text's defects; see `defects.KINDS`.
         wrong_sums: equations in the rationale whose two sides differ.
     """
 
@@ -44,21 +43,14 @@ class Parsed:
 def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     """Reads `RATIONALE So the answer is (x) CHOICE.`; the text from the next `Q:` on is ignored.
 
-    Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the
-    rationale "Beavers build." and the answer "wood".
+    Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the rationale
+    "Beavers build." and the answer "wood".
 
-    Repairs: if the text after the letter is one of the choices, ignoring case and a full stop, it is the
-    answer, even if the letter is wrong or missing. Otherwise the letter decides, as in
-    `(a) lake or (d) pond`.
+    Repairs: if the text after the letter is a choice, ignoring case and a full stop, it is the answer, even
+    with a wrong letter or none. Otherwise the letter decides, as in `(a) lake or (d) pond`.
 
     Args:
-        text: a completion, which may continue with an invented question.
         choices: the choices of the question, for the letters a, b, ... in order.
-
-    Returns:
-        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        no_letter, letter_not_a_choice, label_not_a_choice (the text after the letter is not
-        exactly a choice), label_disagrees_with_letter, truncated.
     """
     problems, rationale, answer = split(text, CHOICE_MARKER)
     if answer is None:
@@ -95,16 +87,10 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
 def parse_equation(text: str) -> Parsed:
     """Reads `RATIONALE The answer is (EQUATION).`; the text from the next `Q:` on is ignored.
 
-    Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84."
-    and the answer "(84 / 2)".
+    Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84." and the
+    answer "(84 / 2)".
 
-    Repairs: if an equation continues after its parentheses, as in `(16 * 17) * 4`, or has no
-    parentheses, all of it is read.
-
-    Returns:
-        The parts, with any of these problems: runs_on, empty, no_answer, several_answers, no_rationale,
-        no_parentheses, no_value (the equation cannot be computed), equation_goes_on, arithmetic_wrong
-        (an equation in the rationale is wrong), truncated.
+    Repairs: an equation without parentheses, or one such as `(16 * 17) * 4`, is read to its end.
     """
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
@@ -134,11 +120,12 @@ def parse_equation(text: str) -> Parsed:
 def split(
     text: str, marker: str, next_question: str = NEXT_QUESTION
 ) -> tuple[tuple[str, ...], str, str | None]:
-    """Splits a text at the marker before the answer, and ignores the next question and all that follows.
+    """Splits a text at the marker before the answer, and ignores everything from the next question on.
 
     Returns:
-        The problems, the rationale, and the text after the first marker and before any second one. That
-        text is None if there is no marker.
+        The problems.
+        The rationale.
+        The text between the first marker and any second one; None without a marker.
     """
     own, found, _ = text.partition(next_question)
     problems = ("runs_on",) if found else ()
@@ -155,9 +142,9 @@ def split(
 
 
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
-    """Returns ("truncated",) if a text without a complete answer does not end like a sentence.
+    """Returns ("truncated",) if a text without a complete answer does not end like a sentence, else ().
 
-    Returns () for a text that runs on, since what breaks off there is the invented question, not the answer.
+    A text that runs on is not truncated: its end belongs to the invented question.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()
@@ -165,11 +152,9 @@ def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
 
 
 def in_parentheses(text: str) -> str:
-    r"""Returns the text from the first `(` to the last `)` of a line.
+    r"""Returns the text from the first `(` to the last `)` of the first line with such a pair, or "".
 
-    The line is the first one in which a `)` follows a `(`. If there is none, returns "". The result
-    equals the first match of the regular expression `\(.*\)`, which takes quadratic time if no
-    parenthesis closes.
+    Equals the first match of the regular expression `\(.*\)`, which can take quadratic time.
     """
     for line in text.split("\n"):
         first, last = line.find("("), line.rfind(")")

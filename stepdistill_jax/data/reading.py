@@ -1,4 +1,4 @@
-"""Defines the interface of readers, which yield checked examples one by one, each with its defects."""
+"""Defines the interface of readers, which yield checked examples one by one."""
 
 import collections
 import dataclasses
@@ -18,13 +18,11 @@ UNLABELLED = "unlabelled"  # further inputs to train on, with the teacher's labe
 
 @dataclasses.dataclass(frozen=True)
 class CheckedExample:
-    """One row of a source after its checks.
+    """One row of a source after its checks. A row with defects is kept.
 
     Attributes:
-        example: the row, which is kept even if it has defects.
-        defects: defects of the row or its teacher text, each with file and row.
-        right: for each teacher metric (`teacher_accuracy`, ...), whether the teacher's answer is
-            right; empty if there is no teacher.
+        right: {teacher metric, such as `teacher_accuracy`: whether the teacher's answer is right}; {} without a
+            teacher.
         file: name of the row's file, without folders; "" for a list.
         line: 1-based line of the file, or position in the list; 0 if unknown.
     """
@@ -38,19 +36,15 @@ class CheckedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A reader's result. It yields rows one by one, so that memory does not grow with the source.
+    """A reader's result, which yields rows one by one to save memory.
 
     Attributes:
-        reader: name of the reader, e.g. `cqa`.
-        version: number that is increased when the same source would give different rows or defects.
-        metric: how a predicted label is compared: `text_match` or `value_match`.
-        rows: function that starts reading, and yields (split, row). The rows of a split come in the
-            source's order; rows of different splits may alternate. Some readers yield a `BadRow` for
-            a row that cannot be used; if such a row belongs to no split, its split is "".
+        version: increased when the same source would give different rows or defects.
+        rows: function that starts reading, and yields (split, row). The rows of a split come in the source's
+            order; different splits may alternate. A bad row's split may be "".
         sources: {name within the source: digest} of each file that is read.
-        options: further settings that the rows depend on, such as the field map, as JSON values.
-        notes: notes for the user, e.g. that a split is left out. The list is complete once all rows have
-            been read.
+        options: further settings that the rows depend on, as JSON values.
+        notes: notes for the user, complete once all rows have been read.
         fields: names of the texts that `Example.more` may contain.
     """
 
@@ -65,10 +59,10 @@ class Reading:
 
     @functools.cached_property
     def splits(self) -> dict[str, list[CheckedExample]]:
-        """All rows by split. They are kept in memory, so the source must be small.
+        """{split: all its rows}. All rows are kept in memory, so the source must be small.
 
         Raises:
-            BadRow: a row cannot be used; the first such row is raised.
+            BadRow: the first row that cannot be used.
         """
         found: dict[str, list[CheckedExample]] = collections.defaultdict(list)
         bad: list[BadRow] = []
@@ -88,10 +82,7 @@ def in_order(splits: Iterable[str]) -> list[str]:
 
 
 def tenth(example_id: str) -> int:
-    """Returns the tenth, from 0 to 9, that the hash of an id falls into.
-
-    The result depends on the id alone, so adding a row to a source moves no other row to another split.
-    """
+    """Returns a number from 0 to 9 that depends only on the id: new rows move no other row to another split."""
     return hash64(example_id) % 10
 
 
@@ -99,7 +90,7 @@ def split_of(number: int, split: str, files: Container[str]) -> str:
     """Returns the split of a row. If validation has no file, tenth 0 of train becomes validation.
 
     Args:
-        number: what `tenth` returns for the row's id.
+        number: the row's `tenth`.
         split: the split of the row's file.
         files: the splits that have files.
     """
@@ -110,7 +101,7 @@ def absent_notes(paths: Mapping[str, pathlib.Path], files: Container[str]) -> li
     """Returns a note about each split without a file.
 
     Args:
-        paths: expected path of each split's file.
+        paths: {split: expected path}.
         files: the splits that have files.
     """
     return [

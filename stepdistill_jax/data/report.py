@@ -43,16 +43,15 @@ img { max-width: 100%; height: auto; }
 
 
 def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
-    """Returns Wilson's score interval for a share. Even for small samples, it stays within 0 and 1.
+    """Returns Wilson's score interval for a share, which stays within 0 and 1 even for small samples.
 
     E. B. Wilson 1927, JASA 22:209: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
     Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
 
     Args:
-        right: number of rows whose answer is right.
-        rows: number of all rows, at least 1.
-        z: quantile of the standard normal distribution; the default gives a 95 % interval.
+        rows: number of rows, at least 1.
+        z: standard normal quantile; the default gives a 95 % interval.
     """
     share, square = right / rows, z * z / rows
     middle = (share + square / 2) / (1 + square)
@@ -63,13 +62,7 @@ def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
 def write_report(
     path: pathlib.Path, result: Mapping[str, Any], splits: Mapping[str, SplitCounts]
 ) -> None:
-    """Writes the page, atomically.
-
-    Args:
-        path: the HTML file.
-        result: the result of `prepare`.
-        splits: the counts of each split in `result`.
-    """
+    """Writes the page about a result of `prepare`, atomically."""
     with atomic_write(path) as f:
         f.write(page(result, splits))
 
@@ -90,7 +83,7 @@ def page(result: Mapping[str, Any], splits: Mapping[str, SplitCounts]) -> str:
         "<h2>The teacher's answers</h2>",
         _accuracies(splits),
         "<h2>What each filter would keep</h2>",
-        "<p>Share of a split's rows that each filter would keep. No row has been left out.</p>",
+        "<p>Share of a split's rows that each filter would keep. No filter has been applied.</p>",
         _filters(splits),
         "<h2>Defects</h2>",
         _defects(splits),
@@ -112,7 +105,7 @@ def _list(notes: Sequence[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    """Returns an HTML table. Cells are HTML. Columns whose index is in `numbers` are right-aligned."""
+    """Returns an HTML table of HTML cells, with the columns at the indices `numbers` right-aligned."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         classes = [' class="n"' if i in numbers else "" for i in range(len(row))]
@@ -137,7 +130,7 @@ def _counts(splits: Mapping[str, SplitCounts]) -> str:
 def _labels(splits: Mapping[str, SplitCounts]) -> str:
     counts = label_counts(splits)
     if not counts:
-        return "<p>Few rows share a label, so answers count as free and are not listed.</p>"
+        return "<p>Few rows share a label, so labels count as free text and are not listed.</p>"
     rows = [
         (html.escape(label), *(str(by_split.get(split, 0)) for split in splits))
         for label, by_split in [*counts.items()][:MOST_LABELS]
@@ -238,7 +231,7 @@ def _quantiles(counts: Mapping[int, int]) -> str:
 
 
 def _histogram(counts: Mapping[int, int]) -> str:
-    """Returns an SVG histogram as a data URI; `counts` is {length: number of rows}."""
+    """Returns an SVG histogram of {length: number of rows} as a data URI."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

@@ -13,15 +13,14 @@ CACHED_TEXTS = 10_000  # labels, which recur
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Counts the unknown pieces of each split, and the rows in which encoding and decoding changes a text.
+    """Counts the unknown pieces of each split, and the rows that encoding and decoding changes.
 
     Args:
         folder: folder with SPLIT.jsonl and the vocabulary.
-        splits: names of the splits.
 
     Returns:
-        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which
-        only whitespace changes is counted in `changed_whitespace_rows`, not in `changed_rows`.
+        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which only whitespace
+        changes is counted only in `changed_whitespace_rows`.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)
 
@@ -51,10 +50,7 @@ def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[s
 
 
 def _there_and_back(text: str, vocabulary: SentencePieceVocabulary) -> tuple[int, bool, bool]:
-    """Encodes and decodes a text.
-
-    Returns (number of unknown pieces, whether words change, whether only whitespace changes).
-    """
+    """Returns (number of unknown pieces, whether words change, whether only whitespace changes)."""
     ids = vocabulary.encode(text)
     back = vocabulary.decode(ids)
     changed = back != text

@@ -1,8 +1,7 @@
 """Reads JSON rows for `prepare`, `predict`, `evaluate`, `serve` and `annotate`.
 
-A row of the generic format is {"id"?, "input", "label"?, "rationale"?, "rationales"?: [{"text",
-"source"?, "label"?}], "llm_label"?, "weight"?, "choices"?}. Each command names the fields that it
-reads and the fields that it requires (`read_example`). The published corpora have their own fields.
+A row of the generic format is {"id"?, "input", "label"?, "rationale"?, "rationales"?: [{"text", "source"?,
+"label"?}], "llm_label"?, "weight"?, "choices"?}. Each command requires some of these fields.
 """
 
 import dataclasses
@@ -30,12 +29,10 @@ _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 class JsonRow:
     """A JSON object whose fields are read with a type check. Errors name the file, the line and the field.
 
-    An integer can also be read as text, namely as its digits. Other numbers and the values true and false
-    cannot be read as text, since each of them can be written in more than one way (1e3 or 1000.0, true
-    or True). A field that is null counts as absent.
+    A null field counts as absent. An integer can be read as text. Other numbers and booleans cannot, since each
+    has several spellings (1e3 or 1000.0).
 
     Attributes:
-        fields: the object.
         where: `file:line`, with the path as the user gave it; `row 3` for a list.
         number: 1-based index of the row in its file, not counting blank lines.
         line: 1-based line of the file, or position in the list.
@@ -47,16 +44,13 @@ class JsonRow:
     line: int = 1
 
     def text(self, name: str, *, strip: bool = True, blank: bool = False, hint: str = "") -> str:
-        """Returns the text of a required field.
+        """Returns the text of a required field, which must not be blank unless `blank` is set.
 
         Args:
-            name: the field.
-            strip: whether to strip outer whitespace; inputs are not stripped.
-            blank: whether a blank text is allowed.
-            hint: text that says what to do. It ends the message for an absent field.
+            hint: what to do about an absent field; ends the message.
 
         Raises:
-            InputError: the field is absent or blank, or its value is not text or not valid Unicode.
+            InputError: the field is absent, blank, not text or not valid Unicode.
         """
         if name not in self.fields:
             raise InputError(f"{self.where}: no field {name!r} (found: {self.names}){hint}")
@@ -126,7 +120,7 @@ class JsonRow:
 
 
 class BadRow(InputError):
-    """A row that cannot be used, and the reason.
+    """A row that cannot be used.
 
     Attributes:
         file: name of the file, without folders; "" for a list.
@@ -141,12 +135,12 @@ class BadRow(InputError):
 
     @classmethod
     def of(cls, row: JsonRow, error: InputError) -> "BadRow":
-        """Returns the bad row for an error that was raised while reading `row`."""
+        """Returns the bad row for an error that reading `row` raised."""
         return cls(row.path, row.line, str(error).removeprefix(f"{row.where}: "))
 
 
 def place(path: os.PathLike | str, line: int) -> str:
-    """Returns `file:line`, or e.g. `row 3` if there is no file."""
+    """Returns `file:line`, or `row 3` if there is no file."""
     return f"{os.fspath(path)}:{line}" if os.fspath(path) else f"row {line}"
 
 
@@ -178,9 +172,9 @@ def each_dict(rows: Sequence[Mapping[str, Any]], name: str = "") -> Iterator[Jso
 
 
 def as_json(value: Any) -> Any:
-    """Converts a value of a table or list to JSON's types: NaN becomes None, a tuple becomes a list.
+    """Converts a value to JSON's types: NaN becomes None, and a NumPy scalar becomes a Python one.
 
-    NumPy scalars become Python's, also inside lists and dicts. Types unknown to JSON are left unchanged.
+    Types unknown to JSON are left unchanged.
 
     Example: `as_json({"a": (1, float("nan"))})` is {"a": [1, None]}.
     """
@@ -198,7 +192,7 @@ def read_rows(path: os.PathLike | str) -> Iterator[JsonRow]:
 
     Raises:
         InputError: the file cannot be read or has no rows.
-        BadRow: a row cannot be used; the first such row is raised.
+        BadRow: the first row that cannot be used.
     """
     row = None
     for row in each_row(path):
@@ -222,17 +216,14 @@ def read_example(
     All texts but the input are stripped.
 
     Args:
-        row: the row.
-        needs: {field: hint} of the fields that must not be absent or blank. The hint ends the error
-            message. `input` must always be present, but may be blank if it is not in `needs`.
-        fields: fields to read, in addition to `id`, `input`, `label` and `choices`. Other fields are
-            ignored.
-        more: names of further texts to read, which rows may lack.
-        names: {our field: the file's field} for fields that have another name in the file.
+        needs: {field that must not be absent or blank: hint that ends the error message}. `input` must always
+            be present, but may be blank if it is not in `needs`.
+        fields: fields to read, in addition to `id`, `input`, `label` and `choices`.
+        more: names of further texts to read. Rows may lack these fields.
+        names: {our field: the file's field} for fields with another name in the file.
 
     Raises:
-        InputError: a required field is missing, or a field has a wrong type. The message names the file,
-            the line and the field.
+        InputError: a required field is missing, or a field has a wrong type.
     """
 
     def text(name: str) -> str:
@@ -260,7 +251,7 @@ def read_example(
 
 
 class UniqueIds:
-    """Finds ids that occur twice in a file. The hash and the line of each id take 100 bytes of memory."""
+    """Finds duplicate ids in a file, in 100 bytes of memory for each id."""
 
     def __init__(self):
         self._lines: dict[int, int] = {}

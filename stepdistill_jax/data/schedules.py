@@ -12,10 +12,9 @@ SHAPES = ("linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A weight that depends on the step. Steps count updates from 0, as for the learning rate.
+    """A weight that depends on the step, counted in updates from 0 as for the learning rate.
 
-    The fields are named as in `optax.linear_schedule`; `training.optimizer.weights_at` computes the
-    values.
+    The fields are those of `optax.linear_schedule`; `training.optimizer.weights_at` computes the values.
 
     Example: `Schedule("linear", 1.0, 0.0, 1000)` is 1 at step 0, 0.5 at 500, and 0 from 1000 on.
 
@@ -24,11 +23,9 @@ class Schedule:
         init_value: weight until `transition_begin`; at least 0.
         end_value: weight from `transition_begin + transition_steps` on; at least 0.
         transition_steps: length of the change, in steps; at least 1.
-        transition_begin: step at which the change begins.
 
     Raises:
-        InputError: the shape is unknown, a value is not a number of at least 0, the steps are not
-            whole numbers, or both values are 0.
+        InputError: a field is invalid, or both values are 0.
     """
 
     shape: str
@@ -63,7 +60,7 @@ class Schedule:
         return cls(**raw)
 
     def __format__(self, spec: str) -> str:
-        """Returns e.g. `linear 1 to 0 over steps 0 to 1000`, with both weights formatted according to `spec`."""
+        """Returns `linear 1 to 0 over steps 0 to 1000`, with the weights in the format `spec`."""
         values = f"{self.init_value:{spec}} to {self.end_value:{spec}}"
         end = self.transition_begin + self.transition_steps
         return f"{self.shape} {values} over steps {self.transition_begin} to {end}"
@@ -96,10 +93,10 @@ def check_weight(name: str, weight: Any) -> None:
 
 
 def end_value(weight: Weight) -> float:
-    """Returns the final weight. Validation always uses it, so that losses of different steps are comparable."""
+    """Returns the final weight, which validation uses at every step so that its losses are comparable."""
     return weight.end_value if isinstance(weight, Schedule) else weight
 
 
 def described(weight: Weight) -> float | str:
-    """Returns a number unchanged. For a schedule, returns its description in words."""
+    """Returns a number unchanged, and a schedule in words."""
     return str(weight) if isinstance(weight, Schedule) else weight

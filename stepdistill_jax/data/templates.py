@@ -13,9 +13,8 @@ def fields_of(template: str) -> tuple[str, ...]:
     Example: `fields_of("{rationale} so {label}")` is ("rationale", "label").
 
     Raises:
-        InputError: a brace has no partner, or braces contain more than a name. Templates come with model
-            directories and are not trusted: `{input:>9999999999}` would fill the memory, and
-            `{input:{label.__class__}}` would read attributes.
+        InputError: a brace has no partner, or braces contain more than a name. An untrusted
+            `{input:>9999999999}` would fill the memory, and `{input:{label.__class__}}` would read attributes.
     """
     try:
         parsed = list(string.Formatter().parse(template))
@@ -31,12 +30,10 @@ def fields_of(template: str) -> tuple[str, ...]:
 
 @functools.lru_cache(256)
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Splits a template at its fields.
+    """Splits a template at its fields into pairs (words before the field, field).
 
-    Returns (words before the field, field) for each field, then (words after the last field, None).
-
-    Each run of whitespace becomes one space. Words at the start or end of the template get a space
-    on the outside, since `parse` adds a space at both ends of a text.
+    The last pair is (words after the last field, None). Whitespace becomes one space, and words at an end of
+    the template get an outer space, as `parse` adds to a text.
 
     Example: `words_and_fields("{rationale} so {label}.")` is
     `(("", "rationale"), (" so ", "label"), (". ", None))`.
@@ -62,17 +59,15 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     """Returns the fields of a text that was written with the template, or None if the text does not match.
 
-    The values of other fields may contain the same words that surround `field` in the template. So the
-    value of `field` begins after the last occurrence of the words before `field`, and ends at the next
-    occurrence of the words after `field`. Each run of whitespace counts as one space, as for a tokenizer.
-
-    Example: with `{rationale} so {label}`, "wet so slow so no" gives
+    Example: with `{rationale} so {label}`, the text "wet so slow so no" gives
     {"rationale": "wet so slow", "label": "no"}.
+
+    The value of `field` begins after the last occurrence of the words before `field`, and ends at the next
+    occurrence of the words after `field`: other values may contain these words. Whitespace counts as one space.
 
     Args:
         template: a template with words between any two fields.
-        text: any text.
-        field: the field whose surrounding words are found first, such as the label.
+        field: the field to find first, such as the label.
     """
     *pieces, (last_words, _) = words_and_fields(template)
     first_words = pieces[0][0]

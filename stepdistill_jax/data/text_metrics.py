@@ -38,7 +38,7 @@ def metric_fn(metric: str) -> Callable[[str, str], bool]:
     """Returns the comparison function of this name.
 
     Raises:
-        InputError: the name is unknown. The message lists the known names.
+        InputError: the name is unknown.
     """
     if metric not in METRICS:
         raise InputError(
@@ -49,7 +49,7 @@ def metric_fn(metric: str) -> Callable[[str, str], bool]:
 
 
 def accuracy(predictions: Sequence[str], labels: Sequence[str], metric: str) -> float:
-    """Returns the share of predictions that match their label, or 0.0 if there are no rows.
+    """Returns the share of predictions that match their label, or 0.0 if there are none.
 
     Example: `accuracy(["10", "3"], ["( 8 + 2 )", "4"], "value_match")` is 0.5.
 
@@ -75,14 +75,14 @@ def majority_baseline(labels: Iterable[str], metric: str) -> float:
 class LabelCounts:
     """Computes `majority_baseline` for labels that come one by one, in bounded memory.
 
-    The result is exact for up to 100,000 different labels; for more labels, it is at most 1e-5 too
-    low, since only the commonest labels are kept (Misra and Gries 1982, Finding repeated elements).
+    Exact for up to 100,000 different labels, and at most 1e-5 too low for more (Misra and Gries 1982, Finding
+    repeated elements).
     """
 
     MOST = 100_000  # counters; about 15 MB
 
     def __init__(self, metric: str):
-        """`metric` is the name of the metric that decides which labels are equal."""
+        """`metric` decides which labels are equal."""
         self._key = _value_key if metric_fn(metric) is value_match else normalize
         self._counts: dict[int, int] = {}
         self.rows = 0
@@ -110,16 +110,13 @@ def _value_key(label: str) -> str:
 def is_valid(
     prediction: str, *, metric: str, labels: Sequence[str] = (), choices: Sequence[str] = ()
 ) -> bool | None:
-    """Returns whether `prediction` is a valid answer, right or wrong.
+    """Returns whether `prediction` is a valid answer, right or wrong; None if that is unknown.
+
+    Under `value_match`, any expression with a value is valid.
 
     Args:
-        prediction: decoded text.
-        metric: the task's metric; under `value_match`, an answer is valid if it is an expression with a value.
         labels: the labels of the task's train split; empty if there are too many to list.
-        choices: the row's allowed answers, which are used in place of `labels`.
-
-    Returns:
-        True or False, or None if it is not known which answers are valid.
+        choices: the row's allowed answers, which replace the other criteria.
     """
     matches = metric_fn(metric)
     if choices:

@@ -19,16 +19,14 @@ MIN_WORD_COUNT = 5
 def train_vocabulary(
     texts: Sequence[str], path: os.PathLike | str, *, vocab_size: int = 8000
 ) -> None:
-    """Trains a unigram model on `texts` and writes it to `path`, atomically.
+    """Trains a unigram model on `texts` and writes it to `path` (a `spiece.model`), atomically.
 
-    The same texts produce the same bytes (one thread, no sampling). Every character of the texts
-    becomes a piece, so that none is unknown. If there are more different characters than `vocab_size`,
-    only the commonest `vocab_size / 2` become pieces.
+    The same texts produce the same bytes. Every character becomes a piece. If there are more than
+    `vocab_size`, only the commonest `vocab_size / 2` do.
 
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
-        path: the `spiece.model` to write.
-        vocab_size: largest number of pieces. There are fewer pieces if there is little text.
+        vocab_size: largest number of pieces. Little text gives fewer.
 
     Raises:
         InputError: all texts are empty, or the trainer accepts none of them.
@@ -81,8 +79,7 @@ def _only(kept: Set[str], text: str) -> str:
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
     """Returns texts that contain each frequent word once alone and once among other words.
 
-    The trainer considers a string only if different characters follow it. Without the returned texts, a word
-    that always has the same neighbour, as in generated text and in labels, would be split into letters.
+    The trainer would split a word into letters if it always had the same neighbour, as in labels.
     """
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)

@@ -19,11 +19,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Framing:
-    """The special ids that are put around an input. Targets always end with eos and have no bos.
+    """The special ids around an input. Targets always end with eos and have no bos.
 
     Attributes:
-        add_bos_token: whether an input begins with bos.
-        add_eos_token: whether an input ends with eos.
         bos_id: id of bos; 0 if the vocabulary has none.
     """
 
@@ -32,10 +30,10 @@ class Framing:
     bos_id: int = 0
 
     def input_ids(self, *texts: Sequence[int]) -> list[int]:
-        """Returns the ids of an input, which consists of one or more texts with eos between them.
+        """Returns the ids of an input of one or more texts, with eos between texts.
 
-        Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] with T5's framing, and [2, 5, 6, 1, 7] with a
-        bos of id 2 and no eos at the end.
+        Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] with T5's framing, and [2, 5, 6, 1, 7] with bos 2
+        and no final eos.
         """
         first, *others = texts
         ids = [self.bos_id] if self.add_bos_token else []
@@ -51,8 +49,6 @@ T5_FRAMING = Framing()
 
 def truncate(ids: Sequence[int], length: int) -> list[int]:
     """Returns at most `length` ids. If `ids` ends with eos, so does the result.
-
-    The texts of a batch are truncated in the same way.
 
     Example: `truncate([5, 6, 7, 1], 3)` is [5, 6, 1], and `truncate([5, 6, 7], 2)` is [5, 6].
     """
@@ -89,23 +85,19 @@ class Vocabulary(Protocol):
 
 
 class SentencePieceVocabulary:
-    """A `spiece.model` or `tokenizer.model`, read with the sentencepiece library.
-
-    Tests check that its ids equal those of SeqIO.
+    """A `spiece.model` or `tokenizer.model`, with the same ids as in SeqIO.
 
     Attributes:
-        path: path of the file.
-        framing: the special ids around an input. For a vocabulary of Gemma's kind (BPE with bos and byte
-            fallback), the `tokenizer_config.json` next to it determines them; without that file, an input gets
-            only a bos, as by default in transformers. For any other vocabulary, they are T5's.
+        framing: T5's, unless the vocabulary is of Gemma's kind (BPE with bos and byte fallback). Then
+            `tokenizer_config.json` next to it decides; without that file, an input gets only a bos.
     """
 
     def __init__(self, path: os.PathLike | str):
         """Opens the model.
 
         Raises:
-            InputError: there is no such file, it is not a SentencePiece model whose pad and eos ids are 0
-                and 1, or the `tokenizer_config.json` next to it cannot be read.
+            InputError: the file is missing, is not a SentencePiece model, or has pad and eos ids other than 0 and
+                1; or `tokenizer_config.json` next to it is damaged.
         """
         import sentencepiece
 
@@ -150,17 +142,17 @@ class SentencePieceVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of pieces. A model's `vocab_size` may be larger, since it may count sentinels and padding."""
+        """Number of pieces. A model's `vocab_size` may be larger: it may count sentinels and padding."""
         return self._processor.get_piece_size()
 
     @property
     def source(self) -> str:
-        """The file's path, from which `load_vocabulary` opens the vocabulary again."""
+        """Argument with which `load_vocabulary` opens the vocabulary again."""
         return os.fspath(self.path)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the file. It includes the special ids around inputs if they differ from T5's."""
+        """Digest of the file, and of the framing if it differs from T5's."""
         return self._digest
 
     @functools.cached_property
@@ -184,7 +176,7 @@ class SentencePieceVocabulary:
         return self._processor.id_to_piece(list(range(self.size)))
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without an end of sequence."""
+        """Returns the ids of a text, without eos."""
         return self._processor.encode(text)
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
@@ -192,7 +184,7 @@ class SentencePieceVocabulary:
         return self._processor.encode(texts)
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text up to the first end of sequence; ids that are not pieces are left out."""
+        """Returns the text up to the first eos, without ids that are not pieces."""
         ids = [int(i) for i in ids]
         if EOS_ID in ids:
             ids = ids[: ids.index(EOS_ID)]
@@ -209,11 +201,11 @@ class ByteVocabulary:
     unk_id = UNK_ID
 
     def pieces(self) -> list[str]:
-        """Returns the piece of each id, named as in `transformers`: the piece of a byte is `chr(byte)`."""
+        """Returns the piece of each id, named as in `transformers`: `chr(byte)` for a byte."""
         return ["<pad>", "</s>", "<unk>", *map(chr, range(256))]
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without an end of sequence."""
+        """Returns the ids of a text, without eos."""
         return [b + 3 for b in text.encode()]
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
@@ -221,7 +213,7 @@ class ByteVocabulary:
         return list(map(self.encode, texts))
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text up to the first end of sequence; broken UTF-8 is dropped."""
+        """Returns the text up to the first eos, without broken UTF-8."""
         ids = [int(i) for i in ids]
         if EOS_ID in ids:
             ids = ids[: ids.index(EOS_ID)]

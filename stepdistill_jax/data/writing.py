@@ -1,4 +1,4 @@
-"""Writes a reader's rows, and the files that are made from them, to the folder of a dataset."""
+"""Writes a reader's rows, and the files made from them, to the folder of a dataset."""
 
 import contextlib
 import json
@@ -42,8 +42,9 @@ def write_rows(
     """Reads all rows once. Writes the rows to SPLIT.jsonl and their defects to defects.jsonl.
 
     Returns:
-        Three values: the counts of each split, train first; the fingerprint of the dataset; and the bad
-        rows, which no SPLIT.jsonl contains.
+        {split: counts}, train first.
+        The fingerprint of the dataset.
+        The bad rows, which no SPLIT.jsonl contains.
 
     Raises:
         InputError: the source cannot be read.
@@ -73,10 +74,7 @@ def write_rows(
 
 
 def describe(reading: Reading) -> dict[str, Any]:
-    """Returns the fields of dataset.json that are known before rows are read.
-
-    The fingerprint of the dataset covers these fields.
-    """
+    """Returns the fields of dataset.json that the fingerprint covers, besides the rows."""
     return {
         "metric": reading.metric,
         "reader": {"name": reading.reader, "version": reading.version},
@@ -93,7 +91,7 @@ def write_rest(
     splits: Mapping[str, SplitCounts],
     fingerprint: str,
 ) -> None:
-    """Writes the files that are made from SPLIT.jsonl: the vocabulary, the TFDS files, and dataset.json last.
+    """Writes the vocabulary, the TFDS files and, last, dataset.json, all made from SPLIT.jsonl.
 
     For a large dataset, another process writes the TFDS files at the same time.
     """
@@ -136,14 +134,14 @@ def is_ours(folder: pathlib.Path) -> bool:
 
 
 def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) -> None:
-    """Raises if a prepared folder contains a file that `prepare` did not write.
+    """Checks that a folder contains only files that `prepare` wrote.
 
     Args:
         folder: a folder for which `is_ours` is true, an empty folder, or a path where nothing exists.
-        name: path to show in the message in place of `folder`, if the folder has been moved.
+        name: path to show in the message; None means `folder`.
 
     Raises:
-        InputError: there is such a file, or the folder is a link. The message names the file or the folder.
+        InputError: there is another file, which the message names, or the folder is a link.
     """
     shown = name or folder
     if folder.is_symlink():
@@ -163,7 +161,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
     """Renames the folder `new` to `final`.
 
-    If `final` exists, it is first moved into the parent folder of `new`, where `staged_folder` removes it.
+    An existing `final` is first moved to where `staged_folder` removes it, next to `new`.
 
     Raises:
         InputError: `final` now contains a file that `prepare` did not write.
@@ -176,14 +174,13 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
-    """Returns the texts that a step-by-step model reads and writes, including prefixes.
+    """Returns the texts of a SPLIT.jsonl that a step-by-step model reads and writes, with prefixes.
 
     Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
 
     Args:
-        path: a SPLIT.jsonl.
-        texts, characters: approximate number of texts, and of characters, in all files that the vocabulary
-            is trained on. They determine k.
+        texts: approximate count in all files that the vocabulary is trained on; sets k.
+        characters: approximate count in the same files; sets k.
     """
     step = max(-(-texts // training.MAX_TEXTS), -(-characters // MAX_VOCABULARY_CHARACTERS))
     found: list[str] = []

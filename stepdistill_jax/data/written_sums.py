@@ -22,10 +22,9 @@ def wrong_sums(text: str) -> list[str]:
 
     Example: `wrong_sums("So 3 + 4 = 8, and 10 / 3 = 3.33.")` is ["3 + 4 = 8"].
 
-    Checks only unambiguous equations: numbers joined by `+ - * / x` and parentheses on both sides of
-    `=`. A side attached to other text (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not
-    checked. A result may be rounded to the digits that it shows. A chain may continue from a result:
-    `3 + 4 = 7 + 1 = 8` is right.
+    Both sides must be numbers joined by `+ - * / x` and parentheses. A side attached to other text
+    (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not checked. A result may be rounded, and a chain may
+    continue from it: `3 + 4 = 7 + 1 = 8` is right.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []
@@ -40,7 +39,7 @@ def wrong_sums(text: str) -> list[str]:
 
 
 def _hangs_on(before: str) -> bool:
-    """Returns whether the text before an expression ends with a part of it, such as an operator or a digit."""
+    """Returns whether the text before an expression belongs to it, since it ends with an operator or a digit."""
     last = before.rstrip()[-1:]
     return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
         last != "" and last in "+-*/x^%="
@@ -57,7 +56,7 @@ def _agree(left: str, right: str) -> bool:
 
 
 def _results(side: str) -> Iterator[tuple[float, float]]:
-    """Yields (value, allowed difference) for the whole right side, and for the number that it begins with."""
+    """Yields (value, allowed difference) for the whole right side, and for the number at its start."""
     first = _FIRST_NUMBER.match(side)
     for part in dict.fromkeys((side, first[0] if first else side)):
         plain = part.translate(_SIGNS)

@@ -70,7 +70,10 @@ def test_a_bad_row_is_named_by_its_first_line_and_costs_no_other_row(tmp_path):
     assert [(row.line, row.reason) for row in found if isinstance(row, BadRow)] == [
         (3, "the row has 1 cell, but the header has 2 columns"),
         (4, f"{OPEN} (line 5 is read as a separate row)"),
-        (6, 'a quote closes within a cell; inside quotes, a quote is written twice ("")'),
+        (
+            6,
+            'a quoted cell continues after its closing quote; write a quote inside a cell twice ("")',
+        ),
         (7, "the row has 3 cells, but the header has 2 columns"),
         (10, OPEN),
     ]

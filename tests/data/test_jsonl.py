@@ -90,8 +90,8 @@ def test_fields_are_mapped(tmp_path):
     ("field_map", "message"),
     [
         ({"input": "qestion"}, r"no row of .*test\.jsonl has a field 'qestion' \(found: question, answer\); did you mean 'question'"),
-        ({"question": "input"}, r"no field 'question' .*; write OURS=YOURS: `field_map` input=question"),
-        ({"lable": "answer"}, r"no field 'lable' to fill \(known: id, input.*did you mean 'label'"),
+        ({"question": "input"}, r"unknown field 'question' .*; write OURS=YOURS: `field_map` input=question"),
+        ({"lable": "answer"}, r"unknown field 'lable' \(known: id, input.*did you mean 'label'"),
     ],
 )  # fmt: skip
 def test_a_wrong_map_lists_the_fields(tmp_path, field_map, message):

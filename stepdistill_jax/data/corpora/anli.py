@@ -14,8 +14,8 @@ VERSION = 1
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads anli1_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"uid"?, "premise", "hypothesis", "label": 0, 1 or 2, "reason"?}. The author of the
-    hypothesis wrote the reason.
+    A row is {"uid"?, "premise", "hypothesis", "label": 0, 1 or 2, "reason"?}. The author of the hypothesis
+    wrote the reason.
     """
     return paper_layout.read(
         "anli", VERSION, "text_match", source, teacher=teacher, to_row=_row, prefix="anli1"

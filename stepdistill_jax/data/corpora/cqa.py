@@ -23,11 +23,11 @@ def question_with_choices(question: str, choices: tuple[str, ...]) -> str:
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads cqa_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"id"?, "question", "choices": [...], "answer", "abstractive_explanation"?}, or in an
-    export {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. People wrote the
-    explanation (CoS-E).
+    A row is {"id"?, "question", "choices": [...], "answer", "abstractive_explanation"?}. In an export, a row is
+    {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. People wrote the explanation
+    (CoS-E).
 
-    `teacher_accuracy` judges the letter, and `teacher_accuracy_by_text` the text after the letter.
+    In the answer `(b) bank`, `teacher_accuracy` judges `(b)`, and `teacher_accuracy_by_text` judges `bank`.
     """
     return paper_layout.read("cqa", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 
@@ -66,11 +66,11 @@ def _row(
 
 
 def _as_in_the_paper(row: JsonRow) -> JsonRow:
-    """Converts a row of Hugging Face's `commonsense_qa` to the paper's fields. A missing answer is ""."""
+    """Converts a row of Hugging Face's `commonsense_qa` to the paper's fields. A missing answer becomes ""."""
     if not isinstance(choices := row.fields.get("choices"), dict):
         raise InputError(
-            f"{row.where}: in a row with 'answerKey', the field 'choices' must be an object with label and"
-            " text"
+            f"{row.where}: in a row with 'answerKey', the field 'choices' must be an object with the lists"
+            " 'label' and 'text'"
         )
     inside = JsonRow(choices, f"{row.where}: in choices")
     letters, texts = inside.texts("label"), inside.texts("text")

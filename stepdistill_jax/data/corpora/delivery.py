@@ -1,6 +1,6 @@
 """The built-in dataset: short reports of deliveries, labelled by a hidden rule of two steps.
 
-From 1,500 examples a tiny model learns the rule with rationales, but not from labels alone.
+From 1,500 examples, a tiny model learns the rule with rationales, but not from labels alone.
 """
 
 import itertools
@@ -36,8 +36,8 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 
     The weather is `wet` or `dry`, the vehicle `heavy` or `light`, and the road `narrow` or `wide`.
 
-    Example: `conclusion("wet", "light", "narrow")` is ("smooth", "slow pace on a narrow road ,
-    since a light vehicle hates wet weather .").
+    Example: `conclusion("wet", "light", "narrow")` is ("smooth", "slow pace on a narrow road , since a light
+    vehicle hates wet weather .").
     """
     suits = (weather == "wet") == (vehicle == "heavy")
     pace, verb = ("fast", "suits") if suits else ("slow", "hates")
@@ -49,10 +49,9 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 
 
 def every_example() -> dict[str, list[Example]]:
-    """Returns {label: all examples with it}, 6,912 for each of the two labels. Every `id` is empty.
+    """Returns {label: 6,912 examples} for each of the two labels. Every `id` is empty.
 
-    The examples are sorted by a hash of their input. `read` takes the first ones of each label. Unlike
-    the numbers of a random generator, a hash does not change with the version of a library.
+    The order is that of a hash of the input, which no library's version changes.
     """
     words = itertools.product(
         *(

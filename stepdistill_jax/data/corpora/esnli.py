@@ -15,8 +15,8 @@ EXPLANATIONS = ("explanation_1", "explanation_2", "explanation_3")
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads esnli_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"premise", "hypothesis", "label": 0, 1 or 2, "explanation_1"?, ..., "explanation_3"?}.
-    The id of a row is its 1-based index in the file.
+    A row is {"premise", "hypothesis", "label": 0, 1 or 2, "explanation_1"?, ..., "explanation_3"?}. The id of a
+    row is its 1-based index in the file.
     """
     return paper_layout.read("esnli", VERSION, "text_match", source, teacher=teacher, to_row=_row)
 

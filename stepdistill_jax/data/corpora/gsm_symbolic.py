@@ -1,8 +1,7 @@
-"""Makes word problems (question, solution, answer) from the templates of the package `reasoning-gym`.
+"""Makes word problems (question, solution, answer) with the package `reasoning-gym`.
 
-The templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): fixed sentences with
-varying names and numbers. Ten templates are used only in the split `unseen`. The other splits
-share the remaining templates, but differ in the numbers that are filled in.
+Its templates follow GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): fixed sentences with varying names
+and numbers.
 """
 
 import hashlib
@@ -46,21 +45,20 @@ def read(
 ) -> Reading:
     """Makes `rows` examples for train, 500 for validation, 1,000 for test and 500 for unseen.
 
-    No other split uses the templates of `unseen`. Train, validation and test share their templates.
-    The same `rows`, `seed` and package version give the same examples. Validation, test and unseen do
-    not depend on `rows`. All questions differ, and questions of two splits differ in more than names:
-    `split_of_numbers` assigns each pair of a template and its numbers to one split. The example with the id
-    `t17-3` is the third of its split, and is made from template 17 of the package.
+    Ten templates are used only in `unseen`. The other splits share the remaining templates, with different
+    numbers (`split_of_numbers`). No question occurs twice.
+
+    The same `rows`, `seed` and package version give the same examples. Only train depends on `rows`. The id
+    `t17-3` means template 17 of the package, third example of the split.
 
     Args:
         rows: number of train rows; None means 20,000.
         seed: seed of all names and numbers; None means 0.
-        held_out_rows: {split: number of its rows} for the splits other than train. A split that is not
-            named here is left out.
+        held_out_rows: {split: number of its rows} for the splits other than train. A missing split is not made.
 
     Raises:
-        InputError: the package is not installed, or a number is out of range. Iterating over
-            the rows raises it if the templates cannot give `rows` different questions.
+        InputError: the package is not installed, or `rows` or `seed` is out of range. Iterating over the rows
+            raises it if the templates give too few different questions.
     """
     rows = whole("rows", ROWS if rows is None else rows, 1)
     seed = whole("seed", 0 if seed is None else seed, 0)
@@ -98,13 +96,7 @@ def read(
 
 
 def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
-    """Returns {number: template}, the version of the package, and the folder of the package's code.
-
-    The dict contains only the templates that the package lists as working.
-
-    Raises:
-        InputError: the package is not installed.
-    """
+    """Returns {index: template} of the templates that work, the package's version, and the folder of its code."""
     try:
         from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic  # imports the whole package
     except ImportError as error:
@@ -119,42 +111,40 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 
 
 def split_of_numbers(template: int, question: str) -> str:
-    """Returns the split of a question, which depends only on the question's template and numbers.
+    """Returns the split of a question, which depends only on its template and numbers.
 
-    For each template, about a tenth of all possible sets of numbers belong to test, and a tenth to
-    validation.
+    About a tenth of each template's sets of numbers belong to test, and a tenth to validation.
     """
     numbers = " ".join(re.findall(r"\d+", question))
     return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")
 
 
 def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
-    """Returns a list of one note, which names the templates that gave fewer rows than others, or []."""
+    """Returns a list with one note on the templates that ran out of questions, or []."""
     most = max(made.values(), default=0)
     fewer = [f"{template} ({count})" for template, count in made.items() if count < most - 1]
     if not fewer:
         return []
     return [
-        f"{split}: some templates ran out of questions, so they have fewer rows (in parentheses) than"
-        f" the {most} of other templates: {', '.join(fewer)}"
+        f"{split}: some templates ran out of questions; the others have up to {most} rows each."
+        f" Template (rows): {', '.join(fewer)}"
     ]
 
 
 def _draws(
     templates: dict[int, _Template], split: str, count: int, seed: str, seen: set[bytes]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields `count` rows of a split, cycling through the templates.
+    """Yields `count` (template, row) of a split, cycling through the templates that still have new questions.
 
-    Skips questions whose digest is in `seen`, and adds the digests of new questions to it. If a template
-    runs out of questions, the others replace it.
+    Adds the digest of each question to `seen`.
     """
     left, made = dict(templates), 0
     streams = {k: random.Random(f"{seed} {k}") for k in templates}
     while made < count:
         if not left:
             raise InputError(
-                f"`rows`: expected at most {made}, since the templates give no more"
-                f" different questions, got {count}"
+                f"`rows`: expected at most {made}, got {count}: the templates give no more"
+                " different questions"
             )
         for number, template in list(left.items()):
             for _ in range(MAX_REPEATS):
@@ -177,8 +167,7 @@ def _draws(
 def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExample:
     """Returns a row with a cleaned solution and its defects.
 
-    Omits the sentence that the package's own dataset adds to each question ("Give the result as your
-    final answer. Do not include units."): it instructs a chat model, as `predict: ` instructs our model.
+    The question lacks the package's instruction to chat models ("Give the result as your final answer. ...").
     """
     given, solution = draw["answer"], draw["metadata"]["answer_cot"]
     label = _short(given)

@@ -1,4 +1,4 @@
-"""Reads a JSON list of texts item by item, in pieces, so that memory does not grow with the file."""
+"""Reads a JSON list of texts in pieces, so that memory does not grow with the file."""
 
 import json
 import pathlib
@@ -15,11 +15,11 @@ _SPACE = " \t\r\n"
 
 
 def read_texts(path: pathlib.Path) -> Iterator[str]:
-    """Yields the texts of a list.
+    """Yields the texts of a JSON list.
 
     Raises:
-        InputError: there is no such file, it is not UTF-8, not JSON or not a list, or an item is not text.
-            The message names the file, and the line or item.
+        InputError: the file is missing, is not UTF-8 or is not a JSON list of texts. The message names the line
+            or item.
     """
     check_file(path, "a JSON list of texts")
     try:
@@ -43,11 +43,7 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """Iterates over a list's items.
-
-    An item that is not a text, such as a number, may be cut off where the buffer ends. `read_texts` refuses
-    such items in any case.
-    """
+    """Iterates over a list's items. A number may be cut off where the buffer ends; a text is always complete."""
 
     def __init__(self, file: IO[str], path: pathlib.Path):
         self._file, self._path = file, path

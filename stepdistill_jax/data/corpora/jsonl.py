@@ -33,28 +33,23 @@ def read(
     more: Sequence[str] = (),
     teacher: bool = True,
 ) -> Reading:
-    """Reads a file, the train, validation and test files of a folder, or lists of dicts.
+    """Reads a file, the files of a folder (one for each split), or lists of dicts.
 
-    A file is CSV or TSV if its suffix says so, else JSON lines. `data.rows` describes the format of a
-    row. Each row needs a `label` or an `llm_label`. If a row has several rationales, training uses
-    `rationale`, or else the first of `rationales`.
+    Files with the suffix .csv or .tsv are tables, and all others JSON lines. `data.rows` describes a row. Each
+    row needs a `label` or an `llm_label`. Training uses `rationale`, or else the first of `rationales`. A bad
+    row is yielded as a `BadRow`.
 
-    A single file or list is split by a hash of the id: about 80 % of the rows become train, 10 %
-    validation and 10 % test. In a folder without a validation file, a tenth of train becomes validation.
-
-    A bad row (a missing field, a wrong type, a duplicate id, an empty label or input, broken JSON or
-    quotes) is yielded as a `BadRow`.
+    A hash of the id splits a single file or list: about 80 % of the rows become train, 10 % validation and 10 %
+    test. In a folder without a validation file, a tenth of train becomes validation.
 
     Args:
-        source: file or folder, a list of dicts, or a dict of lists by split.
-        field_map: {our field: the source's field}, e.g. {"input": "question"}.
-        more: names of further text fields to keep. Objectives may name these fields, and rows may lack them.
-        teacher: whether to keep rationales and teacher labels.
+        source: file or folder, a list of dicts, or {split: list of dicts}.
+        field_map: {name in Example: name in the source}, e.g. {"input": "question"}.
+        more: names of further text fields to keep, for objectives. Rows may lack these fields.
 
     Raises:
-        InputError: there is no such file, `more` contains an invalid name, or a key of `field_map` is not
-            one of our fields. Iterating over the rows raises it if no row has a field that is mapped or
-            named in `more`, or if a file has no row that can be used.
+        InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows
+            raises it for a name that no row has, or a file without good rows.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
@@ -102,7 +97,7 @@ class _Rows:
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row). If a single file is split by ids, the split of a bad row is ""."""
+        """Yields (split, row). The split of a bad row is "" if ids decide the splits."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):
@@ -119,12 +114,7 @@ class _Rows:
         self._add_notes(found)
 
     def _of(self, file: RowSource) -> Iterator[CheckedExample | BadRow]:
-        """Yields the rows of a file.
-
-        Raises:
-            InputError: the file has no rows, or none that can be used. The message names the problem of the
-                first row.
-        """
+        """Yields the rows of a file. Raises InputError if the file has no good row."""
         ids = UniqueIds()
         first_bad, bad, before = None, 0, self._good + len(self._unanswered)
         for row in file.rows():
@@ -147,11 +137,7 @@ class _Rows:
         raise InputError(f"{first_bad}{header}{none}")
 
     def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | None:
-        """Returns a row's example, or None if `annotate` got no answer for the row.
-
-        Raises:
-            InputError: the row cannot be used.
-        """
+        """Returns a row's example, or None for a row that `annotate` left without an answer."""
         self._seen |= dict.fromkeys(row.fields)
         # `annotate` leaves a row without an answer unchanged
         if PROVENANCE in row.fields and not any(map(row.fields.get, self._answers)):
@@ -174,24 +160,20 @@ class _Rows:
                 )
 
     def _add_notes(self, found: set[str]) -> None:
-        """Adds the notes that can be made only after all rows have been read.
-
-        Raises:
-            InputError: a field named in `more` is in no row.
-        """
+        """Adds the notes on all rows. Raises InputError if no row has a field named in `more`."""
         unread = {str(name) for name in self._seen} - set(self._names.values())
         not_read = printable(", ".join(sorted(unread)))
         added = [f"fields that were not read: {not_read}"] if unread else []
         expected = SPLITS if self._cut else ("train", "validation")
         added += [
-            f"the split {split} is left out, since none of the few rows falls into it"
+            f"the split {split} is left out: the source has too few rows, and none falls into it"
             for split in (expected if "train" in self._sources else ())
             if split not in found
         ]
         if self._unanswered:
             added.append(
-                f"{len(self._unanswered)} rows without any label, for which the teacher gave no answer,"
-                f" are left out, the first at {self._unanswered[0]}"
+                f"{len(self._unanswered)} rows have no label and no answer from the teacher; they are left"
+                f" out, the first at {self._unanswered[0]}"
             )
         added += [
             f"the field {name} is in {n} of {self._good} rows" for name, n in self._having.items()
@@ -218,8 +200,7 @@ def _check_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
             if theirs in known and not hint:
                 hint = f"; write OURS=YOURS: `field_map` {theirs}={name}"
             raise InputError(
-                f"`field_map` {name}={theirs}: there is no field {name!r} to fill"
-                f" (known: {', '.join(known)}){hint}"
+                f"`field_map` {name}={theirs}: unknown field {name!r} (known: {', '.join(known)}){hint}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Reads the fields that e-SNLI and ANLI share: premise, hypothesis, and one of three labels."""
+"""Reads the fields that e-SNLI and ANLI share: premise, hypothesis and label."""
 
 from stepdistill_jax.data.nli_rationale import LABELS
 from stepdistill_jax.data.rows import JsonRow
@@ -20,8 +20,8 @@ def question(row: JsonRow) -> str:
 def gold(row: JsonRow) -> str:
     """Returns the gold label as a word; "" if the row has none.
 
-    The field `label` (`gold_label` in TFDS) contains 0, 1 or 2 (for entailment, neutral,
-    contradiction), one of these words, or the first letter of one.
+    The field `label` (`gold_label` in TFDS) contains 0, 1 or 2 (entailment, neutral, contradiction), one of
+    these words, or its first letter.
 
     Raises:
         InputError: the field is missing or has another value.

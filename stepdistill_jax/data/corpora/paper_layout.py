@@ -1,7 +1,6 @@
 """Reads the paper's file layout: NAME_SPLIT.json has the rows, llm/SPLIT_CoT_I.json the teacher's texts.
 
-The rows are JSON lines, and the texts are JSON lists. Exports of the same corpora are read, too; they
-consist of SPLIT.jsonl and have no llm/.
+The rows are JSON lines, and the texts are JSON lists. An export of the same corpus has only SPLIT.jsonl.
 """
 
 import dataclasses
@@ -37,7 +36,13 @@ TEACHER, HUMAN = "llm", "human"  # sources of rationales
 
 @dataclasses.dataclass(frozen=True)
 class TeacherText:
-    """A raw completion, the name of its file within the source, and its 1-based index in the file."""
+    """A completion by the teacher.
+
+    Attributes:
+        text: the raw completion.
+        file: name of the file within the source.
+        row: 1-based index in the file.
+    """
 
     text: str
     file: str
@@ -59,23 +64,17 @@ def read(
     to_row: ToRow,
     prefix: str | None = None,
 ) -> Reading:
-    """Finds the files of all splits. Each row is paired with its teacher text while rows are read.
+    """Finds the files of all splits, and reads each row with its teacher text.
 
-    The first split that has a file, usually train, must have teacher texts. For any other split without
-    teacher texts, a note is added.
+    The first split, usually train, must have teacher texts. Any other split without them gets a note.
 
     Args:
-        name: name of the dataset.
-        version: version of the reader.
-        metric: how labels are compared.
-        source: the folder of the files, or its parent folder if the folder is named `prefix` or `name`.
-        teacher: whether to read teacher texts.
-        to_row: function that checks one row.
+        source: see `input_files`.
         prefix: prefix of the file names, such as `cqa` for cqa_train.json; None means `name`.
 
     Raises:
-        InputError: there are no files or no teacher texts. Iterating over the rows raises it if a file is
-            not valid JSON, or if the numbers of texts and rows differ.
+        InputError: there are no files or no teacher texts. Iterating over the rows raises it for invalid JSON,
+            and if the counts of texts and rows differ.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)
@@ -107,11 +106,7 @@ def read(
 
 
 def digest_of(path: pathlib.Path) -> str:
-    """Returns the digest of a file of the source.
-
-    Raises:
-        InputError: the path is not a regular file.
-    """
+    """Returns the digest of a file. Raises InputError if the path is not a regular file."""
     check_file(path, "a JSON file")
     return sha256(path)
 
@@ -123,11 +118,7 @@ def file_rows(
     to_row: ToRow,
     notes: list[str],
 ) -> Iterator[CheckedExample]:
-    """Yields the checked rows of one file, each with its teacher text if there is one.
-
-    Raises:
-        InputError: see `read`.
-    """
+    """Yields the checked rows of one file, each with its teacher text if there is one."""
     ids, absent = UniqueIds(), 0
     for row, completion in paired(source, path, teachers):
         found = to_row(row, completion, ids)
@@ -150,14 +141,11 @@ def judged(
     by_text: bool = False,
     human: tuple[str, ...] = (),
 ) -> CheckedExample:
-    """Adds the teacher's texts and people's explanations to `example`, and judges the teacher's answer.
+    """Adds the teacher's text and people's explanations to `example`, and judges the teacher's answer.
 
     Args:
         example: id, input, label and choices.
-        completion: the teacher's text; None if there is none.
-        parse: function that parses this text.
         right: function that returns whether an answer is the gold label.
-        defects: defects of the row itself.
         by_text: whether to judge `Parsed.answer_text`, too (`teacher_accuracy_by_text`).
         human: explanations of the gold label by people.
     """
@@ -184,7 +172,7 @@ def judged(
 
 
 def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
-    """Returns a `Defect` of this kind, which quotes the part of the teacher's text that shows the defect."""
+    """Returns a `Defect` whose text shows the defect."""
     text = completion.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
@@ -197,7 +185,7 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
     """Returns the paths of llm/PART_CoT_0.json, _1, ...; [] if there are none and `required` is False.
 
     Raises:
-        InputError: required files are missing, or the numbers in the file names have a gap.
+        InputError: required files are missing, or the indices in the file names have a gap.
     """
     files = []
     for i in itertools.count():
@@ -222,12 +210,10 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
 def input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """Returns the folder of the files, and the file of each split: the paper's if it exists, else an export's.
+    """Returns the folder of the files, and {split: file}, with an export's files only if the paper's are missing.
 
     Args:
-        source: the folder of the files, or its parent folder if the folder is named `prefix` or `name`.
-        prefix: prefix of the file names.
-        name: name of the dataset.
+        source: the folder of the files, or the parent of a folder named `prefix` or `name`.
 
     Raises:
         InputError: there is no such folder, or none of the files is in it.
@@ -261,12 +247,10 @@ def paired(
 
     Args:
         source: folder to which the names of teacher files are relative.
-        path: file of the rows.
-        teachers: files of teacher texts, which together have one text for each row. If None or empty,
-            None is yielded in place of each text.
+        teachers: files that together have one text for each row. If None or empty, all texts are None.
 
     Raises:
-        InputError: there are more rows than texts, or more texts than rows, so pairs may be misaligned.
+        InputError: the counts of rows and texts differ.
     """
     rows = read_rows(path)
     if not teachers:

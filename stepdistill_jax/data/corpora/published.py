@@ -48,13 +48,9 @@ def _nli(row: JsonRow, ids: UniqueIds) -> Example:
 
 @dataclasses.dataclass(frozen=True)
 class _Corpus:
-    """Says how the published code reads one dataset.
+    """How the published code reads one dataset.
 
-    Attributes:
-        to_example: function that converts a row to an example without the teacher's rationale and label.
-        rule: function that parses the teacher's text.
-        prefix: prefix of the dataset's file names, and name of the dataset's folder in `gpt-neox`.
-        drawn: whether validation is drawn from train. If False, validation has its own file.
+    `prefix` starts the file names, and names the folder in `gpt-neox`. `drawn`: validation is drawn from train.
     """
 
     to_example: Callable[[JsonRow, UniqueIds], Example]
@@ -75,18 +71,16 @@ _CORPORA = {
 def read(name: str, source: pathlib.Path) -> Reading:
     """Reads a dataset's files and the teacher's texts without repairs or stripping.
 
-    The premise of e-SNLI and ANLI is `input`, and the hypothesis is `input_pair`. If the published code reads no
-    validation file, `published_split` draws the validation rows from train. The rows of train and validation
-    are then in the order in which they are drawn.
+    For e-SNLI and ANLI, `input` is the premise, and `input_pair` the hypothesis. If the published code reads no
+    validation file, `published_split` draws validation from train and sets the order of the two splits.
 
     Args:
         name: one of `prepared.PUBLISHED`.
-        source: see `paper_layout.read`. If `source` is the folder `gpt-neox`, the texts in it replace PaLM's.
+        source: see `paper_layout.input_files`. For the folder `gpt-neox`, its texts replace PaLM's.
 
     Raises:
-        InputError: files that the published code requires are missing. Iterating over the rows raises
-            it if a file is not valid JSON, if the numbers of texts and rows differ, or if the published
-            rule cannot parse a text.
+        InputError: files that the published code requires are missing. Iterating over the rows raises it as in
+            `paper_layout.read`, and if the published rule cannot parse a text.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []
@@ -123,15 +117,7 @@ def read(name: str, source: pathlib.Path) -> Reading:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """The rows of one file with their teacher texts.
-
-    Attributes:
-        folder: folder to which the names of teacher files are relative.
-        path: file of the rows.
-        corpus: says how the published code reads the dataset.
-        teachers: files of the teacher's texts; may be empty.
-        neox: whether GPT-NeoX wrote the texts.
-    """
+    """The rows of one file with their teacher texts, whose names are relative to `folder`."""
 
     folder: pathlib.Path
     path: pathlib.Path
@@ -140,7 +126,7 @@ class _File:
     neox: bool = False
 
     def rows(self) -> Iterator[CheckedExample]:
-        """Yields each row, in order."""
+        """Yields the rows in order."""
         ids = UniqueIds()
         for row, completion in paper_layout.paired(self.folder, self.path, self.teachers):
             example = self.corpus.to_example(row, ids)
@@ -161,7 +147,7 @@ class _File:
 
 
 def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File]:
-    """Returns the file of each split. Validation is included only if the published code reads its file."""
+    """Returns {split: file}, with validation only if the published code reads its file."""
     corpus, neox = _CORPORA[name], source.name == NEOX
     folder, inputs = paper_layout.input_files(
         source.parent if neox else source, corpus.prefix, name
@@ -185,7 +171,7 @@ def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File
 def _teachers(
     folder: pathlib.Path, corpus: _Corpus, part: str, required: bool
 ) -> list[pathlib.Path]:
-    """Returns the files of the teacher's texts: GPT-NeoX's if its folder is given, or else PaLM's."""
+    """Returns the files of the teacher's texts: GPT-NeoX's if `folder` is `gpt-neox`, else PaLM's."""
     if folder.name != NEOX:
         return paper_layout.teacher_files(folder, part, required=required)
     path = folder / corpus.prefix / f"{part}.json"

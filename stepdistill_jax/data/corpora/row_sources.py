@@ -25,10 +25,9 @@ class RowSource:
     """The rows of one split, or of a file that is still to be split.
 
     Attributes:
-        name: name to show in messages: the path of the file, or `the list`.
-        key: key of `digest` in the dataset's `sources`, which the dataset's fingerprint covers.
-        digest: hex digest of the rows' contents.
-        rows: function that starts reading, and yields the rows.
+        name: name for messages: the path of the file, or `the list`.
+        key: name of the source in the dataset's fingerprint.
+        rows: function that yields the rows from the start.
     """
 
     name: str
@@ -40,17 +39,16 @@ class RowSource:
 def find_sources(
     source: Source, notes: list[str], numbers: Sequence[str] = ()
 ) -> tuple[dict[str, RowSource], bool]:
-    """Returns the source of each split, and whether rows must still be split by their ids.
+    """Returns {split: source}, and whether the rows must still be split by their ids.
 
-    If they must be split, all rows are in one source, which is returned as `train`.
+    In that case, the only key is `train`.
 
     Args:
-        source: a path, a list of dicts, or a dict of lists by split.
-        notes: list that receives notes on missing splits and on files that are not read.
+        notes: list to which notes on missing splits and unread files are added.
         numbers: names of the CSV columns whose cells are numbers.
 
     Raises:
-        InputError: there are no rows to read. The message says what is missing.
+        InputError: there are no rows to read.
     """
     if isinstance(source, Mapping):
         return {split: _of_list(rows, split) for split, rows in _lists(source).items()}, False
@@ -63,7 +61,7 @@ def find_sources(
 
 
 def split_lists(source: Any) -> dict[str, Rows] | None:
-    """Returns a dict of lists as it is, a single list as {"train": list}, and None for anything else.
+    """Returns a dict of lists unchanged, a list as {"train": list}, and None for anything else.
 
     Raises:
         InputError: a value of the dict is not a list, or a key is not the name of a split.
@@ -101,11 +99,7 @@ def _of_list(rows: Rows, split: str) -> RowSource:
 
 
 def _written(row: Any, name: str, number: int) -> bytes:
-    """Returns a row of a list as JSON.
-
-    Raises:
-        InputError: the row contains itself, or its lists are nested about a thousand levels deep.
-    """
+    """Returns a row of a list as JSON. Raises InputError for a row that contains itself or is nested too deeply."""
     try:
         # a value unknown to JSON is refused or ignored later: its type's name is enough here
         text = json.dumps(as_json(row), skipkeys=True, default=lambda value: type(value).__name__)

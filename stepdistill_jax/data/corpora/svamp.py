@@ -1,7 +1,6 @@
 """Reads SVAMP with PaLM rationales, in the paper's layout; answers are equations, compared by value.
 
-If ASDiv's questions are found, they are further inputs to train on. They have no gold labels, only the
-teacher's.
+ASDiv's questions, if found, become a split that has only the teacher's labels.
 """
 
 import dataclasses
@@ -25,12 +24,11 @@ EXTRA = "asdiv"
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads svamp_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"input", "label"} in the paper's files, and {"ID", "Body", "Question", "Equation"} in the
-    original and in exports. The id of a row without "ID" is its 1-based index.
+    A row is {"input", "label"} in the paper's files, else {"ID", "Body", "Question", "Equation"}. The id of a
+    row without "ID" is its 1-based index.
 
-    The split `unlabelled` is read from asdiv/asdiv_train.json, whose rows have the same form, and from
-    asdiv/llm/train_CoT_I.json. The folder asdiv lies next to the folder of SVAMP's files, as in the paper's
-    archive, or inside that folder.
+    ASDiv's asdiv_train.json, with rows of the same form, and llm/train_CoT_I.json become the split
+    `unlabelled`.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
@@ -63,14 +61,14 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
 
 
 def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | None:
-    """Returns ASDiv's folder, which lies next to `folder` or inside it, or None if there is none.
+    """Returns the folder `asdiv`, inside `folder` or next to it (as in the paper's archive), or None.
 
     Args:
         folder: folder of SVAMP's files.
-        source: that folder or its parent, as given by the user.
+        source: `folder` or its parent, as the user gave it.
 
     Raises:
-        InputError: ASDiv's rows lie directly in `folder` or `source`, not in a separate folder.
+        InputError: ASDiv's rows lie directly in `folder` or `source`.
     """
     name = f"{EXTRA}_train.json"
     for found in (folder / EXTRA, folder.resolve().parent / EXTRA):
@@ -95,7 +93,7 @@ def _row(row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds) -> C
 
 
 def _extra_row(row: JsonRow, completion: paper_layout.Completion, _: UniqueIds) -> CheckedExample:
-    """Returns the example of an ASDiv row. The label of the row is not read."""
+    """Returns the example of an ASDiv row, whose label is not read."""
     return _judged(Example(f"{EXTRA}-{row.number}", question(row)), completion)
 
 
