@@ -87,11 +87,10 @@ def reason_against(
     *,
     bias: bool,
 ) -> str | None:
-    """Returns the reason why there is no kernel for these shapes on a device, or None if there is one.
+    """Returns why no kernel supports these shapes on a device, or None if one does.
 
     Args:
         device: any object with `platform` and `device_kind`.
-        q_len, k_len, heads, head_dim, dtype: shapes and type of the queries and keys.
         bias: whether there is a relative bias.
     """
     if device.platform not in KERNELS:
