@@ -156,7 +156,7 @@ def backward(
 
 
 def _each(q, some: Callable) -> None:
-    """Calls `some(i, None)` for each round i. In a round, a program processes 128 queries."""
+    """Calls `some(i, None)` for each round i of 128 queries."""
     rounds = q.shape[1] // QUERIES
     unroll = rounds if rounds <= _UNROLLED else 1
     jax.lax.fori_loop(0, rounds, some, None, unroll=unroll)
@@ -183,7 +183,7 @@ def _scores(call, i, k, queries, bias, q_segments, columns):
 
 
 def _seeds(seeds):
-    """Returns the two seeds for each column of a half, each [1, 128] uint32, or None without dropout."""
+    """Returns two seeds for each column of a half, each [1, 128] uint32, or None without dropout."""
     if seeds is None:
         return None
     head = 2 * pl.program_id(0)
@@ -207,10 +207,9 @@ def _keep(call, i, seeds, keys):
 
 
 def _per_head(call, x):
-    """Separates the two heads of x, [128, 2 d] -> [256, 2 d].
+    """Separates the two heads of x, [128, 2 d] -> [256, 2 d], with zeros in place of the other head.
 
-    The rows of the result are ordered by (half, head, query). A row has the features of its own head, and zeros
-    in place of those of the other head.
+    The rows of the result are ordered by (half, head, query).
     """
     wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
@@ -220,10 +219,7 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Joins the two heads again, [2 d, 256] -> [128, 2 d]: the reverse of `_per_head`.
-
-    Each column of x belongs to a query and a head, and only the features of this head are used.
-    """
+    """Reverses `_per_head`, [2 d, 256] -> [128, 2 d], with only the features of each column's own head."""
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
     blocks = [x[i : i + HALF] for i in range(0, COLUMNS, HALF)]
@@ -233,9 +229,8 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    `combine`, an addition or a maximum, first merges the upper and the lower half of the rows, several times.
-    These operations are independent for each pair of rows, so none has to wait for another. Then `reduce`
-    reduces the rows that are left.
+    `combine`, an addition or a maximum, merges independent pairs of rows, which need not wait for each other. Then
+    `reduce` reduces the remaining rows.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
