@@ -39,7 +39,7 @@ def beam_search(
     Each step finds the 2 * num_beams best continuations of a row. If one of the first `num_beams` ends, it joins
     the row's finished answers, of which the best `num_beams` are kept. The best `num_beams` continuations that do
     not end are continued. A row is done when it has `num_beams` finished answers and its best unfinished answer,
-    scored at its current length, is no better than the worst of them. At `max_decode_len`, every answer counts as
+    scored at its current length, is no better than the worst finished one. At `max_decode_len`, every answer counts as
     finished.
 
     Args:

@@ -195,11 +195,10 @@ def _arrays(
     """Returns the arrays (inputs, targets, segments, owners) of one batch, filled up with rows of zeros.
 
     Inputs are [batch_size, bucket] int32, and the others are [batch_size, decoder rows, width] int32. Segments
-    number the answers of a decoder row from 1, and owners number all answers of the input from 1. 0 is padding.
+    number a decoder row's answers from 1, owners number the input's answers from 1, and 0 is padding.
 
-    Example: the answers 7 1 and 8 9 1 in one decoder row of width 8 have the targets 7 1 8 9 1 0 0 0. Their
-    segments and their owners are 1 1 2 2 2 0 0 0. In a second decoder row, segments start with 1 again, and owners
-    with 3.
+    Example: the answers 7 1 and 8 9 1 in one decoder row of width 8 have the targets 7 1 8 9 1 0 0 0. Both their
+    segments and their owners are 1 1 2 2 2 0 0 0. In the next decoder row, segments start with 1 and owners with 3.
     """
     # the narrowest width into which the longest answer fits and, up to 64 tokens, all answers of an input
     longest = max(len(ids) for of_row in answers for ids in of_row)

@@ -28,8 +28,7 @@ def sample_decode(
     """Samples an answer for each row from the model's distribution.
 
     No command samples. In Python, use `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
-    rng=jax.random.key(0)))`. A row's draw depends only on `rng` and the row's ids, so equal rows get equal answers,
-    and another draw needs another key.
+    rng=jax.random.key(0)))`. Equal rows get equal answers, and another draw needs another key.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.

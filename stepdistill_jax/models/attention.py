@@ -43,8 +43,8 @@ def attention(
 
     Args:
         q: [batch, q, heads, d].
-        k: [batch, k, kv_heads, d]. `kv_heads` must divide `heads`. Query head i reads key head i // (heads /
-            kv_heads).
+        k: [batch, k, kv_heads, d], where `kv_heads` divides `heads`. Query head i reads key head
+            i // (heads / kv_heads).
         v: values, in the shape of `k`.
         relative_bias: added to the scores, [1, heads, q, k] float32.
         query_segments: [batch or 1, q or 1] int32.
@@ -56,9 +56,9 @@ def attention(
         softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
         window: a query sees only keys less than this many positions away; None means no limit.
         scale: factor of (query . key). It is 1 in T5, whose initial query kernel includes 1 / sqrt(d).
-        implementation: "xla" for plain operations, or "pallas" for one kernel. Plain operations also replace the
-            kernel for few queries, as in decoding, and for options that the kernel does not support. "auto" means
-            "xla" here; before training, `training.attention_choice` replaces "auto".
+        implementation: "xla" (plain operations) or "pallas" (one kernel). Few queries, as in decoding, and options
+            that the kernel does not support always use plain operations. "auto" means "xla" here; before
+            training, `training.attention_choice` replaces it.
 
     Returns:
         The means, [batch, q, heads, d], in the dtype of `v`.
@@ -137,7 +137,7 @@ _plus_bias.defvjp(
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the softmax over the keys where `mask` is true: [batch, heads, q, k] float32.
 
-    It adds -1e9 to hidden scores. With `jnp.where`, JAX would also compute arrays as large as the scores before the
+    Hidden scores get -1e9 added, since `jnp.where` would make JAX compute arrays as large as the scores before the
     loop over layers.
 
     Args:
@@ -170,10 +170,7 @@ def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns the scores (query . key), [batch, heads, q, k], in float32 for the softmax.
-
-    Bfloat16 inputs give scores that are rounded to bfloat16 first.
-    """
+    """Returns the scores (query . key), [batch, heads, q, k] float32, rounded to the dtype of q first."""
     precision = precision_of(q.dtype)
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]

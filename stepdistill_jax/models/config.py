@@ -65,7 +65,7 @@ class Side:
         score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
         windows: how many tokens back self-attention reaches in each layer; in an encoder, also how many ahead
             (`stacks.windows_of`). 0 means all tokens; None means all tokens in every layer.
-        rope_theta: base of the rotary position embedding; None if the model has none.
+        rope_theta: base of the rotary positions; None if there are none.
         init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule, which depends on
             the kernel's widths.
 
@@ -114,9 +114,8 @@ class Side:
 class ModelConfig(abc.ABC):
     """Configuration of a model of any family.
 
-    Code outside a family's module uses only what is declared here. A new family needs a subclass of this class, and
-    entries in `models.families.FAMILIES`, `formats.config_json` and `formats.parameter_names`. All families use the
-    Flax module `models.encoder_decoder.EncoderDecoder`.
+    Code outside a family's module uses only what is declared here. A family has a subclass of this class, and entries
+    in `models.families.FAMILIES`, `formats.config_json` and `formats.parameter_names`.
 
     Attributes:
         vocab_size: number of rows of an embedding. The vocabulary may have fewer pieces.
@@ -133,8 +132,8 @@ class ModelConfig(abc.ABC):
         remat_policy: what the backward pass recomputes. `elementwise` (once called `none`): norms, softmax,
             activations and dropout masks. `minimal`: everything except the matmuls with weights. `full`: everything
             inside a layer.
-        scan_layers: whether the layers run in a loop, whose body is compiled once, or unrolled. Their parameters
-            are stacked in both cases.
+        scan_layers: whether the layers run in a loop, whose body is compiled once. False unrolls the loop, but keeps
+            the parameters stacked.
         lora: None for no adapters. A model with adapters cannot decode before `models.lora.merge`.
         quantized: whether kernels are int8 with a scale for each output. Such a model can only decode.
         unrolled_decoder: whether each decoder layer has its own parameter tree (`models.unrolled.unrolled`), for

@@ -23,8 +23,8 @@ BLOCK_TOKENS = 1024  # number of tokens whose activations fit a CPU's cache
 def keep_pages() -> bool:
     """Makes glibc keep the pages that XLA frees, if JAX will run on a CPU.
 
-    Otherwise, glibc returns the buffers of each step to the operating system, which must clear their pages again.
-    This takes up to 40% of a step of a small T5. The process never gives back its peak memory.
+    Otherwise, the operating system clears the pages of a step's buffers again in each step, for up to 40% of the
+    time of a small T5. The process then never gives back its peak memory.
 
     Call this before JAX starts its threads.
 
@@ -49,7 +49,7 @@ def _on_cpu() -> bool:
 def step_options(mesh: Mesh) -> dict[str, bool] | None:
     """Returns XLA's options for a training step on this mesh, or None if its devices are not CPUs.
 
-    The options avoid copies of Adam's moments, and a schedule for more cores that keeps more buffers alive.
+    They avoid copies of Adam's moments, and a parallel schedule that keeps more buffers alive.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return None

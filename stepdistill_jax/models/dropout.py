@@ -74,8 +74,7 @@ class Dropout(nn.Module):
     """Applies `dropout` with keys from the rng collection `dropout`.
 
     Attributes:
-        rate: share of the elements that become 0; 0 <= rate < 1.
-        broadcast: whether all positions share one mask.
+        rate, broadcast: as for `dropout`.
         deterministic: whether dropout is off. Give it either here or in the call.
     """
 

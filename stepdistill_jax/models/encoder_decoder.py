@@ -113,9 +113,8 @@ class EncoderDecoder(nn.Module):
         Args:
             batch: int32 arrays `encoder_input_tokens` and `encoder_segment_ids`, [batch, length], and
                 `decoder_input_tokens` and `decoder_segment_ids`, [batch, target length]. Segment 0 is padding. A
-                decoder segment reads the encoder segment with the same id. If the batch has
-                `decoder_encoder_segment_ids` [batch, target length], each token reads the encoder segment given
-                there.
+                target token reads the encoder segment with its own segment id or, if the batch has
+                `decoder_encoder_segment_ids` [batch, target length], the segment given there.
             enable_dropout: needs the rng collection `dropout`.
 
         Returns:
@@ -263,7 +262,7 @@ def start_cache(
     """Returns a cache for decoding, empty except for the keys and values of the inputs.
 
     Args:
-        params: parameters of the model, unboxed.
+        params: unboxed.
         encoded: states from `EncoderDecoder.encode`, [batch, length, embed].
         max_decode_len: number of target positions.
         cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs `encoded`;

@@ -12,8 +12,6 @@ def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_len
 
     Args:
         rows: row count, including rows that are only padding.
-        input_length: number of encoder positions of a row.
-        target_length: number of decoder positions of a row.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     trained = 3 * adapters + (3 if config.lora is None else 2) * weights

@@ -70,7 +70,7 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 def formula_of(target: str, op_name: str) -> Formula | None:
     """Returns the formula of a custom call, or None if none is registered.
 
-    It looks for the call's target, then for the names in the call's JAX path, such as
+    It tries the call's target, then the names in its JAX path, such as
     `jit(f)/transpose(jvp(my_attention))/pallas_call`, from the last to the first.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]

@@ -55,12 +55,10 @@ def dense(
     Kernels are 2-D, since `nn.DenseGeneral` with axis names raises an error inside a mesh.
 
     Args:
-        features: width of the output.
         axes: logical axes of the kernel.
         stddev: standard deviation of the initial kernel.
         projection: field of `LoraConfig` with the adapter's rank. None means no adapter.
-        float32_sums: whether the output is float32 even if the arithmetic is bfloat16. Logits need this, since
-            rounding to bfloat16 could make two of them equal.
+        float32_sums: whether the output is float32 even in bfloat16 arithmetic, as for logits.
     """
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
@@ -83,8 +81,7 @@ def dense(
 class Merged(nn.Module):
     """Several projections of the same input, computed as one matmul.
 
-    `models.unrolled` makes the kernel. This module is only for decoding: `kernel_product` has no gradient for a 3-D
-    kernel.
+    `models.unrolled` makes the kernel. It has no gradient, so it is only for decoding.
     """
 
     config: ModelConfig
@@ -201,7 +198,7 @@ class Attention(nn.Module):
     def over_cache(
         self, queries, keys, values, segments: Segments, relative_bias=None
     ) -> jax.Array:
-        """Returns the same as `__call__`, for a cache whose layout saves transpositions at each token.
+        """Returns the same as `__call__`, for keys and values in the layout of a cache.
 
         Args:
             queries: [batch, q, heads, kv].
@@ -236,7 +233,7 @@ class Attention(nn.Module):
         Args:
             x: the decoder's states, [batch, q, embed].
             encoded: the encoder's states, [batch, k, inputs].
-            transposed: the encoder's states as [batch, inputs, k], transposed once for all tokens.
+            transposed: the encoder's states as [batch, inputs, k].
             segments: segments of the queries and of the keys.
         """
         c = self.config
@@ -268,7 +265,7 @@ _ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nn.Module):
-    """Feed-forward block, relu(x wi) wo or, with gelu as a gate, (gelu(x wi_0) * (x wi_1)) wo.
+    """Feed-forward block: relu(x wi) wo or, if gated, (gelu(x wi_0) * (x wi_1)) wo.
 
     If `merged`, one matmul computes the projections of x, from the parameters of `models.unrolled`.
     """

@@ -23,16 +23,14 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 class LoraDense(nn.Module):
     """A dense layer without bias, plus a low-rank adapter of two matrices A and B.
 
-    The product A B is never computed. B starts as zeros, so at first the adapter adds 0. The initial A is uniform
-    between -1 / sqrt(inputs) and 1 / sqrt(inputs), as in the authors' code.
+    The product A B is never computed. B starts as zeros. A starts uniform between -1 / sqrt(inputs) and
+    1 / sqrt(inputs), as in the authors' code.
 
     Attributes:
-        features: width of the output.
         axes: logical axes of the kernel.
         stddev: standard deviation of the initial kernel.
-        rank: number of columns of A and of rows of B.
         scale: alpha / rank.
-        dtype: type of the output and of the arithmetic. Parameters are float32.
+        dtype: type of the arithmetic. Parameters are float32.
     """
 
     features: int
@@ -69,7 +67,7 @@ def has_adapters(params: Any) -> bool:
 def split(params: Any) -> tuple[Any, Any]:
     """Splits parameters into (trained, frozen).
 
-    If there are adapters, only they are trained. Otherwise, all parameters are trained, and the frozen tree is {}.
+    Only adapters are trained. Without adapters, all parameters are trained, and the frozen tree is {}.
     """
     if not has_adapters(params):
         return params, {}
@@ -87,7 +85,7 @@ def combine(trained: Any, frozen: Any) -> Any:
 
 
 def base_of(params: Any) -> Any:
-    """Returns the parameters without the adapters. The adapters are not merged."""
+    """Returns the parameters without the adapters, which are not merged."""
     trained, frozen = split(params)
     return frozen or trained
 

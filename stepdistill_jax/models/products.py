@@ -19,8 +19,7 @@ def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) 
     """Returns x [..., in] times kernel [in, out], computed as a matmul of two matrices in the dtype of x.
 
     Batch and length become one axis, since XLA's CPU backend would transpose an array with more axes. The kernel's
-    gradient has the kernel's dtype. JAX's own gradient would be rounded to bfloat16 before devices add up their
-    parts.
+    gradient has the kernel's dtype, so devices need not add up parts that are rounded to bfloat16.
 
     Args:
         kernel: of any dtype. It is cast to the dtype of x before devices gather it.

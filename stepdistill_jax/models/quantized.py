@@ -25,7 +25,6 @@ class QuantizedDense(nn.Module):
     """A dense layer without bias, with an int8 kernel.
 
     Attributes:
-        features: width of the output.
         axes: logical axes of the kernel.
         dtype: type of the arithmetic.
         float32_sums: whether the output is float32. Otherwise it has the type `dtype`.
@@ -98,10 +97,7 @@ def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _quantize(kernel: jax.Array, sharding: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the kernel [..., inputs, features] in int8, and its scales [..., features].
-
-    The error of a weight is at most half of the scale of its column.
-    """
+    """Returns the kernel [..., inputs, features] in int8, and its scales [..., features]."""
     largest = jnp.max(jnp.abs(kernel), axis=-2)
     # A column of zeros gets the scale 1 / 127, to avoid a division by 0. The column 0.5, -2.54 gets the scale 0.02
     # and becomes 25, -127.

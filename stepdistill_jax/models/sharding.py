@@ -81,9 +81,8 @@ LAYOUTS: dict[str, Layout] = {
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of a layout.
 
-    The devices of one copy of the parameters communicate over the fast links inside one slice. If devices do not
-    know their slice, or are CPUs, each process counts as a slice. The devices are then divided, in the order of
-    their processes, into `dcn_data` equal blocks.
+    Where possible, a copy of the parameters stays inside one slice. If devices do not know their slice, or are
+    CPUs, each process counts as a slice, and the `dcn_data` groups follow the order of the processes.
 
     Args:
         layout: a name in `LAYOUTS`, or a `Layout`.
@@ -150,12 +149,8 @@ def _nearest_layout(
 ) -> str:
     """Returns the layout of `count` devices nearest to `wanted`, as a string such as "fsdp=4, tensor=2".
 
-    The distance of two layouts is the sum over axes of |log(size / wanted size)|.
-
-    Args:
-        wanted: sizes (dcn_data, data, fsdp, tensor). -1 means any size.
-        embed: size that fsdp must divide; 0 allows any fsdp.
-        cut_by_tensor: size that tensor must divide; 0 allows any tensor.
+    The distance sums |log(size / wanted size)| over (dcn_data, data, fsdp, tensor), where a wanted -1 means any size.
+    fsdp must divide `embed` and tensor must divide `cut_by_tensor`, unless they are 0.
     """
 
     def distance(layout: Sequence[int]) -> tuple[float, ...]:
@@ -230,7 +225,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
     """Turns a tree of host arrays [rows, ...] into global arrays, sharded over the mesh by rows.
 
-    Each process copies rows to its own devices only. With a tensor axis, two processes may need the same rows.
+    Each process copies rows to its own devices only. Two processes may need the same rows.
 
     Args:
         batch: the rows of this process's blocks, one block after the other. By default, these are all rows of the
@@ -285,8 +280,7 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
         boxed: parameters or shapes with logical axis names, from `models.encoder_decoder.abstract_params`.
 
     Raises:
-        InputError: a mesh axis does not divide a dimension or a number of heads that is sharded over it. The
-            message names the nearest layout that fits.
+        InputError: a mesh axis does not divide a dimension or a number of heads that is sharded over it.
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
@@ -332,7 +326,8 @@ def _check_divisible(
             what = f"tensor={mesh.shape['tensor']} does not divide num_kv_heads={count}"
             whose = {side, *(s for s in heads if heads[s] == count)}
             wrong.setdefault(
-                what, f"heads of keys and values stay whole, {' and '.join(sorted(whose))}"
+                what,
+                f"heads of keys and values must stay whole in the {' and '.join(sorted(whose))}",
             )
     if wrong:
         wanted = (1, *(mesh.shape[axis] for axis in AXES))

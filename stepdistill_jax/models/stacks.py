@@ -18,10 +18,8 @@ class Context(NamedTuple):
 
     Attributes:
         segments: segments of the queries and of the keys in self-attention.
-        query: positions of the queries in self-attention, [q].
-        key: positions of the keys in self-attention, [k].
-        bias: bias of self-attention, [1, heads, q, k] float32. None if each layer has its own bias, or if there is
-            none.
+        query, key: positions of the queries [q] and of the keys [k] in self-attention.
+        bias: bias of self-attention, [1, heads, q, k] float32. None if each layer has its own, or none.
         turn: rotation at the positions `query`; None if the model has no rotary positions.
         encoded: the encoder's states, [batch, length, embed]. With a cache, the `encoded` of
             `EncoderDecoder.decode_step`. None in an encoder.
@@ -91,8 +89,8 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """A decoder layer, for teacher forcing and for decoding one token.
 
-    Teacher forcing without a cache computes the input's keys and values from `context.encoded`. Teacher forcing
-    with a cache reads them from its `cross_key` and `cross_value`.
+    Under teacher forcing, the input's keys and values are computed from `context.encoded` or, if there is a cache,
+    read from its `cross_key` and `cross_value`.
 
     To decode one token, the cache also has `key` and `value` of earlier tokens. If `context.encoded` is given,
     attention to the encoder reads these states instead of `cross_key` and `cross_value`.

@@ -12,7 +12,7 @@ from stepdistill_jax.runtime.checks import keep, whole
 class T5Config(ModelConfig):
     """Configuration of a T5, whose encoder and decoder have the same width.
 
-    Attributes are named as in T5X's `network.py`, with the names of Hugging Face's config.json in parentheses.
+    Attributes are named as in T5X's `network.py`. Hugging Face's names are in parentheses.
 
     Attributes:
         emb_dim: model width (`d_model`).
@@ -21,8 +21,7 @@ class T5Config(ModelConfig):
         num_encoder_layers: layers of the encoder (`num_layers`).
         num_buckets: buckets of the relative position bias (`relative_attention_num_buckets`).
         max_distance: distances from here on share one bucket (`relative_attention_max_distance`).
-        shared_relative_position_bias: whether all layers of a side share one table of biases. UMT5 has a table for
-            each layer.
+        shared_relative_position_bias: whether all layers of a side share one table. False for UMT5.
         scale_decoder_outputs: whether the input of the output layer is divided by sqrt(emb_dim), as in v1.0.
 
     Raises:

@@ -13,9 +13,8 @@ Each module has two functions. `reason_against` returns why the kernel does not 
     kept                              dropout keeps a weight if its random draw (0 to `DRAWS` - 1) is below `kept`
     interpret                         whether a CPU runs the programs, for tests
 
-The result, [rows, q, heads, d] in the dtype of v, is the mean of the values that each query sees, weighted by the
-softmax of its scores. A query that sees no key gets 0 and contributes to no gradient. The dropout masks equal those
-of `dropout.dropout`, bit for bit.
+The result, [rows, q, heads, d] in the dtype of v, is that of `attention.attention`. A query
+that sees no key gets 0 and contributes to no gradient. The dropout masks equal those of `dropout.dropout`.
 
 In the backward passes, `slope` is the gradient of the loss with respect to this result.
 """

@@ -4,8 +4,8 @@ Scores, weights, masks and random numbers are never written to main memory. The 
 with a running softmax (FlashAttention). It stores the logarithm of each softmax's denominator, from which the
 backward kernels recompute the weights.
 
-There are three backward kernels. A program loops over the axis over which its gradient is summed. So no two
-programs add to the same output, and results are repeatable:
+A program of a backward kernel loops over the axis over which its gradient is summed. So no two programs add to the
+same output, and results are repeatable:
 
     queries' gradient           a program has 128 queries of one row and head, and loops over keys
     keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries

@@ -64,7 +64,7 @@ class Call:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles, each of a program's queries and `keys` keys, that are computed for one row and head."""
+        """Number of computed tiles (a program's queries by `keys` keys) of one row and head."""
         if not self.causal:
             return self.query_programs * self.key_tiles
         # program i reads keys up to its last query. With 256 queries, 256 keys and tiles of 64 keys, the two
@@ -86,7 +86,7 @@ class _Tile:
 def queries(call, q_ref, segments, start, *row):
     """Loads the halves of a program's queries, which begin at place `start`.
 
-    If the references have all rows of the batch, `row` is the index of the row to load.
+    `row` is the index of a row, if the references have all rows of the batch.
     """
     starts = [start + half * HALF for half in range(call.halves)]
     return [
@@ -309,8 +309,8 @@ def _bias_tile(call, ref, query, key):
 def dot(call, x, y):
     """Returns the matmul of x and y, summed in float32.
 
-    Float32 factors are split into two TF32 factors each, since three TF32 matmuls give float32's precision in half
-    the time of Triton's exact matmul.
+    Float32 factors are split into two TF32 factors each. Three TF32 matmuls have float32's precision, in half the
+    time of an exact one.
     """
     precision = precision_of(x.dtype)
     if precision is not None and not call.interpret:

@@ -46,7 +46,7 @@ def reason_against(
     padded = _up(q_len, QUERIES), _up(k_len, _LANES)
     need = _memory(*padded, head_dim, dtype.itemsize, bias=bias)
     if need > _MEMORY:
-        return f"lengths {q_len}, {k_len} need {-(-need >> 20)} MiB, above the limit of {_MEMORY >> 20}"
+        return f"lengths {q_len}, {k_len} need {-(-need >> 20)} MiB, above the limit of {_MEMORY >> 20} MiB"
     return None
 
 

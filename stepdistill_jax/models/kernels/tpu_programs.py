@@ -229,8 +229,7 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    `combine`, an addition or a maximum, merges independent pairs of rows, which need not wait for each other. Then
-    `reduce` reduces the remaining rows.
+    `combine` first merges pairs of rows, which need not wait for each other. `reduce` reduces the remaining rows.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
