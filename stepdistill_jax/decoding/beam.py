@@ -1,4 +1,4 @@
-"""Beam search that uses the same scores, candidates and stopping rule as Hugging Face's `generate`."""
+"""Beam search with the scores, candidates and stopping rule of Hugging Face's `generate`."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,27 +30,25 @@ def beam_search(
     num_beams: int,
     length_penalty: float = LENGTH_PENALTY,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keeps `num_beams` unfinished answers of each row at a time, and returns the row's best answer.
+    """Finds each row's best answer by beam search.
 
-    An answer's score is `sum of log probabilities / tokens ** length_penalty`, where the end of sequence
-    counts as a token. The result equals `generate(num_beams=..., length_penalty=...,
-    do_sample=False, early_stopping=False)` of transformers 5.23 (generation/utils.py,
-    `_beam_search`).
+    An answer's score is `sum of log probabilities / tokens ** length_penalty`, where the end of sequence counts as
+    a token. The result equals `generate(num_beams=..., length_penalty=..., do_sample=False, early_stopping=False)`
+    of transformers 5.23 (generation/utils.py, `_beam_search`).
 
-    Each step finds the 2 * num_beams best continuations of a row. Those that end and are among the first
-    `num_beams` join the row's finished answers, of which the best `num_beams` are kept. Of the
-    continuations that do not end, the best `num_beams` are continued in the next step. A row is done when
-    it has `num_beams` finished answers and its best unfinished answer, scored at its current length, is no
-    better than the worst of the finished ones. At `max_decode_len`, every answer counts as finished.
+    Each step finds the 2 * num_beams best continuations of a row. If one of the first `num_beams` ends, it joins
+    the row's finished answers, of which the best `num_beams` are kept. The best `num_beams` continuations that do
+    not end are continued. A row is done when it has `num_beams` finished answers and its best unfinished answer,
+    scored at its current length, is no better than the worst finished one. At `max_decode_len`, every answer counts as
+    finished.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        num_beams: number of beams. With 1, `greedy_decode` is called, as in Hugging Face.
+        num_beams: 1 calls `greedy_decode`, as in Hugging Face.
         length_penalty: a value above 0 favours long answers; 0 ignores the length.
 
     Returns:
-        The arrays (ids, scores, finished) that `greedy_decode` describes. The scores are log probabilities
-        without the length penalty.
+        The arrays (ids, scores, finished) of `greedy_decode`. The scores have no length penalty.
 
     Raises:
         InputError: `num_beams` or `length_penalty` is out of range.
@@ -126,10 +124,10 @@ def beam_search(
 
 
 def search(num_beams: int, length_penalty: float | None = None) -> Callable:
-    """Returns the decode function for these options, which can be passed to `LabelDecoder`.
+    """Returns the decode function for these options, for `LabelDecoder`.
 
     Args:
-        num_beams: number of beams; 1 means greedy decoding.
+        num_beams: 1 means greedy decoding.
         length_penalty: as for `beam_search`; None means 1.
 
     Raises:
@@ -162,13 +160,7 @@ def _check(num_beams: int, length_penalty: float) -> None:
 def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the 2 * beams best continuations of each row, the best first.
 
-    Args:
-        logits: logits of the next token, [batch * beams, vocab].
-        log_probs: log probabilities of the beams so far, [batch, beams].
-
-    Returns:
-        Three arrays [batch, 2 * beams]: the log probability of each continuation, the index of the beam that
-        it continues, and its new token.
+    They are three arrays [batch, 2 * beams]: log probability, index of the continued beam, and new token.
     """
     batch, num_beams = log_probs.shape
     vocab = logits.shape[-1]
@@ -179,10 +171,7 @@ def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax
 
 
 def _keep_ended(ended, candidates, ends, penalty):
-    """Returns the best answers of each row, chosen from its finished ones and the candidates that end now.
-
-    As many answers as there are beams are kept, the best first.
-    """
+    """Returns the best finished answers of each row, as many as there are beams, including those that end now."""
     new = {
         **candidates,
         "scores": jnp.where(ends, candidates["log_probs"] / penalty, -jnp.inf),
@@ -196,15 +185,12 @@ def _keep_ended(ended, candidates, ends, penalty):
 
 
 def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Takes, from each row of x [batch, n, ...], the items at `places` [batch, m]: [batch, m, ...]."""
+    """Takes the items at `places` [batch, m] from each row of x [batch, n, ...]: [batch, m, ...]."""
     return jax.vmap(lambda row, chosen: row[chosen])(x, places)
 
 
 def _reorder(cache: dict[str, jax.Array], beams: jax.Array) -> dict[str, jax.Array]:
-    """Gives each beam the keys and values of the beam that it continues.
-
-    For each new beam, `beams` [batch, beams] has the index of the beam that it continues.
-    """
+    """Gives each beam the keys and values of the beam that it continues, given by index in `beams` [batch, beams]."""
 
     def reorder(x):  # [layers, batch * beams, ...]
         by_row = x.reshape(x.shape[0], *beams.shape, *x.shape[2:])

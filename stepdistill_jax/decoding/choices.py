@@ -1,4 +1,4 @@
-"""Computes the exact log probability of each given answer of a row, and encodes the row only once."""
+"""Computes the exact log probability of each given answer, and encodes each input only once."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -39,16 +39,14 @@ Ids = Sequence[int]
 
 
 class ChoiceScorer:
-    """Scores given answers: an answer's score is the sum of the log probabilities of its ids.
+    """Scores given answers by the sum of the log probabilities of their ids.
 
-    Each input is encoded once, and its keys and values are computed once. The answers of an input are packed
-    into decoder rows of at most 64 tokens (or of more, if a single answer is longer). As in a training batch,
-    each answer is a segment of its decoder row. Decoder rows are scored one after the other, and logits exist
-    for at most 512 tokens at a time, so the memory for logits does not grow with the number of answers. A score
-    does not depend on the other answers or on the other inputs.
+    Each input is encoded once. Its answers are packed into decoder rows of at most 64 tokens (or of more, for a
+    single longer answer), where each answer is a segment. Logits exist for at most 512 tokens at a time. A score
+    does not depend on the other answers or inputs.
 
-    The scorer keeps its compiled programs. There is one for each combination of input length bucket, width of
-    the decoder rows, and number of decoder rows for an input.
+    The scorer keeps a compiled program for each combination of input length bucket, width of the decoder rows, and
+    number of decoder rows for an input.
 
     Example: `ChoiceScorer(config)(params, [[5, 7, 1]], [[[4, 1], [6, 8, 1]]])` is `[array([-2.1, -9.8])]`.
     """
@@ -59,9 +57,8 @@ class ChoiceScorer:
         """Prepares a scorer. Programs are compiled only when the scorer is called.
 
         Args:
-            config: configuration of the model. Dropout is never applied.
             batch_size: number of inputs to score at once, as for `LabelDecoder`.
-            mesh: mesh over which `params` are placed and the inputs are sharded, as for `LabelDecoder`.
+            mesh: as for `LabelDecoder`.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self._mesh = mesh
@@ -77,21 +74,20 @@ class ChoiceScorer:
         """Returns the scores of each row's answers.
 
         Args:
-            params: parameters of the model, placed over the mesh if there is one.
-            rows: ids of each input, with its end of sequence and without padding. No row may be empty.
-            answers: for each row, its answers, each given as ids with the end of sequence. Each row needs
-                at least one answer.
-            on_progress: a function that is called with the number of rows of each batch when it is scored.
+            params: placed over the mesh if there is one.
+            rows: ids of each input, with its end of sequence and without padding.
+            answers: at least one answer for each row, as ids with the end of sequence.
+            on_progress: called with the number of rows of each batch when it is scored.
 
         Returns:
-            For each row, the natural log of the probability of each answer's ids, [answers] float32.
+            For each row, the natural log of the probability of each answer, [answers] float32.
 
         Raises:
             ValueError: a row has no ids or no answers, or an answer has no ids.
         """
         if len(rows) != len(answers) or not all(map(len, rows)) or not all(map(len, answers)):
             raise ValueError(
-                "each row needs ids and at least one answer, and each list of answers needs a row"
+                "`rows` and `answers` need equal lengths, and each row needs ids and at least one answer"
             )
         if not all(all(map(len, of_row)) for of_row in answers):
             raise ValueError("each answer needs ids, at least its end of sequence")
@@ -157,13 +153,9 @@ def _shifted(x: jax.Array) -> jax.Array:
 
 
 def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: int) -> jax.Array:
-    """Returns the log probability of each target id, [rows, width] float32.
+    """Returns the log probability of each target id [rows, width].
 
-    Args:
-        x: the decoder's last states, [rows, width, embed].
-        output: the output layer.
-        targets: ids, [rows, width].
-        at_once: number of tokens of each row for which logits may exist at a time.
+    Logits exist for `at_once` tokens of a row at a time.
     """
     width = x.shape[1]
     # all chunks of a scan have the same size, so it must divide the width: width 48, at most 20 -> 16
@@ -185,11 +177,7 @@ def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: i
 def _batches(
     rows: Sequence[Ids], answers: Sequence[Sequence[Ids]], batch_size: int
 ) -> Iterator[list[int]]:
-    """Yields, for each batch, the places of its rows.
-
-    The rows of a batch are similar: their inputs have similar lengths, and their answers have similar numbers
-    of tokens and need similar numbers of decoder rows.
-    """
+    """Yields the indices of each batch's rows, which have inputs and answers of similar lengths."""
     tokens = [sum(map(len, of_row)) for of_row in answers]
 
     # negative, so that the largest batch comes first and a lack of memory shows in the first batch
@@ -204,19 +192,13 @@ def _batches(
 def _arrays(
     rows: list[Ids], answers: list[Sequence[Ids]], batch_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the arrays of one batch, filled up with rows of zeros.
+    """Returns the arrays (inputs, targets, segments, owners) of one batch, filled up with rows of zeros.
 
-    Example: the answers 7 1 and 8 9 1 in one decoder row of width 8 have the targets 7 1 8 9 1 0 0 0, and their
-    segments and their owners are 1 1 2 2 2 0 0 0. In a second decoder row, segments are numbered from 1
-    again, but owners continue with 3.
+    Inputs are [batch_size, bucket] int32, and the others are [batch_size, decoder rows, width] int32. Segments
+    number a decoder row's answers from 1, owners number the input's answers from 1, and 0 is padding.
 
-    Returns:
-        inputs: ids of each input, [batch_size, bucket] int32.
-        targets: ids of the answers, [batch_size, decoder rows, width] int32.
-        segments: for each id of `targets`, the index of its answer within the decoder row. It starts at 1,
-            and 0 is padding. The shape is that of `targets`.
-        owners: for each id of `targets`, the index of its answer among all answers of the input. It starts
-            at 1, and 0 is padding. The shape is that of `targets`.
+    Example: the answers 7 1 and 8 9 1 in one decoder row of width 8 have the targets 7 1 8 9 1 0 0 0. Both their
+    segments and their owners are 1 1 2 2 2 0 0 0. In the next decoder row, segments start with 1 and owners with 3.
     """
     # the narrowest width into which the longest answer fits and, up to 64 tokens, all answers of an input
     longest = max(len(ids) for of_row in answers for ids in of_row)

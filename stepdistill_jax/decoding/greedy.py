@@ -44,19 +44,14 @@ def greedy_decode(
 
     Args:
         params: parameters of the model, unboxed.
-        config: configuration of the model.
-        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding. A row that consists of
-            zeros fills up the batch and is done from the start.
+        encoder_input_tokens: [batch, length] int32; 0 is padding. A row of zeros only fills up the batch.
         max_decode_len: maximum number of tokens of an answer, including the end of sequence.
-        decoder_prefix: ids that the decoder reads before the answer. The returned ids do not contain
-            them, and the scores do not include their probability.
+        decoder_prefix: ids that the decoder reads before the answer. They are not part of ids or scores.
 
     Returns:
-        ids: ids of each answer, followed by zeros after the end of sequence, [batch, max_decode_len] int32.
-        scores: natural log of the probability of each answer's ids, including the end of sequence, [batch]
-            float32.
-        finished: whether the answer reached the end of sequence within `max_decode_len` ids, [batch] bool.
-            It is False for rows of zeros.
+        ids: answers with zeros after the end of sequence, [batch, max_decode_len] int32.
+        scores: natural log of each answer's probability, including the end of sequence, [batch] float32.
+        finished: whether each answer has an end of sequence, [batch] bool. It is False for rows of zeros.
     """
     return decode_tokens(
         params,
@@ -73,7 +68,7 @@ class Decoded:
     """Decoded answers, in the order of the input rows.
 
     Attributes:
-        ids: ids of each answer. If it reached the end of sequence, that is its last id.
+        ids: ids of each answer, including the end of sequence if the answer reached it.
         scores: natural log of the probability of each answer's ids, [rows] float32.
         finished: whether each answer reached the end of sequence, [rows] bool.
     """
@@ -86,9 +81,7 @@ class Decoded:
 def bucket_length(length: int) -> int:
     """Rounds a row's length up to its bucket: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
 
-    Each bucket is a shape to compile, and there are only 21 of them up to length 1024. If a batch's longest
-    row has more than 32 tokens, the rounding makes the batch at most 25% longer. Shorter rows of the batch
-    need further padding.
+    Each bucket is a shape to compile, and there are 21 up to length 1024. Above 32, rounding adds at most 25%.
     """
     # four buckets between a power of 2 and the next: length 70 is above 64, so it is rounded up to a multiple
     # of 16, which gives 80
@@ -101,10 +94,10 @@ def bucket_length(length: int) -> int:
 def bucketed(
     rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Yields batches of rows of similar length: (places in `rows`, ids [batch_size, bucket] int32).
+    """Yields batches of rows of similar length: (indices in `rows`, ids [batch_size, bucket] int32).
 
-    The longest rows come first, so that a lack of memory shows in the first batch. The last batch is filled
-    up with rows of zeros.
+    The longest rows come first, so that a lack of memory shows at once. The last batch is filled up with rows of
+    zeros.
     """
     # `sorted` is stable, so rows of equal length keep their order
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -124,11 +117,7 @@ def _jit_decode(
     decode_fn: Callable,
     decoder_prefix: tuple[int, ...],
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the compiled function of a `LabelDecoder`.
-
-    Equal decoders in a process share this function. So a service that calls `predict` repeatedly compiles only
-    once, and the traces that JAX keeps do not accumulate.
-    """
+    """Returns the compiled function that equal `LabelDecoder`s of a process share, so that it is compiled only once."""
     options: dict[str, Any] = {"max_decode_len": max_decode_len}
     # passed only if there is a prefix, since a user's decode function need not have this argument
     if decoder_prefix:
@@ -143,10 +132,8 @@ def _jit_decode(
 def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
     """Compiles `fn(params, arrays)` for a tree of arrays [rows, ...]. Each device gets all results.
 
-    Matrices are cast to `dtype` once, not at each token. If the rows are sharded over the mesh, each device
-    gathers the parameters once and decodes its rows independently. With GSPMD alone, the devices would gather
-    the parameters at each token, ask each other whether all rows are done, and gather the logits of beams.
-    GSPMD alone is used only if the gathered parameters would take more than a third of a device's memory.
+    Matrices are cast to `dtype` once. If rows are sharded, each device gathers the parameters once and decodes its
+    rows independently, unless the parameters take more than a third of its memory.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:
@@ -179,7 +166,7 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
 
 
 def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
-    """Casts a parameter to `dtype` if it is a float32 matrix. bfloat16 halves the bytes to read and to send."""
+    """Casts a float32 matrix to `dtype`, since bfloat16 halves the bytes to read and to send."""
     # norm scales and position biases are used in float32
     is_matrix = path[-1].key.endswith(("kernel", "embedder")) and x.dtype == np.float32
     return x.astype(dtype) if is_matrix else x
@@ -188,7 +175,7 @@ def _in_dtype(dtype: str, path: tuple, x: jax.Array) -> jax.Array:
 def _fits(params: Any, mesh: Mesh) -> bool:
     """Returns whether all parameters, gathered, take less than a third of a device's memory.
 
-    If the size of the memory is not known, the result is True on CPUs and False on other devices.
+    If the memory is unknown, the result is True on CPUs and False elsewhere.
     """
     device = mesh.devices.flat[0]
     # reads the memory from a table, not from the device, since all processes must trace the same program
@@ -198,7 +185,7 @@ def _fits(params: Any, mesh: Mesh) -> bool:
 
 
 def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) -> Any:
-    """Calls a function that `jit_over_rows` returned, without waiting for its results.
+    """Calls a function from `jit_over_rows`, without waiting for its results.
 
     `arrays` is a tree of NumPy arrays [rows, ...], which must be the same in each process.
     """
@@ -209,10 +196,9 @@ def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) ->
 
 
 def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
-    """Yields the items of an iterator in order, with a delay of `ahead` items.
+    """Yields the items of an iterator in order, each after the next `ahead` items have been taken.
 
-    Taking an item from the iterator starts its computation. An item is yielded only after the next `ahead` items
-    have been started. With one further batch queued, the device does not wait for the host.
+    Taking an item starts its computation, so the device need not wait for the host.
     """
     queue = collections.deque()
     for item in started:
@@ -224,13 +210,10 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 
 
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
-    """Returns the number of rows to decode at once.
+    """Returns the number of rows to decode at once: `batch_size`, rounded up to equal parts.
 
-    A batch is split into equal parts, one for each device along the batch axes of the mesh. Without a mesh,
-    there is one part. The result is `batch_size`, or 64 rows for each part if `batch_size` is None. It is
-    rounded up so that all parts are equal. On a GPU, each part has at least 8 rows. XLA would pad 2 to 7 rows to
-    8 in each matmul separately. It would compute a single row without tensor cores and with 1.5 times as many
-    operations as 8 rows.
+    There is one part for each device along the batch axes of the mesh, or one part without a mesh. If `batch_size`
+    is None, each part has 64 rows. On a GPU, each part has at least 8 rows, since fewer rows are slower.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
@@ -240,13 +223,13 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
 
 
 class LabelDecoder:
-    """Decodes any number of rows of ids, in any order and of any length. Decoding is greedy by default.
+    """Decodes any number of rows of ids, of any length, greedily by default.
 
-    A `LabelDecoder` keeps its compiled programs, one for each bucket of input lengths. The answer of a row
-    does not depend on the other rows.
+    The decoder keeps a compiled program for each bucket of input lengths. A row's answer does not depend on the
+    other rows.
 
-    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids` decodes two rows. For
-    beam search, add `decode_fn=functools.partial(beam_search, num_beams=4)`.
+    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids` decodes two rows. For beam
+    search, add `decode_fn=functools.partial(beam_search, num_beams=4)`.
     """
 
     def __init__(
@@ -262,17 +245,14 @@ class LabelDecoder:
         """Prepares a decoder. Programs are compiled only when the decoder is called.
 
         Args:
-            config: configuration of the model. Dropout is never applied.
             max_decode_len: maximum number of tokens of an answer, including the end of sequence.
-            batch_size: number of rows to decode at once; `rows_at_once` describes how it is rounded up. None
-                means 64 rows for each part of a batch.
-            mesh: mesh over which `params` are placed and the rows are sharded. None means the default device.
-                If there are several processes, all must pass the same rows, and each of them gets all answers.
-            decode_fn: a function with the signature of `greedy_decode` (params, config,
-                encoder_input_tokens, max_decode_len=...) that returns the same three arrays. It is traced by
-                `jax.jit`.
-            decoder_prefix: ids that the decoder reads before the answer, as in an objective's
-                `decoder_prefix`. If it is empty, `decode_fn` does not get this argument.
+            batch_size: number of rows to decode at once, rounded up by `rows_at_once`. None means 64 for each
+                device along the batch axes of the mesh.
+            mesh: mesh over which `params` are placed and the rows are sharded; None means the default device. All
+                processes must pass the same rows, and each gets all answers.
+            decode_fn: a function with the signature and the results of `greedy_decode`, traced by `jax.jit`.
+            decoder_prefix: ids that the decoder reads before the answer. If it is empty, `decode_fn` does not get
+                this argument.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self.max_decode_len = max_decode_len
@@ -288,9 +268,9 @@ class LabelDecoder:
         """Decodes `rows`.
 
         Args:
-            params: parameters of the model, placed over the mesh if there is one.
-            rows: ids of each input, with its end of sequence and without padding. No row may be empty.
-            on_progress: a function that is called with the number of rows of each batch when it is decoded.
+            params: placed over the mesh if there is one.
+            rows: ids of each input, with its end of sequence and without padding.
+            on_progress: called with the number of rows of each batch when it is decoded.
 
         Raises:
             ValueError: a row has no ids.

@@ -1,4 +1,4 @@
-"""Samples answers. The draw of a row depends only on the random key and the row's ids."""
+"""Samples answers. A row's draw depends only on the random key and the row's ids."""
 
 import functools
 from collections.abc import Sequence
@@ -27,24 +27,19 @@ def sample_decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples an answer for each row from the model's distribution.
 
-    No command uses sampling, since a label should be the likeliest answer. In Python, use `LabelDecoder(...,
-    decode_fn=functools.partial(sample_decode, rng=jax.random.key(0)))`. The draw of a row depends only on
-    `rng` and the row's ids, not on the batch, its order or its padding. So equal rows get equal answers, and
-    another draw needs another key.
+    No command samples. In Python, use `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
+    rng=jax.random.key(0)))`. Equal rows get equal answers, and another draw needs another key.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        rng: a key of `jax.random`.
-        temperature: number above 0 by which the logits are divided.
-        top_k: only the `top_k` likeliest tokens (and tokens tied with the last of them) can be drawn;
-            0 means all tokens.
-        top_p: of the tokens that `top_k` leaves, only the smallest set of likeliest tokens whose total
-            probability reaches `top_p` can be drawn. The set has at least one token. If `top_p` is 1,
-            it has all tokens that `top_k` leaves.
+        temperature: divides the logits; above 0.
+        top_k: only the `top_k` likeliest tokens, and tokens tied with the last of them, can be drawn; 0 means all.
+        top_p: of the tokens that `top_k` leaves, only the smallest set of likeliest tokens whose total probability
+            reaches `top_p` can be drawn; 1 means all. The set has at least one token.
 
     Returns:
-        The arrays (ids, scores, finished) that `greedy_decode` describes. The scores are log probabilities
-        at temperature 1, without `top_k` and `top_p`.
+        The arrays (ids, scores, finished) of `greedy_decode`. The scores are at temperature 1, without `top_k` and
+        `top_p`.
 
     Raises:
         InputError: `temperature`, `top_k` or `top_p` is out of range.
@@ -71,10 +66,10 @@ def sample_decode(
 
 
 def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Divides logits [..., vocab] by `temperature`, and sets the logits of tokens that cannot be drawn to -inf.
+    """Divides logits [..., vocab] by `temperature`, and sets those of tokens that cannot be drawn to -inf.
 
-    The three options have the same meaning as in transformers and are applied in the same order
-    (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`).
+    The options have the meaning and the order of transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`,
+    `TopPLogitsWarper`).
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -94,7 +89,7 @@ def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: f
 
 
 def row_keys(rng: jax.Array, encoder_input_tokens: jax.Array) -> jax.Array:
-    """Returns a random key for each row, [batch], computed from `rng` and the row's ids without padding."""
+    """Returns a random key for each row, [batch], from `rng` and the row's ids without padding."""
     # with JAX's other generators, a row's bits depend on its batch; with threefry they do not
     threefry = functools.partial(jax.random.wrap_key_data, impl="threefry2x32")
     rng = threefry(jax.random.bits(rng, (2,), jnp.uint32))

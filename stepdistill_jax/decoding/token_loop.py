@@ -1,7 +1,4 @@
-"""Decodes token by token. The start, the step and the loop are shared by greedy decoding and sampling.
-
-Beam search uses the same start and step, but has its own loop.
-"""
+"""The start and the step of all decoding, and the loop of greedy decoding and sampling."""
 
 import dataclasses
 import functools
@@ -32,15 +29,13 @@ class Start(NamedTuple):
     """The initial state of a loop over tokens.
 
     Attributes:
-        step: a function of (ids of the previous position [batch * beams], cache, memory, scalar position).
-            It returns the logits of the position, [batch * beams, vocab] float32, and the cache with the
-            position filled in.
-        cache: keys and values of self-attention from `start_cache`, [layers, batch * beams, ...]. The positions
-            of the decoder prefix are already filled in. `max_decode_len` further positions are empty.
+        step: a function (ids of the previous position [batch * beams], cache, memory, scalar position) -> (logits
+            [batch * beams, vocab] float32, cache with the position filled in).
+        cache: keys and values of self-attention, [layers, batch * beams, ...]. The decoder prefix is filled in;
+            `max_decode_len` further positions are empty.
         memory: the encoded inputs, or their keys and values. The loop does not change it.
-        last: the ids that the decoder reads at the first position of the answer, [batch * beams] int32.
-        filler: for each row, whether it consists of zeros, [batch] bool. Such a row fills up the batch and has
-            no answer.
+        last: ids that the decoder reads at the first position of the answer, [batch * beams] int32.
+        filler: whether each row consists of zeros and so has no answer, [batch] bool.
     """
 
     step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]
@@ -59,17 +54,14 @@ def start(
     beams: int = 1,
     decoder_prefix: Sequence[int] = (),
 ) -> Start:
-    """Encodes the inputs and fills in the decoder prefix.
-
-    Each input is encoded only once, whatever the number of beams.
+    """Encodes each input once and fills in the decoder prefix.
 
     Args:
         params: parameters of the model, unboxed.
-        config: configuration of the model.
-        encoder_input_tokens: ids of the inputs, [batch, length] int32; 0 is padding.
+        encoder_input_tokens: [batch, length] int32; 0 is padding.
         max_decode_len: maximum number of tokens of an answer.
         beams: number of decoder rows for each input; the beams of an input are adjacent.
-        decoder_prefix: ids that the decoder reads before the answer. They are not part of the answer.
+        decoder_prefix: ids that the decoder reads before the answer.
     """
     gpu = _gpu()
     if gpu:
@@ -131,14 +123,14 @@ def start(
 
 
 def _gpu() -> str | None:
-    """Returns the kind of GPU that the traced program is for, or None if the program is not for a GPU."""
+    """Returns the kind of GPU that the traced program is for, or None for other devices."""
     return traced_device().device_kind if traced_platform() == "gpu" else None
 
 
 def _has_room(config: ModelConfig, encoded: jax.Array, kind: str) -> bool:
     """Returns whether the keys and values of `encoded`, for all layers, fit into 1/8 of the GPU's memory.
 
-    Returns False if the memory or the size of the batch is not known.
+    The result is False if the memory or the size of the batch is unknown.
     """
     chip, (batch, length, _) = chip_of(kind), encoded.shape
     if chip is None or not isinstance(batch, int) or not isinstance(length, int):
@@ -159,17 +151,15 @@ def decode_tokens(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Decodes one token at a time until every row has ended or has `max_decode_len` tokens.
 
-    Most labels are short, but without further measures, the longest label of a batch would keep all rows in
-    the loop. So when few rows are unfinished, they are gathered into a smaller batch and continue alone.
+    When few rows are unfinished, they continue alone in a smaller batch, since most labels are short.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        choose: a function that chooses the next token of each row of the loop. It gets the logits,
-            [rows, vocab] float32, the scalar position and the places of these rows in the batch, [rows]. It
-            returns the chosen ids, [rows].
+        choose: chooses the next ids, [rows], for the rows still in the loop. It gets the logits, [rows, vocab]
+            float32, the scalar position, and the indices of these rows in the batch, [rows].
 
     Returns:
-        The arrays (ids, scores, finished) that `greedy_decode` describes.
+        The arrays (ids, scores, finished) of `greedy_decode`.
     """
     batch = encoder_input_tokens.shape[0]
     begin = start(
@@ -227,9 +217,9 @@ def decode_tokens(
 
 
 def _sizes(batch: Any) -> list[int]:
-    """Returns the row counts of the loop: the whole batch, and then the smaller batches of unfinished rows.
+    """Returns the row counts of the loop, from the whole batch down: `_sizes(64)` is [64, 16].
 
-    Example: `_sizes(64)` is [64, 16]. If the batch size is symbolic (`jax.export`), it is the only count.
+    A symbolic batch size (`jax.export`) is the only count.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:
@@ -238,7 +228,7 @@ def _sizes(batch: Any) -> list[int]:
 
 
 def _take_rows(arrays: dict[str, Any], rows: jax.Array) -> dict[str, Any]:
-    """Takes the given rows of each array. Rows are axis 1 of arrays with a layer axis, and axis 0 of all others."""
+    """Takes the given rows of each array, on axis 1 if there is a layer axis and otherwise on axis 0."""
 
     def take(name: str, x: Any) -> Any:
         axis = 1 if name == "cache" or name.startswith("cross") else 0

@@ -1,7 +1,7 @@
-"""Attention over segments: one function for all implementations.
+"""Attention over segments, with plain operations or a kernel.
 
-`attention` makes the mask itself, from the segments of queries and keys, and all rows share one relative bias.
-So no layer has to pass on an array [batch, heads, q, k], or a gradient of that shape.
+`attention` makes the mask from segments, and all rows share one relative bias. So no layer passes on an array
+[batch, heads, q, k].
 """
 
 import flax.linen as nn
@@ -36,32 +36,29 @@ def attention(
     scale: float = 1.0,
     implementation: str = "auto",
 ) -> jax.Array:
-    """Returns, for each query, the mean of the values that the query sees, weighted by the softmax of its scores.
+    """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
 
-    A query sees the keys of its own segment. A score is scale x (query . key), capped by `softcap`,
-    plus the bias. If a query sees no key, its result is finite and has no meaning.
+    A query sees the keys of its own segment. Its score for a key is scale x (query . key), capped by `softcap`,
+    plus the bias. The result of a query that sees no key is finite and meaningless.
 
     Args:
-        q: queries, [batch, q, heads, d].
-        k: keys, [batch, k, kv_heads, d]. `kv_heads` divides `heads`, and query head i reads the key head
+        q: [batch, q, heads, d].
+        k: [batch, k, kv_heads, d], where `kv_heads` divides `heads`. Query head i reads key head
             i // (heads / kv_heads).
         v: values, in the shape of `k`.
-        relative_bias: bias that is added to the scores, [1, heads, q, k] float32.
-        query_segments: segments of the queries, [batch or 1, q or 1] int32.
-        key_segments: segments of the keys, [batch or 1, k] int32. Segment 0 is padding, which no query sees.
-        causal: whether a query sees only keys at its own and at earlier places.
-        dropout_rate: share of the weights that dropout sets to 0; 0 <= rate < 1.
-        dropout_rng: a key of `jax.random`; None turns dropout off.
-        dropout_broadcast: whether all queries that read the same values share one dropout mask. These are the
-            queries of one head, or of a group of heads if `kv_heads` is smaller than `heads`.
+        relative_bias: added to the scores, [1, heads, q, k] float32.
+        query_segments: [batch or 1, q or 1] int32.
+        key_segments: [batch or 1, k] int32. No query sees segment 0, which is padding.
+        causal: whether a query sees only its own and earlier positions.
+        dropout_rate: share of the weights that become 0; 0 <= rate < 1.
+        dropout_rng: None turns dropout off.
+        dropout_broadcast: whether all queries that read the same key head share one dropout mask.
         softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
-        window: a query sees only keys that are less than this many places away; None means no limit.
-        scale: factor by which (query . key) is multiplied. In T5 it is 1, since the initial query kernel
-            already includes the factor 1 / sqrt(d).
-        implementation: one of `config.ATTENTIONS`. "xla" means plain operations, which XLA fuses. "pallas"
-            means one kernel, which a CPU interprets in tests. If there are only a few queries, as in decoding,
-            or if the kernel does not support an option, plain operations are always used. Here, "auto" means
-            "xla". In training, `training.attention_choice` has already replaced "auto" by one of the others.
+        window: a query sees only keys less than this many positions away; None means no limit.
+        scale: factor of (query . key). It is 1 in T5, whose initial query kernel includes 1 / sqrt(d).
+        implementation: "xla" (plain operations) or "pallas" (one kernel). Few queries, as in decoding, and options
+            that the kernel does not support always use plain operations. "auto" means "xla" here; before
+            training, `training.attention_choice` replaces it.
 
     Returns:
         The means, [batch, q, heads, d], in the dtype of `v`.
@@ -99,25 +96,24 @@ def attention(
 
 
 def shaped_scores(scores: jax.Array, scale: float, softcap: float | None) -> jax.Array:
-    """Scales and caps scores in float32. If neither is needed, the scores are returned unchanged."""
+    """Scales and caps scores in float32, or returns them unchanged if neither is needed."""
     if scale == 1.0 and softcap is None:
         return scores
     return softcapped(scores.astype(jnp.float32) * scale, softcap)
 
 
 def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
-    """Returns softcap x tanh(x / softcap), which lies between -softcap and softcap.
+    """Returns softcap x tanh(x / softcap), or x if `softcap` is None.
 
-    If `softcap` is None, x is returned unchanged. See Gemma Team 2024 (arXiv:2408.00118, section 2).
+    See Gemma Team 2024 (arXiv:2408.00118, section 2).
     """
     return x if softcap is None else softcap * jnp.tanh(x / softcap)
 
 
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
-    """Applies dropout to values [batch, k, heads, d]: the values of some keys become 0, the others are scaled up.
+    """Applies dropout to values [batch, k, heads, d].
 
-    For attention, a value of 0 has the same effect as weights of 0, and this mask is much smaller than a mask
-    of the weights.
+    It has the same effect as dropout of a key's weights for all queries, but needs a much smaller mask.
     """
     batch, keys, heads, _ = v.shape
     # the mask of `dropout` for weights [batch, heads, q, k] that all q share: [batch, heads, 1, k]
@@ -127,10 +123,7 @@ def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _plus_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
-    """Adds a bias [1, heads, q, k] to scores [batch, heads, q, k].
-
-    The gradient of the bias is a sum over the batch, computed by `cpu_speed.sum_over_rows`.
-    """
+    """Adds a bias [1, heads, q, k] to scores [batch, heads, q, k]."""
     return scores + bias
 
 
@@ -144,21 +137,21 @@ _plus_bias.defvjp(
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the softmax over the keys where `mask` is true: [batch, heads, q, k] float32.
 
-    The code adds 0 to the score of a key that the query sees, and -1e9 to all other scores. With `jnp.where`,
-    JAX would compute arrays as large as the scores before the loop over layers, and each layer would read them.
+    Hidden scores get -1e9 added, since `jnp.where` would make JAX compute arrays as large as the scores before the
+    loop over layers.
 
     Args:
-        scores: scores, [batch, heads, q, k].
-        mask: which keys each query sees, [batch or 1, 1, q or 1, k] bool.
+        scores: [batch, heads, q, k].
+        mask: [batch or 1, 1, q or 1, k] bool.
     """
     hidden = (~mask).astype(jnp.float32) * NEG_INF
     return nn.softmax(scores.astype(jnp.float32) + hidden, axis=-1)
 
 
 def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
-    """Returns which keys each query sees, [batch, 1, q, k] bool, given the segments [batch, q] and [batch, k].
+    """Returns True where a key is in the query's segment and is not padding: [batch, 1, q, k] bool.
 
-    A query sees the keys of its own segment. No query sees padding.
+    The segments are [batch, q] and [batch, k].
     """
     # query segments 1 2 0 and key segments 1 1 0: the first query sees 1 1 0, the others 0 0 0
     same = query_segments[:, :, None] == key_segments[:, None, :]
@@ -166,7 +159,7 @@ def seen(query_segments: jax.Array, key_segments: jax.Array) -> jax.Array:
 
 
 def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None) -> jax.Array:
-    """Returns the part of the mask that depends only on the places of queries and keys, [1, 1, q, k] bool."""
+    """Returns the part of the mask that depends only on positions, [1, 1, q, k] bool."""
     # ahead[i, j] = j - i, so for query 2 and four keys it is -2 -1 0 1. If causal with a window of 2, query 2 sees
     # the keys 1 and 2.
     ahead = jnp.arange(keys)[None, :] - jnp.arange(queries)[:, None]
@@ -177,15 +170,7 @@ def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns the scores (query . key), [batch, heads, q, k] float32.
-
-    If q and k are bfloat16, the scores are rounded to bfloat16 before they become float32. The softmax is
-    computed in float32, since sums over long inputs would otherwise lose digits.
-
-    Args:
-        q: queries, [batch, q, heads, d].
-        k: keys, [batch, k, kv_heads, d].
-    """
+    """Returns the scores (query . key), [batch, heads, q, k] float32, rounded to the dtype of q first."""
     precision = precision_of(q.dtype)
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
@@ -199,12 +184,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _mixed(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns weighted sums of values, [batch, q, heads, d].
-
-    Args:
-        weights: weight of each value for each query, [batch, heads, q, k].
-        v: values, [batch, k, kv_heads, d].
-    """
+    """Returns sums of values [batch, k, kv_heads, d], weighted by [batch, heads, q, k]."""
     precision = precision_of(v.dtype)
     batch, heads, queries, keys = weights.shape
     kv_heads, width = v.shape[2:]

@@ -1,4 +1,4 @@
-"""The configuration that all models share: sizes of encoder and decoder, arithmetic, adapters."""
+"""The configuration that all model families share."""
 
 import abc
 import dataclasses
@@ -23,19 +23,18 @@ OLD_REMAT_POLICIES = {"none": "elementwise"}  # in configs and `run.json` of old
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685): a rank for each projection, where 0 means no adapter.
+    """Ranks of low-rank adapters (Hu et al. 2021, arXiv:2106.09685). Rank 0 means no adapter.
 
-    The fields are named like the projections in the parameter tree. A rank applies to every layer of encoder
-    and decoder.
+    The fields are named like the projections in the parameter tree, and apply to every layer.
 
     Attributes:
-        query, key, value, out: rank for this projection in self-attention and in attention to the encoder.
-        wi: rank for the feed-forward block's input projection. A gated block has two, and each gets this rank.
+        query, key, value, out: ranks in self-attention and in attention to the encoder.
+        wi: rank for the feed-forward block's input projection, or for each of the two in a gated block.
         wo: rank for the feed-forward block's output projection.
         alpha: an adapter's output is multiplied by alpha / rank.
 
     Raises:
-        InputError: a rank is not a whole number of at least 0, all ranks are 0, or alpha is not above 0.
+        InputError: a rank is negative or not a whole number, all ranks are 0, or alpha is not above 0.
     """
 
     query: int = 0
@@ -56,27 +55,22 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """Sizes and attention of an encoder's or a decoder's layers.
+    """Sizes and attention options of an encoder's or a decoder's layers.
 
     Attributes:
         emb_dim: model width.
-        num_heads: number of query heads.
-        num_kv_heads: number of heads of keys and values. Query head i reads the keys and values of head
-            i // (num_heads / num_kv_heads).
-        head_dim: width of each head.
+        num_kv_heads: head count of keys and values. Query head i reads head i // (num_heads / num_kv_heads).
         mlp_dim: feed-forward width.
-        num_layers: number of layers.
-        score_scale: factor by which (query . key) is multiplied.
+        score_scale: factor of (query . key).
         score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
-        windows: for each layer, how many tokens back (and, in an encoder, also ahead) self-attention
-            reaches, as in Hugging Face (`stacks.windows_of`). 0 means all tokens. None means all tokens in
-            every layer.
-        rope_theta: base of the rotary position embedding; None if the model has none.
-        init_stddev: standard deviation of initial kernels and embeddings. None means T5's rule: the standard
-            deviation depends on the widths of the kernel.
+        windows: how many tokens back self-attention reaches in each layer; in an encoder, also how many ahead
+            (`stacks.windows_of`). 0 means all tokens; None means all tokens in every layer.
+        rope_theta: base of the rotary positions; None if there are none.
+        init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule, which depends on
+            the kernel's widths.
 
     Raises:
-        InputError: a size is out of bounds, or `num_kv_heads` does not divide `num_heads`.
+        InputError: a size is out of bounds, or two fields do not fit together.
     """
 
     emb_dim: int
@@ -118,39 +112,36 @@ class Side:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(abc.ABC):
-    """Configuration of a model. Code outside a family's module only uses what is declared here.
+    """Configuration of a model of any family.
 
-    A family's module defines a subclass of this class, and `models.families.FAMILIES` has an entry for the
-    family. An entry in `formats.config_json` and one in `formats.parameter_names` describe the family's files.
-    All families use the same Flax module, `models.encoder_decoder.EncoderDecoder`.
+    Code outside a family's module uses only what is declared here. A family has a subclass of this class, and entries
+    in `models.families.FAMILIES`, `formats.config_json` and `formats.parameter_names`.
 
     Attributes:
-        vocab_size: number of rows of an embedding. The vocabulary must not have more pieces.
-        mlp_activations: `("relu",)` in T5 v1.0; `("gelu", "linear")`, the gated tanh gelu, in v1.1 and
-            Gemma; `("silu", "linear")` in UL2.
-        dropout_rate: rate of the dropout on embeddings, on attention weights, inside feed-forward blocks, and
-            on the output of each block and of each stack. At least 0 and below 1.
-        dropout_broadcast: whether all positions of a row share one dropout mask (`models.dropout`).
-        layer_norm_epsilon: number that a norm adds to the mean of squares.
+        vocab_size: number of rows of an embedding. The vocabulary may have fewer pieces.
+        mlp_activations: `("relu",)` in T5 v1.0; `("gelu", "linear")`, the gated tanh gelu, in v1.1 and Gemma;
+            `("silu", "linear")` in UL2.
+        dropout_rate: for embeddings, attention weights, the inside of feed-forward blocks, and the output of each
+            block and stack; 0 <= rate < 1.
+        dropout_broadcast: whether all positions of a row share one dropout mask.
+        layer_norm_epsilon: added to the mean of squares in a norm.
         logits_via_embedding: whether the decoder's embedding is also the output layer.
         logits_softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
         dtype: type of activations, `float32` or `bfloat16`. Parameters are always float32.
-        attention: how attention is computed: `auto`, `xla` or `pallas` (`models.attention`).
-        remat_policy: what the backward pass recomputes. `elementwise` recomputes norms, softmax, activations
-            and dropout masks, but no matmuls (its old name is `none`). `minimal` recomputes everything except
-            the matmuls with weights. `full` recomputes everything inside a layer.
-        scan_layers: whether the layers run in a loop whose body is compiled once. If False, the loop is
-            unrolled. In both cases, the parameters of the layers are stacked.
-        lora: adapters of the projections; None for a model without adapters. A model with adapters cannot
-            decode before they are merged (`models.lora.merge`).
-        quantized: whether kernels are int8 with a scale for each output. Such a model can only decode
-            (`models.quantized.quantize`).
-        unrolled_decoder: whether each layer of the decoder has its own parameter tree
-            (`models.unrolled.unrolled`). True is meant for decoding on a GPU. If False, the layers are stacked.
+        attention: `auto`, `xla` or `pallas` (`models.attention`).
+        remat_policy: what the backward pass recomputes. `elementwise` (once called `none`): norms, softmax,
+            activations and dropout masks. `minimal`: everything except the matmuls with weights. `full`: everything
+            inside a layer.
+        scan_layers: whether the layers run in a loop, whose body is compiled once. False unrolls the loop, but keeps
+            the parameters stacked.
+        lora: None for no adapters. A model with adapters cannot decode before `models.lora.merge`.
+        quantized: whether kernels are int8 with a scale for each output. Such a model can only decode.
+        unrolled_decoder: whether each decoder layer has its own parameter tree (`models.unrolled.unrolled`), for
+            decoding on a GPU. False means stacked layers.
 
     Raises:
-        InputError: the dtype is `float16` (which overflows in T5's feed-forward layers) or unknown, another
-            option is unknown, or a size or rate is out of bounds.
+        InputError: an option is unknown, a size or rate is out of bounds, or the dtype is `float16`, which
+            overflows in T5's feed-forward layers.
     """
 
     vocab_size: int = 32128
@@ -191,17 +182,17 @@ class ModelConfig(abc.ABC):
 
     @property
     def position_bias(self) -> str | None:
-        """Whether each `side` or each `layer` has its own table of relative position biases. None means no table."""
+        """Scope of a table of relative position biases: `side` or `layer`. None means no table."""
         return None
 
     @property
     def output_scale(self) -> float:
-        """Factor by which the decoder's states are multiplied before the output layer."""
+        """Factor of the decoder's states before the output layer."""
         return 1.0
 
     @property
     def start_id(self) -> int:
-        """Id that the decoder reads first. The arrays of a batch contain 0 in its place."""
+        """First id that the decoder reads. A batch contains 0 instead."""
         return 0
 
     # a norm multiplies by norm_offset + its stored scale; Gemma stores the scale's difference from 1
@@ -220,11 +211,10 @@ class Family:
     """A family of published models, as in `models.families.FAMILIES`.
 
     Attributes:
-        config: class of the family's configuration.
-        sizes: for each size, the values of those fields of `config` that depend on the size. `tiny` is not
-            published; it is for tests and demos.
+        sizes: for each size, the fields of `config` that depend on the size. `tiny` is not published; it is for
+            tests and demos.
         vocab_size: size of the published vocabulary.
-        traits: values of those fields of `config` that are the same for all sizes.
+        traits: the fields of `config` that are the same for all sizes.
     """
 
     config: type[ModelConfig]
@@ -248,7 +238,7 @@ def check_dtype(dtype: str) -> None:
 
 
 def known_remat_policy(name: str) -> str:
-    """Returns the current name of a remat policy, which may be given by an old name.
+    """Returns the current name of a remat policy, given its current or old name.
 
     Raises:
         InputError: the name is unknown.

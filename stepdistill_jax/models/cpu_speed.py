@@ -1,12 +1,6 @@
 """Code that exists only for speed on CPUs. It gives the same results as the plain code.
 
-The gains were measured on two cores (docs/lab/training_speed.md, docs/lab/decoding_speed.md):
-
-    keep_pages      a training step takes 0.63 to 1.0 times as long and has a tenth of the page faults
-    argmax          the argmax in a decoding step of 64 rows takes 0.4 ms instead of 8 ms
-    sum_over_rows   attention alone, forward and backward, takes about 0.6 times as long
-    in_row_blocks   decoding 256 rows takes 0.83 times as long
-    step_options    a training step of T5Gemma takes 0.87 times as long and 6.7 GB instead of 9.2 GB
+Gains are in docs/lab/training_speed.md and docs/lab/decoding_speed.md.
 """
 
 import ctypes
@@ -29,20 +23,18 @@ BLOCK_TOKENS = 1024  # number of tokens whose activations fit a CPU's cache
 def keep_pages() -> bool:
     """Makes glibc keep the pages that XLA frees, if JAX will run on a CPU.
 
-    XLA allocates a step's buffers again in each step. Without this setting, glibc returns large buffers to the
-    operating system, which clears every page before it hands it out again. This takes up to 40% of the time
-    of a step of a small T5. With this setting, the process never gives back its peak memory.
+    Otherwise, the operating system clears the pages of a step's buffers again in each step, for up to 40% of the
+    time of a small T5. The process then never gives back its peak memory.
 
-    This must be called before JAX starts its threads. It changes three settings of glibc: no separate mappings
-    for large blocks, no trimming, and a single heap, since glibc keeps the memory of the main heap only.
+    Call this before JAX starts its threads.
 
     Returns:
-        Whether the settings were changed. They are not if JAX will run on an accelerator, or if the C library
-        is not glibc.
+        Whether the settings were changed. They are not on an accelerator or with another C library.
     """
     if not _on_cpu() or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
+    # no separate mappings, no trimming, and one heap, since glibc keeps the memory of the main heap only
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, NEVER), (M_ARENA_MAX, 1))
     return min(mallopt(name, value) for name, value in settings) == 1
 
@@ -55,11 +47,9 @@ def _on_cpu() -> bool:
 
 
 def step_options(mesh: Mesh) -> dict[str, bool] | None:
-    """Returns XLA's options for a training step on this mesh, or None if the mesh does not consist of CPUs.
+    """Returns XLA's options for a training step on this mesh, or None if its devices are not CPUs.
 
-    By default, XLA copies Adam's moments before it updates them in place, because it does not consider
-    the order of the operations. Also by default, it orders the operations so that many can run at the same
-    time, which keeps more buffers alive than a few cores can use.
+    They avoid copies of Adam's moments, and a parallel schedule that keeps more buffers alive.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return None
@@ -70,9 +60,9 @@ def step_options(mesh: Mesh) -> dict[str, bool] | None:
 
 
 def sum_over_rows(x: jax.Array) -> jax.Array:
-    """Sums over the first axis, [rows, ...] -> [1, ...]. On a CPU, the sum is computed as a matmul with ones.
+    """Sums over the first axis, [rows, ...] -> [1, ...].
 
-    XLA's own sum over the first axis is slow on a CPU, since it jumps from row to row for each element.
+    On a CPU, it is a matmul with ones, since XLA's own sum over the first axis is slow there.
     """
 
     def product(x):
@@ -84,9 +74,9 @@ def sum_over_rows(x: jax.Array) -> jax.Array:
 
 
 def argmax(logits: jax.Array) -> jax.Array:
-    """Returns `jnp.argmax` over the last axis, computed in two passes of vector instructions.
+    """Returns `jnp.argmax` over the last axis.
 
-    XLA's own argmax compares the ids one by one on a CPU.
+    XLA's own argmax is slow on a CPU, where it compares the ids one by one.
     """
     # the largest value, then the smallest id that has it: 2 7 7 1 -> 3 1 2 3 -> 1. For a row of NaN: the last id
     last = logits.shape[-1] - 1
@@ -97,8 +87,7 @@ def argmax(logits: jax.Array) -> jax.Array:
 def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
     """Returns `encode(*arrays)` for arrays [batch, length].
 
-    On a CPU, one block of rows is encoded at a time, so that the activations of a block fit the CPU's cache.
-    Other devices encode all rows at once.
+    On a CPU, one block of rows is encoded at a time, so that its activations fit the cache.
     """
     batch, length = arrays[0].shape
     rows = _rows_of_block(batch, length)
@@ -113,10 +102,9 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def _rows_of_block(batch: Any, length: Any) -> Any:
-    """Returns the number of rows of a block: the largest divisor of `batch` for which a block has at most 1024 ids.
+    """Returns the row count of a block: the largest divisor of `batch` that fits `BLOCK_TOKENS`.
 
-    The result is `batch` if this divisor is less than half of the number of rows that would fit, or if sizes
-    are symbolic.
+    The result is `batch` if this divisor is less than half of what fits, or if sizes are symbolic.
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

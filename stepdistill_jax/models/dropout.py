@@ -1,7 +1,7 @@
-"""Dropout as a function, and as a Flax module with its own random numbers.
+"""Dropout as a function and as a Flax module.
 
-Whether an element is dropped depends only on a seed and the element's place. So the backward pass of a kernel
-can draw a mask again, and the kernel need not store it. Nor does a mask depend on how an array is sharded.
+Whether an element is dropped depends only on a seed and the element's position. So a kernel's backward pass can
+draw the mask again, and sharding does not change it.
 """
 
 import flax.linen as nn
@@ -16,17 +16,14 @@ HALF = 64  # positions p and p + 64 share a word if bit 6 of p is 0
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool) -> jax.Array:
     """Sets random elements to 0 and scales up the others.
 
-    The rate is rounded to a multiple of 1 / 65,536, and the elements that are kept are divided by
-    (1 - rounded rate). The mask depends only on the rng, the shape and the rate.
+    The mask depends only on the rng, the shape and the rate. The rate is rounded to a multiple of 1 / 65,536, and
+    the kept elements are divided by (1 - rounded rate).
 
     Args:
-        x: an array [..., length, features].
+        x: [..., length, features]. The result has the same shape and dtype.
         rate: share of the elements that become 0; 0 <= rate < 1.
-        rng: a key of `jax.random`. If it is None, `x` is returned unchanged.
+        rng: None returns `x` unchanged.
         broadcast: whether all positions share one mask, as in T5X (`broadcast_dims=(-2,)`).
-
-    Returns:
-        An array of the same shape and dtype.
     """
     kept = kept_draws(rate)
     if rng is None or kept == DRAWS:
@@ -44,15 +41,12 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool
 
 
 def kept_draws(rate: float) -> int:
-    """Returns `kept`, a number from 1 to `DRAWS`.
-
-    Each element has a draw, a random number from 0 to `DRAWS` - 1. Dropout keeps it if the draw is below `kept`.
-    """
+    """Returns `kept`, from 1 to `DRAWS`: dropout keeps an element whose random draw is below it."""
     return max(1, round(DRAWS * (1 - rate)))
 
 
 def dropout_seeds(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns two random seeds, [2, *shape] uint32, for each matrix of an array [*shape, rows, columns]."""
+    """Returns two uint32 seeds, [2, *shape], for each matrix of an array [*shape, rows, columns]."""
     return jax.random.bits(rng, (2, *shape), jnp.uint32)
 
 
@@ -61,14 +55,13 @@ def random_words(
 ) -> jax.Array:
     """Returns a random word for each place of a matrix: a hash of two seeds and the place.
 
-    The hash has two rounds of xorshift and multiplication (Wellons 2018, "Prospecting for Hash Functions":
-    lowbias32). One seed is added before each round, by XOR. The hash takes 9 integer operations, while threefry
-    takes 110.
+    The hash is lowbias32 (Wellons 2018, "Prospecting for Hash Functions") with a seed XORed in before each round.
+    It takes 9 integer operations, while threefry takes 110.
 
     Args:
         first, second: the two uint32 seeds of the matrix.
-        position, feature: row and column of each place, as uint32 arrays that broadcast. Both must be below
-            65,536 (`config.MAX_WIDTH`), since larger masks would repeat themselves.
+        position, feature: row and column index of each place, uint32 arrays that broadcast. Masks repeat themselves
+            from 65,536 (`config.MAX_WIDTH`) on.
     """
     # one word of 32 bits has room for both: row 3, column 5 is 0x00030005
     x = (position << 16 | feature) ^ first
@@ -81,9 +74,8 @@ class Dropout(nn.Module):
     """Applies `dropout` with keys from the rng collection `dropout`.
 
     Attributes:
-        rate: share of the elements that become 0; 0 <= rate < 1.
-        broadcast: whether all positions share one mask.
-        deterministic: whether dropout is off. It must be given either here or in the call.
+        rate, broadcast: as for `dropout`.
+        deterministic: whether dropout is off. Give it either here or in the call.
     """
 
     rate: float
@@ -92,7 +84,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool | None = None) -> jax.Array:
-        """Applies dropout to x [..., length, features] and returns the same shape."""
+        """Applies dropout to x [..., length, features]."""
         off = nn.merge_param("deterministic", self.deterministic, deterministic) or not self.rate
         rng = None if off else self.make_rng("dropout")
         return dropout(x, self.rate, rng, broadcast=self.broadcast)

@@ -1,7 +1,6 @@
-"""The model of all families: an encoder-decoder in Flax Linen, for packed and padded batches.
+"""The model of all families: an encoder-decoder in Flax Linen.
 
-In training, `EncoderDecoder.__call__` computes the logits of a batch. Decoding calls the parts separately:
-`encode` and `start_cache` once, and `decode_step` for each token.
+Training calls the whole model. Decoding calls `encode` and `start_cache` once, and `decode_step` for each token.
 """
 
 import functools
@@ -25,10 +24,7 @@ Cache = dict[str, jax.Array]
 
 
 def _one_segment(visible: jax.Array) -> Segments:
-    """Returns segments of queries and of keys.
-
-    With these segments, each query sees exactly the keys where `visible` [batch or 1, k] is true.
-    """
+    """Returns query and key segments that let each query see the keys where `visible` [batch or 1, k] is true."""
     return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
 
 
@@ -108,22 +104,18 @@ class EncoderDecoder(nn.Module):
     def __call__(
         self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False
     ) -> jax.Array:
-        """Returns the logits at each target position, [batch, target length, vocab] float32.
-
-        The arguments are those of `states`.
-        """
+        """Returns the logits, [batch, target length, vocab] float32, for the arguments of `states`."""
         return self._logits(self.states(batch, enable_dropout=enable_dropout))
 
     def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
-        """Returns the decoder's states under teacher forcing. `output_layer` turns them into logits.
+        """Returns the decoder's states under teacher forcing, for `output_layer`.
 
         Args:
-            batch: int32 arrays: `encoder_input_tokens` and `encoder_segment_ids`, each [batch, length], and
-                `decoder_input_tokens` and `decoder_segment_ids`, each [batch, target length]. Segment 0 is
-                padding. A decoder segment reads the encoder segment with the same number. If the batch has
-                `decoder_encoder_segment_ids` [batch, target length], a token reads the encoder segment that
-                is given there.
-            enable_dropout: turns dropout on. It needs the rng collection `dropout`.
+            batch: int32 arrays `encoder_input_tokens` and `encoder_segment_ids`, [batch, length], and
+                `decoder_input_tokens` and `decoder_segment_ids`, [batch, target length]. Segment 0 is padding. A
+                target token reads the encoder segment with its own segment id or, if the batch has
+                `decoder_encoder_segment_ids` [batch, target length], the segment given there.
+            enable_dropout: needs the rng collection `dropout`.
 
         Returns:
             The states, [batch, target length, embed].
@@ -155,18 +147,20 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Decodes one token for each row.
 
+        In a beam search, `ids` and the cache's `key` and `value` have batch * beams rows. All arrays from the
+        encoder have batch rows.
+
         Args:
-            ids: the previous token of each row, [batch, 1] int32; at the first position it is 0. In a beam search,
-                `ids` and the cache's `key` and `value` have batch * beams rows, and all arrays that come from the
-                encoder have batch rows.
-            cache: the cache, from `start_cache` or the previous step.
-            encoder_segment_ids: segments of the inputs, [batch, length]; 0 is padding.
+            ids: the previous token of each row, [batch, 1] int32; 0 at the first position.
+            cache: from `start_cache` or the previous step.
+            encoder_segment_ids: [batch, length]; 0 is padding.
             index: position of the decoded token, scalar int32.
-            encoded: a pair of arrays: the states from `encode`, [batch, length, embed], and their transpose,
-                [batch, embed, length]. It is only needed if the cache has no keys and values of the inputs.
+            encoded: the states from `encode`, [batch, length, embed], and their transpose, [batch, embed, length].
+                Only a cache without keys and values of the inputs needs them.
 
         Returns:
-            The logits, [batch, vocab] float32, and the cache with this position filled in.
+            The logits, [batch, vocab] float32.
+            The cache with this position filled in.
         """
         key = jnp.arange(cache["key"].shape[-1])
         x, new = self.decoder(
@@ -196,14 +190,15 @@ class EncoderDecoder(nn.Module):
         cache: Cache,
         encoder_segment_ids: jax.Array,
     ) -> jax.Array:
-        """Returns the decoder's states for given targets, as `states` does, but reads the inputs from a cache.
+        """Returns the decoder's states for given targets, with keys and values of the inputs from a cache.
+
+        All targets of a row read the same input.
 
         Args:
-            decoder_input_tokens: ids that the decoder reads, [batch, target length] int32.
-            decoder_segment_ids: segments of these ids, [batch, target length] int32. Each segment is one target,
-                and 0 is padding. All targets of a row read the same input.
-            cache: a cache from `start_cache`. Only the keys and values of the inputs are read.
-            encoder_segment_ids: segments of the inputs, [batch, length]; 0 is padding.
+            decoder_input_tokens: [batch, target length] int32.
+            decoder_segment_ids: [batch, target length] int32; one segment for each target, and 0 for padding.
+            cache: from `start_cache`. Its keys and values for self-attention are ignored.
+            encoder_segment_ids: [batch, length]; 0 is padding.
 
         Returns:
             The states, [batch, target length, embed].
@@ -225,11 +220,11 @@ class EncoderDecoder(nn.Module):
 
 @struct.dataclass
 class OutputLayer:
-    """The output layer, which turns the decoder's states into logits.
+    """The layer that turns the decoder's states into logits.
 
     Attributes:
-        weights: the weights, [embed, vocab], or [vocab, embed] if tied.
-        softcap: cap of the logits (`ModelConfig.logits_softcap`).
+        weights: [embed, vocab], or [vocab, embed] if tied.
+        softcap: `ModelConfig.logits_softcap`.
         tied: whether the weights are the embedding of the targets.
     """
 
@@ -239,7 +234,7 @@ class OutputLayer:
 
     @property
     def kernel(self) -> jax.Array:
-        """The weights, always as [embed, vocab]."""
+        """The weights as [embed, vocab]."""
         return self.weights.T if self.tied else self.weights
 
     def logits(self, states: jax.Array) -> jax.Array:
@@ -248,7 +243,7 @@ class OutputLayer:
 
 
 def output_layer(params: Mapping, config: ModelConfig) -> OutputLayer:
-    """Returns the output layer that turns the result of `EncoderDecoder.states` into logits."""
+    """Returns the layer that turns the result of `EncoderDecoder.states` into logits."""
     if tied := config.logits_via_embedding:
         weights = params[config.target_embedder]
     else:
@@ -264,27 +259,24 @@ def start_cache(
     *,
     cross: bool = True,
 ) -> Cache:
-    """Returns a cache for the decoder.
-
-    For self-attention, the cache is still empty. For attention to the encoder, it has the keys and values of the
-    inputs. These depend only on the encoder, so they are computed once per batch, before the loop over tokens.
+    """Returns a cache for decoding, empty except for the keys and values of the inputs.
 
     Args:
-        params: parameters of the model, unboxed.
+        params: unboxed.
         encoded: states from `EncoderDecoder.encode`, [batch, length, embed].
-        config: configuration of the model.
-        max_decode_len: number of positions for self-attention.
-        cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs its
-            argument `encoded`. Decoding without them is less work if the number of beams times the number of
-            tokens to decode is small (see `layers.Attention.over_states`).
+        max_decode_len: number of target positions.
+        cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs `encoded`;
+            this is less work for few beams and few tokens (`layers.Attention.over_states`).
 
     Returns:
-        A dict of arrays. `key` [layers, batch, kv_heads, kv, max_decode_len] and `value` [layers, batch, kv_heads,
-        max_decode_len, kv] are zeros. `cross_key` and `cross_value` are the keys and values of the inputs.
-        Their shapes have `length` in place of `max_decode_len`.
+        A dict of arrays:
+        `key`: zeros, [layers, batch, kv_heads, kv, max_decode_len].
+        `value`: zeros, [layers, batch, kv_heads, max_decode_len, kv].
+        `cross_key`: [layers, batch, kv_heads, kv, length].
+        `cross_value`: [layers, batch, kv_heads, length, kv].
 
     Raises:
-        ValueError: the parameters or the configuration contain adapters, which decoding would ignore.
+        ValueError: the model has adapters, which decoding would ignore.
     """
     if config.lora is not None or has_adapters(params):
         raise ValueError(
@@ -321,7 +313,7 @@ _FEATURES = (
 
 @functools.lru_cache(maxsize=8)  # JAX keeps 0.1 MB for each trace
 def abstract_params(config: ModelConfig) -> Any:
-    """Returns the tree of parameters as boxed shapes with logical axis names, without allocating arrays."""
+    """Returns the parameter tree as boxed shapes with logical axis names, without allocating arrays."""
     # one row of 8: no parameter depends on the sizes of a batch
     batch = dict.fromkeys(_FEATURES, jax.ShapeDtypeStruct((1, 8), jnp.int32))
     return jax.eval_shape(EncoderDecoder(config).init, jax.random.key(0), batch)["params"]

@@ -1,4 +1,4 @@
-"""The table `FAMILIES`, which maps names to model families, and a function that configures a model of a family."""
+"""The table `FAMILIES`, and the configuration of a family's model."""
 
 import dataclasses
 from typing import Any
@@ -19,19 +19,14 @@ def model_config(
 ) -> ModelConfig:
     """Returns the configuration of a published model, adapted to a vocabulary.
 
-    The vocabulary size is rounded up to a multiple of 128, so that the rows of the embedding can be sharded
-    over the usual numbers of devices. T5's own embedding has such a size: 32128 rows.
+    The vocabulary size is rounded up to a multiple of 128, so that the rows of the embedding can be sharded.
 
     Args:
-        family: a name in `FAMILIES`. For Flan-T5, this is `t5_v1_1`.
-        size: `small` to `xxl` for T5, or `tiny` for tests and demos. Other families have further sizes,
-            such as T5Gemma's `9b-2b`, whose encoder is larger than its decoder.
-        vocab_size: number of ids of the vocabulary.
-        bos_id: the vocabulary's bos id, or 0 if it has none. None means the id of the published models. If
-            there is no bos, the decoder of a T5Gemma starts with the end-of-sequence id, since the
-            `transformers` library would treat id 0 as padding and not attend to it.
-        **overrides: values for fields of the family's configuration. They replace the values of the published
-            model.
+        family: a name in `FAMILIES`. Flan-T5 is `t5_v1_1`.
+        size: `small` to `xxl` for T5, a name such as `9b-2b` for T5Gemma, or `tiny` for tests and demos.
+        bos_id: 0 if the vocabulary has none; None for the id of the published models. Without bos, a T5Gemma
+            decoder starts with the end-of-sequence id, since `transformers` would treat id 0 as padding.
+        **overrides: fields that differ from the published model.
 
     Raises:
         InputError: the family or size is unknown, or the vocabulary has a bos that the family does not use.
@@ -46,7 +41,7 @@ def model_config(
     config = found.config(**{"vocab_size": vocab_size, **fields})
     if bos_id and bos_id != config.start_id:
         raise InputError(
-            f"`model_family`: the vocabulary has bos {bos_id} like Gemma's, and a decoder of {family}"
-            " does not use it; choose t5gemma, or a vocabulary like T5's"
+            f"`model_family`: a {family} decoder does not use the vocabulary's bos {bos_id}; choose"
+            " t5gemma, or a vocabulary without bos, such as T5's"
         )
     return config

@@ -1,4 +1,4 @@
-"""Computes the matmul FLOPs of a model by formula, since XLA's own count contains the body of a loop only once."""
+"""Computes matmul FLOPs by formula, since XLA counts the body of a loop only once."""
 
 from stepdistill_jax.models.config import ModelConfig, Side
 
@@ -6,16 +6,12 @@ from stepdistill_jax.models.config import ModelConfig, Side
 def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_length: int) -> float:
     """Returns the matmul FLOPs of a forward and a backward pass over padded rows.
 
-    The backward pass of a matmul costs twice its forward pass, since both factors have a gradient. With LoRA,
-    frozen weights have no gradient, so the backward pass of their matmuls costs only as much as the forward pass.
+    The backward pass costs twice as much as the forward pass, or the same for weights frozen by LoRA.
 
     Example: a row of T5 v1.1 large with 512 inputs and 114 targets takes 1.47e12 FLOPs.
 
     Args:
-        config: configuration of the model.
-        rows: number of rows of the batch. Rows that are only padding count like all others.
-        input_length: number of encoder positions of a row.
-        target_length: number of decoder positions of a row.
+        rows: row count, including rows that are only padding.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     trained = 3 * adapters + (3 if config.lora is None else 2) * weights
@@ -25,10 +21,10 @@ def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_len
 def recomputed_flops(
     config: ModelConfig, *, rows: int, input_length: int, target_length: int
 ) -> float:
-    """Returns the FLOPs of those matmuls that the backward pass repeats under `config.remat_policy`.
+    """Returns the matmul FLOPs that the backward pass repeats under `config.remat_policy`.
 
-    `elementwise` repeats no matmul. `minimal` saves matmuls with weights, and repeats the two matmuls inside
-    attention. `full` repeats the forward pass of each layer. The output layer is never repeated.
+    `elementwise` repeats no matmul. `minimal` repeats the two matmuls inside attention. `full` repeats the forward
+    pass of each layer. The output layer is never repeated.
     """
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     head = 2 * target_length * config.decoder.emb_dim * config.vocab_size
@@ -37,16 +33,12 @@ def recomputed_flops(
 
 
 def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int, int, int]:
-    """Returns three counts of FLOPs of a row's forward pass.
-
-    The first is for the matmuls with weights, the second for those with adapters, and the third for those
-    inside attention.
-    """
+    """Returns a row's forward FLOPs of matmuls with weights, with adapters, and inside attention."""
     encoder, decoder, ranks = config.encoder, config.decoder, config.lora
     weights, adapters, scores = 2 * targets * decoder.emb_dim * config.vocab_size, 0, 0
 
     def add(positions: int, width: int, features: int, projection: str) -> None:
-        """Adds the FLOPs of the matmuls with a kernel [width, features] and with its adapter, for all positions."""
+        """Adds the FLOPs of a kernel [width, features] and of its adapter."""
         nonlocal weights, adapters
         rank = getattr(ranks, projection) if ranks else 0
         # two FLOPs per weight and position; an adapter is [width, rank] times [rank, features]
@@ -54,10 +46,7 @@ def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int,
         adapters += 2 * positions * rank * (width + features)
 
     def attend(side: Side, queries: int, keys: int, width: int) -> None:
-        """Adds the FLOPs of attention in all layers of a side.
-
-        Keys and values are computed from states [keys, width].
-        """
+        """Adds the FLOPs of a side's attention to keys and values that come from states [keys, width]."""
         nonlocal scores
         layers, kv_width = side.num_layers, side.num_kv_heads * side.head_dim
         add(layers * queries, side.emb_dim, side.joined_kv, "query")

@@ -1,7 +1,6 @@
-"""Chooses the attention kernel for a chip, checks its limits, and runs it on the devices of a mesh.
+"""Runs the attention kernel for a chip on the devices of a mesh.
 
-XLA cannot partition a kernel of `models.kernels` over devices. So `shard_map` gives each device its own
-rows and heads, and each device runs the kernel on them.
+XLA cannot partition a kernel. So `shard_map` runs it on each device's own rows and heads.
 """
 
 import functools
@@ -34,10 +33,9 @@ def fused_attention(
     dropout_rate: float,
     dropout_rng: jax.Array | None,
 ) -> jax.Array:
-    """Returns the same as `attention.attention` for the same arguments, computed by a kernel.
+    """Returns the result of `attention.attention`, computed by a kernel.
 
-    Softcap, window, scale and shared dropout masks are not supported, and there must be as many heads of keys
-    as of queries.
+    Softcap, window, scale, shared dropout masks, and fewer heads of keys than of queries are not supported.
     """
     platform = traced_platform()
     kept, seeds = kept_draws(dropout_rate), None
@@ -75,7 +73,7 @@ def fused_attention(
 
 
 def kernel_of(platform: str) -> types.ModuleType:
-    """Imports and returns a platform's kernel module. It is imported only here, since importing Pallas is slow."""
+    """Returns a platform's kernel module, imported only when needed since importing Pallas is slow."""
     return importlib.import_module(f"stepdistill_jax.models.kernels.{KERNELS[platform]}")
 
 
@@ -89,11 +87,10 @@ def reason_against(
     *,
     bias: bool,
 ) -> str | None:
-    """Returns the reason why there is no kernel for these shapes on a device, or None if there is one.
+    """Returns why no kernel supports these shapes on a device, or None if one does.
 
     Args:
         device: any object with `platform` and `device_kind`.
-        q_len, k_len, heads, head_dim, dtype: shapes and type of the queries and keys.
         bias: whether there is a relative bias.
     """
     if device.platform not in KERNELS:

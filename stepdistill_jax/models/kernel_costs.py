@@ -1,7 +1,6 @@
-"""A registry of formulas for the costs of kernel calls.
+"""Registered formulas for the costs of kernel calls.
 
-XLA does not know what a custom call computes, so a plan looks up its cost here. The module of a kernel
-registers a formula:
+XLA does not know what a custom call computes. So each kernel's module registers a formula for plans:
 
     @kernel_cost("my_attention")
     def _cost(operands, results):
@@ -15,11 +14,11 @@ from typing import Protocol
 
 
 class Shaped(Protocol):
-    """An operand or a result of a kernel call, with the fields that a formula can read."""
+    """An operand or a result of a kernel call."""
 
     @property
     def dtype(self) -> str:
-        """Type as HLO spells it, for instance bf16, f32, s32 or pred."""
+        """Type as HLO spells it, such as bf16, f32, s32 or pred."""
         ...
 
     @property
@@ -39,9 +38,9 @@ class KernelCost:
 
     Attributes:
         flops: FLOPs of matmuls. A multiplication and its addition count as two.
-        bytes: number of bytes read from and written to the device's main memory.
+        bytes: bytes read from and written to the device's main memory.
         integer: number of elementwise operations on integers.
-        other: number of elementwise operations on all other types.
+        other: number of elementwise operations on other types.
     """
 
     flops: float = 0.0
@@ -55,11 +54,10 @@ _FORMULAS: dict[str, Formula] = {}
 
 
 def kernel_cost(name: str) -> Callable[[Formula], Formula]:
-    """Returns a decorator that registers a function (operands, results) -> cost as the formula of a kernel.
+    """Returns a decorator that registers a kernel's formula, a function (operands, results) -> cost.
 
     Args:
-        name: the target of the kernel's custom call, or the kernel's name in a `jax.named_scope` or
-            `pallas_call`.
+        name: target of the kernel's custom call, or the kernel's name in a `jax.named_scope` or `pallas_call`.
     """
 
     def register(formula: Formula) -> Formula:
@@ -72,9 +70,8 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 def formula_of(target: str, op_name: str) -> Formula | None:
     """Returns the formula of a custom call, or None if none is registered.
 
-    The formula may be registered under the target of the call, or under a name in its JAX path, such as
-    `jit(f)/transpose(jvp(my_attention))/pallas_call`. The target is tried first, then the names of the path from
-    the last to the first.
+    It tries the call's target, then the names in its JAX path, such as
+    `jit(f)/transpose(jvp(my_attention))/pallas_call`, from the last to the first.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

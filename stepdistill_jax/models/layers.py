@@ -1,6 +1,6 @@
-"""The parts of a layer, as Flax Linen modules with logical axis names.
+"""The parts of a layer, as Flax Linen modules.
 
-The axis names are those of T5X: batch, length, embed, heads, kv, joined_kv, mlp, vocab, layers.
+Logical axes are named as in T5X: batch, length, embed, heads, kv, joined_kv, mlp, vocab, layers.
 """
 
 import functools
@@ -52,19 +52,13 @@ def dense(
 ) -> nn.Dense | LoraDense | QuantizedDense:
     """Returns a dense layer without bias: plain, with a LoRA adapter, or int8, depending on the config.
 
-    The layer has an adapter if the rank of `projection` in `config.lora` is above 0. Kernels are 2-D, since
-    `nn.DenseGeneral` with axis names raises an error inside a mesh.
+    Kernels are 2-D, since `nn.DenseGeneral` with axis names raises an error inside a mesh.
 
     Args:
-        config: configuration of the model.
-        features: width of the output.
         axes: logical axes of the kernel.
         stddev: standard deviation of the initial kernel.
-        name: name of the module.
-        projection: name of the field of `LoraConfig` that contains the adapter's rank. None means that the
-            layer never has an adapter.
-        float32_sums: whether the output is float32 even if the arithmetic is bfloat16. Logits need this,
-            since rounding to bfloat16 could make two of them equal.
+        projection: field of `LoraConfig` with the adapter's rank. None means no adapter.
+        float32_sums: whether the output is float32 even in bfloat16 arithmetic, as for logits.
     """
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
@@ -87,8 +81,7 @@ def dense(
 class Merged(nn.Module):
     """Several projections of the same input, computed as one matmul.
 
-    `models.unrolled` makes the kernel. This module is only for decoding, since `kernel_product` has no
-    gradient for a 3-D kernel.
+    `models.unrolled` makes the kernel. It has no gradient, so it is only for decoding.
     """
 
     config: ModelConfig
@@ -109,10 +102,9 @@ class Merged(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention.
 
-    Keys and values are computed by a separate method, so that a decoder can keep them in a cache.
+    Keys and values are computed by a separate method, so that a decoder can cache them.
 
     Attributes:
-        config: configuration of the model.
         side: sizes of the stack (encoder or decoder) that the queries belong to.
         inputs: width of the states from which keys and values are computed.
     """
@@ -146,10 +138,7 @@ class Attention(nn.Module):
         return self._split(self.query(x))
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
-        """Returns the queries, keys and values of x, computed with the merged parameters of `models.unrolled`.
-
-        This takes one matmul, or two if there are fewer key/value heads than query heads.
-        """
+        """Returns the queries, keys and values of x, from the merged parameters of `models.unrolled`."""
         if self.side.num_kv_heads == self.side.num_heads:
             return [self._split(y) for y in self.query_key_value(x)]
         return [self._split(y) for y in (self.query(x), *self.key_value(x))]
@@ -173,8 +162,8 @@ class Attention(nn.Module):
         """Returns the output of attention after the output projection, [batch, q, embed].
 
         Args:
-            queries: queries, [batch, q, heads, kv].
-            keys, values: keys and values, each [batch, k, kv_heads, kv].
+            queries: [batch, q, heads, kv].
+            keys, values: [batch, k, kv_heads, kv].
             segments: segments of the queries and of the keys.
             relative_bias, causal, window: as for `attention.attention`.
             deterministic: turns dropout off.
@@ -211,12 +200,10 @@ class Attention(nn.Module):
     ) -> jax.Array:
         """Returns the same as `__call__`, for keys and values in the layout of a cache.
 
-        In this layout, the two matmuls of each token need no transposition.
-
         Args:
-            queries: queries, [batch, q, heads, kv].
-            keys: keys, [batch, kv_heads, kv, k].
-            values: values, [batch, kv_heads, k, kv].
+            queries: [batch, q, heads, kv].
+            keys: [batch, kv_heads, kv, k].
+            values: [batch, kv_heads, k, kv].
             segments, relative_bias: as for `__call__`.
         """
         product = functools.partial(jnp.einsum, precision=precision_of(self.config.dtype))
@@ -236,20 +223,17 @@ class Attention(nn.Module):
         return self.out(mixed.reshape(batch, count, -1))
 
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
-        """Returns attention that reads the encoder's states directly, without computing keys and values.
+        """Returns attention to the encoder's states, without computing their keys and values.
 
-        Let e be a state, q a query, and K and V the kernels of keys and values. Up to rounding, a score
-        q . (K e) equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e. Per
-        query, this takes (width of e) / (width of q) times as many operations as attention over keys and values,
-        but keys and values need not be computed. If there are as many key/value heads as query heads, both ways
-        take the same work when each input sequence has about `kv` queries. With fewer queries, this way is less
-        work. It also needs no memory for keys and values.
+        Let e be a state, q a query, and K and V the kernels of keys and values. Up to rounding, a score q . (K e)
+        equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e. With as many key/value
+        heads as query heads, this is less work if each input has fewer than about `kv` queries. It needs no memory
+        for keys and values.
 
         Args:
             x: the decoder's states, [batch, q, embed].
             encoded: the encoder's states, [batch, k, inputs].
-            transposed: the encoder's states as [batch, inputs, k]. The caller transposes them only once, so
-                this method need not do it for each token.
+            transposed: the encoder's states as [batch, inputs, k].
             segments: segments of the queries and of the keys.
         """
         c = self.config
@@ -281,11 +265,9 @@ _ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nn.Module):
-    """Feed-forward block.
+    """Feed-forward block: relu(x wi) wo or, if gated, (gelu(x wi_0) * (x wi_1)) wo.
 
-    With the activations `("relu",)` it computes relu(x wi) wo. With the gated `("gelu", "linear")` it computes
-    (gelu(x wi_0) * (x wi_1)) wo. If `merged`, the projections of x are computed as one matmul, from the
-    parameters that `models.unrolled` returns.
+    If `merged`, one matmul computes the projections of x, from the parameters of `models.unrolled`.
     """
 
     config: ModelConfig

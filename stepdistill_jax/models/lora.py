@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA): a projection with an adapter, and functions that split and merge parameters.
+"""Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-A projection with an adapter computes y = x W + (alpha / rank) (x A) B, where W is frozen (Hu et al. 2021,
-arXiv:2106.09685, section 4.1). Its parameters W, A and B are named `kernel`, `lora_a` and `lora_b`.
+A projection with an adapter computes y = x W + (alpha / rank) (x A) B, where W is frozen. The parameters W, A and B
+are named `kernel`, `lora_a` and `lora_b`.
 """
 
 import dataclasses
@@ -23,16 +23,14 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 class LoraDense(nn.Module):
     """A dense layer without bias, plus a low-rank adapter of two matrices A and B.
 
-    The matrix product A B is never computed. B starts as zeros, so at first the adapter adds 0. The initial A
-    is uniform between -1 / sqrt(inputs) and 1 / sqrt(inputs), as in the authors' code.
+    The product A B is never computed. B starts as zeros. A starts uniform between -1 / sqrt(inputs) and
+    1 / sqrt(inputs), as in the authors' code.
 
     Attributes:
-        features: width of the output.
         axes: logical axes of the kernel.
         stddev: standard deviation of the initial kernel.
-        rank: number of columns of A and of rows of B.
         scale: alpha / rank.
-        dtype: type of the output and of the arithmetic. Parameters are float32.
+        dtype: type of the arithmetic. Parameters are float32.
     """
 
     features: int
@@ -62,15 +60,14 @@ class LoraDense(nn.Module):
 
 
 def has_adapters(params: Any) -> bool:
-    """Returns whether a tree of parameters, of shapes or of shardings contains adapters."""
+    """Returns whether a tree of parameters, shapes or shardings contains adapters."""
     return any(path[-1] == LORA_A for path in flatten_dict(params))
 
 
 def split(params: Any) -> tuple[Any, Any]:
     """Splits parameters into (trained, frozen).
 
-    If there are adapters, they are trained and all other parameters are frozen. Without adapters, all parameters
-    are trained, and the frozen tree is {}.
+    Only adapters are trained. Without adapters, all parameters are trained, and the frozen tree is {}.
     """
     if not has_adapters(params):
         return params, {}
@@ -81,30 +78,30 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def combine(trained: Any, frozen: Any) -> Any:
-    """Joins the two trees that `split` returns."""
+    """Joins the two trees from `split`."""
     if not frozen:
         return trained
     return unflatten_dict(flatten_dict(frozen) | flatten_dict(trained))
 
 
 def base_of(params: Any) -> Any:
-    """Leaves out the adapters, without merging them, and returns the other parameters."""
+    """Returns the parameters without the adapters, which are not merged."""
     trained, frozen = split(params)
     return frozen or trained
 
 
 def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
-    """Merges adapters into the kernels: each kernel W becomes W + (alpha / rank) A B, computed in float32.
+    """Merges adapters into the kernels: W becomes W + (alpha / rank) A B, computed in float32.
 
-    This works inside and outside `jax.jit`. Outside, a merged kernel keeps its placement on devices, and all
-    other arrays are shared with `params`, not copied.
+    Outside `jax.jit`, merged kernels keep their placement on devices, and other arrays are shared with `params`.
 
     Args:
-        params: parameters of the model, unboxed, with stacked layers.
-        config: configuration of the model. If it has no LoRA, both arguments are returned unchanged.
+        params: unboxed, with stacked layers.
+        config: without LoRA, both arguments are returned unchanged.
 
     Returns:
-        The parameters and the configuration of a model without adapters that computes the same outputs.
+        The parameters without adapters.
+        The configuration without adapters.
 
     Raises:
         ValueError: `params` have adapters but `config` does not, or the other way round.

@@ -1,4 +1,4 @@
-"""Positions in attention: T5's learned bias, which depends on the distance, and rotary embeddings."""
+"""Positions in attention: T5's learned bias, and rotary embeddings."""
 
 from typing import Any
 
@@ -16,9 +16,8 @@ def relative_buckets(
 ) -> jax.Array:
     """Returns the bucket of each pair of a query position [q] and a key position [k]: [q, k] int32.
 
-    Half of the buckets are for one distance each. The others are for ranges of distances, which become wider on a
-    logarithmic scale up to `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1). In packed rows,
-    positions may be counted from the start of the row, since only distances matter and each segment is contiguous.
+    Half of the buckets have one distance each. The others have ranges of distances, which become wider on a
+    logarithmic scale up to `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
     """
     # bidirectional, 32 buckets: a key 3 places before its query has bucket 3, and a key 3 places after it has
     # bucket 16 + 3. Keys 16 and 22 places before it share bucket 10. Causal: all keys after the query have bucket 0.
@@ -40,8 +39,7 @@ def relative_buckets(
 def _of_buckets(table: jax.Array, buckets: jax.Array) -> jax.Array:
     """Looks up the buckets [q, k] in a table [heads, buckets] and returns [heads, q, k].
 
-    The gradient of the table is computed as a matmul with one-hot buckets. JAX's own gradient of a lookup is a
-    scatter, which is slow on accelerators. T5X uses a matmul in the forward pass as well.
+    The table's gradient is a matmul with one-hot buckets, since JAX's own scatter is slow on accelerators.
     """
     return jnp.take(table, buckets, axis=1)
 
@@ -61,14 +59,14 @@ _of_buckets.defvjp(
 
 
 class RelativeBias(nn.Module):
-    """A learned bias for each head and bucket, which is added to the scores of self-attention."""
+    """A learned bias for each head and bucket, added to the scores of self-attention."""
 
     config: Any  # a `models.t5.T5Config`; no other family has this table
     bidirectional: bool
 
     @nn.compact
     def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
-        """Returns the bias, [1, heads, q, k] float32, for the positions of queries [q] and of keys [k]."""
+        """Returns the bias, [1, heads, q, k] float32, for query positions [q] and key positions [k]."""
         c = self.config
         init = nn.with_logical_partitioning(
             nn.initializers.normal(c.emb_dim**-0.5), ("heads", "relpos_buckets")
@@ -86,15 +84,15 @@ class RelativeBias(nn.Module):
 
 @jax.named_scope(ROPE)
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Returns the cosines and sines of the angles by which `rotate` rotates features at the given positions.
+    """Returns the cosines and sines of the angles by which `rotate` rotates features.
 
     At position p, the pair i of features is rotated by the angle p / theta^(2i / head_dim) (Su et al. 2021,
-    arXiv:2104.09864, equation 15). Positions then affect a score only through the distance between query and key.
-    So in packed rows, positions may be counted from the start of the row.
+    arXiv:2104.09864, equation 15). Scores then depend only on distances, so positions in packed rows may count from
+    the start of the row.
 
     Args:
-        positions: positions, [length] int32.
-        head_dim: width of a head, which must be even.
+        positions: [length] int32.
+        head_dim: must be even.
         theta: base of the angles; 10,000 in Gemma 2.
     """
     # float32, since pair 0 is rotated by p radians, and bfloat16 rounds whole numbers above 256
@@ -105,10 +103,9 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
 
 @jax.named_scope(ROPE)
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """Rotates each pair of features of x [batch, length, heads, kv].
+    """Rotates each pair of features of x [batch, length, heads, kv] in float32, and returns the dtype of x.
 
-    A pair is feature i of the first half and feature i of the second half, as in Hugging Face's weights. The
-    rotation is computed in float32, and the result has the dtype of x.
+    A pair is feature i of the first half and feature i of the second half, as in Hugging Face's weights.
     """
     # [length, kv / 2] -> [1, length, 1, kv / 2]
     cos, sin = (table[None, :, None, :] for table in by)

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 
 
 def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
-    """Returns the precision for a matmul whose factors have the type `dtype`.
+    """Returns the precision for a matmul whose factors have this type.
 
-    By default, a TPU rounds float32 factors to bfloat16, and a GPU rounds them to TF32. The precision `HIGHEST`
-    avoids this. bfloat16 factors are not rounded, so they get the default (None).
+    It is `HIGHEST` for float32, which a TPU would otherwise round to bfloat16, and a GPU to TF32.
     """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
@@ -19,16 +18,11 @@ def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
 def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) -> jax.Array:
     """Returns x [..., in] times kernel [in, out], computed as a matmul of two matrices in the dtype of x.
 
-    Batch and length become one axis. With more dimensions, XLA's CPU backend would transpose before it
-    multiplies, and the kernel's gradient would take 1.7 times as long.
-
-    The gradient of the kernel is computed as a matmul with a result in the dtype of the kernel, usually
-    float32. JAX's own gradient would be rounded to bfloat16 before devices add up their parts. With float32,
-    one device and eight devices agree to float32 precision.
+    Batch and length become one axis, since XLA's CPU backend would transpose an array with more axes. The kernel's
+    gradient has the kernel's dtype, so devices need not add up parts that are rounded to bfloat16.
 
     Args:
-        x: activations.
-        kernel: kernel of any dtype. It is cast to the dtype of x before devices gather it.
+        kernel: of any dtype. It is cast to the dtype of x before devices gather it.
         float32_sums: whether the output is float32. Otherwise it has the dtype of x.
     """
     dtype = jnp.float32 if float32_sums else x.dtype

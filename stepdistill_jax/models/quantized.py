@@ -1,9 +1,7 @@
-"""int8 weights: a projection with an int8 kernel and a scale for each output, and functions that quantize kernels.
+"""int8 kernels with a scale for each output, which save time where reading the weights limits decoding.
 
-Only kernels are quantized, symmetrically: W is about W8 * scale, where W8 is from -127 to 127 and each column has
-its own scale (Xiao et al. 2022, arXiv:2211.10438, section 2, "per-channel"). Activations, embeddings, norms and
-position biases are not quantized. int8 saves time on accelerators, where reading the weights limits the speed of
-decoding.
+A kernel W is about W8 * scale, where W8 is from -127 to 127 and each column has its own scale (Xiao et al. 2022,
+arXiv:2211.10438, section 2, "per-channel"). Activations and all other parameters are not quantized.
 """
 
 import dataclasses
@@ -24,10 +22,9 @@ LARGEST = 127
 
 
 class QuantizedDense(nn.Module):
-    """A dense layer without bias whose kernel is int8, so that it takes one byte per weight.
+    """A dense layer without bias, with an int8 kernel.
 
     Attributes:
-        features: width of the output.
         axes: logical axes of the kernel.
         dtype: type of the arithmetic.
         float32_sums: whether the output is float32. Otherwise it has the type `dtype`.
@@ -50,7 +47,7 @@ class QuantizedDense(nn.Module):
 
 
 def int8_product(x: jax.Array, kernel: jax.Array, scale: jax.Array, dtype: str) -> jax.Array:
-    """Multiplies x [..., inputs] with an int8 kernel [inputs, *outputs] and its scale [*outputs].
+    """Returns x [..., inputs] times an int8 kernel [inputs, *outputs] and its scale [*outputs].
 
     The result is [..., *outputs] float32.
     """
@@ -73,7 +70,7 @@ def _zeros(dtype: Any) -> Any:
 
 
 def kernel_of(projection: Mapping[str, Any], dtype: Any) -> jax.Array:
-    """Returns a projection's kernel, [..., inputs, features], in `dtype`, whether it is stored as int8 or not."""
+    """Returns a projection's kernel, [..., inputs, features], in `dtype`, even if it is stored as int8."""
     kernel = projection[KERNEL]
     if SCALE not in projection:
         return kernel.astype(dtype)
@@ -84,11 +81,11 @@ def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     """Quantizes all kernels of a model to int8. Each kernel keeps its placement on devices.
 
     Args:
-        params: parameters of a model without adapters, unboxed, with stacked layers.
-        config: configuration of the model.
+        params: parameters without adapters, unboxed, with stacked layers.
 
     Returns:
-        The quantized parameters, and the configuration of the quantized model.
+        The quantized parameters.
+        The configuration of the quantized model.
     """
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)
     # embeddings, norms and position biases have other names than `kernel`
@@ -100,10 +97,7 @@ def quantize(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
 
 @functools.partial(jax.jit, static_argnames="sharding")
 def _quantize(kernel: jax.Array, sharding: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns the kernel [..., inputs, features] in int8, and its scales [..., features].
-
-    The error of a weight is at most half of the scale of its column.
-    """
+    """Returns the kernel [..., inputs, features] in int8, and its scales [..., features]."""
     largest = jnp.max(jnp.abs(kernel), axis=-2)
     # A column of zeros gets the scale 1 / 127, to avoid a division by 0. The column 0.5, -2.54 gets the scale 0.02
     # and becomes 25, -127.

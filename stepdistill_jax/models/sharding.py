@@ -1,7 +1,6 @@
 """Placement of arrays on devices: the mesh, its layouts, and logical axis rules as in T5X.
 
-`jax.jit` with shardings is the successor of `pjit`: GSPMD partitions the step according to the shardings
-that are defined here.
+`jax.jit` partitions a step with GSPMD, according to these shardings.
 """
 
 import collections
@@ -51,16 +50,14 @@ _FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh axes. One of `data`, `fsdp` and `tensor` may be -1, which means all remaining devices.
+    """Sizes of the mesh axes. One of `data`, `fsdp` and `tensor` may be -1, for all remaining devices.
 
     Attributes:
-        data: number of copies of the parameters inside each of the `dcn_data` groups. The devices of each copy
-            process their own rows.
-        fsdp: number of shards into which parameters and rows are split.
-        tensor: number of shards into which heads, feed-forward width and vocabulary are split.
-        dcn_data: number of groups of devices. The data centre's network (DCN) connects the groups, and each
-            group has its own copies of the parameters. -1 means one group for each slice (MaxText calls this
-            size `dcn_data_parallelism`). The axis `data` of the mesh has the size dcn_data x data.
+        data: number of copies of the parameters in each of the `dcn_data` groups. Each copy processes its own rows.
+        fsdp: number of shards of parameters and rows.
+        tensor: number of shards of heads, feed-forward width and vocabulary.
+        dcn_data: number of groups of devices, connected by the data centre's network (DCN). -1 means one group for
+            each slice, like MaxText's `dcn_data_parallelism`. The mesh axis `data` has the size dcn_data x data.
     """
 
     data: int = 1
@@ -82,16 +79,17 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh of a layout over the given devices, or over all devices if `devices` is None.
+    """Returns the mesh of a layout.
 
-    The layout is a name in `LAYOUTS` or a `Layout`. The mesh is arranged so that the devices of one copy of
-    the parameters communicate over the fast links inside one slice. If devices do not know their slice, or are
-    virtual devices of one machine (CPU), each process counts as a slice. The devices are then divided, in the
-    order of their processes, into `dcn_data` equal blocks.
+    Where possible, a copy of the parameters stays inside one slice. If devices do not know their slice, or are
+    CPUs, each process counts as a slice, and the `dcn_data` groups follow the order of the processes.
+
+    Args:
+        layout: a name in `LAYOUTS`, or a `Layout`.
+        devices: None means all devices.
 
     Raises:
-        InputError: the layout is unknown, or its sizes do not fit the devices. The message names the layout
-            with the most similar name, or the nearest sizes that fit.
+        InputError: the layout is unknown, or its sizes do not fit the devices.
     """
     if isinstance(layout, str):
         one_of("layout", layout, LAYOUTS)
@@ -149,16 +147,10 @@ def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
 def _nearest_layout(
     wanted: Sequence[int], count: int, *, embed: int = 0, cut_by_tensor: int = 0
 ) -> str:
-    """Returns the layout of `count` devices that is nearest to `wanted`, as a string such as "fsdp=4, tensor=2".
+    """Returns the layout of `count` devices nearest to `wanted`, as a string such as "fsdp=4, tensor=2".
 
-    The distance of two layouts is the sum over axes of |log(size / wanted size)|, so 4 and 16 are equally
-    far from 8.
-
-    Args:
-        wanted: the wanted sizes (dcn_data, data, fsdp, tensor). -1 means any size.
-        count: number of devices.
-        embed: size that fsdp must divide; 0 allows any fsdp.
-        cut_by_tensor: size that tensor must divide; 0 allows any tensor.
+    The distance sums |log(size / wanted size)| over (dcn_data, data, fsdp, tensor), where a wanted -1 means any size.
+    fsdp must divide `embed` and tensor must divide `cut_by_tensor`, unless they are 0.
     """
 
     def distance(layout: Sequence[int]) -> tuple[float, ...]:
@@ -185,8 +177,7 @@ def _nearest_layout(
 def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
     """Returns the devices as an array [data, fsdp, tensor].
 
-    If there are several slices, as many as possible are placed side by side along the axis `data`, then along
-    `fsdp`, and then along `tensor`.
+    Slices are placed side by side along `data` as far as possible, then along `fsdp`, and then along `tensor`.
     """
     # JAX splits a physical axis of a TPU's torus only if no other arrangement exists
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
@@ -204,46 +195,43 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
 
 
 def traced_device() -> Any:
-    """Returns an object with the `platform` and `device_kind` of the devices that the traced program is for.
+    """Returns an object with the `platform` and `device_kind` of the traced program's devices.
 
-    If a mesh is set while JAX traces, this is a device of that mesh, which need not exist on this machine.
-    Without a mesh, it is JAX's first device.
+    It is a device of the current mesh, which need not exist on this machine, or JAX's first device without a mesh.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def traced_platform() -> str:
-    """Returns the platform that the traced program is for: `cpu`, `gpu` or `tpu`."""
+    """Returns the platform of the traced program: `cpu`, `gpu` or `tpu`."""
     return traced_device().platform
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of shards into which the rows of a batch are split."""
+    """Returns the number of shards of a batch's rows."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that gives each device a complete copy of an array."""
+    """Returns the sharding that gives each device a complete copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array [batch, ...] whose rows are sharded over the mesh."""
+    """Returns the sharding of an array [batch, ...] over its rows."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
-    """Turns a tree of host arrays [rows, ...] into global arrays whose rows are sharded over the mesh.
+    """Turns a tree of host arrays [rows, ...] into global arrays, sharded over the mesh by rows.
 
-    Each process copies rows to its own devices, and each device gets only the rows of its shard. This works for
-    any mesh, even if two processes need the same rows because of a tensor axis.
+    Each process copies rows to its own devices only. Two processes may need the same rows.
 
     Args:
-        batch: arrays with the rows of this process's blocks, one block after the other. With the default values
-            of `blocks` and `num_blocks`, these are all rows of the global batch.
-        mesh: the mesh over which the rows are sharded.
-        blocks: indices of this process's blocks, ascending, as `blocks_on` returns them.
-        num_blocks: number of equal blocks of rows that make up the global batch.
+        batch: the rows of this process's blocks, one block after the other. By default, these are all rows of the
+            global batch.
+        blocks: indices of this process's blocks, from `blocks_on`.
+        num_blocks: number of equal blocks of rows in the global batch.
     """
     sharding = batch_sharding(mesh)
     place_of = {block: place for place, block in enumerate(blocks)}
@@ -266,12 +254,10 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
 def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None) -> tuple[int, ...]:
     """Returns the indices of the blocks of a batch that the given devices need, ascending.
 
-    A batch consists of `num_blocks` equal blocks of rows, and a device needs each block that contains any of its
-    rows. Two processes need the same block if the boundary between their rows is inside it, or if a tensor
-    axis spans processes.
+    A batch consists of `num_blocks` equal blocks of rows. A device needs each block that contains any of its rows,
+    so two processes may need the same block.
 
     Args:
-        mesh: the mesh over which the rows are sharded.
         num_blocks: number of blocks in the global batch.
         devices: devices of the mesh; None means this process's devices.
     """
@@ -291,13 +277,10 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
     """Returns the shardings of a model's parameters.
 
     Args:
-        mesh: the mesh over which the parameters are sharded.
-        boxed: the parameters as boxes with logical axis names, from `models.encoder_decoder.abstract_params`.
-        config: configuration of the model. Sharding must not split a head.
+        boxed: parameters or shapes with logical axis names, from `models.encoder_decoder.abstract_params`.
 
     Raises:
-        InputError: the size of a mesh axis does not divide a dimension that is sharded over the axis. The
-            message names both sizes, and the nearest layout that divides all dimensions.
+        InputError: a mesh axis does not divide a dimension or a number of heads that is sharded over it.
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
@@ -313,11 +296,10 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
 def _check_divisible(
     mesh: Mesh, params: Any, specs: Any, shardings: Any, heads: Mapping[str, int]
 ) -> None:
-    """Raises InputError if the size of a mesh axis does not divide a dimension that is sharded over the axis.
+    """Raises InputError if a mesh axis does not divide a dimension that is sharded over it.
 
-    `heads`, the number of key/value heads of each side, is checked as well, since sharding must not split a
-    head. For example, if a kernel [embed, 128] has 2 heads of width 64, it can be split into at most two
-    shards, although 4 and 8 divide 128, too.
+    `heads`, the number of key/value heads of each side, is checked as well. For example, a kernel [embed, 128] with
+    2 heads can have at most 2 shards, since sharding must not split a head.
     """
     wrong: dict[str, str] = {}
     # for each axis, the greatest common divisor of the dimensions that are sharded over it
@@ -343,7 +325,10 @@ def _check_divisible(
         if count % mesh.shape["tensor"]:
             what = f"tensor={mesh.shape['tensor']} does not divide num_kv_heads={count}"
             whose = {side, *(s for s in heads if heads[s] == count)}
-            wrong.setdefault(what, f"whole heads of keys and values, {' and '.join(sorted(whose))}")
+            wrong.setdefault(
+                what,
+                f"heads of keys and values must stay whole in the {' and '.join(sorted(whose))}",
+            )
     if wrong:
         wanted = (1, *(mesh.shape[axis] for axis in AXES))
         nearest_layout = _nearest_layout(

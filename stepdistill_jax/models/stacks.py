@@ -1,4 +1,4 @@
-"""Encoder and decoder as stacks of layers. The parameters of all layers are stacked along axis 0."""
+"""Encoder and decoder, as stacks of layers whose parameters are stacked along axis 0."""
 
 from typing import Any, NamedTuple
 
@@ -18,15 +18,13 @@ class Context(NamedTuple):
 
     Attributes:
         segments: segments of the queries and of the keys in self-attention.
-        query: positions of the queries in self-attention, [q].
-        key: positions of the keys in self-attention, [k].
-        bias: position bias of self-attention's scores, [1, heads, q, k] float32. None if each layer computes
-            its own bias, or if the model has no bias.
-        turn: rotation of queries and keys at the positions `query`; None if the model has no rotary positions.
-        encoded: in a decoder under teacher forcing, the encoder's states, [batch, length, embed]. In a decoder
-            with a cache, the `encoded` of `EncoderDecoder.decode_step`. None in an encoder.
+        query, key: positions of the queries [q] and of the keys [k] in self-attention.
+        bias: bias of self-attention, [1, heads, q, k] float32. None if each layer has its own, or none.
+        turn: rotation at the positions `query`; None if the model has no rotary positions.
+        encoded: the encoder's states, [batch, length, embed]. With a cache, the `encoded` of
+            `EncoderDecoder.decode_step`. None in an encoder.
         cross_segments: segments of the queries and of the keys in attention to the encoder.
-        index: position of the token that is decoded, if there is a cache.
+        index: position of the decoded token, if there is a cache.
     """
 
     segments: Segments
@@ -40,24 +38,24 @@ class Context(NamedTuple):
 
 
 def _dropout(config: ModelConfig, deterministic: bool) -> Dropout:
-    """Returns a dropout module. Each call of the module draws another mask."""
+    """Returns a dropout module that draws another mask at each call."""
     return Dropout(config.dropout_rate, config.dropout_broadcast, deterministic=deterministic)
 
 
 class _Layer(nn.Module):
-    """The parts that encoder layers and decoder layers have in common."""
+    """The parts that encoder and decoder layers share."""
 
     config: ModelConfig
     deterministic: bool
 
     def normed(self, y: jax.Array, block: str) -> jax.Array:
-        """Normalises the output of a block if `config.post_norms` is set. Otherwise, returns it unchanged."""
+        """Normalises a block's output if `config.post_norms` is set."""
         if not self.config.post_norms:
             return y
         return RMSNorm(self.config, name=f"post_{block}_layer_norm")(y)
 
     def bias(self, context: Context, bidirectional: bool) -> jax.Array | None:
-        """Returns the position bias of this layer's self-attention, or None if the model has none."""
+        """Returns this layer's position bias of self-attention, or None if the model has none."""
         if self.config.position_bias != "layer":
             return context.bias
         table = RelativeBias(self.config, bidirectional, name="relpos_bias")
@@ -89,15 +87,13 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """A decoder layer, used in one of three ways.
+    """A decoder layer, for teacher forcing and for decoding one token.
 
-    1. Teacher forcing without a cache (`cache` is None). The layer computes the keys and values of the input from
-       `context.encoded`.
-    2. Teacher forcing with a cache that has only `cross_key` and `cross_value`. The layer reads the keys and
-       values of the input from the cache.
-    3. Decoding of one token, with a cache that has `key` and `value`, the keys and values of earlier tokens. In
-       attention to the encoder, the layer reads `cross_key` and `cross_value` or, if `context.encoded` is given,
-       the encoder's states.
+    Under teacher forcing, the input's keys and values are computed from `context.encoded` or, if there is a cache,
+    read from its `cross_key` and `cross_value`.
+
+    To decode one token, the cache also has `key` and `value` of earlier tokens. If `context.encoded` is given,
+    attention to the encoder reads these states instead of `cross_key` and `cross_value`.
     """
 
     causal: bool
@@ -107,8 +103,8 @@ class DecoderLayer(_Layer):
         """Applies the layer to x [batch, q, embed].
 
         Returns:
-            An array of the same shape, and a second result. When a token is decoded, it contains the key and
-            value of the token. Under teacher forcing, it is None.
+            An array of the same shape.
+            The key and value of the decoded token, or None under teacher forcing.
         """
         c, side, off = self.config, self.config.decoder, self.deterministic
         drop = _dropout(c, off)
@@ -148,7 +144,7 @@ class DecoderLayer(_Layer):
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
 
     def _next(self, attention: Attention, h, window, cache, bias, context: Context):
-        """Computes self-attention of one token over the cache. Returns its output, and the token's key and value."""
+        """Returns self-attention of one token over the cache, and the token's key and value."""
         if self.config.unrolled_decoder:
             queries, keys, values = attention.queries_keys_values(h)
         else:
@@ -176,9 +172,8 @@ def _turned(queries, keys, turn: Rotation | None):
 def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
     """Returns the window of each layer for `attention.attention`, [layers] int32.
 
-    As in Hugging Face, a position of the encoder sees positions at a distance <= window, and a position of the
-    decoder sees positions at a distance < window. The result is None if no window masks anything, because each
-    window covers a whole row of length `longest`.
+    As in Hugging Face, an encoder's position sees distances <= window, and a decoder's sees distances < window.
+    None means that each window covers a whole row of length `longest`.
     """
     # `attention` masks distances >= window, so the window of an encoder becomes one more. A window of 0, which
     # means all, becomes more than any length.
@@ -191,9 +186,8 @@ def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
 def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axes: Any, **kwargs):
     """Returns a module that applies `length` layers, one after the other.
 
-    If `config.scan_layers` is True, the layers run in a loop. Otherwise the loop is unrolled. In either case,
-    the parameters of the layers are stacked along axis 0. `config.remat_policy` decides what the backward pass
-    recomputes.
+    The layers run in a loop or unrolled (`config.scan_layers`), with parameters stacked along axis 0 in both cases.
+    The backward pass recomputes what `config.remat_policy` says.
     """
     policies = jax.checkpoint_policies
     policy = {
@@ -225,12 +219,12 @@ def scan_layers(layer: type[nn.Module], config: ModelConfig, length: int, in_axe
 
 
 class _Stack(nn.Module):
-    """The parts that encoder and decoder have in common."""
+    """The parts that encoder and decoder share."""
 
     config: ModelConfig
 
     def context(self, side: Side, bidirectional: bool, segments, query, key, **more) -> Context:
-        """Returns the context of all layers. `query` [q] and `key` [k] are the positions of queries and keys."""
+        """Returns the context of all layers, for query positions [q] and key positions [k]."""
         bias = turn = None
         if self.config.position_bias == "side":
             bias = RelativeBias(self.config, bidirectional, name="relpos_bias")(query, key)
@@ -271,12 +265,11 @@ class Decoder(_Stack):
     ):
         """Applies all layers to embeddings x [batch, q, embed].
 
-        `DecoderLayer` describes `cache`, whose arrays have an additional layer axis here. `Context` describes
-        the other arguments.
+        `cache` is that of `DecoderLayer` with an additional layer axis. For the other arguments, see `Context`.
 
         Returns:
-            States of the shape of x, and a second result. When a token is decoded, it contains the keys and
-            values of the token in all layers. Under teacher forcing, it is None.
+            States of the shape of x.
+            The keys and values of the decoded token in all layers, or None under teacher forcing.
         """
         c, side = self.config, self.config.decoder
         drop = _dropout(c, deterministic)

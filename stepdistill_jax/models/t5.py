@@ -12,21 +12,17 @@ from stepdistill_jax.runtime.checks import keep, whole
 class T5Config(ModelConfig):
     """Configuration of a T5, whose encoder and decoder have the same width.
 
-    The attributes have the names of T5X's `network.py`. The names in Hugging Face's config.json are in parentheses.
+    Attributes are named as in T5X's `network.py`. Hugging Face's names are in parentheses.
 
     Attributes:
         emb_dim: model width (`d_model`).
-        num_heads: number of attention heads (`num_heads`).
         head_dim: width of each head (`d_kv`).
         mlp_dim: feed-forward width (`d_ff`).
-        num_encoder_layers: number of layers of the encoder (`num_layers`).
-        num_decoder_layers: number of layers of the decoder (`num_decoder_layers`).
-        num_buckets: number of buckets of the relative position bias (`relative_attention_num_buckets`).
-        max_distance: all distances of at least this length share one bucket (`relative_attention_max_distance`).
-        shared_relative_position_bias: whether all layers of a side share one table of biases. In UMT5, each
-            layer has its own table.
-        scale_decoder_outputs: whether the input of the output layer is divided by sqrt(emb_dim), as in v1.0
-            (`scale_decoder_outputs`).
+        num_encoder_layers: layers of the encoder (`num_layers`).
+        num_buckets: buckets of the relative position bias (`relative_attention_num_buckets`).
+        max_distance: distances from here on share one bucket (`relative_attention_max_distance`).
+        shared_relative_position_bias: whether all layers of a side share one table. False for UMT5.
+        scale_decoder_outputs: whether the input of the output layer is divided by sqrt(emb_dim), as in v1.0.
 
     Raises:
         InputError: as for `ModelConfig`, or a size is out of bounds.
@@ -49,8 +45,8 @@ class T5Config(ModelConfig):
         # otherwise `models.positions.relative_buckets` would divide by 0, or by a logarithm of at most 0
         if self.num_buckets < 4 or not self.num_buckets // 2 < self.max_distance <= MAX_SIZE:
             raise InputError(
-                f"relative positions: `num_buckets` must be at least 4 and `max_distance` from"
-                f" {self.num_buckets // 2 + 1} to {MAX_SIZE}, not {self.num_buckets} and {self.max_distance}"
+                f"relative positions: `num_buckets` must be at least 4 and `max_distance` must be from"
+                f" {self.num_buckets // 2 + 1} to {MAX_SIZE}; got {self.num_buckets} and {self.max_distance}"
             )
         keep(self, whole, "num_encoder_layers", "num_decoder_layers", least=1, most=MAX_LAYERS)
         _ = self.encoder  # checks the sizes

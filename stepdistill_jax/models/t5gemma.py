@@ -19,13 +19,11 @@ def gemma_side(
 ) -> Side:
     """Returns the sizes of a Gemma 2 stack (Gemma Team 2024, arXiv:2408.00118, section 2 and table 1).
 
-    The layers alternate between local and global attention, starting with a local one. In a local layer,
-    self-attention reaches only `window` tokens.
+    Layers alternate between local and global attention, starting with a local one.
 
     Args:
-        emb_dim, num_heads, num_kv_heads, head_dim, mlp_dim, num_layers: as in `Side`.
-        window: window of the local layers, in tokens.
-        **other: fields of `Side` whose values differ from those of Gemma 2.
+        window: reach of self-attention in local layers, in tokens.
+        **other: fields of `Side` that differ from Gemma 2.
     """
     windows = tuple(0 if layer % 2 else window for layer in range(num_layers))
     given: dict[str, Any] = {
@@ -59,7 +57,7 @@ class T5GemmaConfig(ModelConfig):
     Encoder and decoder have separate embeddings. A tied output layer uses the decoder's embedding.
 
     Attributes:
-        encoder, decoder: sizes and attention of the two stacks (`gemma_side`).
+        encoder, decoder: the two stacks, from `gemma_side`.
         bos_id: id that the decoder reads first.
     """
 

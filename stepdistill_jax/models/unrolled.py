@@ -1,8 +1,7 @@
-"""Rearranges the decoder's parameters into the form that a GPU reads fastest at each token.
+"""Rearranges the decoder's parameters for fast decoding on a GPU.
 
-For each token, a loop over stacked layers would copy each layer's matrices out of the stack, and concatenate
-the projections of the same input. Here this is done only once, before the first token: the stacked layers are
-split into one tree per layer, and the projections of the same input are joined into one matrix.
+At each token, a loop over stacked layers would copy each layer's matrices out of the stack and concatenate
+projections of the same input. Here, this is done once, before the first token.
 """
 
 from collections.abc import Mapping
@@ -17,15 +16,16 @@ from stepdistill_jax.models.config import ModelConfig
 def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns the parameters with `layers_0`, `layers_1`, ... instead of `layers` in the decoder.
 
-    In each layer, `self_attention` has one kernel `query_key_value` [embed, 3, joined_kv] instead of three
-    kernels. If there are fewer key/value heads than query heads, it keeps the kernel `query` and has one kernel
-    `key_value` [embed, 2, features]. `mlp` has one kernel `wi` [embed, 2, mlp] instead of `wi_0` and `wi_1`.
-    Without a gate, `wi` is [embed, 1, mlp]. The features keep an axis of their own, so a sharded kernel need
-    not be moved between devices.
+    Each layer has fewer kernels:
+
+    - `self_attention` has one kernel `query_key_value` [embed, 3, joined_kv]. If there are fewer key/value heads
+      than query heads, it keeps `query` and has one kernel `key_value` [embed, 2, features].
+    - `mlp` has one kernel `wi` [embed, 2, mlp], or [embed, 1, mlp] without a gate.
+
+    The features keep an axis of their own, so a sharded kernel need not be moved between devices.
 
     Args:
-        params: parameters of the model, unboxed, with stacked layers. The kernels may be int8.
-        config: configuration of the model.
+        params: unboxed, with stacked layers. The kernels may be int8.
     """
     decoder = dict(params["decoder"])
     layers = decoder.pop("layers")

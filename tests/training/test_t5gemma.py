@@ -51,7 +51,7 @@ def test_a_new_model_starts_with_the_bos_of_its_vocabulary(bos_id, start_id):
     assert new_model(config, None).start_id == 2  # Gemma's own
     t5 = dataclasses.replace(config, model_family="t5_v1_1")
     if bos_id:
-        with pytest.raises(InputError, match="the vocabulary has bos 3 like Gemma's"):
+        with pytest.raises(InputError, match="decoder does not use the vocabulary's bos 3"):
             new_model(t5, data)
     else:
         assert new_model(t5, data).start_id == 0

@@ -1,22 +1,20 @@
 """Attention kernels, one module for each kind of chip.
 
-Each module has two functions. `reason_against` returns the reason why the kernel does not support given
-shapes, or None. `attention` computes attention on one device, from these arguments:
+Each module has two functions. `reason_against` returns why the kernel does not support given shapes, or None.
+`attention` computes attention on one device, from these arguments:
 
     q                                 [rows, q, heads, d]
     k, v                              [rows, k, heads, d]
-    bias                              [heads, q, k] float32, added to the scores of each row; None adds nothing
+    bias                              [heads, q, k] float32, added to the scores; None adds nothing
     query_segments, key_segments      [rows, q] and [rows, k] int32; a query sees the keys of its own
-                                      segment; a key of segment 0 is never seen
+                                      segment; no query sees segment 0
     seeds                             [2, rows, heads] uint32 from `dropout_seeds`; None turns dropout off
-    causal                            whether a query sees only keys at its own and at earlier places
-    kept                              dropout keeps a weight if its draw, a random number from 0 to
-                                      `DRAWS` - 1, is below `kept`
+    causal                            whether a query sees only its own and earlier positions
+    kept                              dropout keeps a weight if its random draw (0 to `DRAWS` - 1) is below `kept`
     interpret                         whether a CPU runs the programs, for tests
 
-The result, [rows, q, heads, d] in the dtype of v, is the mean of the values that each query sees, weighted by
-the softmax of the query's scores. The dropout masks equal those of `dropout.dropout`, bit for bit. A query that
-sees no key gets 0 and contributes to no gradient.
+The result, [rows, q, heads, d] in the dtype of v, is that of `attention.attention`. A query
+that sees no key gets 0 and contributes to no gradient. The dropout masks equal those of `dropout.dropout`.
 
 In the backward passes, `slope` is the gradient of the loss with respect to this result.
 """

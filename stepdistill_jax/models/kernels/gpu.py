@@ -1,10 +1,11 @@
 """T5's attention for NVIDIA GPUs from the A100 on, in Pallas (Triton).
 
-Scores, weights, masks and random numbers are never written to main memory. The forward kernel loops over the
-keys with a running softmax (FlashAttention), and stores the logarithm of each softmax's denominator. The
-three backward kernels recompute the weights from it. The programs of a kernel run in parallel. In each backward
-kernel, a program loops over the axis over which its gradient is summed. So no program adds to the output of
-another one, and results are repeatable. There is a backward kernel for each of these gradients:
+Scores, weights, masks and random numbers are never written to main memory. The forward kernel loops over the keys
+with a running softmax (FlashAttention). It stores the logarithm of each softmax's denominator, from which the
+backward kernels recompute the weights.
+
+A program of a backward kernel loops over the axis over which its gradient is summed. So no two programs add to the
+same output, and results are repeatable:
 
     queries' gradient           a program has 128 queries of one row and head, and loops over keys
     keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries
@@ -44,7 +45,7 @@ def reason_against(
     bias: bool,
     kind: str,
 ) -> str | None:
-    """Returns the reason why the kernel does not support these shapes on this kind of GPU, or None if it does."""
+    """Returns why the kernel does not support these shapes on this kind of GPU, or None if it does."""
     del heads, bias
     if not kind.startswith("NVIDIA"):
         return f"there is no kernel for {kind}"
@@ -75,7 +76,7 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes attention on one device. The docstring of the package describes the arguments and the result."""
+    """Computes attention on one device. The package's docstring describes the arguments and the result."""
     if seeds is None:
         kept = DRAWS  # with this value, the programs draw no random numbers
     large = q.dtype != jnp.float32 and _is_hopper(traced_device().device_kind)
@@ -85,10 +86,7 @@ def attention(
 
 
 def _is_hopper(kind: str) -> bool:
-    """Returns whether matmuls read their factors from shared memory.
-
-    The result is also True for a CPU, which interprets the program.
-    """
+    """Returns whether matmuls read their factors from shared memory. A CPU, which interprets programs, counts too."""
     return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 
 
@@ -162,10 +160,9 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each array that a program sees: one row of the batch (or all rows) and one head.
+    """The part of each array that a program sees: one row (or all rows) and one head.
 
-    The head is the last axis of each grid. So programs that run at the same time usually have the same head,
-    and read its bias and keys from the cache.
+    The head is the last grid axis, so that programs that run at the same time share its cached bias and keys.
     """
 
     def __init__(self, arrays, all_rows: bool = False):

@@ -1,9 +1,8 @@
-"""The cost of a call of each attention kernel for NVIDIA GPUs, computed from the sizes of its arrays.
+"""The costs of the attention kernels for NVIDIA GPUs, computed from the sizes of their arguments.
 
-Only complete tiles are counted, so lengths are rounded up. Tiles that a causal mask hides completely are not
-counted. Tiles that a kernel skips because their queries and keys have no segment in common are counted, since
-a plan does not know the segments. Outside matmuls, a multiplication followed by an addition is one
-instruction, so it counts as one operation.
+Lengths are rounded up to complete tiles. Tiles that a causal mask hides are not counted. Tiles that a kernel skips
+because of segments are counted, since a plan does not know the segments. Outside matmuls, a fused multiplication
+and addition counts as one operation.
 """
 
 import math
@@ -27,7 +26,7 @@ _PROGRAMS = {
 
 
 def name_of(program: str, causal: bool) -> str:
-    """Returns a kernel's name. The kernel runs under this name, and its cost is registered under it."""
+    """Returns the name under which a kernel runs and its cost is registered."""
     return f"gpu_attention_{program}" + "_causal" * causal
 
 

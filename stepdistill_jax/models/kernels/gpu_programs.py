@@ -11,8 +11,7 @@ A program's references point to one row of the batch and one head:
     sums        [q]; base-2 logarithm of the denominator of each query's softmax
     dots        [q]; dot product of each query's slope and output
 
-In `bias_gradient`, all references except the bias have all rows of the batch, for example q [rows, q, d] and
-seeds [2, rows].
+In `bias_gradient`, all references except the bias have all rows, for example q [rows, q, d] and seeds [2, rows].
 """
 
 import jax
@@ -24,7 +23,7 @@ from stepdistill_jax.models.kernels import gpu_tiles as tiles
 
 
 def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref, sum_ref):
-    """Writes the output of a program's queries, and the base-2 logarithm of each softmax's denominator."""
+    """Writes a program's output, and the base-2 logarithm of each softmax's denominator."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
 
@@ -78,7 +77,7 @@ def queries_gradient(
     dq_ref,
     dot_ref,
 ):
-    """Writes the gradient of a program's queries and, for each query, the dot product of slope and output."""
+    """Writes the gradient of a program's queries, and each query's dot product of slope and output."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
     slopes = [tiles.query_rows(call, slope_ref, q.start) for q in halves]
@@ -131,8 +130,7 @@ def keys_gradient(
 ):
     """Writes the gradients of a program's keys and values.
 
-    Its tiles are [keys, queries]. With [queries, keys], the matmuls for both gradients would first have to
-    transpose a tile that the program has just computed.
+    Tiles are [keys, queries], so that no matmul has to transpose a tile that was just computed.
     """
     keys = tiles.keys(call, k_ref, k_segs, pl.program_id(0) * call.keys)
     v = tiles.key_rows(call, v_ref, keys.start)
@@ -168,7 +166,7 @@ def keys_gradient(
 def bias_gradient(
     call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, sums, dots, slope_ref, db_ref
 ):
-    """Writes the gradient of a program's part of the bias, summed over the rows of the batch."""
+    """Writes the gradient of a program's part of the bias, summed over rows."""
     # the bias is added to the scores of each row, so its gradient is the sum of the scores' gradients
     start, key = pl.program_id(1) * call.queries, pl.program_id(0) * call.keys
     rows = q_ref.shape[0]

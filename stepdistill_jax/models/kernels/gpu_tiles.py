@@ -1,8 +1,8 @@
-"""Loads, computes and stores tiles of attention for the programs of the NVIDIA kernels.
+"""Loads, computes and stores tiles of attention for the NVIDIA kernels.
 
-A program has 128 queries, in two halves of 64. The queries p and p + 64 share a random word of dropout, so the
-program computes each word only once. If there are at most 64 queries, it has a single half. Keys come in tiles
-of 64 or 32. Places after the end of an array are never read. They count as segment 0, which is padding.
+A program has 128 queries, in two halves of 64. If there are at most 64 queries, it has one half. The queries p and
+p + 64 share a random word of dropout. Keys come in tiles of 64 or 32. Places after the end of an array are never
+read and count as padding (segment 0).
 """
 
 import dataclasses
@@ -27,10 +27,12 @@ _EVERY = 2**30  # greater than any segment
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The values that are fixed when a kernel is compiled.
+    """The constants of a compiled kernel.
 
-    `causal`, `kept` and `interpret` are described in the package's docstring. `q_len` and `k_len` are the numbers
-    of queries and keys of a row, and `keys` is the number of keys of a tile.
+    Attributes:
+        causal, kept, interpret: see the package's docstring.
+        q_len, k_len: number of queries and keys of a row.
+        keys: number of keys of a tile.
     """
 
     causal: bool
@@ -42,7 +44,7 @@ class Call:
 
     @property
     def halves(self) -> int:
-        """Number of halves of a program, 1 or 2. A half has 64 queries."""
+        """Number of a program's halves of 64 queries: 1 or 2."""
         return 1 if self.q_len <= HALF else 2
 
     @property
@@ -62,7 +64,7 @@ class Call:
 
     @property
     def tiles(self) -> int:
-        """Number of pairs (a program's queries, a tile of keys) that are computed for one row and head."""
+        """Number of computed tiles (a program's queries by `keys` keys) of one row and head."""
         if not self.causal:
             return self.query_programs * self.key_tiles
         # program i reads keys up to its last query. With 256 queries, 256 keys and tiles of 64 keys, the two
@@ -73,14 +75,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Consecutive queries or keys of a row.
-
-    Attributes:
-        start: place of the first of them in the row.
-        x: the queries or keys, [n, d].
-        segments: their segments, [n] int32.
-        places: their places in the row, [n] int32.
-    """
+    """Queries or keys x [n, d] of a row, from `start` on, with their segments [n] and places [n] int32."""
 
     start: jax.Array
     x: jax.Array
@@ -89,9 +84,9 @@ class _Tile:
 
 
 def queries(call, q_ref, segments, start, *row):
-    """Loads the halves of a program's queries, which start at place `start`.
+    """Loads the halves of a program's queries, which begin at place `start`.
 
-    If the references have all rows of the batch, `row` is the index of the row to load.
+    `row` is the index of a row, if the references have all rows of the batch.
     """
     starts = [start + half * HALF for half in range(call.halves)]
     return [
@@ -113,9 +108,9 @@ def keys(call, k_ref, segments, start, *row):
 
 
 def scores(call, queries, keys, bias_ref, *, keys_first=False):
-    """Returns the scores of a tile. If a query does not see a key, the score of the pair is `_HIDDEN`.
+    """Returns the scores of a tile, [queries, keys], or [keys, queries] if `keys_first`.
 
-    The shape is [queries, keys], or [keys, queries] if `keys_first`.
+    The score is `_HIDDEN` where a query does not see a key.
     """
     first, second = (keys, queries) if keys_first else (queries, keys)
     scores = dot(call, first.x, second.x.T)
@@ -132,10 +127,9 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 
 
 def words(call, seeds, queries, keys, *row, keys_first=False):
-    """Returns a random word for each pair of a key and a query of the first half, or None without dropout.
+    """Returns a random word for each key and query of the first half, or None without dropout.
 
-    The low 16 bits of a word are the draw for a query of the first half, and the high 16 bits are the draw for
-    the query at the same place of the second half.
+    The low 16 bits are the draw for this query. The high 16 bits are the draw for the query 64 places later.
     """
     if call.kept == DRAWS:
         return None
@@ -146,7 +140,7 @@ def words(call, seeds, queries, keys, *row, keys_first=False):
 
 
 def weights(scores, top):
-    """Returns e^score / 2^top, computed as a power of 2: one fused multiply-add and one `exp2` on a GPU."""
+    """Returns e^score / 2^top as a power of 2, with one fused multiply-add and one `exp2` on a GPU."""
     return jnp.exp2(scores * LOG2_E - top)
 
 
@@ -154,7 +148,6 @@ def dropped(call, x, words, half):
     """Returns `x` with the elements that dropout drops set to 0. The others are not scaled up.
 
     Args:
-        call: the constants of the kernel.
         x: a tile of one half of the queries.
         words: the random words from `words`; None returns `x` unchanged.
         half: index of the half, 0 or 1.
@@ -169,12 +162,9 @@ def softmax_gradient(call, weight, of_weights, dot, words, half):
     """Returns the gradient of the scores of a tile.
 
     Args:
-        call: the constants of the kernel.
         weight: softmax weights, before dropout.
-        of_weights: gradient of the weights after dropout: for each query and key, the dot product of the
-            gradient of the query's output (`slope`) and the key's value.
-        dot: for each query, the dot product of its output and the gradient of its output, broadcast over the
-            keys.
+        of_weights: gradient of the weights after dropout: for each query and key, `slope` . value.
+        dot: for each query, `slope` . output, broadcast over the keys.
         words, half: as in `dropped`.
     """
     # y = softmax(s), z = m y, where m is 0 or dropout's scale:  ds = y (m dz - sum over keys of y m dz)
@@ -203,12 +193,10 @@ def query_tiles(call, keys, segments):
 def _span(own, others, tile):
     """Returns the range (first, end) of the tiles of `others` in which a segment of `own` may occur.
 
-    Only the smallest and the largest segment of `own` are compared with those of `others`. So the range has
-    more tiles than necessary if the segments of a row are not in ascending order.
+    Only the smallest and the largest segment of `own` are compared, so unordered segments give a longer range.
 
-    Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3), which
-    are the places 2 to 5. If no segment of `own` occurs, `first` is not below `end`, so a loop over the range is
-    empty.
+    Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3), the
+    places 2 to 5. If no segment of `own` occurs, a loop over the range is empty.
     """
     # if `own` has only padding, `low` stays _EVERY and `high` 0, so no segment is in between
     low, high = jnp.int32(_EVERY), jnp.int32(0)
@@ -223,7 +211,7 @@ def _span(own, others, tile):
 
 
 def _pair(queries, keys, keys_first):
-    """Returns both vectors with one more axis, so that they broadcast to the shape of a tile."""
+    """Adds an axis to both vectors, so that they broadcast to the shape of a tile."""
     if keys_first:
         return queries[None, :], keys[:, None]
     return queries[:, None], keys[None, :]
@@ -234,23 +222,23 @@ def _places(start, count):
 
 
 def _whole(ref, length):
-    """Loads all of ref [length] and pads it with zeros to a power of 2, since Triton allows no other shape."""
+    """Loads ref [length] and pads it with zeros to a power of 2, since Triton allows no other shape."""
     count = pl.next_power_of_2(length)
     return _vector(ref, 0, count, length, count, 0)
 
 
 def query_rows(call, ref, start, *row):
-    """Loads the 64 rows of ref [*row, q, d] that begin at `start`, and returns them as [64, d]."""
+    """Loads the 64 rows of ref [*row, q, d] from `start` on, as [64, d]."""
     return _rows(ref, start, HALF, call.q_len, call.queries, *row)
 
 
 def key_rows(call, ref, start, *row):
-    """Loads from ref [*row, k, d] the tile of keys that begins at `start`, and returns it as [keys, d]."""
+    """Loads the tile of keys of ref [*row, k, d] from `start` on, as [keys, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
 def query_vector(call, ref, start, other, *row):
-    """Loads the 64 elements of ref [*row, q] that begin at `start`. Places after the end get the value `other`."""
+    """Loads the 64 elements of ref [*row, q] from `start` on, with `other` after the end of ref."""
     return _vector(ref, start, HALF, call.q_len, call.queries, other, *row)
 
 
@@ -269,22 +257,21 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """Returns whether each of `count` places from `start` on lies inside an array of `length` places, [count] bool.
+    """Returns which of `count` places from `start` on lie inside an array of `length` places, [count] bool.
 
-    If `step`, the number of places of a program, divides `length`, no place lies beyond the end, and the result
-    is None.
+    None means all, since `step`, the number of places of a program, divides `length`.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length
 
 
 def store_queries(call, ref, x, tile):
-    """Writes x, [64] or [64, d], to the place of `tile` in ref, [q] or [q, d]."""
+    """Writes x, [64] or [64, d], to `tile`'s place in ref, [q] or [q, d]."""
     _store(ref, x, tile, _inside(tile.start, HALF, call.q_len, call.queries))
 
 
 def store_keys(call, ref, x, tile):
-    """Writes x [keys, d] to the place of `tile` in ref [k, d]."""
+    """Writes x [keys, d] to `tile`'s place in ref [k, d]."""
     _store(ref, x, tile, _inside(tile.start, call.keys, call.k_len, call.keys))
 
 
@@ -296,21 +283,21 @@ def _store(ref, x, tile, inside):
 
 
 def _bias(call, ref, query, key):
-    """Loads from ref [q, k] the bias between 64 queries and a tile of keys, and returns it as [64, keys]."""
+    """Loads from ref [q, k] the bias of 64 queries and a tile of keys, as [64, keys]."""
     at, mask = _bias_tile(call, ref, query, key)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
 
 
 def store_bias(call, ref, query, key, x):
-    """Writes x [64, keys] into ref [q, k], at the place (query, key)."""
+    """Writes x [64, keys] to the place (query, key) of ref [q, k]."""
     at, mask = _bias_tile(call, ref, query, key)
     plgpu.store(at, x, mask=mask)
 
 
 def _bias_tile(call, ref, query, key):
-    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask [64, keys].
+    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask of the places inside ref.
 
-    The mask is true at the places that lie inside the array. It is None if no tile reaches beyond the end of the array.
+    The mask is [64, keys] bool, or None if no tile reaches beyond the end of ref.
     """
     at = ref.at[pl.ds(query, HALF), pl.ds(key, call.keys)]
     if call.q_len % call.queries == 0 and call.k_len % call.keys == 0:
@@ -322,9 +309,8 @@ def _bias_tile(call, ref, query, key):
 def dot(call, x, y):
     """Returns the matmul of x and y, summed in float32.
 
-    If the factors are float32, the result has float32's precision: each factor is split into a sum of two TF32
-    factors, and three TF32 matmuls are added. A GPU computes these three twice as fast as one exact matmul, and
-    Triton's exact matmul spills kilobytes of registers.
+    Float32 factors are split into two TF32 factors each. Three TF32 matmuls have float32's precision, in half the
+    time of an exact one.
     """
     precision = precision_of(x.dtype)
     if precision is not None and not call.interpret:

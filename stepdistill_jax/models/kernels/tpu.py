@@ -1,9 +1,8 @@
 """T5's attention for TPUs from v5e on, in Pallas.
 
-Scores, weights, masks and random words stay in the chip's vector memory. At T5's lengths, all queries and
-keys of a row fit into it as well. The grid is (pair of heads, row of the batch), and rows are the inner loop.
-So the bias of a pair of heads is fetched once, and its gradient is summed over rows on the chip. The programs
-are in `tpu_programs`.
+Scores, weights, masks and random words stay in the chip's vector memory. At T5's lengths, so do all queries and
+keys of a row. The grid is (pair of heads, row of the batch), and rows are the inner loop. So the bias of a pair of
+heads is fetched once, and its gradient is summed over rows on the chip.
 """
 
 import functools
@@ -37,7 +36,7 @@ def reason_against(
     bias: bool,
     kind: str,
 ) -> str | None:
-    """Returns the reason why the kernel does not support these shapes, or None if it does."""
+    """Returns why the kernel does not support these shapes, or None if it does."""
     del heads, kind  # on a chip with less memory, the test at the start of a run fails to compile
     dtype = jnp.dtype(dtype)
     if 2 * head_dim % _LANES:
@@ -47,7 +46,7 @@ def reason_against(
     padded = _up(q_len, QUERIES), _up(k_len, _LANES)
     need = _memory(*padded, head_dim, dtype.itemsize, bias=bias)
     if need > _MEMORY:
-        return f"lengths {q_len}, {k_len} need {-(-need >> 20)} MiB of the chip's {_MEMORY >> 20}"
+        return f"lengths {q_len}, {k_len} need {-(-need >> 20)} MiB, above the limit of {_MEMORY >> 20} MiB"
     return None
 
 
@@ -64,7 +63,7 @@ def attention(
     kept: int,
     interpret: bool = False,
 ) -> jax.Array:
-    """Computes attention on one device. The docstring of the package describes the arguments and the result."""
+    """Computes attention on one device. The package's docstring describes the arguments and the result."""
     queries, heads, width = q.shape[1:]
     # 500 queries get 12 more, and 114 keys 14: the next multiples of 128
     more_queries, more_keys = -queries % QUERIES, -k.shape[1] % _LANES
@@ -99,7 +98,7 @@ def attention(
 
 
 def _bias_columns(bias):
-    """Arranges a bias [heads, q, k] in the order of the columns of `tpu_programs`: [pairs, rounds, k, 256]."""
+    """Arranges a bias [heads, q, k] in the column order of `tpu_programs`, [pairs, rounds, k, 256]."""
     heads, queries, keys = bias.shape
     # (pair, head of the pair, round, half, query of the half, key)
     # -> (pair, round, key, half, head of the pair, query of the half); the last three are the column
@@ -108,7 +107,7 @@ def _bias_columns(bias):
 
 
 def _segment_columns(segments):
-    """Repeats segments [rows, q] for both heads of a pair, in the order of the columns: [rows, rounds, 256]."""
+    """Repeats segments [rows, q] for both heads of a pair, in column order, [rows, rounds, 256]."""
     # (row, round, half, head of the pair, query of the half)
     halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)
     both = jnp.broadcast_to(halves, (*halves.shape[:3], 2, HALF))

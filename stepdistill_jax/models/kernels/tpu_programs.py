@@ -1,21 +1,21 @@
 """The programs of the attention kernels for TPUs.
 
-In an array of scores, keys are rows and queries are columns. So a sum over keys adds whole rows to each
-other, and its result, one value for each query, is a single row. A program has one row of the batch and two
-heads. In each round of its loop, it processes 128 queries as 256 columns:
+In an array of scores, keys are rows and queries are columns. So a sum over keys adds whole rows, and its result is
+one row. A program has one row of the batch and two heads. In each round of its loop, it processes 128 queries as
+256 columns:
 
     column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
     head          first       second        first       second
 
-So the left half and the right half of the columns use the same random words, since the two draws of a word
-belong to the positions p and p + 64. `_per_head` gives each head separate rows, with zeros in place of the
-other head's features, so that one matmul computes the scores of both heads:
+The left and the right half of the columns use the same random words, since the positions p and p + 64 share a word.
+`_per_head` gives each head separate rows, with zeros for the other head's features, so that one matmul computes the
+scores of both heads:
 
     k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
 
-In the backward program, `slope` is the gradient of the loss with respect to the output, and a name such as
-`q_slope` means the gradient of q.
+In the backward program, `slope` is the gradient of the loss with respect to the output, and `q_slope` that with
+respect to q.
 """
 
 import math
@@ -42,13 +42,11 @@ _PLAIN, _BY_ROWS = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))  # x y, x 
 
 
 class Call(NamedTuple):
-    """The values that all programs of a kernel share.
+    """The constants of a kernel.
 
     Attributes:
         width: number of features of a head.
-        causal: whether a query sees only keys at its own and at earlier places.
-        kept: dropout keeps a weight if its draw, a random number from 0 to `DRAWS` - 1, is below `kept`.
-        interpret: whether a CPU runs the programs.
+        causal, kept, interpret: see the package's docstring.
     """
 
     width: int
@@ -60,16 +58,15 @@ class Call(NamedTuple):
 def forward(
     call: Call, seeds, q, k, v, bias, q_segments, k_segments, out, log_sums, columns, turned
 ):
-    """Writes the output of all queries and, for each query, the logarithm of the sum of its exponentials.
+    """Writes each query's output, and the logarithm of the sum of its exponentials.
 
     Args:
-        call: the values that all programs share.
         seeds: seeds of dropout, [1, 2, heads], or None.
         q, out: queries and output, [1, queries, 2 d].
-        k, v: keys and values, [1, keys, 2 d].
-        bias: bias in the order of the columns, [1, rounds, keys, 256], or None.
-        q_segments: segments of the queries, [1, rounds, 256].
-        k_segments: segments of the keys, [1, 1, keys].
+        k, v: [1, keys, 2 d].
+        bias: in column order, [1, rounds, keys, 256], or None.
+        q_segments: [1, rounds, 256].
+        k_segments: [1, 1, keys].
         log_sums: logarithms of the sums, [1, 1, rounds, 256].
         columns: scratch memory for `k_segments` as a column, repeated 128 times, [keys, 128].
         turned: scratch memory for the transposed values, [2 d, keys].
@@ -109,12 +106,12 @@ def backward(
 
         w (m g - sum over keys of w m g),
 
-    where the sum equals out . slope. The code computes this gradient as s w (g' - out . slope / s), where g' is g
-    if dropout keeps the weight, and 0 otherwise.
+    where the sum equals out . slope. The code computes s w (g' - out . slope / s), where g' is g if dropout keeps
+    the weight, and 0 otherwise.
 
     Args:
         slope: gradient of `out`.
-        q_slope, k_slope, v_slope, bias_slope: gradients of q, k, v and the bias, in the shapes of these arrays.
+        q_slope, k_slope, v_slope, bias_slope: gradients in the shapes of q, k, v and bias.
         turned: scratch memory for the transposed keys, [2 d, keys].
         k_sum, v_sum: scratch memory for the sums of the gradients of k and v, [keys, 2 d] float32.
         others: as in `forward`.
@@ -159,7 +156,7 @@ def backward(
 
 
 def _each(q, some: Callable) -> None:
-    """Calls `some(i, None)` for each round i. In a round, a program processes 128 queries."""
+    """Calls `some(i, None)` for each round i of 128 queries."""
     rounds = q.shape[1] // QUERIES
     unroll = rounds if rounds <= _UNROLLED else 1
     jax.lax.fori_loop(0, rounds, some, None, unroll=unroll)
@@ -186,7 +183,7 @@ def _scores(call, i, k, queries, bias, q_segments, columns):
 
 
 def _seeds(seeds):
-    """Returns the two seeds for each column of a half, each [1, 128] uint32, or None without dropout."""
+    """Returns two seeds for each column of a half, each [1, 128] uint32, or None without dropout."""
     if seeds is None:
         return None
     head = 2 * pl.program_id(0)
@@ -210,10 +207,9 @@ def _keep(call, i, seeds, keys):
 
 
 def _per_head(call, x):
-    """Separates the two heads of x, [128, 2 d] -> [256, 2 d].
+    """Separates the two heads of x, [128, 2 d] -> [256, 2 d], with zeros in place of the other head.
 
-    The rows of the result are ordered by (half, head, query). A row has the features of its own head, and zeros
-    in place of those of the other head.
+    The rows of the result are ordered by (half, head, query).
     """
     wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
@@ -223,10 +219,7 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Joins the two heads again, [2 d, 256] -> [128, 2 d]: the reverse of `_per_head`.
-
-    Each column of x belongs to a query and a head, and only the features of this head are used.
-    """
+    """Reverses `_per_head`, [2 d, 256] -> [128, 2 d], with only the features of each column's own head."""
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
     blocks = [x[i : i + HALF] for i in range(0, COLUMNS, HALF)]
@@ -236,9 +229,7 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    `combine`, an addition or a maximum, first merges the upper and the lower half of the rows, several times.
-    These operations are independent for each pair of rows, so none has to wait for another. Then `reduce`
-    reduces the rows that are left.
+    `combine` first merges pairs of rows, which need not wait for each other. `reduce` reduces the remaining rows.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
