@@ -1,4 +1,4 @@
-"""Turns a user's function into a SeqIO source, and checks sources, describes them, and computes their digests."""
+"""Makes SeqIO sources of users' functions, and checks, describes and fingerprints sources."""
 
 import contextlib
 import functools
@@ -29,8 +29,7 @@ class RowsOfFunction:
     def __init__(self, task: str, rows: Rows, more: Sequence[str] = ()):
         """Wraps the function `rows` of the task named `task`.
 
-        `more` are the names of further fields that each row must have. The values of these fields may be
-        empty.
+        `more` are the names of further fields that each row must have; their values may be empty.
         """
         self.task, self.rows, self.more = task, rows, tuple(more)
         # kept for `named_errors`, since TensorFlow hides the function's own error in a trace
@@ -57,9 +56,9 @@ class RowsOfFunction:
             yield {name: [row[name] for row in several] for name in several[0]}
 
     def digest(self, split: str) -> dict[str, Any]:
-        """Returns the count and the digest of the rows, {"rows": count, "sha256": hex digest}.
+        """Returns {"rows": count of rows, "sha256": hex digest}.
 
-        The rows are read without TensorFlow. With TensorFlow, reading would take 100 times as long.
+        The rows are read without TensorFlow, which would take 100 times as long.
 
         Raises:
             InputError: the function fails, or a row is malformed.
