@@ -1,4 +1,4 @@
-"""Writes the files of a token store. Only one group of examples is in memory at a time."""
+"""Writes the files of a token store, with one group of examples in memory at a time."""
 
 import contextlib
 import itertools
@@ -20,14 +20,14 @@ AT_ONCE = 1024  # number of examples in memory
 
 
 def file_name(objective: int, feature: str, what: str) -> str:
-    """Returns the name of a feature's file. `what` is `ids` or `offsets`. `objective` is an index from 0."""
+    """Returns the name of a feature's file. `what` is `ids` or `offsets`; `objective` is an index from 0."""
     return f"{objective + 1}-{feature}.{what}"
 
 
 def write_files(
     folder: pathlib.Path, num_objectives: int, examples: Iterable["TokenExample"]
 ) -> tuple[int, dict[str, int]]:
-    """Writes examples to disk one group after the other.
+    """Writes examples to disk.
 
     Returns:
         (number of examples, {name of a file of ids: largest id in it}).

@@ -1,9 +1,9 @@
 """Stores token ids on disk, once for each dataset, split and vocabulary, without TensorFlow.
 
 A store is a folder. Each feature of each objective has two files. The file `ids` contains all rows, one after
-the other. The file `offsets`, [examples + 1] int64, tells where rows begin: row i is
-`ids[offsets[i] : offsets[i + 1]]`. The files `weights`, `labels.jsonl` and `row_ids` have one entry for each
-example. The file `manifest.json` contains digests.
+the other. The file `offsets` is [examples + 1] int64, and row i is `ids[offsets[i] : offsets[i + 1]]`. The
+files `weights`, `labels.jsonl` and `row_ids` have one entry for each example. The file `manifest.json` contains
+digests.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ class TokenRows:
     absent target) and [7, 1].
 
     Attributes:
-        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows are not truncated and include their end
-            of sequence.
-        starts: place in `ids` of each row's first id, [examples] int64.
-        ends: place in `ids` after each row's last id, [examples] int64.
+        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows include the end of sequence, and are not
+            truncated.
+        starts: index in `ids` of each row's first id, [examples] int64.
+        ends: index in `ids` after each row's last id, [examples] int64.
         known_max_id: largest id, or None if it is not known.
     """
 
