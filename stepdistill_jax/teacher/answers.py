@@ -31,8 +31,7 @@ class Answer:
     Attributes:
         text: the raw text.
         finish_reason: why the answer ended, as the server reports it: `stop`, `length`, ...
-        prompt_tokens, completion_tokens: numbers of tokens that the server reports; estimates if the
-            server reports none.
+        prompt_tokens, completion_tokens: token counts of the server, or estimates if it reports none.
         time: time of arrival in UTC, in the format of ISO 8601.
         parameters: fields of the request other than the model and the messages.
     """
@@ -73,15 +72,14 @@ def metric_name(task: str) -> str:
 def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = False) -> Reading:
     """Reads the rationale and label of an answer according to the rules of its task.
 
-    Example: for the task `anli`, the answer "Rome is in Italy. So the answer is entailment." has the
-    rationale "Rome is in Italy." and the label "entailment".
+    Example: for the task `anli`, the answer "Rome is in Italy. So the answer is entailment." has the rationale
+    "Rome is in Italy." and the label "entailment".
 
     Args:
         task: one of `prompts.TASKS`.
         answer: the teacher's answer. Everything up to `</think>` in its text is ignored.
         row: the question.
-        label_given: whether the prompt contained the gold label. An answer with another label is then
-            unusable.
+        label_given: whether the prompt contained the gold label. Then an answer with another label is unusable.
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)
