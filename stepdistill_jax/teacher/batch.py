@@ -36,13 +36,13 @@ def write_batch(
         prompting: prompts and parameters of the requests.
         input: path of the file of questions.
         cache: cache of answers.
-        path: path of the first file of requests. If the requests do not all fit into one file, further
-            files follow, with the numbers 2, 3, ... in their names (`numbered`).
+        path: path of the first file of requests. Requests that do not fit go into further files (`numbered`).
         inputs: files that must not be overwritten, as in `check_outputs`.
 
     Returns:
-        `rows` (the number of questions), `requests` (the number of requests) and `files` (the paths of
-        the files written).
+        `rows`: number of questions.
+        `requests`: number of requests.
+        `files`: paths of the files written.
     """
     estimate = Estimate()
     rows = check_questions(
@@ -70,7 +70,7 @@ def write_batch(
 
 
 def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
-    """Returns the path of the file with this index, counted from 1: `requests.jsonl`, `requests-2.jsonl`, ..."""
+    """Returns the path of file `number`, counted from 1: `requests.jsonl`, `requests-2.jsonl`, ..."""
     return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
@@ -90,7 +90,7 @@ def read_batch(
     """Reads the results of a batch, and saves the usable answers in the cache.
 
     Args:
-        prompting: prompts and parameters of the requests. They must be the same as when the requests were
+        prompting: prompts and parameters of the requests. They must not have changed since the requests were
             written, since the keys of answers depend on them.
         input: path of the file of questions.
         cache: cache for the answers.
@@ -100,8 +100,8 @@ def read_batch(
         `results`: number of results in the files.
         `failed`: number of results without an answer.
         `kept`: number of usable answers that this call saved in the cache.
-        `other`: number of results whose question is not in the input, or whose answer was already in the
-        cache.
+        `other`: number of results that this call skipped: the question is not in the input, or the cache
+            already has an answer.
         `defects`: {defect: number of answers}.
     """
     failed: list[str] = []
@@ -141,7 +141,7 @@ def _results(path: str, prompting: Prompting, failed: list[str]) -> Iterator[tup
         response, key = row.get("response") or {}, row.get("custom_id")
         if not isinstance(key, str) or "response" not in row:
             raise InputError(
-                f"{where}: not a result of a batch: it needs `custom_id` and `response`, but has"
+                f"{where}: expected a result of a batch, with `custom_id` and `response`, got"
                 f" {JsonRow(row, where).names}"
             )
         try:

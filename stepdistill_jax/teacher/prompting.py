@@ -22,8 +22,7 @@ class Prompting:
         settings: settings of the run.
         prompter: object that writes the prompts.
         parameters: additional fields of each request.
-        identity: fingerprint of a local teacher's files, which distinguishes this teacher from others
-            with the same name; None for a server.
+        identity: `fingerprint` of a local teacher's files, part of each key; None for a server.
     """
 
     settings: Settings
