@@ -9,7 +9,7 @@ from stepdistill_jax.data.rows import UniqueIds, read_example, read_rows
 
 ASKED = {"input": ""}  # every row needs these fields
 LABEL_GIVEN = ASKED | {
-    "label": "; `label_given` explains known labels: leave out the row or the option"
+    "label": "; `label_given` needs a label in every row: leave out the row or the option"
 }
 
 
@@ -48,8 +48,8 @@ def check_questions(
     A run reads the complete file with this function before it pays for the first answer.
 
     Raises:
-        InputError: a row is bad (see `read_questions`), an id is repeated, or `label_given` is set and a
-            row has no label.
+        InputError: a row is bad (see `read_questions`), an id is repeated, or a row lacks the label that
+            `label_given` needs.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())
