@@ -55,21 +55,19 @@ def load_task(
 
     Args:
         task: name of a prepared dataset, of a task of `add_task`, or of a SeqIO task or mixture.
-        split: name of the split, such as `train`.
         objectives: name of an arm, or a list of objectives. Plain tasks use only the names and weights.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets and token stores; None means the default folder.
         task_module: module that registers the task. It is imported first.
-        supervision: selects label and rationales. None keeps each row unchanged, even a row without a label.
-        task_objectives: {name of a plain task of the mixture: name of its objective}, or `single`, which trains
-            all tasks of the mixture as one objective.
-        share: pair (share of the rows, the run's seed). It selects rows of train and validation, as in the
-            published code, from a dataset prepared with `paper_exact`. Other datasets are read completely.
+        supervision: None keeps each row unchanged, even a row without a label.
+        task_objectives: {name of a plain task: name of its objective}, or `single`, one objective for all
+            tasks.
+        share: (share of the rows, the run's seed). Only `paper_exact` datasets use it, for train and
+            validation.
 
     Raises:
         InputError: the task or split is unknown or cannot be read, a task of a mixture has no known objective,
-            the vocabulary of a plain task differs from `vocabulary`, or the rows lack fields that `supervision`
-            needs.
+            vocabularies differ, or the rows lack fields that `supervision` needs.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)

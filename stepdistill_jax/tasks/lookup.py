@@ -28,7 +28,7 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
     """Returns a `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
 
     A registered task takes precedence over a prepared dataset of the same name. A dataset of
-    `register_prepared` is returned as a `PreparedDataset`, whose rows are read without SeqIO.
+    `register_prepared` is returned as a `PreparedDataset`.
 
     Raises:
         InputError: the task is unknown, or its source cannot be read (see `check_source`).
@@ -64,9 +64,7 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
 def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
     """Imports a user's module, which may be installed or in the current folder.
 
-    Args:
-        name: dotted name of the module.
-        data_dir: data folder for a call of `register_prepared()` in the module; None means the default folder.
+    `data_dir` is the default data folder of `register_prepared()` during the import.
 
     Raises:
         InputError: the module does not exist, or its import fails.
@@ -114,7 +112,7 @@ def search_current_folder() -> None:
 def module_digest(name: str | None) -> str | None:
     """Returns a digest of a task module's file, or None if there is no such file.
 
-    The digest is part of a token store's key, so editing the module causes a new tokenisation.
+    The digest is part of a token store's key, so a task is tokenised again after an edit of its module.
     """
     path = getattr(sys.modules.get(name or ""), "__file__", None)
     return sha256(path) if path else None

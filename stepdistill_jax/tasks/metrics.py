@@ -21,7 +21,7 @@ class TaskMetrics:
     """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
 
     SeqIO calls the task's `postprocess_fn` for targets and answers, with the row as the argument `example`.
-    Only process 0 reads the rows.
+    Only process 0 reads rows.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.
@@ -80,8 +80,8 @@ class TaskMetrics:
 
         Args:
             answers: predicted ids for each of the part's `labelled_inputs`.
-            scores: natural log of each answer's probability, [rows]. A metric of `(targets, predictions,
-                aux_values)` gets the scores as `aux_values["scores"]`.
+            scores: natural log of each answer's probability, [rows]. A metric gets them as
+                `aux_values["scores"]`.
             target_scores: natural log of the probability of each target in `targets`, [rows]. Required if
                 `reads_target_scores` is true.
 
@@ -112,7 +112,6 @@ class TaskMetrics:
         return found
 
     def _values(self, metric: Any, outputs: Mapping[Any, Any], where: str) -> dict[str, float]:
-        """Returns the values of one metric by name."""
         from seqio.metrics import CollectingMetric, MetricValue, Scalar
 
         rows, field = self._rows, f"{self._prefix}targets"

@@ -18,8 +18,8 @@ class Group:
     """Tasks of a mixture whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset or, for plain tasks, of the task with the run's first objective. If no task
-            has this objective, name of the first task.
+        name: name of the dataset or, for plain tasks, of the task with the run's first objective, or else of
+            the first task.
         tasks: the `seqio.Task`s.
         objectives: name of each task's objective.
         rate: rate at which examples are drawn, relative to other groups.
@@ -49,7 +49,6 @@ def groups_of(
     forms its own group. Plain tasks are grouped by the same rule, separately for each inner mixture.
 
     Args:
-        mixture: the mixture to load.
         objectives: names of a run's objectives.
         task_objectives: {name of a plain task: name of its objective}, or `single`.
 

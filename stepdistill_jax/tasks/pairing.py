@@ -33,7 +33,7 @@ def paired(stores: Sequence[TokenStore]) -> TokenStore:
     label texts. Token ids are not copied.
 
     For example, a store with the row ids a and b and another store with the row ids b and c give the examples
-    a, b and c. Example a has no row from the second store, and example c has no row from the first store.
+    a, b and c. Example a has no row from the second store, and example c has no row from the first.
     """
     # ids are 8-byte hashes of the texts, so sorting and searching need no strings
     row_ids = [np.asarray(store.row_ids) for store in stores]

@@ -53,7 +53,6 @@ def common_vocabulary(
 
     Args:
         name: name of the task or mixture, for messages.
-        tasks: the plain tasks.
         given: vocabulary of `init_from`, or None. It must have the same pieces as the tasks' vocabularies.
         folder: folder of prepared datasets and token stores.
 

@@ -27,11 +27,10 @@ class PreparedRows:
     rationales needs SeqIO instead (`can_read`), except for `paper_exact` datasets.
 
     Attributes:
-        dataset, split: a prepared dataset and the name of its split.
         objectives: the objectives to tokenise. Each example has a row for each objective.
         vocabulary: vocabulary of inputs and targets.
         supervision: supervision of the rows; None keeps every row unchanged.
-        share: pair (share of the rows, seed of the draw). Only `paper_exact` datasets use it.
+        share: (share of the rows, seed of the draw). Only `paper_exact` datasets use it.
     """
 
     dataset: PreparedDataset

@@ -39,7 +39,6 @@ class Registration:
         dataset: the dataset, as it was at the time of registration.
         vocabulary: path of a `spiece.model`, or `bytes`.
         tasks: {name of an objective: its `seqio.Task`}.
-        mixture: the `seqio.Mixture`.
     """
 
     dataset: PreparedDataset
@@ -58,22 +57,21 @@ def register_prepared(
 
     Afterwards, `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture of two
     datasets. A task has the splits in which at least one row has the task's target. The tasks of a changed
-    dataset are replaced. Datasets prepared with `paper_exact` are skipped, since SeqIO cannot make their token
-    ids. Without `vocabulary`, datasets without a train split are skipped as well, since they have no
-    vocabulary.
+    dataset are replaced. The call skips `paper_exact` datasets, whose token ids SeqIO cannot make, and datasets
+    without a vocabulary.
 
     Args:
         data_dir: folder of prepared datasets. None means the data folder of the command that imports the
             calling module, or else the default folder.
-        vocabulary: path of a `spiece.model`, or `bytes`, for all tasks. None means each dataset's own
-            vocabulary. SeqIO reads a mixture only if all its tasks have the same vocabulary.
+        vocabulary: path of a `spiece.model`, or `bytes`, for all tasks. None means each dataset's own, which a
+            dataset without a train split lacks. SeqIO reads a mixture only if all its tasks have the same
+            vocabulary.
 
     Returns:
         Names of the registered datasets.
 
     Raises:
-        InputError: SeqIO already has a different task or mixture with one of these names, or a dataset or the
-            vocabulary is damaged.
+        InputError: a name is taken by another task or mixture, or a dataset or the vocabulary is damaged.
     """
     tensorflow()
     folder = data_folder(_IMPORTING_FOR.get() if data_dir is None else data_dir)
@@ -111,7 +109,7 @@ def registered_dataset(name: str) -> PreparedDataset | None:
 
 @contextlib.contextmanager
 def importing_for(data_dir: pathlib.Path | None) -> Iterator[None]:
-    """A context that sets the default data folder of `register_prepared()` while a user's module is imported."""
+    """A context that sets the default `data_dir` of `register_prepared` while a user's module is imported."""
     token = _IMPORTING_FOR.set(data_dir)
     try:
         yield
@@ -198,7 +196,7 @@ def _remove(registration: Registration) -> None:
 
 
 def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> bool:
-    """Returns whether at least one row of the split has a target for the objective.
+    """Returns whether any row of the split has a target.
 
     A task without rows would end a mixture as soon as SeqIO draws from the task.
     """

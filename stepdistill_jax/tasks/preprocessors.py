@@ -27,9 +27,7 @@ def render(
     (`Objective.is_plain`), the gold label is added as the feature `LABEL_TEXT`.
 
     Args:
-        dataset: a `tf.data.Dataset` of examples.
-        task: name of the task, for messages.
-        source: description of the source, for messages.
+        task, source: name of the task and description of its source, for messages.
         objectives: {prefix of the features: objective}.
         variants: {prefix of the features: index of the rationale to use} (see `tasks.supervision.choose`). The
             default index is 0, the field `rationale`.

@@ -48,7 +48,6 @@ class TaskSpec:
         name: name of the mixture. Its tasks have the names NAME_OBJECTIVE.
         source: a `seqio.DataSource`.
         preprocessors: SeqIO preprocessors that convert rows to the fields input, label, ...
-        objectives: objectives of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
         metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
         function: the user's metric of `(targets, predictions)` or `(targets, scores)`, or None.
@@ -65,12 +64,7 @@ class TaskSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Tag:
-    """The dataset and objective of a registered SeqIO task.
-
-    Attributes:
-        dataset: name of the dataset and of its mixture.
-        objective: name of the objective.
-    """
+    """The names of a registered SeqIO task's dataset and objective."""
 
     dataset: str
     objective: str
@@ -99,15 +93,14 @@ def add_task(
         name: name of the mixture.
         source: a function that takes the name of a split and returns its rows, a dict {name of a split: list of
             its rows}, a list (the rows of `train`), or a `seqio.DataSource`. A row is a dict with `input`,
-            `label` and optionally `rationale`, `llm_label`, `weight`, and further text fields that `objectives`
-            name.
-        splits: names of the splits. Required for a function, and not allowed otherwise.
+            `label` and optionally `rationale`, `llm_label`, `weight`, and text fields that `objectives` name.
+        splits: names of the splits, only for a function.
         objectives: name of an arm, or a list of objectives. Each objective becomes a task. The targets lack the
             objective's `decoder_prefix`, which is added in training.
         vocabulary: path of a `spiece.model`, or `bytes`. The vocabulary of `init_from` takes precedence.
-        metric: how labels are compared: `text_match`, `value_match`, or a function that takes `(targets,
-            predictions)`, the gold and predicted labels, and returns a dict of numbers. As in SeqIO, the
-            function may take `(targets, scores)` instead. With a function, `text_match` is computed, too.
+        metric: how labels are compared: `text_match`, `value_match`, or a function that returns a dict of
+            numbers, in addition to `text_match`. It takes `(targets, predictions)`, the gold and predicted
+            labels, or, as in SeqIO, `(targets, scores)`.
         preprocessors: SeqIO preprocessors to apply first, for example to rename the source's fields.
 
     Returns:
@@ -226,8 +219,8 @@ def registered_names() -> list[str]:
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
-    Only the task of the first objective gets a metric, which compares labels. SeqIO's cache of a task
-    (`seqio_cache_tasks`) contains its tokens before truncation.
+    Only the first objective's task gets a metric. SeqIO's cache of a task (`seqio_cache_tasks`) contains its
+    tokens before truncation.
     """
     import seqio
 
@@ -283,7 +276,7 @@ class Column:
     Attributes:
         objective: index of the objective, from 1.
         variant: index of the rationale in an example's list, from 0.
-        name: name of the column in the store. Its features are `NAME_inputs` and `NAME_targets`.
+        name: name in the store. The column's features are `NAME_inputs` and `NAME_targets`.
         reads_rationale: whether a template of the objective contains a rationale.
     """
 
@@ -314,10 +307,9 @@ def joint_task(
     supervision: Supervision | None = None,
     most: int = 1,
 ) -> Any:
-    """Returns an unregistered `seqio.Task` in which each row has the features of all objectives.
+    """Returns an unregistered `seqio.Task` in which each row has the features of `columns_of(objectives, most)`.
 
-    The features are those of `columns_of(objectives, most)`, where `most` is the number of rationales of an
-    example. If `supervision` is None, every example is kept unchanged.
+    `most` is the number of rationales of an example. If `supervision` is None, every example is kept unchanged.
     """
     import seqio
 
@@ -359,7 +351,6 @@ def joint_task(
 
 
 def _features(vocabulary: str, framing: Framing) -> dict[str, Any]:
-    """Returns the `seqio.Feature`s of inputs and targets."""
     import seqio
 
     opened = seqio_vocabulary(vocabulary)

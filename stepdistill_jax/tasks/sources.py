@@ -56,9 +56,7 @@ class RowsOfFunction:
             yield {name: [row[name] for row in several] for name in several[0]}
 
     def digest(self, split: str) -> dict[str, Any]:
-        """Returns {"rows": count of rows, "sha256": hex digest}.
-
-        The rows are read without TensorFlow, which would take 100 times as long.
+        """Returns {"rows": count, "sha256": hex digest}, without TensorFlow, which would take 100 times as long.
 
         Raises:
             InputError: the function fails, or a row is malformed.
@@ -145,12 +143,12 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
 
 
 def check_source(task: str, source: Any) -> None:
-    """Checks that a source has splits and, if it reads a TFDS dataset, that the dataset is on disk.
+    """Checks that a source has splits and that its TFDS dataset, if it reads one, is on disk.
 
     SeqIO would start to download a missing TFDS dataset.
 
     Raises:
-        InputError: the source has no splits, or its TFDS dataset is not on disk.
+        InputError: there are no splits, or the TFDS dataset is not on disk.
     """
     tensorflow()
     import seqio
@@ -214,7 +212,7 @@ def describe_source(source: Any) -> str:
 
 
 def describe(thing: Any) -> Any:
-    """Returns a JSON-like description of a source or preprocessor. Every process gets the same description."""
+    """Returns a JSON-like description of a source or preprocessor, equal in every process."""
     if isinstance(thing, (list, tuple)):
         return [describe(part) for part in thing]
     if hasattr(thing, "func"):  # functools.partial
@@ -235,7 +233,7 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
     is read. The list is empty if the source does not read files, or if the size or time of a file is unknown.
 
     Raises:
-        InputError: a TFDS split has no rows. SeqIO would end the process in this case.
+        InputError: a TFDS split has no rows. SeqIO would end the process.
     """
     tf = tensorflow()
     import seqio
@@ -265,14 +263,11 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
 
 
 def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
-    """Returns the digest of a source's rows before any preprocessor runs.
+    """Returns {"rows": count, "sha256": hex digest} of a source's rows before any preprocessor runs.
 
     The complete source is read. On one CPU core, 100,000 rows take 4 s from TensorFlow, 25 s from Python
     through `tf.data.Dataset.from_generator`, and 0.5 s from a function of `add_task`, in addition to the
     function's own time.
-
-    Returns:
-        {"rows": count of rows, "sha256": hex digest}.
     """
     function = getattr(source, "_dataset_fn", None)
     if isinstance(function, RowsOfFunction):

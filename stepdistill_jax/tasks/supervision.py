@@ -122,8 +122,8 @@ def check_rationales(
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
     """SeqIO preprocessor: writes the selected label, rationales and weight, and drops examples that are left out.
 
-    The label is in the field `label`. The rationales are in the fields `rationale`, `rationale.1`,
-    `rationale.2`, ... There are always `most` of these fields, and those without a rationale are "".
+    The rationales are in the `most` fields `rationale`, `rationale.1`, `rationale.2`, ... Fields without a
+    rationale are "".
 
     Raises:
         InputError: the supervision needs the list `rationales`, but the rows have no such list.

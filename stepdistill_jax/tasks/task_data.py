@@ -22,7 +22,6 @@ class Part:
 
     Attributes:
         name: name of the dataset or task.
-        store: the tokenised examples.
         columns: a `Column` for each entry of `store.rows`. `Column.objective` is an index in
             `TaskData.objectives`, from 1.
         rate: rate at which examples are drawn, relative to other parts.
@@ -79,7 +78,6 @@ class TaskData:
 
     Attributes:
         name, split: names of the task and of the split.
-        objectives: objectives of the rows. Columns refer to an objective by its index from 1.
         parts: one part, or several for a mixture.
         vocabulary: vocabulary of inputs and targets.
         sample_rationales: whether a batch uses only one of an example's rationales.
@@ -165,8 +163,7 @@ class TaskData:
         """Returns the expected shares of each objective in each part, before rows are truncated.
 
         The entries of each dict are `task` (name of the part), `objective`, `examples` (the part's share of all
-        examples), `rows` (share of all rows), `target_tokens` (share of all target tokens), and `drawn` (see
-        `Part`).
+        examples), `rows`, `target_tokens` (shares of all rows and target tokens), and `drawn` (see `Part`).
         """
         # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
         # has the part's mean number of rows and target tokens.

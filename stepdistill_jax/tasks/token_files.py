@@ -68,7 +68,6 @@ class _Column:
         offsets.write(np.int64(0).tobytes())
 
     def write(self, examples: Sequence["TokenExample"]) -> None:
-        """Appends the rows of some examples."""
         # rows of 3, 0 and 2 ids after an end of 10 append the offsets 13, 13, 15
         rows = [np.asarray(e.rows[self._objective][self._side], np.int32) for e in examples]
         ids, ends = np.concatenate(rows), self._end + np.cumsum([len(row) for row in rows])

@@ -44,7 +44,7 @@ class TokenRows:
             truncated.
         starts: index in `ids` of each row's first id, [examples] int64.
         ends: index in `ids` after each row's last id, [examples] int64.
-        known_max_id: largest id, or None if it is not known.
+        known_max_id: largest id; None if unknown.
     """
 
     ids: np.ndarray
@@ -91,10 +91,9 @@ class TokenExample:
     Attributes:
         rows: (input ids, target ids) for each objective. An empty target means that the row is absent.
         weight: factor by which the loss of the example's tokens is multiplied.
-        label_text: text with which predictions are compared: the label or, without a label, the first
-            objective's target.
-        row_id: value of the field `id`, or None if there is no such field. Rows of several tasks are paired by
-            this value.
+        label_text: text with which predictions are compared: the label, or else the first objective's target.
+        row_id: value of the field `id`, by which rows of several tasks are paired; None if there is no such
+            field.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -108,16 +107,15 @@ class TokenStore:
     """The examples of one split, tokenised for each objective.
 
     Attributes:
-        directory: folder of the files.
         fingerprint: digest of the contents. Stores with equal contents have equal fingerprints.
-        objectives: names of the objectives, in order.
+        objectives: names of the objectives.
         rows: a dict for each objective, with the `TokenRows` "inputs" and "targets". Row i belongs to example
             i. Optional entries are "weights", the objective's weight for each example, [examples] float32, and
             "token_weights", the weight of each target id, [tokens] float32.
         weights: weight of each example, [examples] float32.
         about: JSON-like description of the store's source.
-        labels: bytes of `labels.jsonl`, memory-mapped like the ids. An open store can still be read after
-            another process has replaced its files.
+        labels: bytes of `labels.jsonl`, memory-mapped, so that an open store survives a replacement of its
+            files.
         row_ids: hash of each example's id, [examples] uint64, or None if the task has no ids.
         others: folders of the other stores that were paired with this store.
     """
@@ -165,7 +163,6 @@ def write_store(
     equal store, that store is kept and returned, since other processes may have its files open.
 
     Args:
-        directory: the store's folder.
         objectives: a name for each of an example's rows.
         examples: the examples, which are streamed to disk. If the iterable raises, nothing is left on disk.
         about: JSON-like description of the source, for the manifest.
@@ -244,14 +241,11 @@ def is_same(a: TokenStore, b: TokenStore) -> bool:
 
 
 def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
-    """Opens the store in a folder. Returns None if the store is damaged, missing, or of another format.
+    """Opens the store in a folder. Returns None if the store is missing, damaged, or of another format.
 
-    The manifest, the sizes of the files, and at most 4 MiB of each file are checked. If the store is damaged, a
-    warning is logged. The result is also None if another process replaces the store at the same time.
-
-    Args:
-        directory: the store's folder.
-        every_byte: whether to check every byte, as `verify_store` does.
+    The manifest, the sizes of the files, and at most 4 MiB of each file are checked; `every_byte` checks all
+    bytes. A damaged store is logged. The result is also None if another process replaces the store at the same
+    time.
     """
     directory = pathlib.Path(directory)
     if not (directory / MANIFEST).is_file():

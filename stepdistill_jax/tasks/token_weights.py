@@ -35,8 +35,7 @@ def with_token_weights(
     Args:
         data: data from `load_task`.
         fields: {name of an objective: name of the field that contains the weights}.
-        supervision: the run's supervision. It must use the gold label and the first rationale of a row.
-        data_dir, task_module: see `load_task`.
+        supervision: the run's supervision, which must use the gold label and the first rationale.
 
     Raises:
         InputError: an objective is unknown, `prepare` did not write the task or field, the supervision selects
@@ -112,7 +111,7 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
     the word after it.
 
     Raises:
-        ValueError: a number is negative or malformed, or there are more or fewer numbers than words.
+        ValueError: a number is negative or malformed, or the count of numbers is not that of words.
     """
     numbers = [_number(word) for word in text.split()]
     words = len(target.split())

@@ -57,15 +57,13 @@ def stored_tokens(
     Args:
         make_task: returns the `seqio.Task` or the `PreparedRows`. It is called only if the rows must be read.
         name: name of the task, for the folder and messages.
-        split: split of the task.
         objectives: names of the store's objectives.
         prefixes: prefix of the features of each objective: `PREFIXinputs` and `PREFIXtargets`.
-        key: JSON-like value with everything that determines the tokens and is known before the rows are read,
-            such as the files of the source.
+        key: JSON-like value with everything that determines the tokens and is known before the rows are read.
         data_dir: folder of prepared datasets. The store is a folder in `data_dir/token_store/`.
-        compare: whether to tokenise the split again if the source's rows have changed. This is needed if `key`
-            does not determine the rows. Each start then tokenises the first 32 rows. If the source does not
-            read files, each start also reads all rows (for the cost, see `sources.rows_digest`).
+        compare: whether to tokenise the split again if the source's rows have changed, for a `key` that does
+            not determine the rows. Each start then tokenises the first 32 rows. If the source does not read
+            files, each start also reads all rows (for the cost, see `sources.rows_digest`).
 
     Raises:
         InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its

@@ -50,21 +50,19 @@ def annotate(
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
     Returns:
-        `rows`: number of rows written, with `rationale`, `rationales`, `llm_label` and `provenance`.
-        `with_rationale`: number of rows with a usable answer.
-        `requests`: number of requests that were answered.
-        `to_ask`: number of answers that were missing from the cache at the start.
-        `asked_again`: number of requests that repeated a question after an unreadable answer.
-        `truncated`: number of answers that were truncated at the token limit.
-        `prompt_tokens`, `completion_tokens`: tokens used.
+        `rows`, `rows_per_second`: count and rate of rows written.
+        `with_rationale`: count of rows with a usable answer.
+        `requests`: count of requests that were answered.
+        `to_ask`: count of answers that were missing from the cache at the start.
+        `asked_again`: count of requests that repeated a question after an unreadable answer.
+        `truncated`: count of answers that were truncated at the token limit.
+        `prompt_tokens`, `completion_tokens`: counts of tokens used.
         `cost`: money spent; None if the prices are unknown.
-        `defects`: {defect: number of answers}.
+        `defects`: {defect: count of answers}.
         `first_defects`: {defect: the first row with this defect}.
-        `rows_per_second`: rows written per second.
-        `stopped`: why the run ended before the last row; None if it reached the last row.
-        `with_label`: number of rows with a gold label that the teacher was not given. Absent if it is 0.
-        `teacher_accuracy`: share of the rows `with_label` that the teacher labelled correctly. A row without a
-            usable answer counts as wrong.
+        `stopped`: why the run ended before the last row; None if it did not.
+        `with_label`: count of rows with a gold label that the teacher was not given. Absent if it is 0.
+        `teacher_accuracy`: share of the rows `with_label` that have a usable answer with the gold label.
         With `dry_run`, the entries are `prompt` (the first row's prompt), `first_prompt_tokens`, `parameters`
         and those of `estimated`.
         With `batch_file`, the entries are those of `write_batch` or `read_batch`.
@@ -113,11 +111,10 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
     """Estimates the tokens and the cost of the answers that are missing from the cache.
 
     Returns:
-        `rows`: number of rows.
-        `answers`: number of missing answers.
-        `prompt_tokens`: estimated at 4 characters per token.
-        `completion_tokens`, `cost`: estimated for answers as long as the exemplars' answers.
-        `most_completion_tokens`, `most_cost`: estimated for answers of `max_tokens` tokens.
+        `rows`, `answers`: counts of rows and of missing answers.
+        `prompt_tokens`: estimate at 4 characters per token.
+        `completion_tokens`, `cost`: estimates for answers as long as the exemplars' answers.
+        `most_completion_tokens`, `most_cost`: estimates for answers of `max_tokens` tokens.
         The costs are None if the prices are unknown.
     """
     settings = prompting.settings

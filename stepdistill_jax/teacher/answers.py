@@ -29,7 +29,6 @@ class Answer:
     """An answer of a teacher, before its rationale and label are read.
 
     Attributes:
-        text: the raw text.
         finish_reason: why the answer ended, as the server reports it: `stop`, `length`, ...
         prompt_tokens, completion_tokens: token counts of the server, or estimates if it reports none.
         time: time of arrival in UTC, in the format of ISO 8601.
@@ -46,11 +45,9 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """The rationale and label that were read from an answer.
+    """The rationale and label that were read from an answer; "" if they cannot be read.
 
     Attributes:
-        rationale: the rationale; empty if it cannot be read.
-        label: the label; empty if it cannot be read.
         problems: names of the answer's defects, which are keys of `KINDS`.
         usable: whether the answer has both a rationale and a label.
     """
@@ -79,7 +76,7 @@ def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = 
         task: one of `prompts.TASKS`.
         answer: the teacher's answer. Everything up to `</think>` in its text is ignored.
         row: the question.
-        label_given: whether the prompt contained the gold label. Then an answer with another label is unusable.
+        label_given: whether the prompt contained the gold label. Then another label makes an answer unusable.
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)

@@ -33,15 +33,12 @@ def write_batch(
     """Writes a request for each answer that is missing from the cache.
 
     Args:
-        prompting: prompts and parameters of the requests.
         input: path of the file of questions.
-        cache: cache of answers.
         path: path of the first file of requests. Requests that do not fit go into further files (`numbered`).
         inputs: files that must not be overwritten, as in `check_outputs`.
 
     Returns:
-        `rows`: number of questions.
-        `requests`: number of requests.
+        `rows`, `requests`: counts of questions and requests.
         `files`: paths of the files written.
     """
     estimate = Estimate()
@@ -90,19 +87,17 @@ def read_batch(
     """Reads the results of a batch, and saves the usable answers in the cache.
 
     Args:
-        prompting: prompts and parameters of the requests. They must not have changed since the requests were
-            written, since the keys of answers depend on them.
+        prompting: prompts and parameters, unchanged since `write_batch`, since they determine the keys of
+            answers.
         input: path of the file of questions.
-        cache: cache for the answers.
         paths: paths of the files of results.
 
     Returns:
-        `results`: number of results in the files.
-        `failed`: number of results without an answer.
-        `kept`: number of usable answers that this call saved in the cache.
-        `other`: number of results that this call skipped: the question is not in the input, or the cache
-            already has an answer.
-        `defects`: {defect: number of answers}.
+        `results`: count of results in the files.
+        `failed`: count of results without an answer.
+        `kept`: count of usable answers that this call saved in the cache.
+        `other`: count of results whose question is not in the input, or is already answered in the cache.
+        `defects`: {defect: count of answers}.
     """
     failed: list[str] = []
     results = cache.fetch(

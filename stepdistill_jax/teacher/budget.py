@@ -22,12 +22,10 @@ class Budget:
     server has reported a higher ratio.
 
     Attributes:
-        max_tokens: largest number of tokens; None means no limit.
-        max_cost: largest amount of money; None means no limit.
-        price_input: price of a million prompt tokens; None if it is unknown.
-        price_output: price of a million answer tokens; None if it is unknown.
-        prompt_tokens: prompt tokens used so far.
-        completion_tokens: answer tokens used so far.
+        max_tokens, max_cost: limits of tokens and money; None means no limit.
+        price_input, price_output: prices of a million prompt tokens and of a million answer tokens; None if
+            unknown.
+        prompt_tokens, completion_tokens: counts of prompt tokens and of answer tokens used so far.
     """
 
     max_tokens: int | None = None
@@ -38,7 +36,6 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Starts without any reserved tokens."""
         self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
@@ -67,7 +64,7 @@ class Budget:
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
         """An async context that reserves the largest number of tokens that a request may use.
 
-        Its start waits for other requests to end if these tokens are not within the limits.
+        Its start waits like `Reservation.renew`.
 
         Raises:
             BudgetReached: the tokens are not within the limits, and no other request is in progress.
@@ -146,8 +143,8 @@ class Reservation:
         The reservation ends, unless the attempt used no tokens.
 
         Args:
-            used: numbers of prompt tokens and of answer tokens that were used. None means unknown: all reserved
-                tokens are counted, since the server may have written an answer that did not arrive.
+            used: numbers of prompt tokens and of answer tokens. None means unknown: all reserved tokens are
+                counted, since the server may have written an answer that did not arrive.
         """
         budget = self._budget
         if used == (0, 0):

@@ -54,8 +54,8 @@ class SentAgain(Exception):
 
     Attributes:
         status: HTTP status of the response; 0 if there was no response.
-        wait: seconds that the server asks the client to wait; None if the server names no time.
-        used: numbers of prompt tokens and of answer tokens that the attempt used; None if they are unknown.
+        wait: seconds that the server asks the client to wait; None if it names no time.
+        used: counts of prompt tokens and of answer tokens that the attempt used; None if unknown.
     """
 
     def __init__(
@@ -65,7 +65,6 @@ class SentAgain(Exception):
         wait: float | None = None,
         used: tuple[int, int] | None = (0, 0),
     ):
-        """Sets the message and the attributes."""
         super().__init__(message)
         self.status, self.wait, self.used = status, wait, used
 
@@ -78,8 +77,7 @@ def now() -> str:
 class ChatClient:
     """Asks a server through its endpoint `chat/completions`.
 
-    The API key is read from the environment and passed only to the HTTP client. It is removed from every
-    message and answer that leaves this class.
+    The API key is passed only to the HTTP client, and removed from every message and answer.
     """
 
     def __init__(self, settings: Settings):
@@ -131,7 +129,6 @@ class ChatClient:
         """Returns the first answer to a prompt, which is sent again after a temporary error.
 
         Args:
-            prompt: the user's message.
             parameters: additional fields of the request.
             reservation: counts the tokens of failed attempts, and delays an attempt that might exceed a limit.
 

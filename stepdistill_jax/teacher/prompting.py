@@ -19,8 +19,6 @@ class Prompting:
     """Makes the prompts and keys of one run, and reads the answers.
 
     Attributes:
-        settings: settings of the run.
-        prompter: object that writes the prompts.
         parameters: additional fields of each request.
         identity: `fingerprint` of a local teacher's files, part of each key; None for a server.
     """
@@ -86,10 +84,10 @@ class Estimate:
     """Counts of a file's rows and answers, made before the first answer is paid for.
 
     Attributes:
-        rows: number of rows.
-        kept: number of answers in the cache. An answer counts once for each row that has its prompt.
-        answers: number of answers that are missing from the cache.
-        characters: number of characters in the prompts of the missing answers.
+        rows: rows of the file.
+        kept: answers in the cache. An answer counts once for each row that has its prompt.
+        answers: answers that are missing from the cache.
+        characters: characters in the prompts of the missing answers.
         first_prompt: prompt of the first row.
     """
 
@@ -126,8 +124,7 @@ def unanswered(
 ) -> Iterator[tuple[Example, str, str]]:
     """Yields (row, prompt, key) for each answer that is missing from the cache, and updates `estimate`.
 
-    Rows with the same prompt share their answers, so each key is yielded only once. The function stores 32
-    bytes per key.
+    Rows with the same prompt share their answers, so each key is yielded only once.
     """
     seen: set[bytes] = set()
     for row in rows:

@@ -93,8 +93,8 @@ def estimate_tokens(characters: int) -> int:
 def with_choices(row: Example, *, lettered: bool) -> str:
     """Returns the row's input, followed by the list of its choices unless the input already has the list.
 
-    If `lettered` is set, the list has the form of the paper's CQA files: the line `Answer Choices:`, and a line
-    such as `(a) ...` for each choice.
+    A `lettered` list has the form of the paper's CQA files: the line `Answer Choices:`, and a line such as
+    `(a) ...` for each choice.
     """
     by_letter = [f"({x}) {choice}" for x, choice in zip(LETTERS, row.choices, strict=False)]
     if not row.choices or "\n".join(by_letter) in row.input:
@@ -118,9 +118,8 @@ def load_prompter(
         task: one of `TASKS`.
         exemplars: file of JSON lines that replace the task's own exemplars. Each line has `input`, `rationale`,
             `label`, and optionally `choices`.
-        instructions: text that replaces the template's instructions; empty keeps them.
+        instructions, label_given: see `Prompter`.
         choices: choices for exemplars without the field `choices`.
-        label_given: see `Prompter`.
 
     Raises:
         InputError: the task is unknown, a library is missing, or exemplars cannot be used.

@@ -36,7 +36,6 @@ class Stopped(Exception):
     """
 
     def __init__(self, reason: str, *, hopeless: bool = False):
-        """Sets `reason` as the message."""
         super().__init__(reason)
         self.hopeless = hopeless
 
@@ -46,14 +45,14 @@ class Counts:
     """Counts of a run.
 
     Attributes:
-        rows: number of rows written.
-        with_rationale: number of rows with a usable answer.
-        with_label: number of rows with a gold label that the teacher was not given.
-        right: number of rows in `with_label` that the teacher labelled correctly.
-        requests: number of requests that were answered.
-        truncated: number of answers that were truncated at the token limit.
-        asked_again: number of requests that repeated a question after an unreadable answer.
-        defects: {defect: number of answers}, counted over the final answers of the rows.
+        rows: rows written.
+        with_rationale: rows with a usable answer.
+        with_label: rows with a gold label that the teacher was not given.
+        right: rows in `with_label` that the teacher labelled correctly.
+        requests: requests that were answered.
+        truncated: answers that were truncated at the token limit.
+        asked_again: requests that repeated a question after an unreadable answer.
+        defects: {defect: count of answers}, only for the final answers of the rows.
         first_defects: {defect: the first row with this defect}.
     """
 
@@ -86,13 +85,9 @@ class Run:
         """Prepares a run without sending anything.
 
         Args:
-            prompting: prompting of the run.
             teacher: the teacher to ask; None if all answers are in the cache.
-            cache: cache of answers.
-            budget: limits of the run.
             output: file for the rows.
             defects: file for the list of defects.
-            bar: progress bar.
             kept: number of answers in the cache, which count as usable for `max_truncated`.
         """
         self._prompting, self._settings = prompting, prompting.settings

@@ -14,13 +14,12 @@ UNCOMPRESSED = "identity"
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     """Returns a client with a single connection, which refuses responses that are compressed or too long.
 
-    The limit of 4 MiB also covers the bodies of redirects and errors. A hook checks it, since a client with its
-    own transport would ignore the proxies that environment variables set.
+    A hook checks the limit of 4 MiB, since a client with its own transport would ignore the proxies that
+    environment variables set.
 
     Args:
         timeout: seconds for each read or write. Connecting may take only half of that time: the caller ends the
             request after `timeout` seconds, and must know then whether anything was sent.
-        verify: TLS settings.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
