@@ -1,4 +1,4 @@
-"""Tasks: `add_task(...)` registers a dataset, and `load_task(...)` returns its tokens."""
+"""Tasks: `add_task(...)` registers a dataset, and `load_task(...)` loads tokens."""
 
 _EXPORTS = {
     "add_span_corruption": "span_corruption",

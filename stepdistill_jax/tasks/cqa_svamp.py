@@ -1,4 +1,4 @@
-"""Registers `cqa_svamp`, a mixture of two prepared datasets. Use this module as an example for your own mixtures.
+"""Registers `cqa_svamp`, a mixture of two prepared datasets, as an example for your own mixtures.
 
 In a config, set TASK = "cqa_svamp" and TASK_MODULE = "stepdistill_jax.tasks.cqa_svamp".
 """

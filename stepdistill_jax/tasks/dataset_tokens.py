@@ -44,10 +44,10 @@ def load_dataset(
     supervision: Supervision | None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a dataset's split.
+    """Returns the tokens of a split of a dataset.
 
-    `given` is the vocabulary to use instead of the dataset's own, or None. `where` is the pair (data folder,
-    task module). The other arguments are those of `load_task`.
+    `given` is a vocabulary that replaces the dataset's own, or None. `where` is (data folder, task module). The
+    other arguments are those of `load_task`.
     """
     if isinstance(found, PreparedDataset):
         return _load_prepared(found, split, objectives, given, where[0], supervision, share)
@@ -151,7 +151,7 @@ def _load_spec(
 
 
 def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> None:
-    """Raises InputError if a template names a field that the dataset does not have."""
+    """Raises InputError if a template names an unknown field."""
     known = (*Objective.FIELDS, *dataset.fields)
     for objective in objectives:
         for field in objective.fields:
@@ -164,15 +164,12 @@ def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> 
 
 
 def _check_words(objective: Objective, vocabulary: Vocabulary) -> None:
-    """Raises InputError if the vocabulary cannot encode the words that mark the label in a target template.
-
-    Without these words, the label could not be found in an answer.
-    """
+    """Raises InputError if the vocabulary cannot encode the words that mark the label in an answer."""
     for words in objective.words if objective.writes_more else ():
         if (written := vocabulary.decode(vocabulary.encode(words))).split() != words.split():
             raise InputError(
                 f"`objectives`: the words {words!r} in target_template of {objective.name} mark the"
-                f" label, but the vocabulary {vocabulary.source} can only write {written!r};"
+                f" label, but the vocabulary {vocabulary.source} changes them to {written!r};"
                 " choose different words"
             )
 
@@ -184,7 +181,7 @@ def _key_of(supervision: Supervision | None) -> Any:
 def _joint_store(
     make_task, name, split, objectives, columns, vocabulary, folder, key, compare=False
 ) -> tuple[TokenStore, Vocabulary]:
-    """Returns (store of the rows of all objectives, vocabulary) of a prepared dataset or an `add_task` task."""
+    """Returns the token store for all objectives, and the opened vocabulary."""
     opened = load_vocabulary(vocabulary)
     _check_words(objectives[0], opened)
     first, templates = objectives[0], [[o.input_template, o.target_template] for o in objectives]
@@ -208,10 +205,7 @@ def _joint_store(
 def _parts_of(
     dataset: PreparedDataset, split: str, supervision: Supervision | None
 ) -> tuple[str, ...]:
-    """Returns the names of the prepared splits whose rows are read for `split`.
-
-    For `train`, these include the split of unlabelled rows if the teacher's labels are used.
-    """
+    """Returns `split`, and for `train` also the split of unlabelled rows if the teacher's labels are used."""
     takes_teachers = supervision is not None and supervision.label_source != "gold"
     if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
         return (split, UNLABELLED)

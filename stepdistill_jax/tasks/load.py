@@ -1,4 +1,4 @@
-"""Loads a task by its name: a prepared dataset, a dataset of `add_task`, or a plain SeqIO task or mixture."""
+"""Loads a task by name: a prepared dataset, a dataset of `add_task`, or a plain SeqIO task or mixture."""
 
 import dataclasses
 import os
@@ -48,32 +48,26 @@ def load_task(
     task_objectives: TaskObjectives = None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a task's split. The first call tokenises the split, and later calls memory-map the tokens.
+    """Returns the tokens of a split of a task. The first call tokenises the split and stores the tokens.
 
-    The name of a prepared dataset is also the name of a task. A plain SeqIO task, which neither `prepare` nor
-    `add_task` made, has its own inputs and targets, and one objective, `label`. In a mixture, a task of a
-    dataset has the objective with which it was registered. The objectives of plain tasks are given by
-    `task_objectives`.
+    A SeqIO task that neither `prepare` nor `add_task` made is called plain. It keeps its own inputs and
+    targets. Alone, it has the objective `label`; in a mixture, `task_objectives` sets its objective.
 
     Args:
         task: name of a prepared dataset, of a task of `add_task`, or of a SeqIO task or mixture.
-        split: name of the split, such as `train`.
-        objectives: name of an arm, or a list of objectives. Of these, plain SeqIO tasks use only the names
-            and weights.
+        objectives: name of an arm, or a list of objectives. Plain tasks use only the names and weights.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets and token stores; None means the default folder.
         task_module: module that registers the task. It is imported first.
-        supervision: selects label and rationales. None keeps each row unchanged, even a row without a label.
-        task_objectives: {name of a plain task of the mixture: name of its objective}, or `single`, which
-            trains all tasks of the mixture as one objective.
-        share: pair (share of the rows, the run's seed). From a dataset prepared with `paper_exact`, the rows
-            of train and validation are drawn with this pair, as in the published code. Other datasets are
-            read completely.
+        supervision: None keeps each row unchanged, even a row without a label.
+        task_objectives: {name of a plain task: name of its objective}, or `single`, one objective for all
+            tasks.
+        share: (share of the rows, the run's seed). Only `paper_exact` datasets use it, for train and
+            validation.
 
     Raises:
-        InputError: the task or split is unknown or cannot be read, a task of a mixture has no known
-            objective, the vocabulary of a plain task differs from `vocabulary`, or the rows lack fields that
-            `supervision` needs.
+        InputError: the task or split is unknown or cannot be read, a task of a mixture has no known objective,
+            vocabularies differ, or the rows lack fields that `supervision` needs.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)
@@ -101,10 +95,7 @@ def load_task(
 
 @dataclasses.dataclass(frozen=True)
 class _MixtureLoader:
-    """Loads a SeqIO mixture. Each group of its tasks becomes a `Part`.
-
-    The fields of this class are the arguments of `load_task`.
-    """
+    """Loads a SeqIO mixture. Each group of its tasks becomes a `Part`."""
 
     mixture: Any
     split: str
@@ -141,7 +132,8 @@ class _MixtureLoader:
             if number not in fed and self.split == "train":
                 raise InputError(
                     f"mixture {name!r}: no task has the objective {objective.name}, which `objectives`"
-                    f" lists (the tasks have {', '.join(sorted({names[i - 1] for i in fed}))})"
+                    f" lists (the tasks have {', '.join(sorted({names[i - 1] for i in fed}))});"
+                    " add such a task, or leave the objective out of `objectives`"
                 )
         sample = self.supervision is not None and self.supervision.rationales == "sample"
         return TaskData(name, self.split, objectives, tuple(parts), vocabulary, sample)
@@ -149,11 +141,9 @@ class _MixtureLoader:
     def _vocabulary(
         self, groups: Sequence[Group], own: Sequence[Any], given: str | None
     ) -> Vocabulary:
-        """Returns the vocabulary of all tasks of the mixture.
+        """Returns the vocabulary of the mixture.
 
-        If there are plain tasks, it is the vocabulary that they share. Otherwise, it is the vocabulary of
-        `init_from`. Without `init_from`, it is a vocabulary trained on all prepared datasets of the mixture
-        or, if there are none, the vocabulary that all tasks of `add_task` share.
+        The vocabulary is trained on the mixture's prepared datasets, unless there are plain tasks or `given`.
         """
         if own:
             return common_vocabulary(self.mixture.name, own, given, self.folder)
@@ -180,11 +170,7 @@ class _MixtureLoader:
     def _parts_of(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> list[Part]:
-        """Returns the parts of a group of tasks, or [] if none of these tasks has the split.
-
-        Raises:
-            InputError: the split is `train`, and one of the tasks does not have it.
-        """
+        """Returns the parts of a group, or [] if none of its tasks has the split."""
         having = [self.split in task.splits for task in group.tasks]
         if self.split == "train" and not all(having):
             lacking = group.tasks[having.index(False)]
@@ -227,11 +213,7 @@ class _MixtureLoader:
     def _part_of_dataset(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> Part:
-        """Returns the part of a dataset.
-
-        If the mixture has all tasks of the dataset, the part has all objectives. Otherwise, it has only the
-        objectives of the dataset's tasks in the mixture.
-        """
+        """Returns the part of a dataset, without the objectives of tasks that the mixture leaves out."""
         tagged = {name for name, tag in registry.TAGS.items() if tag.dataset == group.dataset}
         chosen = list(range(len(objectives)))
         if {task.name for task in group.tasks} != tagged:
@@ -264,9 +246,6 @@ class _MixtureLoader:
 
 
 def _as_it_is(number: int, objective: Objective) -> Objective:
-    """Returns an objective that uses the inputs and targets of plain tasks unchanged.
-
-    It has the name and the weight of `objective`.
-    """
+    """Returns a copy of an objective that uses the inputs and targets of plain tasks unchanged."""
     field = "label" if number == 0 else objective.name
     return Objective(objective.name, "{input}", f"{{{field}}}", objective.weight)

@@ -27,12 +27,11 @@ from stepdistill_jax.tasks.sources import check_source, raised_at
 def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
     """Returns a `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
 
-    If a task of the module and a prepared dataset have the same name, the task is returned. For a dataset of
-    `register_prepared`, a `PreparedDataset` is returned, so that its rows are read without SeqIO.
+    A registered task takes precedence over a prepared dataset of the same name. A dataset of
+    `register_prepared` is returned as a `PreparedDataset`.
 
     Raises:
-        InputError: the task is unknown (the message lists the known tasks and explains how to specify a
-            module), or it is a SeqIO task whose source cannot be read (see `check_source`).
+        InputError: the task is unknown, or its source cannot be read (see `check_source`).
     """
     if task_module is not None:
         import_task_module(task_module, data_dir)
@@ -63,12 +62,9 @@ def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> 
 
 
 def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
-    """Imports a user's module. If the module is not installed, it is imported from the current folder.
+    """Imports a user's module, which may be installed or in the current folder.
 
-    Args:
-        name: dotted name of the module.
-        data_dir: data folder that `register_prepared()` uses if the module calls it; None means the default
-            folder.
+    `data_dir` is the default data folder of `register_prepared()` during the import.
 
     Raises:
         InputError: the module does not exist, or its import fails.
@@ -98,16 +94,16 @@ def import_task_module(name: str, data_dir: pathlib.Path | None = None) -> None:
 
 
 def _not_importable(name: str, error: BaseException) -> InputError:
-    """Returns the error for a failed import. The import also fails if the module calls `sys.exit`."""
+    """Returns the error for a failed import."""
     return InputError(
         f"`task_module` {name!r} cannot be imported: {type(error).__name__}: {error}{raised_at(error)}"
     )
 
 
 def search_current_folder() -> None:
-    """Adds the current folder to Python's import path, which does not contain it in a console script.
+    """Appends the current folder to `sys.path`, so that a console script can import from this folder.
 
-    The folder is added at the end, so that its files do not shadow installed modules.
+    Installed modules take precedence over the folder's files.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -116,7 +112,7 @@ def search_current_folder() -> None:
 def module_digest(name: str | None) -> str | None:
     """Returns a digest of a task module's file, or None if there is no such file.
 
-    The digest is a part of a token store's key, so the task is tokenised again after the file was edited.
+    The digest is part of a token store's key, so a task is tokenised again after an edit of its module.
     """
     path = getattr(sys.modules.get(name or ""), "__file__", None)
     return sha256(path) if path else None

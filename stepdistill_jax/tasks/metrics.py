@@ -20,9 +20,8 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 class TaskMetrics:
     """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
 
-    Only process 0 reads the rows. It reads them once, with SeqIO. As in `seqio.Evaluator`, SeqIO's metric
-    objects call the task's `postprocess_fn` for targets and for answers. That function's argument `example` is
-    the row, which has all fields of the task.
+    SeqIO calls the task's `postprocess_fn` for targets and answers, with the row as the argument `example`.
+    Only process 0 reads rows.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.
@@ -60,13 +59,13 @@ class TaskMetrics:
 
     @functools.cached_property
     def targets(self) -> list[list[int]]:
-        """Ids of each labelled row's target, not truncated. `compute` needs the scores of these targets."""
+        """Target ids of each labelled row, not truncated."""
         return self._part.label_targets()
 
     def try_out(self) -> list[str]:
-        """Computes the metrics once as a trial, with the targets as answers; returns the names of all metric values.
+        """Computes the metrics once with the targets as answers, and returns the names of all values.
 
-        In the trial, the score of each target and answer is minus its number of tokens.
+        The score of each target is minus its token count.
         """
         scores = -np.array(list(map(len, self.targets)), np.float32)
         return list(self.compute(self.targets, scores, scores))
@@ -77,18 +76,18 @@ class TaskMetrics:
         scores: Sequence[float] | np.ndarray,
         target_scores: Sequence[float] | np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Returns the values of all metrics by name. Process 0 computes them for all processes.
+        """Returns the values of all metrics by name. All processes must call this; process 0 computes the values.
 
         Args:
             answers: predicted ids for each of the part's `labelled_inputs`.
-            scores: natural log of each answer's probability, [rows]. A metric of
-                `(targets, predictions, aux_values)` gets the scores as `aux_values["scores"]`.
+            scores: natural log of each answer's probability, [rows]. A metric gets them as
+                `aux_values["scores"]`.
             target_scores: natural log of the probability of each target in `targets`, [rows]. Required if
                 `reads_target_scores` is true.
 
         Raises:
-            InputError: a metric fails or does not return a dict of numbers, or the source now has other rows
-                than those that were tokenised. Every process raises the error.
+            InputError: a metric fails or does not return a dict of numbers, or the source has changed since its
+                rows were tokenised. Every process raises the error.
         """
         return on_process_0(lambda: self._compute(answers, scores, target_scores))
 
@@ -113,7 +112,6 @@ class TaskMetrics:
         return found
 
     def _values(self, metric: Any, outputs: Mapping[Any, Any], where: str) -> dict[str, float]:
-        """Returns the values of one metric by name."""
         from seqio.metrics import CollectingMetric, MetricValue, Scalar
 
         rows, field = self._rows, f"{self._prefix}targets"

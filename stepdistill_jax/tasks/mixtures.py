@@ -1,4 +1,4 @@
-"""Finds the objective of each task in a SeqIO mixture, and which tasks have rows of the same examples."""
+"""Finds the objective of each task in a SeqIO mixture, and groups tasks with rows of the same examples."""
 
 import dataclasses
 import math
@@ -18,15 +18,13 @@ class Group:
     """Tasks of a mixture whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset. For plain tasks, the name of the task that has the first objective of the
-            run or, if there is no such task, the name of the first task.
+        name: name of the dataset or, for plain tasks, of the task with the run's first objective, or else of
+            the first task.
         tasks: the `seqio.Task`s.
-        objectives: the objective of each task.
-        rate: rate at which examples of this group are drawn, relative to the rates of the other groups.
-        dataset: name of the dataset (of `add_task` or `register_prepared`) to which these tasks belong; None
-            for plain tasks.
-        alone: if a single task forms the group, the reason why its rows are not paired with the rows of other
-            tasks; otherwise "".
+        objectives: name of each task's objective.
+        rate: rate at which examples are drawn, relative to other groups.
+        dataset: name of the dataset of `add_task` or `register_prepared`; None for plain tasks.
+        alone: why `each` made a group of this single task; "" for any other group.
     """
 
     name: str
@@ -37,7 +35,7 @@ class Group:
     alone: str = ""
 
     def each(self, alone: str) -> list["Group"]:
-        """Returns a group for each task. `alone` is the reason why the tasks form separate groups."""
+        """Returns a group for each task. `alone` is the reason for not grouping them."""
         pairs = zip(self.tasks, self.objectives, strict=True)
         return [Group(t.name, (t,), (o,), self.rate, self.dataset, alone) for t, o in pairs]
 
@@ -47,12 +45,10 @@ def groups_of(
 ) -> list[Group]:
     """Returns the groups of a `seqio.Mixture`, sorted by the names of their first tasks.
 
-    The tasks of a dataset form one group if they have equal rates and different objectives; otherwise each of
-    them forms its own group. The same rule applies to the plain tasks that are direct members of the same
-    mixture.
+    The tasks of a dataset form one group if they have equal rates and different objectives; otherwise each task
+    forms its own group. Plain tasks are grouped by the same rule, separately for each inner mixture.
 
     Args:
-        mixture: the mixture to load.
         objectives: names of a run's objectives.
         task_objectives: {name of a plain task: name of its objective}, or `single`.
 
@@ -87,13 +83,13 @@ def groups_of(
 def label_tasks(
     mixture: Any, objectives: Sequence[str], task_objectives: TaskObjectives
 ) -> list[str]:
-    """Returns the names of the datasets and plain tasks in a `seqio.Mixture` that have the first objective.
+    """Returns the names of the datasets and plain tasks of a `seqio.Mixture` that have the first objective.
 
     A plain task without a known objective is included.
 
     Args:
-        mixture: the mixture to evaluate, which need not be the one that a model was trained on.
-        objectives: names of a model's objectives.
+        mixture: the mixture to evaluate. The model may have been trained on another mixture.
+        objectives: names of the model's objectives.
         task_objectives: the setting that the model was trained with.
 
     Raises:
@@ -175,11 +171,7 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (name of a dataset or None, tasks) for all tasks of a mixture.
-
-    First come the plain tasks, as (None, tasks): one pair for each mixture inside `mixture`, and one for
-    `mixture` itself. Then comes one pair for each dataset.
-    """
+    """Yields (None, plain tasks) for `mixture` and each mixture inside it, then (name, tasks) for each dataset."""
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):
@@ -199,10 +191,7 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields a list of tasks for each mixture inside `mixture`, and finally one for `mixture` itself.
-
-    A list contains the tasks that are direct members of that mixture.
-    """
+    """Yields the direct member tasks of each mixture inside `mixture`, and finally those of `mixture` itself."""
     import seqio
 
     direct = []

@@ -11,7 +11,7 @@ from stepdistill_jax.tasks.token_store import TokenStore
 
 
 def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
-    """Returns the reason why the rows of these tasks cannot be paired, or None if they can be paired."""
+    """Returns the reason why the rows of these tasks cannot be paired, or None if they can."""
     for store, name in zip(stores, names, strict=True):
         if store.row_ids is None:
             return f"the rows of {name} have no feature 'id'"
@@ -27,14 +27,13 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
 
 
 def paired(stores: Sequence[TokenStore]) -> TokenStore:
-    """Returns one store in which the rows with the same id, from all stores, form one example.
+    """Returns one store in which rows with the same id form one example.
 
-    `why_not` must have returned None for the stores. The examples are in the order of the first store,
-    followed by the examples that the first store does not have. The label texts are those of the first store.
-    Token ids are not copied.
+    The caller must have checked the stores with `why_not`. The examples of the first store come first, with its
+    label texts. Token ids are not copied.
 
     For example, a store with the row ids a and b and another store with the row ids b and c give the examples
-    a, b and c. Example a has no row from the second store, and example c has no row from the first store.
+    a, b and c. Example a has no row from the second store, and example c has no row from the first.
     """
     # ids are 8-byte hashes of the texts, so sorting and searching need no strings
     row_ids = [np.asarray(store.row_ids) for store in stores]

@@ -10,11 +10,10 @@ EXTRA_FEATURES = ("id", "weight")  # features that are also read, if a row has t
 
 
 def check_trainable(task: Any) -> None:
-    """Checks that an encoder-decoder can be trained on the rows of a `seqio.Task`.
+    """Checks that an encoder-decoder can be trained on a `seqio.Task`.
 
     Raises:
-        InputError: an encoder-decoder cannot be trained on them. The message is one line that names the task,
-            the problem and the remedy.
+        InputError: the task is unsuitable. The message is one line with the task, the problem and the remedy.
     """
     import seqio
 
@@ -36,7 +35,8 @@ def check_trainable(task: Any) -> None:
             raise _refused(
                 task,
                 f"the output feature {name!r} is required, but an encoder-decoder reads only inputs"
-                " and targets; put its text into inputs, or give it seqio.Feature(..., required=False)",
+                " and targets; put its text into inputs, or declare the feature with"
+                " seqio.Feature(..., required=False)",
             )
     for name in FEATURES:
         _check_ids(task, name, features[name])
@@ -44,8 +44,8 @@ def check_trainable(task: Any) -> None:
     if inputs != targets:
         raise _refused(
             task,
-            f"inputs and targets must share a vocabulary, since a model has one embedding, but they"
-            f" have {inputs} and {targets}; give both a vocabulary that covers the text of both",
+            f"inputs and targets must share a vocabulary, since a model has one embedding, but inputs"
+            f" have {inputs} and targets have {targets}; give both the same vocabulary",
         )
     if not isinstance(inputs, seqio.SentencePieceVocabulary | seqio.ByteVocabulary):
         raise _refused(
@@ -57,7 +57,7 @@ def check_trainable(task: Any) -> None:
 
 
 def _check_ids(task: Any, name: str, feature: Any) -> None:
-    """Raises InputError if a feature does not contain token ids, or if its vocabulary cannot decode them."""
+    """Raises InputError if a feature does not contain token ids that a vocabulary can decode."""
     import seqio
 
     if feature.rank != 1 or not feature.dtype.is_integer:
@@ -77,7 +77,7 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
 def _check_preprocessors(task: Any) -> None:
     """Raises InputError if a task's rows depend on a run's lengths, or can only be read from SeqIO's cache.
 
-    A task is tokenised once, for runs with any input and target length.
+    Tokenised rows serve runs of all lengths.
     """
     try:
         named = [(p, inspect.signature(p).parameters) for p in task.preprocessors]

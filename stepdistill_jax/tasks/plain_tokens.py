@@ -1,4 +1,4 @@
-"""Loads the tokens of plain SeqIO tasks: tasks that neither `add_task` nor `prepare` made."""
+"""Loads the tokens of plain SeqIO tasks, which neither `add_task` nor `prepare` made."""
 
 import os
 import pathlib
@@ -53,12 +53,11 @@ def common_vocabulary(
 
     Args:
         name: name of the task or mixture, for messages.
-        tasks: the plain tasks.
-        given: the vocabulary of `init_from`, which must have the same pieces, or None.
+        given: vocabulary of `init_from`, or None. It must have the same pieces as the tasks' vocabularies.
         folder: folder of prepared datasets and token stores.
 
     Raises:
-        InputError: two vocabularies have different pieces.
+        InputError: two vocabularies have different pieces, or `check_trainable` refuses a task.
     """
     files = [_vocabulary_file(task, folder) for task in tasks]
     first = opened = load_vocabulary(files[0])
@@ -68,7 +67,7 @@ def common_vocabulary(
             raise InputError(
                 f"task {name!r}: it is tokenised with {files[0]}, but"
                 f" {'the model (`init_from`) has' if other == given else 'another of its tasks has'}"
-                f" {other}; a model has one vocabulary, so pass it to all tasks (for prepared datasets,"
+                f" {other}; give all tasks the same vocabulary (prepared datasets:"
                 " register_prepared(vocabulary=...))"
             )
     # Equal pieces do not imply equal normalisers, so with T5's framing the task's own file is used.
@@ -76,11 +75,7 @@ def common_vocabulary(
 
 
 def _vocabulary_file(task: Any, folder: pathlib.Path) -> str:
-    """Returns a plain task's vocabulary as an argument for `load_vocabulary`: the path of a file, or `bytes`.
-
-    Raises:
-        InputError: an encoder-decoder cannot be trained on the task (`check_trainable`).
-    """
+    """Returns a plain task's vocabulary as an argument for `load_vocabulary`: the path of a file, or `bytes`."""
     import seqio
 
     check_trainable(task)
@@ -123,12 +118,12 @@ def check_one_rationale(task: str, supervision: Supervision | None) -> None:
 
 
 def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
-    """Raises InputError if a `paper_exact` dataset is used with a supervision that the published code lacks."""
+    """Raises InputError if a `paper_exact` dataset is used with a supervision unknown to the published code."""
     if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
         raise InputError(
             f"dataset {dataset.name!r}: the paper's published code uses gold labels or the teacher's, and"
-            " one rationale of the teacher per row: leave out `label_source=agree`, `rationales` other"
-            " than first and `rationale_source`, or prepare the dataset without `paper_exact`"
+            " one rationale of the teacher per row; leave out `label_source=agree`, `rationales` and"
+            " `rationale_source`, or prepare the dataset without `paper_exact`"
         )
 
 
@@ -149,7 +144,7 @@ def with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
 
 
 def files_of_task(task: Any, split: str) -> list[list[Any]]:
-    """Returns the result of `files_of` for a task's source. Error messages name the task."""
+    """Returns `files_of` a task's source. Error messages name the task."""
     with named_errors(task.name, task.source, split):
         return files_of(task.source, split)
 

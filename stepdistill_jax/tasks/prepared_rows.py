@@ -21,19 +21,16 @@ AT_ONCE = 1024  # number of examples that are tokenised together, on all cores
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
-    """Reads the rows of a split from SPLIT.jsonl, and iterates over their tokens.
+    """Iterates over the tokens of the rows in SPLIT.jsonl.
 
-    The tokens are the same as those of `registry.joint_task`, but are made in a tenth of the time. Labels and
-    rationales must be used unchanged (`can_read`): a supervision that selects among them needs SeqIO. A
-    dataset prepared with `paper_exact` is always read by this class.
+    The tokens are those of `registry.joint_task`, made ten times as fast. A supervision that changes labels or
+    rationales needs SeqIO instead (`can_read`), except for `paper_exact` datasets.
 
     Attributes:
-        dataset, split: a prepared dataset and the name of its split.
         objectives: the objectives to tokenise. Each example has a row for each objective.
         vocabulary: vocabulary of inputs and targets.
         supervision: supervision of the rows; None keeps every row unchanged.
-        share: for a dataset prepared with `paper_exact`, the pair (share of the rows to use, seed with which
-            they are drawn).
+        share: (share of the rows, seed of the draw). Only `paper_exact` datasets use it.
     """
 
     dataset: PreparedDataset
@@ -45,7 +42,7 @@ class PreparedRows:
 
     @staticmethod
     def can_read(supervision: Supervision | None) -> bool:
-        """Returns whether a supervision uses labels and rationales unchanged, so that SeqIO is not needed."""
+        """Returns whether a supervision uses labels and rationales unchanged."""
         return supervision is None or supervision == Supervision()
 
     def __len__(self) -> int:
@@ -65,10 +62,7 @@ class PreparedRows:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, np.ndarray]]:
-        """The prepared splits to read, as pairs (name of the split, mask of the rows to use, [rows] bool).
-
-        The list is empty if `share` selects all rows. Then every row of `split` is read.
-        """
+        """The pairs (prepared split, mask of its rows to use, [rows] bool), or [] to read every row of `split`."""
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
         if self.share == WHOLE:
             return []

@@ -1,4 +1,4 @@
-"""Registers prepared datasets as SeqIO tasks and mixtures, for use with SeqIO's tools and in users' mixtures."""
+"""Registers prepared datasets as SeqIO tasks and mixtures, for SeqIO's tools and users' mixtures."""
 
 import contextlib
 import contextvars
@@ -37,9 +37,8 @@ class Registration:
 
     Attributes:
         dataset: the dataset, as it was at the time of registration.
-        vocabulary: vocabulary of the tasks: path of a `spiece.model`, or `bytes`.
+        vocabulary: path of a `spiece.model`, or `bytes`.
         tasks: {name of an objective: its `seqio.Task`}.
-        mixture: the `seqio.Mixture`.
     """
 
     dataset: PreparedDataset
@@ -54,27 +53,25 @@ _REGISTERED: dict[str, Registration] = {}  # by name of the dataset
 def register_prepared(
     data_dir: os.PathLike | str | None = None, *, vocabulary: os.PathLike | str | None = None
 ) -> tuple[str, ...]:
-    """Registers, for each prepared dataset, the SeqIO tasks NAME_label and NAME_rationale and the mixture NAME.
+    """Registers the SeqIO tasks NAME_label and NAME_rationale and the mixture NAME of each prepared dataset.
 
     Afterwards, `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture of two
-    datasets. A task has those splits in which at least one row has the task's target. Datasets prepared with
-    `paper_exact` are skipped, since SeqIO cannot make their token ids. Datasets without a train split have no
-    vocabulary of their own, so they are skipped as well, unless `vocabulary` is given. If a dataset has
-    changed since it was registered, its tasks are replaced.
+    datasets. A task has the splits in which at least one row has the task's target. The tasks of a changed
+    dataset are replaced. The call skips `paper_exact` datasets, whose token ids SeqIO cannot make, and datasets
+    without a vocabulary.
 
     Args:
         data_dir: folder of prepared datasets. None means the data folder of the command that imports the
-            calling module. If no command imports it, None means the default folder.
-        vocabulary: vocabulary of all tasks: path of a `spiece.model`, or `bytes`. None means that each
-            dataset's tasks use the dataset's own vocabulary. SeqIO reads a mixture only if all its tasks have
-            the same vocabulary.
+            calling module, or else the default folder.
+        vocabulary: path of a `spiece.model`, or `bytes`, for all tasks. None means each dataset's own, which a
+            dataset without a train split lacks. SeqIO reads a mixture only if all its tasks have the same
+            vocabulary.
 
     Returns:
         Names of the registered datasets.
 
     Raises:
-        InputError: SeqIO already has a different task or mixture with one of these names, or a dataset or the
-            vocabulary is damaged.
+        InputError: a name is taken by another task or mixture, or a dataset or the vocabulary is damaged.
     """
     tensorflow()
     folder = data_folder(_IMPORTING_FOR.get() if data_dir is None else data_dir)
@@ -99,7 +96,7 @@ def register_prepared(
 
 
 def registered_dataset(name: str) -> PreparedDataset | None:
-    """Returns the dataset whose registered mixture has this name, or None if there is no such mixture."""
+    """Returns the dataset whose registered mixture has this name, or None if there is none."""
     found = _REGISTERED.get(name)
     if found is None:
         return None
@@ -112,7 +109,7 @@ def registered_dataset(name: str) -> PreparedDataset | None:
 
 @contextlib.contextmanager
 def importing_for(data_dir: pathlib.Path | None) -> Iterator[None]:
-    """A context that sets the data folder of `register_prepared()` while a user's module is imported."""
+    """A context that sets the default `data_dir` of `register_prepared` while a user's module is imported."""
     token = _IMPORTING_FOR.set(data_dir)
     try:
         yield
@@ -137,11 +134,7 @@ def spec_of(
 
 @functools.cache
 def _source_class() -> Any:
-    """Returns the class of a prepared dataset's source, which never asks TFDS to shuffle files.
-
-    To shuffle rows, SeqIO first asks TFDS to shuffle the files, but TFDS refuses this for a dataset with
-    ordered rows. SeqIO's own buffer still shuffles the rows.
-    """
+    """Returns a TFDS source that does not shuffle files, which TFDS refuses for datasets with ordered rows."""
     tensorflow()
     import seqio
 
@@ -191,7 +184,7 @@ def _register(dataset: PreparedDataset, vocabulary: str) -> None:
 
 
 def _remove(registration: Registration) -> None:
-    """Removes a dataset's mixture and tasks from SeqIO's registries. Other tasks with the same names are kept."""
+    """Removes a dataset's mixture and tasks from SeqIO's registries, but no later task of the same name."""
     import seqio
 
     del _REGISTERED[registration.dataset.name]
@@ -203,7 +196,7 @@ def _remove(registration: Registration) -> None:
 
 
 def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> bool:
-    """Returns whether at least one row of the split has the field from which the objective's target is made.
+    """Returns whether any row of the split has a target.
 
     A task without rows would end a mixture as soon as SeqIO draws from the task.
     """

@@ -1,4 +1,4 @@
-"""SeqIO preprocessors that turn an example's fields into a row for each objective, and keep these rows together."""
+"""SeqIO preprocessors that turn an example into a row for each objective, and keep these rows together."""
 
 import functools
 import string
@@ -23,18 +23,17 @@ def render(
 ) -> Any:
     """SeqIO preprocessor: renders an example's fields as `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
-    The results are those of `Objective.render`, but are computed in TensorFlow. The types of the dataset's
-    elements are checked first, so that a missing field is reported before any row is read. If the first
-    objective has a label but is not plain (`Objective.is_plain`), the gold label is added as the feature
-    `LABEL_TEXT`.
+    This is `Objective.render` in TensorFlow. If the first objective has a label but is not plain
+    (`Objective.is_plain`), the gold label is added as the feature `LABEL_TEXT`.
 
     Args:
-        dataset: a `tf.data.Dataset` of examples.
-        task: name of the task, for messages.
-        source: description of the source, for messages.
+        task, source: name of the task and description of its source, for messages.
         objectives: {prefix of the features: objective}.
-        variants: {prefix of the features: index of the rationale to use} (see `tasks.supervision.choose`).
-            Index 0 is the field `rationale`. None means index 0 for all prefixes.
+        variants: {prefix of the features: index of the rationale to use} (see `tasks.supervision.choose`). The
+            default index is 0, the field `rationale`.
+
+    Raises:
+        InputError: a field is missing or is not text. No row has been read yet.
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))
@@ -94,11 +93,7 @@ def framing_steps(framing: Framing) -> list[Any]:
 
 
 def _frame(dataset: Any, *, framing: Framing) -> Any:
-    """Adds a vocabulary's special ids to inputs, as `Framing.input_ids` does, except a final eos.
-
-    If the vocabulary prepends bos, bos is added. If it adds neither bos nor eos, an eos is added to empty
-    inputs.
-    """
+    """Prepends the vocabulary's bos to inputs. If the vocabulary adds neither bos nor eos, empty inputs get an eos."""
     tf = tensorflow()
 
     @tf.autograph.experimental.do_not_convert
@@ -118,7 +113,7 @@ def _frame(dataset: Any, *, framing: Framing) -> Any:
 
 
 def empty_absent_targets(dataset: Any) -> Any:
-    """SeqIO preprocessor: empties targets that consist of only an EOS, because the example has no target text.
+    """SeqIO preprocessor: removes the EOS from targets without text.
 
     The row is kept, so that row i of every objective belongs to the same example.
     """
@@ -150,12 +145,11 @@ def with_absent_rows(task: Any) -> Any:
 
 @functools.cache
 def paired_mixture() -> Any:
-    """Returns the class of a dataset's mixture: a `seqio.Mixture` that keeps the rows of an example together.
+    """Returns the class of a `seqio.Mixture` that yields the rows of an example one after the other.
 
-    The mixture yields every row. The rows of an example directly follow each other. SeqIO's own sampling would
-    mix the rationales and labels of different examples, and would stop at the end of the shortest task. With
-    `shuffle`, the rows of an example stay together only if a seed is given. If the mixture is a member of
-    another mixture, SeqIO samples from its tasks as from all other tasks.
+    SeqIO's own sampling would mix the rows of different examples, and would stop at the end of the shortest
+    task. Inside another mixture, SeqIO's own sampling is used. With `shuffle`, the rows of an example stay
+    together only if a seed is given.
     """
     tensorflow()
     import seqio
@@ -168,9 +162,9 @@ def paired_mixture() -> Any:
 
 
 def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-    """The `sample_fn` of a `paired_mixture`: yields row i of each task, then row i + 1 of each task, and so on.
+    """Yields row i of each task, then row i + 1 of each task, and so on, without absent rows.
 
-    Absent rows are left out.
+    It is the `sample_fn` of a `paired_mixture`.
     """
     del rates, seed
     tf = tensorflow()

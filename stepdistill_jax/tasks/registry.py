@@ -48,11 +48,9 @@ class TaskSpec:
         name: name of the mixture. Its tasks have the names NAME_OBJECTIVE.
         source: a `seqio.DataSource`.
         preprocessors: SeqIO preprocessors that convert rows to the fields input, label, ...
-        objectives: objectives of the registered tasks.
         vocabulary: path of a `spiece.model`, or `bytes`.
         metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
-        function: the user's own metric, a function that takes `(targets, predictions)` or
-            `(targets, scores)`, or None.
+        function: the user's metric of `(targets, predictions)` or `(targets, scores)`, or None.
     """
 
     name: str
@@ -66,12 +64,7 @@ class TaskSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Tag:
-    """The dataset and objective of a registered SeqIO task.
-
-    Attributes:
-        dataset: name of the dataset, which is also the name of its mixture.
-        objective: name of the objective.
-    """
+    """The names of a registered SeqIO task's dataset and objective."""
 
     dataset: str
     objective: str
@@ -91,34 +84,30 @@ def add_task(
     metric: str | Callable = "text_match",
     preprocessors: Sequence[Callable] = (),
 ) -> Any:
-    """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and reads some rows.
+    """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and reads the first rows.
 
-    Example: `add_task("sums", source=rows, splits=["train"])`, where the call `rows("train")` yields dicts
-    such as `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
+    Example: `add_task("sums", source=rows, splits=["train"])`, where the call `rows("train")` yields dicts such
+    as `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
 
     Args:
         name: name of the mixture.
-        source: one of: a function that takes the name of a split and returns the split's rows; a list, the
-            rows of the split `train`; a dict {name of a split: list of its rows}; a `seqio.DataSource`. A row
-            is a dict with `input`, `label` and optionally `rationale`, `llm_label`, `weight`, and further
-            text fields that `objectives` name.
-        splits: names of the splits. Required for a function, and not allowed otherwise.
-        objectives: name of an arm, or a list of objectives. Each objective becomes a task. The task's targets
-            do not contain the objective's `decoder_prefix`, which is added in training.
-        vocabulary: path of a `spiece.model`, or `bytes`. A run with `init_from` uses the vocabulary of that
-            model instead.
-        metric: how labels are compared: `text_match`, `value_match`, or a function `f(targets, predictions)`
-            that takes the gold and the predicted labels and returns a dict of numbers. Validation and
-            `evaluate` call the function in addition to `text_match`. As in SeqIO, it may take
-            `(targets, scores)` instead.
-        preprocessors: SeqIO preprocessors that are applied first, for example to rename the source's fields.
+        source: a function that takes the name of a split and returns its rows, a dict {name of a split: list of
+            its rows}, a list (the rows of `train`), or a `seqio.DataSource`. A row is a dict with `input`,
+            `label` and optionally `rationale`, `llm_label`, `weight`, and text fields that `objectives` name.
+        splits: names of the splits, only for a function.
+        objectives: name of an arm, or a list of objectives. Each objective becomes a task. The targets lack the
+            objective's `decoder_prefix`, which is added in training.
+        vocabulary: path of a `spiece.model`, or `bytes`. The vocabulary of `init_from` takes precedence.
+        metric: how labels are compared: `text_match`, `value_match`, or a function that returns a dict of
+            numbers, in addition to `text_match`. It takes `(targets, predictions)`, the gold and predicted
+            labels, or, as in SeqIO, `(targets, scores)`.
+        preprocessors: SeqIO preprocessors to apply first, for example to rename the source's fields.
 
     Returns:
         The `seqio.Mixture`.
 
     Raises:
-        InputError: the name is taken, or the first rows cannot be read (the message names the task, the
-            feature and the source). After an error, nothing stays registered.
+        InputError: the name is taken, or the first rows cannot be read. Nothing stays registered.
     """
     tensorflow()
     import seqio
@@ -230,8 +219,8 @@ def registered_names() -> list[str]:
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
-    Only the task of the first objective gets a metric, which compares the labels in targets and answers. If
-    rows are cached (`seqio_cache_tasks`), the cache contains their tokens, not truncated.
+    Only the first objective's task gets a metric. SeqIO's cache of a task (`seqio_cache_tasks`) contains its
+    tokens before truncation.
     """
     import seqio
 
@@ -282,12 +271,12 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a token store. For each example, it has one row: an input and a target.
+    """The rows of one objective in a token store: an input and a target for each example.
 
     Attributes:
-        objective: index of the column's objective, from 1.
-        variant: which rationale of an example's list the column contains, an index from 0.
-        name: name of the column in the store. Its features are `NAME_inputs` and `NAME_targets`.
+        objective: index of the objective, from 1.
+        variant: index of the rationale in an example's list, from 0.
+        name: name in the store. The column's features are `NAME_inputs` and `NAME_targets`.
         reads_rationale: whether a template of the objective contains a rationale.
     """
 
@@ -298,11 +287,9 @@ class Column:
 
 
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
-    """Returns the columns of a store.
+    """Returns the columns of a store: `rationales` columns for an objective that reads a rationale, else one.
 
-    An objective that reads a rationale has `rationales` columns, one for each rationale of an example. Any
-    other objective has one column. For example, `step_by_step` with 2 rationales has the columns `label`,
-    `rationale` and `rationale.1`.
+    For example, `step_by_step` with 2 rationales has the columns `label`, `rationale` and `rationale.1`.
     """
     columns = []
     for number, o in enumerate(objectives, 1):
@@ -320,11 +307,9 @@ def joint_task(
     supervision: Supervision | None = None,
     most: int = 1,
 ) -> Any:
-    """Returns an unregistered `seqio.Task` in which each row has the features of all objectives.
+    """Returns an unregistered `seqio.Task` in which each row has the features of `columns_of(objectives, most)`.
 
-    Since the source is read only once, an example's rows stay together. The features are those of the columns
-    `columns_of(objectives, most)`, where `most` is the number of rationales of an example. If `supervision` is
-    None, every example is kept unchanged.
+    `most` is the number of rationales of an example. If `supervision` is None, every example is kept unchanged.
     """
     import seqio
 
@@ -366,7 +351,6 @@ def joint_task(
 
 
 def _features(vocabulary: str, framing: Framing) -> dict[str, Any]:
-    """Returns the `seqio.Feature`s of inputs and targets."""
     import seqio
 
     opened = seqio_vocabulary(vocabulary)

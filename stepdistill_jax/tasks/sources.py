@@ -1,4 +1,4 @@
-"""Turns a user's function into a SeqIO source, and checks sources, describes them, and computes their digests."""
+"""Makes SeqIO sources of users' functions, and checks, describes and fingerprints sources."""
 
 import contextlib
 import functools
@@ -29,8 +29,7 @@ class RowsOfFunction:
     def __init__(self, task: str, rows: Rows, more: Sequence[str] = ()):
         """Wraps the function `rows` of the task named `task`.
 
-        `more` are the names of further fields that each row must have. The values of these fields may be
-        empty.
+        `more` are the names of further fields that each row must have; their values may be empty.
         """
         self.task, self.rows, self.more = task, rows, tuple(more)
         # kept for `named_errors`, since TensorFlow hides the function's own error in a trace
@@ -57,9 +56,7 @@ class RowsOfFunction:
             yield {name: [row[name] for row in several] for name in several[0]}
 
     def digest(self, split: str) -> dict[str, Any]:
-        """Returns the count and the digest of the rows, {"rows": count, "sha256": hex digest}.
-
-        The rows are read without TensorFlow. With TensorFlow, reading would take 100 times as long.
+        """Returns {"rows": count, "sha256": hex digest}, without TensorFlow, which would take 100 times as long.
 
         Raises:
             InputError: the function fails, or a row is malformed.
@@ -126,10 +123,7 @@ def rows_of_lists(lists: Mapping[str, Sequence[Mapping[str, Any]]]) -> Rows:
 
 @contextlib.contextmanager
 def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
-    """A context that turns errors of SeqIO and TensorFlow into InputErrors.
-
-    The message of such an InputError is one line with the task's name.
-    """
+    """A context that turns errors of SeqIO and TensorFlow into InputErrors of one line with the task's name."""
     try:
         yield
     except InputError:
@@ -149,13 +143,12 @@ def named_errors(task: str, source: Any, split: str) -> Iterator[None]:
 
 
 def check_source(task: str, source: Any) -> None:
-    """Checks that a source has splits and, if it reads a TFDS dataset, that the dataset is on disk.
+    """Checks that a source has splits and that its TFDS dataset, if it reads one, is on disk.
 
     SeqIO would start to download a missing TFDS dataset.
 
     Raises:
-        InputError: the source has no splits, or its TFDS dataset is not on disk. The message then names the
-            dataset, the folder and a command.
+        InputError: there are no splits, or the TFDS dataset is not on disk.
     """
     tensorflow()
     import seqio
@@ -169,7 +162,7 @@ def check_source(task: str, source: Any) -> None:
 
 
 def _check_downloaded(task: str, loader: Any) -> None:
-    """Raises InputError if a TFDS dataset that `loader`, a `seqio.LazyTfdsLoader`, reads is not on disk."""
+    """Raises InputError if the TFDS dataset of a `seqio.LazyTfdsLoader` is not on disk."""
     import tensorflow_datasets as tfds
 
     for split in loader.tfds_splits or (None,):
@@ -182,7 +175,7 @@ def _check_downloaded(task: str, loader: Any) -> None:
         except tfds.core.DatasetNotFoundError:
             why = ", and TFDS has no code for it"
             command = (
-                f"check name and version, or run `tfds build SCRIPT --data_dir {where}` with your"
+                f"check its name and version, or run `tfds build SCRIPT --data_dir {where}` with your"
                 " script"
             )
         except Exception as error:
@@ -202,7 +195,7 @@ def forget_tfds(name: str | None, folder: str | None) -> None:
 
 
 def raised_at(error: BaseException) -> str:
-    """Returns ` at FILE:LINE` for a message. It tells which line of code raised the error."""
+    """Returns ` at FILE:LINE`, the place that raised the error, for a message."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -210,7 +203,7 @@ def raised_at(error: BaseException) -> str:
 
 
 def describe_source(source: Any) -> str:
-    """Returns a description of a source for messages. It contains no memory addresses."""
+    """Returns a description of a source for messages, without memory addresses."""
     function = getattr(source, "_dataset_fn", None)
     if function is not None:
         name = getattr(function, "__qualname__", getattr(function, "__name__", repr(function)))
@@ -219,7 +212,7 @@ def describe_source(source: Any) -> str:
 
 
 def describe(thing: Any) -> Any:
-    """Returns a JSON-like description of a source or preprocessor, which is the same in every process."""
+    """Returns a JSON-like description of a source or preprocessor, equal in every process."""
     if isinstance(thing, (list, tuple)):
         return [describe(part) for part in thing]
     if hasattr(thing, "func"):  # functools.partial
@@ -234,14 +227,13 @@ def describe(thing: Any) -> Any:
 
 
 def files_of(source: Any, split: str) -> list[list[Any]]:
-    """Returns [name, size, modification time] of each file of a source. The list identifies the source's rows.
+    """Returns [name, size, modification time] of each file of a source, to identify the source's rows.
 
-    For TFDS, the list begins with an entry for the slice of rows that is read. The list is empty if the
-    source does not read files (TextLine, TFRecord and TFDS sources do), or if the size or time of a file is
-    unknown. In this case, the rows must be read to identify them.
+    TextLine, TFRecord and TFDS sources read files. For TFDS, the list begins with an entry for the slice that
+    is read. The list is empty if the source does not read files, or if the size or time of a file is unknown.
 
     Raises:
-        InputError: a TFDS split has no rows. SeqIO would end the process in this case.
+        InputError: a TFDS split has no rows. SeqIO would end the process.
     """
     tf = tensorflow()
     import seqio
@@ -271,14 +263,11 @@ def files_of(source: Any, split: str) -> list[list[Any]]:
 
 
 def rows_digest(source: Any, split: str, seed: int | None) -> dict[str, Any]:
-    """Returns the count and the digest of a source's rows, as they are before any preprocessor runs.
+    """Returns {"rows": count, "sha256": hex digest} of a source's rows before any preprocessor runs.
 
-    The complete source is read. For 100,000 rows on one CPU core, this takes 0.5 s if the source is a function
-    of `add_task`, plus the time of that function. It takes 4 s for a TensorFlow source, or 25 s if TensorFlow
-    gets the rows from Python (`tf.data.Dataset.from_generator`).
-
-    Returns:
-        {"rows": number of rows, "sha256": hex digest}.
+    The complete source is read. On one CPU core, 100,000 rows take 4 s from TensorFlow, 25 s from Python
+    through `tf.data.Dataset.from_generator`, and 0.5 s from a function of `add_task`, in addition to the
+    function's own time.
     """
     function = getattr(source, "_dataset_fn", None)
     if isinstance(function, RowsOfFunction):

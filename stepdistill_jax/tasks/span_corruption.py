@@ -1,8 +1,8 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
 The text `We hold these truths` becomes the inputs `We hold <X>` and the targets `<X> these truths`. SeqIO has
-no preprocessor for this. The functions here compute the same as the functions of the same names in the
-package `t5` (t5/data/preprocessors.py, version 0.9.4): the same seeds give the same masks.
+no such preprocessor. The functions here give the same results, for the same seeds, as those of the same names
+in the package `t5` (t5/data/preprocessors.py, version 0.9.4).
 """
 
 import functools
@@ -31,22 +31,17 @@ def add_span_corruption(
 ) -> Any:
     """Registers a SeqIO task whose rows are segments of texts, in which the model predicts masked spans.
 
-    The texts are read from JSON lines. The mask of a segment depends on the segment's place in the file. The
-    tokens are stored when they are first read, so a segment has the same mask in every epoch. With `masks`, a
-    segment gets several masks, and each mask makes one example (like RoBERTa's static masking, arXiv
-    1907.11692, section 4.1).
+    A segment has the same masks in every epoch (like RoBERTa's static masking, arXiv 1907.11692, section 4.1).
 
     Args:
-        name: name of the task.
         files: {name of a split: file with lines `{"text": ...}`, or glob pattern of such files}.
-        vocabulary: path of a `spiece.model`, or `bytes`. The model needs 100 ids more than the vocabulary
-            has: 100 sentinels follow the last id. The first sentinel has the highest id.
+        vocabulary: path of a `spiece.model`, or `bytes`. The model needs 100 more ids than the vocabulary has,
+            for sentinels. The first sentinel has the highest id.
         inputs_length: maximum number of ids in corrupted inputs, including the end of sequence. Longer texts
-            are split into segments whose inputs have this length. The config's `input_length` must be the
-            same.
+            are split. The config's `input_length` must be the same.
         noise_density: share of the ids to predict, above 0 and below 1.
         mean_noise_span_length: mean length of a span in ids, 1 or more.
-        masks: number of masks for each segment.
+        masks: number of masks for each segment. Each mask makes one example.
 
     Returns:
         The `seqio.Task`. Its longest targets have `random_spans_helper(...)[1]` ids, which should be the
@@ -54,8 +49,7 @@ def add_span_corruption(
 
     Raises:
         InputError: a file does not exist, the name is taken, a number is out of range, or a segment has more
-            spans than there are sentinels. Later, when rows are read: a line is not a JSON object with a
-            `text`.
+            spans than there are sentinels. Reading rows raises it for a malformed line.
     """
     tf = tensorflow()
     import seqio
@@ -128,9 +122,9 @@ def text_of_json_lines(dataset: Any) -> Any:
 
 
 def split_tokens(dataset: Any, *, length: int) -> Any:
-    """SeqIO preprocessor: splits `targets` into pieces of `length` ids. A text's last piece may be shorter.
+    """SeqIO preprocessor: splits `targets` into pieces of at most `length` ids.
 
-    Pieces of a single id are dropped: if that id were masked, no context would remain.
+    Pieces of a single id are dropped, since a mask would leave no context.
     """
     tf = tensorflow()
 
@@ -150,10 +144,10 @@ def repeat(dataset: Any, *, times: int) -> Any:
 def corrupt_spans(
     dataset: Any, output_features: Any, *, noise_density: float, mean_noise_span_length: float
 ) -> Any:
-    """SeqIO preprocessor: masks spans of `targets`. The remaining ids become `inputs`, and the masked ids `targets`.
+    """SeqIO preprocessor: masks spans of `targets`, and keeps the other ids as `inputs`.
 
-    In `inputs`, a sentinel replaces each masked span. In `targets`, a sentinel replaces each span that was
-    not masked. SeqIO derives the two seeds of a row from the task's seed and the row's place.
+    In `inputs`, a sentinel replaces each masked span. In `targets`, a sentinel replaces each span that was not
+    masked. The mask depends on the task's seed and the row's place.
     """
     import seqio
 
@@ -179,7 +173,7 @@ def random_spans_noise_mask(
 ) -> Any:
     """Returns a random mask of the ids to predict, which are called noise.
 
-    The mask has `n = max(1, round(length * noise_density))` noise ids, which form
+    The mask has `n = max(1, round(length * noise_density))` noise ids. They form
     `max(1, round(n / mean_noise_span_length))` spans. Kept spans and noise spans alternate: the first span is
     kept, and the last span is noise. All such masks are equally likely.
 
@@ -227,10 +221,9 @@ def random_spans_noise_mask(
 
 
 def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
-    """Replaces each run of noise ids by one sentinel.
+    """Replaces each run of noise ids by one sentinel: `vocab_size - 1`, `vocab_size - 2`, ... from left to right.
 
-    From left to right, the sentinels are `vocab_size - 1`, `vocab_size - 2`, ... Example: ids [5, 6, 7, 8],
-    noise [0, 1, 1, 0] and vocab_size 100 give [5, 99, 8].
+    Example: ids [5, 6, 7, 8], noise [0, 1, 1, 0] and vocab_size 100 give [5, 99, 8].
 
     Args:
         ids: [length] int32.
@@ -252,8 +245,8 @@ def random_spans_helper(
 ) -> tuple[int, int]:
     """Returns (segment length, target length) for a segment whose corrupted inputs have `inputs_length` ids.
 
-    Inputs and targets include the end of sequence. A segment of n ids, with `noise` noise ids in `spans`
-    spans, gives n - noise + spans + 1 input ids and noise + spans + 1 target ids.
+    A segment of n ids, with `noise` noise ids in `spans` spans, gives n - noise + spans + 1 input ids and noise
+    + spans + 1 target ids. Both counts include the end of sequence.
 
     Example: `random_spans_helper(512, 0.15, 3.0)` is (568, 114).
     """

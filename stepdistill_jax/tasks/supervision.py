@@ -30,15 +30,15 @@ class Supervision:
 
     Attributes:
         label_source: which label is used: `gold`; `llm`, the teacher's label (standard distillation);
-            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label
-            if the teacher's label is equal according to the task's metric (for other examples, see
-            `disagree_weight`). Examples without the selected label are left out.
-        disagree_weight: factor for the weight of an example in which the teacher's label differs from the gold
-            label or is missing. Used only if `label_source` is `agree`. 0 leaves the example out.
+            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label if
+            the task's metric finds the teacher's label equal (for other examples, see `disagree_weight`).
+            Examples without the selected label are left out.
+        disagree_weight: if `label_source` is `agree`, factor for the weight of an example whose teacher's label
+            is missing or differs from the gold label. 0 leaves the example out.
         rationales: `first` uses the example's `rationale`. `all` makes a row from each rationale in the
-            example's list `rationales`. `sample` draws one rationale of the list in each epoch, with the
-            run's seed. If `label_source` is `agree`, `all` and `sample` leave out rationales that argue for
-            another label.
+            example's list `rationales`. `sample` draws one rationale of the list in each epoch, with the run's
+            seed. If `label_source` is `agree`, `all` and `sample` leave out rationales that argue for another
+            label.
         rationale_source: only rationales with this `source` are used (`human`, `llm`, or a teacher's name).
             None means all sources. If a row has no list, the source of its field `rationale` is `llm`.
 
@@ -61,24 +61,22 @@ class Supervision:
 
     @property
     def needs_list(self) -> bool:
-        """Whether the list `rationales` of a row is needed, in addition to the field `rationale`."""
+        """Whether a row's list `rationales` is needed, in addition to the field `rationale`."""
         return self.rationales != "first" or self.rationale_source is not None
 
     def for_objectives(self, objectives: Sequence[Objective]) -> "Supervision":
-        """Returns the supervision to use with these objectives.
+        """Returns the supervision for these objectives.
 
-        If the target of the first objective is the teacher's label, the `label_source` "gold" is changed to
-        "llm".
+        The `label_source` "gold" becomes "llm" if the first objective's target is the teacher's label.
         """
         if objectives[0].label_field == "llm_label" and self.label_source == "gold":
             return dataclasses.replace(self, label_source="llm")
         return self
 
     def held_out(self) -> "Supervision":
-        """Returns the supervision for validation, which uses the gold label of a row if there is one.
+        """Returns the supervision for validation, which prefers gold labels.
 
-        For a row without a gold label, the teacher's label is used, unless the run trains only on gold
-        labels.
+        Rows without a gold label use the teacher's label, unless the run trains only on gold labels.
         """
         return Supervision("gold" if self.label_source == "gold" else "gold_else_llm")
 
@@ -99,8 +97,7 @@ def check_rationales(
     """Logs how many examples have a rationale from the selected source.
 
     Raises:
-        InputError: no example has such a rationale, so a run would train only on labels. The message lists
-            the sources that exist.
+        InputError: no example has such a rationale, so a run would train only on labels.
     """
     if supervision.rationale_source is None:
         return
@@ -125,9 +122,8 @@ def check_rationales(
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
     """SeqIO preprocessor: writes the selected label, rationales and weight, and drops examples that are left out.
 
-    The label is in the field `label`. The first rationale is in the field `rationale`, and further rationales
-    are in the fields `rationale.1`, `rationale.2`, ... There are always `most` rationales; absent ones are
-    "".
+    The rationales are in the `most` fields `rationale`, `rationale.1`, `rationale.2`, ... Fields without a
+    rationale are "".
 
     Raises:
         InputError: the supervision needs the list `rationales`, but the rows have no such list.
@@ -137,7 +133,8 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
     if s.needs_list and "rationales" not in dataset.element_spec:
         raise InputError(
             f"task {task!r}: `rationales={s.rationales}` with rationale_source={s.rationale_source}"
-            " needs the list 'rationales', but its rows have none; `stepdistill prepare jsonl` keeps it"
+            " needs the list 'rationales', but the rows have no such list; `stepdistill prepare jsonl`"
+            " keeps it"
         )
 
     # metrics are Python functions, so TensorFlow calls back into Python here

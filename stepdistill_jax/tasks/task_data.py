@@ -22,19 +22,15 @@ class Part:
 
     Attributes:
         name: name of the dataset or task.
-        store: the tokenised examples.
-        columns: a `Column` for each entry of `store.rows`. The indices of objectives refer to
-            `TaskData.objectives`.
-        rate: rate at which examples of this part are drawn, relative to the rates of the other parts.
+        columns: a `Column` for each entry of `store.rows`. `Column.objective` is an index in
+            `TaskData.objectives`, from 1.
+        rate: rate at which examples are drawn, relative to other parts.
         metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
         labels: the distinct labels of the dataset if there are only a few, otherwise ().
-        task: the `seqio.Task` of the first column, or None. If the labels come from this task,
-            its metrics are computed.
+        task: the `seqio.Task` of the first column, or None. Its metrics are computed if the part has labels.
         input_pair: whether rows have a second input text (`Example.input_pair`).
-        own_inputs: True if the inputs are those of a plain task, False if the objectives' templates made
-            them.
-        drawn: how the rows of several tasks of a mixture were paired, or why they were not; "" if there is
-            only one task.
+        own_inputs: whether the inputs come from a plain task, instead of the objectives' templates.
+        drawn: how the rows of several tasks were paired, or why they were not; "" for a single task.
     """
 
     name: str
@@ -55,14 +51,11 @@ class Part:
 
     @property
     def label_column(self) -> int | None:
-        """Index of the first objective's column, or None if the part has no such column.
-
-        Answers are compared with the labels of this column.
-        """
+        """Index of the first objective's column, which has the labels, or None if there is no such column."""
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
-        """Returns (input ids, gold labels) of the examples that have a row of the first objective, as two lists."""
+        """Returns two lists, input ids and gold labels, of the examples that have a row of the first objective."""
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
@@ -71,7 +64,7 @@ class Part:
         return [inputs[i].tolist() for i in there], [labels[i] for i in there]
 
     def label_targets(self) -> list[list[int]]:
-        """Returns the target ids of the same rows as `labelled_inputs`, not truncated."""
+        """Returns the target ids of the rows of `labelled_inputs`, not truncated."""
         if (column := self.label_column) is None:
             return []
         rows = self.store.rows[column]
@@ -85,7 +78,6 @@ class TaskData:
 
     Attributes:
         name, split: names of the task and of the split.
-        objectives: objectives of the rows. Columns refer to an objective by its index from 1.
         parts: one part, or several for a mixture.
         vocabulary: vocabulary of inputs and targets.
         sample_rationales: whether a batch uses only one of an example's rationales.
@@ -114,9 +106,9 @@ class TaskData:
         share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
-        """Returns data with a single part, which contains the examples of `store`.
+        """Returns data with a single part, the examples of `store`.
 
-        The store must have columns for up to `most_rationales` rationales of an example.
+        The store must have columns for `most_rationales` rationales of an example.
         """
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
@@ -140,7 +132,7 @@ class TaskData:
 
     @property
     def metric(self) -> str:
-        """The metric of all parts, or `text_match` if the parts have different metrics."""
+        """The metric of all parts, or `text_match` if their metrics differ."""
         found = {part.metric for part in self.parts}
         return found.pop() if len(found) == 1 else "text_match"
 
@@ -168,11 +160,10 @@ class TaskData:
         return len(self.parts) > 1 or any(part.drawn for part in self.parts)
 
     def shares(self) -> list[dict[str, Any]]:
-        """Returns a dict for each objective of each part: its expected shares of the examples, rows and tokens.
+        """Returns the expected shares of each objective in each part, before rows are truncated.
 
-        The shares are computed before rows are truncated. The entries of each dict are `task` (name of the
-        part), `objective`, `examples` (the part's share of all examples), `rows` (share of all rows),
-        `target_tokens` (share of all target tokens), and `drawn` (see `Part`).
+        The entries of each dict are `task` (name of the part), `objective`, `examples` (the part's share of all
+        examples), `rows`, `target_tokens` (shares of all rows and target tokens), and `drawn` (see `Part`).
         """
         # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
         # has the part's mean number of rows and target tokens.
@@ -210,14 +201,14 @@ class TaskData:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids that a model needs: those of the vocabulary, and extra ids that rows use."""
+        """Number of ids that a model needs, including extra ids above the vocabulary that rows use."""
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
 
     def check_ids(self, vocab_size: int) -> None:
         """Checks that a model has an embedding for each id of the rows.
 
         Raises:
-            InputError: the largest id is not below `vocab_size`, the model's number of ids.
+            InputError: the largest id is not below `vocab_size`.
         """
         if self.vocab_size > vocab_size:
             raise InputError(
@@ -228,13 +219,10 @@ class TaskData:
 
 
 def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each part of a mixture, with its share of the examples and its objectives' shares.
+    """Returns a line for each part of a mixture, from the result of `TaskData.shares`.
 
     Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0% of the
     rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target tokens`.
-
-    Args:
-        shares: the result of `TaskData.shares`.
     """
     lines = []
     for name in dict.fromkeys(share["task"] for share in shares):

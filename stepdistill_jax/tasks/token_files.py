@@ -1,4 +1,4 @@
-"""Writes the files of a token store. Only one group of examples is in memory at a time."""
+"""Writes the files of a token store, with one group of examples in memory at a time."""
 
 import contextlib
 import itertools
@@ -20,14 +20,14 @@ AT_ONCE = 1024  # number of examples in memory
 
 
 def file_name(objective: int, feature: str, what: str) -> str:
-    """Returns the name of a feature's file. `what` is `ids` or `offsets`. `objective` is an index from 0."""
+    """Returns the name of a feature's file. `what` is `ids` or `offsets`; `objective` is an index from 0."""
     return f"{objective + 1}-{feature}.{what}"
 
 
 def write_files(
     folder: pathlib.Path, num_objectives: int, examples: Iterable["TokenExample"]
 ) -> tuple[int, dict[str, int]]:
-    """Writes examples to disk one group after the other.
+    """Writes examples to disk.
 
     Returns:
         (number of examples, {name of a file of ids: largest id in it}).
@@ -68,7 +68,6 @@ class _Column:
         offsets.write(np.int64(0).tobytes())
 
     def write(self, examples: Sequence["TokenExample"]) -> None:
-        """Appends the rows of some examples."""
         # rows of 3, 0 and 2 ids after an end of 10 append the offsets 13, 13, 15
         rows = [np.asarray(e.rows[self._objective][self._side], np.int32) for e in examples]
         ids, ends = np.concatenate(rows), self._end + np.cumsum([len(row) for row in rows])

@@ -1,9 +1,9 @@
 """Stores token ids on disk, once for each dataset, split and vocabulary, without TensorFlow.
 
 A store is a folder. Each feature of each objective has two files. The file `ids` contains all rows, one after
-the other. The file `offsets`, [examples + 1] int64, tells where rows begin: row i is
-`ids[offsets[i] : offsets[i + 1]]`. The files `weights`, `labels.jsonl` and `row_ids` have one entry for each
-example. The file `manifest.json` contains digests.
+the other. The file `offsets` is [examples + 1] int64, and row i is `ids[offsets[i] : offsets[i + 1]]`. The
+files `weights`, `labels.jsonl` and `row_ids` have one entry for each example. The file `manifest.json` contains
+digests.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ class TokenRows:
     absent target) and [7, 1].
 
     Attributes:
-        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows are not truncated and include their end
-            of sequence.
-        starts: place in `ids` of each row's first id, [examples] int64.
-        ends: place in `ids` after each row's last id, [examples] int64.
-        known_max_id: largest id, or None if it is not known.
+        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows include the end of sequence, and are not
+            truncated.
+        starts: index in `ids` of each row's first id, [examples] int64.
+        ends: index in `ids` after each row's last id, [examples] int64.
+        known_max_id: largest id; None if unknown.
     """
 
     ids: np.ndarray
@@ -64,7 +64,7 @@ class TokenRows:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each row, [examples] int64."""
+        """Token count of each row, [examples] int64."""
         return self.ends - self.starts
 
     @functools.cached_property
@@ -73,10 +73,7 @@ class TokenRows:
         return int(self.ids.max(initial=0)) if self.known_max_id is None else self.known_max_id
 
     def take(self, rows: np.ndarray) -> "TokenRows":
-        """Returns the rows with the given indices, in the given order. Index -1 gives an empty row.
-
-        The ids are not copied.
-        """
+        """Returns the rows with the given indices, without copying ids. Index -1 gives an empty row."""
         starts, ends = (np.where(rows < 0, 0, places[rows]) for places in (self.starts, self.ends))
         return TokenRows(self.ids, starts, ends, self.known_max_id)
 
@@ -94,10 +91,9 @@ class TokenExample:
     Attributes:
         rows: (input ids, target ids) for each objective. An empty target means that the row is absent.
         weight: factor by which the loss of the example's tokens is multiplied.
-        label_text: text with which predictions are compared: the label, or the first objective's target if
-            there is no label.
-        row_id: value of the field `id`, or None if the task has no such field. Rows of several tasks are
-            paired if their ids are equal.
+        label_text: text with which predictions are compared: the label, or else the first objective's target.
+        row_id: value of the field `id`, by which rows of several tasks are paired; None if there is no such
+            field.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -111,18 +107,17 @@ class TokenStore:
     """The examples of one split, tokenised for each objective.
 
     Attributes:
-        directory: folder of the files.
         fingerprint: digest of the contents. Stores with equal contents have equal fingerprints.
-        objectives: names of the objectives, in order.
-        rows: for each objective, a dict with the `TokenRows` "inputs" and "targets". Row i belongs to example
-            i. The dict may also have "weights", the objective's weight for each example, [examples] float32,
-            and "token_weights", the weight of each target id, [tokens] float32.
+        objectives: names of the objectives.
+        rows: a dict for each objective, with the `TokenRows` "inputs" and "targets". Row i belongs to example
+            i. Optional entries are "weights", the objective's weight for each example, [examples] float32, and
+            "token_weights", the weight of each target id, [tokens] float32.
         weights: weight of each example, [examples] float32.
         about: JSON-like description of the store's source.
-        labels: bytes of `labels.jsonl`. They are memory-mapped like the ids, so that an open store can still
-            be read after another process has replaced its files.
+        labels: bytes of `labels.jsonl`, memory-mapped, so that an open store survives a replacement of its
+            files.
         row_ids: hash of each example's id, [examples] uint64, or None if the task has no ids.
-        others: folders of the other stores, if this store was made by pairing several stores.
+        others: folders of the other stores that were paired with this store.
     """
 
     directory: pathlib.Path
@@ -142,7 +137,7 @@ class TokenStore:
 
     @functools.cached_property
     def max_id(self) -> int:
-        """Largest id. In a plain SeqIO task, it may be an extra id, above those of the vocabulary's pieces."""
+        """Largest id. A plain SeqIO task may have extra ids, above those of the vocabulary's pieces."""
         return max(rows[feature].max_id for rows in self.rows for feature in FEATURES)
 
     @property
@@ -164,15 +159,13 @@ def write_store(
 ) -> TokenStore:
     """Writes a store next to `directory`, then renames it to `directory`, replacing an existing store.
 
-    Several processes may write the same store at once, also on a shared disk, and each of them returns a
-    complete store. If another process has written an equal store in the meantime, that store is returned and
-    not replaced, since other processes may have its files open.
+    Several processes may write the same store at once, also on a shared disk. If another process has written an
+    equal store, that store is kept and returned, since other processes may have its files open.
 
     Args:
-        directory: the store's folder.
         objectives: a name for each of an example's rows.
         examples: the examples, which are streamed to disk. If the iterable raises, nothing is left on disk.
-        about: JSON-like description of the source, written into the manifest.
+        about: JSON-like description of the source, for the manifest.
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -220,8 +213,7 @@ def own_tag() -> str:
 def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
     """Renames the folder of a new store to its final name, and returns the store.
 
-    The store is opened before its folder is renamed, since another process may move the folder away
-    afterwards. Readers of an older store can still read the files that they have open.
+    The store is opened before the rename, since another process may move the folder away afterwards.
     """
     store = open_store(new, every_byte=True)
     if store is None:
@@ -249,16 +241,11 @@ def is_same(a: TokenStore, b: TokenStore) -> bool:
 
 
 def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
-    """Opens the store in a folder. Returns None if the store is damaged, missing, or of another format.
+    """Opens the store in a folder. Returns None if the store is missing, damaged, or of another format.
 
-    The manifest, the sizes of the files, and at most 4 MiB of each file are checked, so the time to open a
-    store does not grow with its size. If the store is damaged, a warning is logged. The result is also None
-    if another process replaces the store at the same time. A caller that then writes the store finds the
-    other process's store.
-
-    Args:
-        directory: the store's folder.
-        every_byte: whether to check every byte, as `verify_store` does.
+    The manifest, the sizes of the files, and at most 4 MiB of each file are checked; `every_byte` checks all
+    bytes. A damaged store is logged. The result is also None if another process replaces the store at the same
+    time.
     """
     directory = pathlib.Path(directory)
     if not (directory / MANIFEST).is_file():
@@ -312,7 +299,7 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
     """Compares every byte of a store's files with its fingerprint.
 
     Returns:
-        {"store": folder of the store, "files": number of its files, "bytes": total size of the files}.
+        {"store": folder of the store, "files": count of its files, "bytes": total size of the files}.
 
     Raises:
         InputError: the files differ from the fingerprint, or cannot be read.

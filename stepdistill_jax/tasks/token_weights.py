@@ -28,20 +28,18 @@ def with_token_weights(
 ) -> TaskData:
     """Returns the data of a train split with `token_weights` for the objectives in `fields`.
 
-    Example: `fields` is {"rationale": "rationale_weights"}, and a row has the rationale "a late parcel" and
-    the `rationale_weights` "0 1 2". Then all tokens of "parcel" have weight 2. The end of sequence always has
+    Example: `fields` is {"rationale": "rationale_weights"}, and a row has the rationale "a late parcel" and the
+    `rationale_weights` "0 1 2". Then all tokens of "parcel" have weight 2. The end of sequence always has
     weight 1. If a row lacks the field, all tokens of its target have weight 1.
 
     Args:
         data: data from `load_task`.
         fields: {name of an objective: name of the field that contains the weights}.
-        supervision: the run's supervision. It must use the gold label and the first rationale of a row, since
-            a row has weights only for these.
-        data_dir, task_module: see `load_task`.
+        supervision: the run's supervision, which must use the gold label and the first rationale.
 
     Raises:
-        InputError: an objective is unknown, `prepare` did not write the task or field, the supervision
-            selects among rationales or labels, or a row's numbers do not match its words.
+        InputError: an objective is unknown, `prepare` did not write the task or field, the supervision selects
+            among rationales or labels, or a row's numbers do not match its words.
     """
     dataset = find_task(data.name, data_dir=data_folder(data_dir), task_module=task_module)
     where = "`token_weights`"
@@ -97,10 +95,9 @@ def with_token_weights(
 
 
 def begins_word(vocabulary: Vocabulary) -> np.ndarray:
-    """Returns a code for each id, [vocab] int8.
+    """Returns a code for each id, [vocab] int8: 1 if it begins a word, 0 if it continues a word, -1 for a blank.
 
-    Code 1 means that the id begins a word (in SentencePiece, with `▁`). Code 0 means that the id continues a
-    word. Code -1 means that the id is a blank, which occurs in a byte vocabulary.
+    In SentencePiece, `▁` begins a word. Only a byte vocabulary has blanks.
     """
     pieces = vocabulary.pieces()
     blank = string.whitespace  # ASCII only, since other blanks are several bytes
@@ -110,11 +107,11 @@ def begins_word(vocabulary: Vocabulary) -> np.ndarray:
 def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """Returns the weight of each id of a target, [tokens] float32.
 
-    `text` contains a number for each word of the target. If a blank is a token of its own, it gets the weight
-    of the word after it.
+    `text` contains a number for each word of the target. A blank that is a token of its own gets the weight of
+    the word after it.
 
     Raises:
-        ValueError: a number is negative or malformed, or there are more or fewer numbers than words.
+        ValueError: a number is negative or malformed, or the count of numbers is not that of words.
     """
     numbers = [_number(word) for word in text.split()]
     words = len(target.split())

@@ -50,24 +50,20 @@ def stored_tokens(
     data_dir: pathlib.Path,
     compare: bool,
 ) -> TokenStore:
-    """Returns the tokens of one split from disk. If they are not there, the split is first tokenised and stored.
+    """Returns the tokens of one split from disk, after tokenising the split if necessary.
 
-    Only one process at a time tokenises a split. Other processes wait for it, and then open its store.
+    One process at a time tokenises a split, while others wait.
 
     Args:
-        make_task: function that returns the `seqio.Task` or the `PreparedRows`. It is called only if the rows
-            must be read.
+        make_task: returns the `seqio.Task` or the `PreparedRows`. It is called only if the rows must be read.
         name: name of the task, for the folder and messages.
-        split: split of the task.
         objectives: names of the store's objectives.
         prefixes: prefix of the features of each objective: `PREFIXinputs` and `PREFIXtargets`.
-        key: JSON-like value that identifies the tokens. It contains everything that determines the tokens and
-            is known before the rows are read, such as the files of a source that reads files.
+        key: JSON-like value with everything that determines the tokens and is known before the rows are read.
         data_dir: folder of prepared datasets. The store is a folder in `data_dir/token_store/`.
-        compare: whether to check that the source still gives the rows that were tokenised. If it does not,
-            the split is tokenised again. The check is needed if the key does not determine the source's rows.
-            At each start, the check tokenises the first 32 rows and, if the source does not read files, reads
-            all rows (for the cost, see `sources.rows_digest`).
+        compare: whether to tokenise the split again if the source's rows have changed, for a `key` that does
+            not determine the rows. Each start then tokenises the first 32 rows. If the source does not read
+            files, each start also reads all rows (for the cost, see `sources.rows_digest`).
 
     Raises:
         InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its
@@ -121,7 +117,7 @@ class Reading:
 
     @functools.cached_property
     def digest(self) -> dict[str, Any] | None:
-        """Digest of the source's rows (`rows_digest`), or None if the files in the store's key identify the rows."""
+        """Digest of the source's rows (`rows_digest`), or None if the source's files identify the rows (`files_of`)."""
         return self.digest_again()
 
     def digest_again(self) -> dict[str, Any] | None:
@@ -146,7 +142,7 @@ class Reading:
     def check_repeats(self) -> None:
         """Checks that the rows are the same when they are read twice.
 
-        If rows were random, a run that resumes would train on different rows.
+        With random rows, a resumed run would train on different rows.
 
         Raises:
             InputError: two readings differ in the source's rows or in the first tokens.
@@ -155,16 +151,15 @@ class Reading:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
-            " readings; in preprocessors, draw random numbers with"
-            " `seqio.map_over_dataset(num_seeds=1)`; in the source's function, use an argument `seed`;"
-            " or write the rows to a file once"
+            " readings; draw random numbers with `seqio.map_over_dataset(num_seeds=1)` in preprocessors,"
+            " and from an argument `seed` in the source's function, or write the rows to a file once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
-        """Returns whether the rows in the store are those that the source gives now. If they are not, logs a warning.
+        """Returns whether a store has the rows that the source gives now, and logs a warning otherwise.
 
         Raises:
-            InputError: as for `check_repeats`.
+            InputError: two readings differ (see `check_repeats`).
         """
         first = self.first_rows()
         kept = [
@@ -182,10 +177,10 @@ class Reading:
             shorter = min(len(first), len(kept))
             where = f"they first differ at row {next((i for i, (a, b) in pairs if a != b), shorter + 1)}"
         if source and self.digest and source["rows"] != self.digest["rows"]:
-            where += f"; it now has {self.digest['rows']} rows, before it had {source['rows']}"
+            where += f"; the source now has {self.digest['rows']} rows instead of {source['rows']}"
         self._warn(
-            "its source no longer gives the rows that were tokenised (%s); it is tokenised again,"
-            " and a run on the old rows will refuse to resume",
+            "the source no longer gives the rows that were tokenised (%s); the split is tokenised"
+            " again, and a run on the old rows will refuse to resume",
             where,
         )
         return False
@@ -205,8 +200,7 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
     """Yields the tokens of a `seqio.Task`'s rows, not shuffled and not truncated.
 
     Raises:
-        InputError: SeqIO raises an error (the message adds the task's name), a row has no inputs, or its
-            weight is not above 0.
+        InputError: SeqIO raises an error, a row has no inputs, or its weight is not above 0.
     """
     features = [(f"{p}inputs", f"{p}targets") for p in prefixes]
     with named_errors(task.name, task.source, split):
@@ -234,12 +228,10 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields a dataset's rows as dicts of NumPy arrays.
+    """Yields a dataset's rows, with the features in `names`, as dicts of NumPy arrays.
 
-    Each dict contains the features in `names` that the dataset has. TensorFlow returns several rows at once,
-    padded to the same length, and the padding is removed afterwards. Returning single rows would take two
-    thirds of the total time. Rows with a feature that is neither a scalar nor [length] cannot be padded. Such
-    rows are returned one by one, with all features.
+    Rows are padded and returned in batches, which is faster. Rows that cannot be padded are returned one by
+    one, with all features.
     """
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]
@@ -264,11 +256,7 @@ def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _ids(row: Any, feature: str, where: str) -> np.ndarray:
-    """Returns a feature's ids: [length] int32.
-
-    Raises:
-        InputError: the feature has another shape or dtype, or a value that is out of range for an id.
-    """
+    """Returns a feature's ids, [length] int32, after checking their shape, dtype and range."""
     ids = np.asarray(row[feature])
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(f"{where}: {feature!r} must be ids [length], got {ids.dtype} {ids.shape}")
@@ -280,7 +268,7 @@ def _ids(row: Any, feature: str, where: str) -> np.ndarray:
 
 
 def _row_id(value: Any) -> str | None:
-    """Returns a row's id as a string, or None if the id is missing or is neither a string nor a whole number."""
+    """Returns a row's id as a string, or None if the id is neither a string nor a whole number."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     if isinstance(value, str):
@@ -291,7 +279,7 @@ def _row_id(value: Any) -> str | None:
 
 
 def _seed(task: Any) -> int | None:
-    """Returns the random seed for reading a task, or None if SeqIO cannot pass a seed to the task's source."""
+    """Returns the random seed for reading a task, or None if the task's source takes no seed."""
     function = getattr(task.source, "_dataset_fn", None)
     if function is None or "seed" in inspect.signature(function).parameters:
         return 0

@@ -38,38 +38,34 @@ def annotate(
 ) -> dict[str, Any]:
     """Asks a teacher about each row, and writes the rows with the teacher's rationales, in input order.
 
-    Every complete, readable answer is saved in an SQLite file, the cache, as soon as it arrives. If the run
-    is killed or the input changes, a second run asks only for the answers that are missing from the cache.
+    Every complete, readable answer is saved at once in an SQLite file, the cache. A second run asks only for
+    the answers that are missing from the cache.
 
     Args:
-        input: path of a file of JSON lines. Each row has `input`, and optionally `id`, `label`, `choices`
-            and other fields.
-        output: path of the file to write. Its rows have the format that `prepare jsonl` reads, with the
-            fields `rationale`, `rationales`, `llm_label` and `provenance`. The file is named
-            OUTPUT.partial until it is complete. The file OUTPUT.defects.jsonl, in the same folder, lists
-            the defects of answers.
+        input: path of a file of JSON lines. Each row has `input`, and optionally `id`, `label`, `choices` and
+            other fields.
+        output: path of the file to write, in the format that `prepare jsonl` reads. The file is named
+            OUTPUT.partial until it is complete. OUTPUT.defects.jsonl lists the defects of answers.
         read: files from which the caller read the settings. They must not be overwritten.
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
     Returns:
-        `rows`: number of rows written.
-        `with_rationale`: number of rows with a usable answer.
-        `requests`: number of requests that were answered.
-        `to_ask`: number of answers that were missing from the cache at the start.
-        `asked_again`: number of requests that repeated a question after an unreadable answer.
-        `truncated`: number of answers that were truncated at the token limit.
-        `prompt_tokens`, `completion_tokens`: tokens used.
+        `rows`, `rows_per_second`: count and rate of rows written.
+        `with_rationale`: count of rows with a usable answer.
+        `requests`: count of requests that were answered.
+        `to_ask`: count of answers that were missing from the cache at the start.
+        `asked_again`: count of requests that repeated a question after an unreadable answer.
+        `truncated`: count of answers that were truncated at the token limit.
+        `prompt_tokens`, `completion_tokens`: counts of tokens used.
         `cost`: money spent; None if the prices are unknown.
-        `defects`: {defect: number of answers}.
+        `defects`: {defect: count of answers}.
         `first_defects`: {defect: the first row with this defect}.
-        `rows_per_second`: rows written per second.
-        `stopped`: why the run ended before the last row; None if it reached the last row.
-        If rows have gold labels, the result also has `with_label`, the number of these rows, and
-        `teacher_accuracy`, the share of these rows that the teacher labelled correctly. A row without a
-        usable answer counts as wrong.
-        With `dry_run`, the result has `prompt` (the first row's prompt), `first_prompt_tokens`,
-        `parameters` and all keys of the result of `estimated`. With `batch_file`, the result is that of
-        `write_batch` or `read_batch`.
+        `stopped`: why the run ended before the last row; None if it did not.
+        `with_label`: count of rows with a gold label that the teacher was not given. Absent if it is 0.
+        `teacher_accuracy`: share of the rows `with_label` that have a usable answer with the gold label.
+        With `dry_run`, the entries are `prompt` (the first row's prompt), `first_prompt_tokens`, `parameters`
+        and those of `estimated`.
+        With `batch_file`, the entries are those of `write_batch` or `read_batch`.
 
     Raises:
         InputError: a setting or row is bad, or the server refuses the request.
@@ -98,7 +94,7 @@ def annotate(
                 return read_batch(prompting, input, cache, paths)
             if len(paths) > 1:
                 raise InputError(
-                    f"`batch_file` write: expected a single FILE, but got {len(paths)} of them"
+                    f"`batch_file` write: expected a single FILE, got {len(paths)} files"
                 )
             return write_batch(prompting, input, cache, paths[0], inputs)
         return asyncio.run(_annotate(prompting, input, output, cache))
@@ -115,10 +111,11 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
     """Estimates the tokens and the cost of the answers that are missing from the cache.
 
     Returns:
-        `rows` is the number of rows, and `answers` the number of missing answers. `prompt_tokens`,
-        `completion_tokens` and `cost` are estimates that assume 4 characters per token, and answers
-        as long as the exemplars' answers. `most_completion_tokens` and `most_cost` assume that each
-        answer has `max_tokens` tokens. The costs are None if the prices are unknown.
+        `rows`, `answers`: counts of rows and of missing answers.
+        `prompt_tokens`: estimate at 4 characters per token.
+        `completion_tokens`, `cost`: estimates for answers as long as the exemplars' answers.
+        `most_completion_tokens`, `most_cost`: estimates for answers of `max_tokens` tokens.
+        The costs are None if the prices are unknown.
     """
     settings = prompting.settings
     budget = Budget(price_input=settings.price_input, price_output=settings.price_output)

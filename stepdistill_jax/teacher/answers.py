@@ -29,10 +29,8 @@ class Answer:
     """An answer of a teacher, before its rationale and label are read.
 
     Attributes:
-        text: the raw text.
         finish_reason: why the answer ended, as the server reports it: `stop`, `length`, ...
-        prompt_tokens, completion_tokens: numbers of tokens that the server reports; estimates if the
-            server reports none.
+        prompt_tokens, completion_tokens: token counts of the server, or estimates if it reports none.
         time: time of arrival in UTC, in the format of ISO 8601.
         parameters: fields of the request other than the model and the messages.
     """
@@ -47,11 +45,9 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """The rationale and label that were read from an answer.
+    """The rationale and label that were read from an answer; "" if they cannot be read.
 
     Attributes:
-        rationale: the rationale; empty if it cannot be read.
-        label: the label; empty if it cannot be read.
         problems: names of the answer's defects, which are keys of `KINDS`.
         usable: whether the answer has both a rationale and a label.
     """
@@ -73,15 +69,14 @@ def metric_name(task: str) -> str:
 def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = False) -> Reading:
     """Reads the rationale and label of an answer according to the rules of its task.
 
-    Example: for the task `anli`, the answer "Rome is in Italy. So the answer is entailment." has the
-    rationale "Rome is in Italy." and the label "entailment".
+    Example: for the task `anli`, the answer "Rome is in Italy. So the answer is entailment." has the rationale
+    "Rome is in Italy." and the label "entailment".
 
     Args:
         task: one of `prompts.TASKS`.
         answer: the teacher's answer. Everything up to `</think>` in its text is ignored.
         row: the question.
-        label_given: whether the prompt contained the gold label. An answer with another label is then
-            unusable.
+        label_given: whether the prompt contained the gold label. Then another label makes an answer unusable.
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)

@@ -33,16 +33,13 @@ def write_batch(
     """Writes a request for each answer that is missing from the cache.
 
     Args:
-        prompting: prompts and parameters of the requests.
         input: path of the file of questions.
-        cache: cache of answers.
-        path: path of the first file of requests. If the requests do not all fit into one file, further
-            files follow, with the numbers 2, 3, ... in their names (`numbered`).
+        path: path of the first file of requests. Requests that do not fit go into further files (`numbered`).
         inputs: files that must not be overwritten, as in `check_outputs`.
 
     Returns:
-        `rows` (the number of questions), `requests` (the number of requests) and `files` (the paths of
-        the files written).
+        `rows`, `requests`: counts of questions and requests.
+        `files`: paths of the files written.
     """
     estimate = Estimate()
     rows = check_questions(
@@ -70,7 +67,7 @@ def write_batch(
 
 
 def numbered(path: pathlib.Path, number: int) -> pathlib.Path:
-    """Returns the path of the file with this index, counted from 1: `requests.jsonl`, `requests-2.jsonl`, ..."""
+    """Returns the path of file `number`, counted from 1: `requests.jsonl`, `requests-2.jsonl`, ..."""
     return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
 
 
@@ -90,19 +87,17 @@ def read_batch(
     """Reads the results of a batch, and saves the usable answers in the cache.
 
     Args:
-        prompting: prompts and parameters of the requests. They must be the same as when the requests were
-            written, since the keys of answers depend on them.
+        prompting: prompts and parameters, unchanged since `write_batch`, since they determine the keys of
+            answers.
         input: path of the file of questions.
-        cache: cache for the answers.
         paths: paths of the files of results.
 
     Returns:
-        `results`: number of results in the files.
-        `failed`: number of results without an answer.
-        `kept`: number of usable answers that this call saved in the cache.
-        `other`: number of results whose question is not in the input, or whose answer was already in the
-        cache.
-        `defects`: {defect: number of answers}.
+        `results`: count of results in the files.
+        `failed`: count of results without an answer.
+        `kept`: count of usable answers that this call saved in the cache.
+        `other`: count of results whose question is not in the input, or is already answered in the cache.
+        `defects`: {defect: count of answers}.
     """
     failed: list[str] = []
     results = cache.fetch(
@@ -141,7 +136,7 @@ def _results(path: str, prompting: Prompting, failed: list[str]) -> Iterator[tup
         response, key = row.get("response") or {}, row.get("custom_id")
         if not isinstance(key, str) or "response" not in row:
             raise InputError(
-                f"{where}: not a result of a batch: it needs `custom_id` and `response`, but has"
+                f"{where}: expected a result of a batch, with `custom_id` and `response`, got"
                 f" {JsonRow(row, where).names}"
             )
         try:

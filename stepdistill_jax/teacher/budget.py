@@ -17,18 +17,15 @@ class BudgetReached(Exception):
 class Budget:
     """The tokens and money that one run uses, and its limits.
 
-    Each request reserves the largest number of tokens that it may use. A request is sent only if the tokens
-    used so far and all reserved tokens, including this request's own, are within the limits. The number
-    of tokens in a prompt is estimated in two ways, and the larger estimate is used: one token per 4
-    characters, and the highest ratio of tokens to characters in the server's reports so far.
+    A request first reserves the largest number of tokens that it may use. It is sent only if all used and
+    reserved tokens are within the limits. A prompt is assumed to have a token per 4 characters, or more if the
+    server has reported a higher ratio.
 
     Attributes:
-        max_tokens: largest number of tokens; None means no limit.
-        max_cost: largest amount of money; None means no limit.
-        price_input: price of a million prompt tokens; None if it is unknown.
-        price_output: price of a million answer tokens; None if it is unknown.
-        prompt_tokens: prompt tokens used so far.
-        completion_tokens: answer tokens used so far.
+        max_tokens, max_cost: limits of tokens and money; None means no limit.
+        price_input, price_output: prices of a million prompt tokens and of a million answer tokens; None if
+            unknown.
+        prompt_tokens, completion_tokens: counts of prompt tokens and of answer tokens used so far.
     """
 
     max_tokens: int | None = None
@@ -39,7 +36,6 @@ class Budget:
     completion_tokens: int = 0
 
     def __post_init__(self):
-        """Starts without any reserved tokens."""
         self._open: dict[int, tuple[int, int]] = {}  # reserved tokens by `id` of the reservation
         self._tokens_per_character = 0.0
         self._changed = asyncio.Condition()
@@ -57,8 +53,8 @@ class Budget:
     def price(self, prompt_tokens: int, completion_tokens: int) -> float | None:
         """Returns the price of tokens; None if the prices are unknown.
 
-        Example: with prices of 2 and 10 per million tokens, 500,000 prompt tokens and 100,000 answer
-        tokens cost 2.0.
+        Example: with prices of 2 and 10 per million tokens, 500,000 prompt tokens and 100,000 answer tokens
+        cost 2.0.
         """
         if self.price_input is None or self.price_output is None:
             return None
@@ -66,13 +62,12 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
-        """Returns a context manager that reserves the tokens of a request: as many as it may use at most.
+        """An async context that reserves the largest number of tokens that a request may use.
 
-        If these tokens do not fit within the limits, the `with` statement waits until requests in progress
-        end.
+        Its start waits like `Reservation.renew`.
 
         Raises:
-            BudgetReached: the tokens do not fit, although no other request is in progress.
+            BudgetReached: the tokens are not within the limits, and no other request is in progress.
         """
         reservation = Reservation(self, prompt, longest_answer)
         await reservation.renew()
@@ -82,7 +77,7 @@ class Budget:
             await self._close(reservation)
 
     def spend(self, prompt: str, answer: Answer) -> None:
-        """Adds the tokens of an answer to the tokens used. Unreadable answers count, too."""
+        """Adds the tokens of an answer, even an unreadable one, to the tokens used."""
         self._count(prompt, answer.prompt_tokens, answer.completion_tokens)
 
     def _count(self, prompt: str, prompt_tokens: int, completion_tokens: int) -> None:
@@ -126,10 +121,10 @@ class Reservation:
     async def renew(self) -> None:
         """Reserves the tokens for the next attempt, unless they are still reserved.
 
-        If the tokens do not fit within the limits, this waits until requests in progress have ended.
+        This waits for other requests to end if the tokens are not within the limits.
 
         Raises:
-            BudgetReached: the tokens do not fit, although no other request is in progress.
+            BudgetReached: the tokens are not within the limits, and no other request is in progress.
         """
         budget = self._budget
         if (budget.max_tokens is None and budget.max_cost is None) or id(self) in budget._open:
@@ -145,12 +140,11 @@ class Reservation:
     async def lose(self, used: tuple[int, int] | None) -> None:
         """Counts the tokens of an attempt that gave no answer.
 
-        If the attempt used any tokens, or if their number is unknown, this also ends the reservation.
+        The reservation ends, unless the attempt used no tokens.
 
         Args:
-            used: numbers of prompt tokens and of answer tokens that were used. None means that they are
-                unknown. All reserved tokens are then counted, since the server may have written an
-                answer that did not arrive.
+            used: numbers of prompt tokens and of answer tokens. None means unknown: all reserved tokens are
+                counted, since the server may have written an answer that did not arrive.
         """
         budget = self._budget
         if used == (0, 0):

@@ -31,9 +31,9 @@ _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, paramet
 
 
 class AnswerCache:
-    """An SQLite file of answers, each saved under its key. Only complete, readable answers are saved.
+    """An SQLite file of complete, readable answers, each saved under its key.
 
-    When `put` returns, the operating system has the answer, so a kill of the process does not lose it.
+    When `put` returns, the answer survives a kill of the process.
     """
 
     def __init__(self, path: os.PathLike | str):
@@ -67,10 +67,7 @@ class AnswerCache:
             raise self._unusable(error) from None
 
     def _unusable(self, error: Exception) -> InputError:
-        """Returns the InputError that replaces an exception of SQLite.
-
-        Its message says either that the file is bad, or that it cannot be used at the moment.
-        """
+        """Returns the InputError for an exception of SQLite: the file is bad, or cannot be used at the moment."""
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in _FOR_NOW:
             return InputError(
                 f"`cache` {self.path}: {error}; the saved answers are safe; remove the cause, and start again"
@@ -97,7 +94,7 @@ class AnswerCache:
         return answer if done.rowcount else self.get(key) or answer
 
     def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
-        """Stores all answers of a batch until the process ends, and returns the number of answers."""
+        """Stores a batch's answers for `fetched`, until the process ends, and returns their count."""
         count = 0
         self._db.execute("BEGIN")
         try:

@@ -54,9 +54,8 @@ class SentAgain(Exception):
 
     Attributes:
         status: HTTP status of the response; 0 if there was no response.
-        wait: seconds that the server asks us to wait; None if it names no time.
-        used: prompt and answer tokens that are charged although there is no answer; None if
-            their number is unknown.
+        wait: seconds that the server asks the client to wait; None if it names no time.
+        used: counts of prompt tokens and of answer tokens that the attempt used; None if unknown.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class SentAgain(Exception):
         wait: float | None = None,
         used: tuple[int, int] | None = (0, 0),
     ):
-        """Sets the message and the attributes."""
         super().__init__(message)
         self.status, self.wait, self.used = status, wait, used
 
@@ -79,8 +77,7 @@ def now() -> str:
 class ChatClient:
     """Asks a server through its endpoint `chat/completions`.
 
-    The API key is read from the environment and passed only to the HTTP client. The key is removed from every
-    message and answer that leaves this class.
+    The API key is passed only to the HTTP client, and removed from every message and answer.
     """
 
     def __init__(self, settings: Settings):
@@ -102,8 +99,8 @@ class ChatClient:
         self._key = os.environ.get(settings.api_key_env, "").strip()
         if not self._key and settings.server is None:
             raise InputError(
-                f"${settings.api_key_env} is not set, but the key is read from this environment variable"
-                " (set `api_key_env` to use another variable, or `base_url` to use another server)"
+                f"${settings.api_key_env} is not set; set this environment variable to the API key, set"
+                " `api_key_env` to use another variable, or set `base_url` to use another server"
             )
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(
@@ -122,19 +119,17 @@ class ChatClient:
         self._open_at = self._reported_until = 0.0
 
     def hide(self, text: str) -> str:
-        """Removes the key, in any usual encoding, from `text`, and returns the result."""
+        """Returns `text` without the key, which may be in any usual encoding."""
         return self._secret.hide(text)
 
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Sends a prompt, and sends it again after a temporary error. Returns the first answer that arrives.
+        """Returns the first answer to a prompt, which is sent again after a temporary error.
 
         Args:
-            prompt: the user's message.
             parameters: additional fields of the request.
-            reservation: object that reserves tokens of the budget, and counts the tokens of failed
-                attempts. The reservation delays an attempt that might exceed a limit.
+            reservation: counts the tokens of failed attempts, and delays an attempt that might exceed a limit.
 
         Raises:
             BudgetReached: another attempt might exceed a limit.
@@ -169,8 +164,7 @@ class ChatClient:
     def _new_client(self) -> Any:
         """Returns a client with a single connection, for one request at a time.
 
-        A client with a pool of connections checks all of them for every request (httpcore 1.0). For 64
-        simultaneous requests, these checks take as long as everything else together.
+        A pool checks all its connections for every request (httpcore 1.0), which is slow with 64 of them.
         """
         client = self._openai.AsyncOpenAI(
             api_key=self._key or NO_KEY,
@@ -219,11 +213,7 @@ class ChatClient:
         return (0, 0) if isinstance(error.__cause__, unmade) else None
 
     def _read(self, prompt: str, content: bytes, parameters: dict) -> Answer:
-        """Returns the answer in the body of a response.
-
-        Raises:
-            SentAgain: the body contains no answer.
-        """
+        """Returns the answer in the body of a response, or raises SentAgain if there is none."""
         body = None
         try:
             body = json.loads(content)
@@ -278,10 +268,7 @@ class ChatClient:
         return wait
 
     def _report(self, message: str, wait: float) -> None:
-        """Logs a wait before the next attempt, if the wait is long or is the run's first.
-
-        A long wait that delays several requests is logged only once.
-        """
+        """Logs the run's first wait and every long wait, only once if the wait delays several requests."""
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:

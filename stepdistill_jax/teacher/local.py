@@ -13,7 +13,7 @@ NEXT_QUESTIONS = ("\nQ:", "\nPremise:")  # a causal model writes these after a c
 
 
 class LocalTeacher:
-    """Generates answers with torch. Questions that are waiting at the same time are answered in a batch."""
+    """Generates answers with torch, in batches of the questions that are waiting at the same time."""
 
     def __init__(self, directory: str, batch_size: int):
         """Loads the model and its tokenizer from disk.
@@ -23,7 +23,7 @@ class LocalTeacher:
             batch_size: largest number of prompts in a batch.
 
         Raises:
-            InputError: torch is missing, or the model in the directory cannot be loaded.
+            InputError: torch is missing, or the model cannot be loaded.
         """
         try:
             import torch
@@ -97,8 +97,7 @@ class LocalTeacher:
         """Returns one answer per prompt.
 
         Args:
-            prompts: the users' messages. If the tokenizer has a chat template, the template is applied to
-                each prompt.
+            prompts: the users' messages. The tokenizer's chat template, if there is one, is applied here.
             parameters: `max_tokens`, `temperature` (0 means greedy), `top_p`, `top_k`.
         """
         import torch
@@ -128,10 +127,7 @@ class LocalTeacher:
         ]
 
     def _ends(self, prompt_length: int) -> list[Any] | None:
-        """Returns a stopping criterion that ends an answer when the model begins to write another question.
-
-        Only causal models need this criterion. For other models, the result is None.
-        """
+        """Returns a stopping criterion that ends an answer at the next question, or None for encoder-decoders."""
         import torch
 
         if not self._causal:
@@ -181,6 +177,6 @@ class LocalTeacher:
 
 
 def fingerprint(directory: str) -> list[list[Any]]:
-    """Returns the name, size and modification time of each file, which distinguish this model from others."""
+    """Returns the name, size and modification time of each file, which identify this model."""
     files = sorted(p for p in pathlib.Path(directory).glob("*") if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

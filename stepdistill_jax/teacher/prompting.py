@@ -19,11 +19,8 @@ class Prompting:
     """Makes the prompts and keys of one run, and reads the answers.
 
     Attributes:
-        settings: settings of the run.
-        prompter: object that writes the prompts.
         parameters: additional fields of each request.
-        identity: fingerprint of a local teacher's files, which distinguishes this teacher from others
-            with the same name; None for a server.
+        identity: `fingerprint` of a local teacher's files, part of each key; None for a server.
     """
 
     settings: Settings
@@ -32,7 +29,7 @@ class Prompting:
     identity: Any = None
 
     def prompt(self, row: Example) -> str:
-        """Returns the row's prompt, the complete text that the teacher reads."""
+        """Returns the complete text that the teacher reads for a row."""
         return self.prompter.prompt(row)
 
     def messages(self, prompt: str) -> list[dict[str, str]]:
@@ -42,8 +39,7 @@ class Prompting:
     def key(self, prompt: str, sample: int) -> str:
         """Returns the key of an answer: a digest of prompt, teacher, parameters and index of the sample.
 
-        The key does not depend on the token limit. A complete answer would be the same with a higher
-        limit, so a run with a higher limit must not pay for the answer again.
+        The token limit is left out, since a higher limit would not change a complete answer.
         """
         return digest(
             {
@@ -64,10 +60,7 @@ class Prompting:
         return read_answer(self.settings.task, answer, row, label_given=self.settings.label_given)
 
     def known(self, cache: AnswerCache, key: str, row: Example) -> tuple[Answer, Reading] | None:
-        """Returns the answer for a key in the cache.
-
-        The result is None if the answer is missing, or is not usable for the row.
-        """
+        """Returns the cache's answer for a key, or None if it is missing or not usable for the row."""
         answer = cache.get(key)
         if answer is None:
             return None
@@ -91,11 +84,10 @@ class Estimate:
     """Counts of a file's rows and answers, made before the first answer is paid for.
 
     Attributes:
-        rows: number of rows.
-        kept: number of answers that are in the cache. If several rows have the same prompt, their
-            answers are counted for each of these rows.
-        answers: number of answers that are missing from the cache.
-        characters: number of characters in the prompts of the missing answers.
+        rows: rows of the file.
+        kept: answers in the cache. An answer counts once for each row that has its prompt.
+        answers: answers that are missing from the cache.
+        characters: characters in the prompts of the missing answers.
         first_prompt: prompt of the first row.
     """
 
@@ -132,8 +124,7 @@ def unanswered(
 ) -> Iterator[tuple[Example, str, str]]:
     """Yields (row, prompt, key) for each answer that is missing from the cache, and updates `estimate`.
 
-    Rows with the same prompt share their answers, so each key is yielded only once. To know the keys that
-    were yielded, the function stores 32 bytes per key.
+    Rows with the same prompt share their answers, so each key is yielded only once.
     """
     seen: set[bytes] = set()
     for row in rows:

@@ -32,7 +32,7 @@ class Prompter:
         task: one of `TASKS`.
         exemplars: rows with rationale and label, which the prompt shows before the question.
         instructions: text that replaces the template's instructions; empty keeps them.
-        label_given: whether the prompt contains the gold label and asks for a rationale of this label.
+        label_given: whether the prompt contains the gold label and asks only for a rationale.
     """
 
     task: str
@@ -75,7 +75,7 @@ class Prompter:
 
     @property
     def answer_tokens(self) -> int:
-        """Estimated number of tokens in an answer: the mean over the exemplars, or 60 if there are none."""
+        """Estimated token count of an answer: the mean over the exemplars, or 60 if there are none."""
         if not self.exemplars:
             return 60
         lengths = [len(e.rationale) + len(self._answer(e)) + 20 for e in self.exemplars]
@@ -83,7 +83,7 @@ class Prompter:
 
 
 def estimate_tokens(characters: int) -> int:
-    """Returns the estimated number of tokens in a text of `characters` characters: a quarter, rounded up.
+    """Returns the estimated token count of a text: a quarter of its `characters`, rounded up.
 
     Example: `estimate_tokens(10)` is 3.
     """
@@ -93,8 +93,8 @@ def estimate_tokens(characters: int) -> int:
 def with_choices(row: Example, *, lettered: bool) -> str:
     """Returns the row's input, followed by the list of its choices unless the input already has the list.
 
-    If `lettered` is set, the list is written as in the paper's CQA files: the line `Answer Choices:`, and
-    a line such as `(a) ...` for each choice.
+    A `lettered` list has the form of the paper's CQA files: the line `Answer Choices:`, and a line such as
+    `(a) ...` for each choice.
     """
     by_letter = [f"({x}) {choice}" for x, choice in zip(LETTERS, row.choices, strict=False)]
     if not row.choices or "\n".join(by_letter) in row.input:
@@ -116,11 +116,10 @@ def load_prompter(
 
     Args:
         task: one of `TASKS`.
-        exemplars: file of JSON lines that replace the task's own exemplars. Each line has `input`,
-            `rationale`, `label`, and optionally `choices`.
-        instructions: text that replaces the template's instructions; empty keeps them.
+        exemplars: file of JSON lines that replace the task's own exemplars. Each line has `input`, `rationale`,
+            `label`, and optionally `choices`.
+        instructions, label_given: see `Prompter`.
         choices: choices for exemplars without the field `choices`.
-        label_given: see `Prompter`.
 
     Raises:
         InputError: the task is unknown, a library is missing, or exemplars cannot be used.

@@ -9,7 +9,7 @@ from stepdistill_jax.data.rows import UniqueIds, read_example, read_rows
 
 ASKED = {"input": ""}  # every row needs these fields
 LABEL_GIVEN = ASKED | {
-    "label": "; `label_given` explains known labels: leave out the row or the option"
+    "label": "; `label_given` needs a label in every row: leave out the row or the option"
 }
 
 
@@ -23,10 +23,9 @@ def read_questions(
     """Yields the rows of a JSON-lines file, one at a time.
 
     Args:
-        path: path of the file.
         choices: choices for rows without the field `choices`.
         needs: the fields that every row must have; see `read_example`.
-        ids: object that refuses duplicate ids, as `prepare jsonl` does; None allows them.
+        ids: refuses duplicate ids, as `prepare jsonl` does; None allows them.
 
     Raises:
         InputError: a row is bad, or there are no rows. The message names the file, line and field.
@@ -43,13 +42,11 @@ def read_questions(
 def check_questions(
     path: os.PathLike | str, choices: Sequence[str], *, label_given: bool
 ) -> Iterator[Example]:
-    """Yields the rows of a file like `read_questions`, but with all checks.
-
-    A run reads the complete file with this function before it pays for the first answer.
+    """Yields the rows of a file with all checks, before a run pays for the first answer.
 
     Raises:
-        InputError: a row is bad (see `read_questions`), an id is repeated, or `label_given` is set and a
-            row has no label.
+        InputError: a row is bad (see `read_questions`), an id is repeated, or a row lacks the label that
+            `label_given` needs.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())

@@ -36,7 +36,6 @@ class Stopped(Exception):
     """
 
     def __init__(self, reason: str, *, hopeless: bool = False):
-        """Sets `reason` as the message."""
         super().__init__(reason)
         self.hopeless = hopeless
 
@@ -46,14 +45,14 @@ class Counts:
     """Counts of a run.
 
     Attributes:
-        rows: number of rows written.
-        with_rationale: number of rows with a usable answer.
-        with_label: number of rows that have a gold label which the teacher was not given.
-        right: number of the rows counted in `with_label` that the teacher labelled correctly.
-        requests: number of requests that were answered.
-        truncated: number of answers that were truncated at the token limit.
-        asked_again: number of requests that repeated a question after an unreadable answer.
-        defects: {defect: number of answers}, counted over the final answers of the rows.
+        rows: rows written.
+        with_rationale: rows with a usable answer.
+        with_label: rows with a gold label that the teacher was not given.
+        right: rows in `with_label` that the teacher labelled correctly.
+        requests: requests that were answered.
+        truncated: answers that were truncated at the token limit.
+        asked_again: requests that repeated a question after an unreadable answer.
+        defects: {defect: count of answers}, only for the final answers of the rows.
         first_defects: {defect: the first row with this defect}.
     """
 
@@ -86,15 +85,10 @@ class Run:
         """Prepares a run without sending anything.
 
         Args:
-            prompting: prompting of the run.
             teacher: the teacher to ask; None if all answers are in the cache.
-            cache: cache of answers.
-            budget: limits of the run.
             output: file for the rows.
             defects: file for the list of defects.
-            bar: progress bar.
-            kept: number of answers that are in the cache. These answers count as usable when the share of
-                unusable answers is computed.
+            kept: number of answers in the cache, which count as usable for `max_truncated`.
         """
         self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
@@ -111,12 +105,12 @@ class Run:
     async def all(self, rows: Iterator[Example]) -> None:
         """Asks about every row, and writes the rows in order.
 
-        A row is written only after all rows before it. Up to max(64, 4 x `concurrency`) rows may be in
-        progress at once, so that a slow answer does not block other requests.
+        Up to max(64, 4 x `concurrency`) rows may be in progress at once, so that a slow answer does not block
+        other requests.
 
         Raises:
-            Stopped: a limit was reached, or the server is down. If a limit was reached, the answers to
-                requests in progress are saved first.
+            Stopped: a limit was reached, or the server is down. At a limit, the answers to requests in progress
+                are saved first.
             InputError: the server refuses a request, or too many answers are unusable.
         """
         most = max(64, 4 * self._settings.concurrency)
@@ -188,10 +182,7 @@ class Run:
         return await task
 
     async def _ask(self, key: str, row: Example, prompt: str) -> Sample:
-        """Asks a question.
-
-        The run's first question is sent alone, to find errors that all questions would get.
-        """
+        """Asks a question. The run's first question is sent alone, to find errors that all questions would get."""
         if self._probe is not None:
             await self._probe.wait()
             return await self._answer(key, row, prompt)
@@ -272,16 +263,16 @@ class Run:
             return
         if 2 * self._problems["truncated"] >= self._unusable:
             advice = (
-                f"`max_tokens={self._settings.max_tokens}` truncates them: allow more tokens, or lower the"
+                f"`max_tokens={self._settings.max_tokens}` truncates answers: allow more tokens, or lower the"
                 " `reasoning_effort` of a reasoning model"
             )
         else:
-            advice = f"the last one, to row {row.id!r}: {' '.join(answer.text.split())[:80]!r}"
+            advice = f"the last unusable answer, to row {row.id!r}, is {' '.join(answer.text.split())[:80]!r}"
         kinds = ", ".join(f"{kind} {count}" for kind, count in self._problems.most_common())
         self._end(
             InputError(
                 f"{self._unusable} of {self._questions} answers were unusable ({kinds}), more than"
-                f" `max_truncated={most:g}` allows: {advice}; usable answers are saved"
+                f" `max_truncated={most:g}` allows; {advice}; usable answers are saved"
             )
         )
 

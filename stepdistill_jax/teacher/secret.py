@@ -10,7 +10,7 @@ _ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one o
 
 
 class Secret:
-    r"""Replaces an API key in strings by ***, even if the key appears in one of the usual encodings.
+    r"""Replaces an API key in strings by ***, even in the usual encodings.
 
     Each character of the key may appear in any of these forms:
     - as itself;

@@ -20,37 +20,34 @@ class Settings:
     Attributes:
         task: `cqa`, `svamp`, `esnli` or `anli`; or `generic` for any other rows.
         model: name of the model on the server; None if `teacher` is set.
-        teacher: `hf:DIR`, where DIR is a local transformers directory that is used instead of a server.
-        base_url: URL of an OpenAI-compatible server; None means $OPENAI_BASE_URL, or OpenAI's server if
-            that variable is not set.
-        api_key_env: name of the environment variable that contains the API key.
-        exemplars: file of JSON lines that replace the task's exemplars. Each line has `input`,
-            `rationale` and `label`.
+        teacher: `hf:DIR`, where DIR is a local transformers directory; None asks a server.
+        base_url: URL of an OpenAI-compatible server; None means $OPENAI_BASE_URL, or else OpenAI's server.
+        api_key_env: environment variable that contains the API key.
+        exemplars: file of JSON lines that replace the task's exemplars. Each line has `input`, `rationale` and
+            `label`.
         instructions: text that replaces the template's instructions; empty keeps them.
         choices: allowed answers for rows without the field `choices`.
-        samples: number of answers per row. If there are several, the commonest label is used.
-        temperature: sampling temperature. None means 0 for one sample and 0.7 for several; `default`
-            leaves the temperature out of the request.
+        samples: number of answers per row. The commonest label is used.
+        temperature: None means 0 for one sample and 0.7 for several; `default` leaves the field out of the
+            request.
         max_tokens: largest number of tokens in an answer, including a model's reasoning.
-        reasoning_effort: value of the field `reasoning_effort` of each request, which only reasoning
-            models support; None leaves the field out.
+        reasoning_effort: `reasoning_effort` of each request, only for reasoning models; None leaves the field
+            out.
         parameters: additional fields of the request (`{"top_p": 0.9}`).
         label_given: whether the prompt contains the gold label and asks only for a rationale.
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
-        retries: number of times to ask again after an unreadable answer. Before the run's first usable
-            answer, only its first question is asked again.
-        attempts: number of times to send a request to a failing server, before the question is left
-            without an answer.
+        retries: how often to ask again after an unreadable answer. Until the run has a usable answer, only its
+            first question is asked again.
+        attempts: how often to send a request to a failing server.
         timeout: time limit of a request, in seconds.
-        max_truncated: largest share of truncated or otherwise unusable answers. The run stops if it has
-            asked 20 questions or more and the share is larger. Answers in the cache count as usable.
-        max_tokens_total: largest number of tokens that this run may use; None means no limit.
-        max_cost: largest amount of money that this run may spend; None means no limit.
-        price_input: price of a million prompt tokens; None if it is unknown.
-        price_output: price of a million answer tokens; None if it is unknown.
+        max_truncated: largest share of unusable answers, truncated ones included. After 20 questions, a larger
+            share stops the run. Answers in the cache count as usable.
+        max_tokens_total, max_cost: limits of tokens and money for this run; None means no limit.
+        price_input, price_output: prices of a million prompt tokens and of a million answer tokens; None if
+            unknown.
         cache: SQLite file of answers; None means `teacher_cache.sqlite` next to the output.
-        batch_file: ("write", FILE) writes the requests to FILE in OpenAI's batch format, and
-            ("read", FILE, ...) reads the results of a batch. None asks the server directly.
+        batch_file: `("write", FILE)` writes requests in OpenAI's batch format, and `("read", FILE, ...)` reads
+            the results of a batch. Empty asks the server directly.
         dry_run: whether to send nothing, and only show the first prompt and the estimated cost.
         backoff: longest wait before the second attempt, in seconds. The wait doubles with each attempt.
     """
@@ -84,11 +81,7 @@ class Settings:
     backoff: float = 1.0
 
     def __post_init__(self):
-        """Checks the fields.
-
-        Raises:
-            InputError: a field has a bad value. The message names the field.
-        """
+        """Raises InputError, with the name of the field, if a field has a bad value."""
         if (self.model is None) == (self.teacher is None):
             raise InputError("pass either `model`, a model on a server, or `teacher=hf:DIR`")
         if self.teacher is not None and not self.teacher.startswith(LOCAL):
@@ -197,10 +190,7 @@ class Settings:
         return found | {self._limit_name(): self.max_tokens}
 
     def _limit_name(self) -> str:
-        """Returns the name of the field for the token limit.
-
-        OpenAI's server needs `max_completion_tokens`, while many other servers know only `max_tokens`.
-        """
+        """Returns `max_completion_tokens` for OpenAI's server, or else `max_tokens`, which other servers know."""
         host = urlsplit(self.server).hostname or "" if self.server else "api.openai.com"
         newer = any(host == h or host.endswith("." + h) for h in ("openai.com", "openai.azure.com"))
         return "max_completion_tokens" if newer and not self.teacher else "max_tokens"

@@ -28,16 +28,15 @@ class Reply:
 
     Attributes:
         text: content of the answer.
-        finish_reason: `finish_reason` of the answer.
         status: HTTP status.
         headers: additional HTTP headers.
         body: the complete body; None means a completion whose content is `text`.
         delay: seconds to wait before the reply.
-        cut: number of bytes of the body after which the connection is closed; None sends the whole body.
+        cut: number of bytes of the body to send before the connection is closed; None sends all of them.
         drip: seconds to wait after each byte of the body; 0 sends the body in one piece.
         endless: whether to repeat the body, in chunks, until the client disconnects.
-        tokens: number of prompt tokens and number of answer tokens to report; None means one token for
-            every 4 characters.
+        tokens: numbers of prompt tokens and of answer tokens to report; None means a token for every 4
+            characters.
     """
 
     text: str = ""
@@ -55,8 +54,7 @@ class Reply:
 def by_rule(request: dict[str, Any]) -> Reply:
     """Returns a well-formed answer to the last question of a prompt.
 
-    If the prompt gives the right label, the answer has this label. Otherwise, a hash of the question
-    selects the label.
+    The answer has the right label if the prompt gives it.
     """
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")
@@ -84,8 +82,8 @@ class StubServer:
     """A server of `chat/completions` that runs in its own thread.
 
     Attributes:
-        requests: number of requests so far.
-        most_at_once: largest number of simultaneous requests so far.
+        requests: count of requests so far.
+        most_at_once: largest count of simultaneous requests so far.
         last_head: request line and headers of the latest request.
     """
 

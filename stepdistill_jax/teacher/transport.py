@@ -14,15 +14,12 @@ UNCOMPRESSED = "identity"
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     """Returns a client with a single connection, which refuses responses that are compressed or too long.
 
-    The client asks for uncompressed responses, so that the limit of 4 MiB applies both to the bytes that
-    are sent and to those in memory. The limit also covers the bodies of redirects and errors, which httpx
-    reads itself. It is implemented as a hook instead of a transport, since a client with its own transport
-    ignores the proxies that environment variables set.
+    A hook checks the limit of 4 MiB, since a client with its own transport would ignore the proxies that
+    environment variables set.
 
     Args:
-        timeout: seconds for each read or write. Connecting may take only half of that time: the caller
-            ends the request after `timeout` seconds, and must know then whether anything was sent.
-        verify: TLS settings.
+        timeout: seconds for each read or write. Connecting may take only half of that time: the caller ends the
+            request after `timeout` seconds, and must know then whether anything was sent.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),

@@ -12,10 +12,10 @@ Sample = tuple[Answer, Reading]
 
 
 def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
-    """Returns the commonest label, and the fraction of all labels that are equal to it.
+    """Returns the commonest label, and the share of the labels that are equal to it.
 
-    Labels that the metric finds equal are counted together, and the first of them is returned. If two
-    labels are equally common, the one that appears first is returned.
+    The metric decides which labels are equal. Among equal labels, the first is returned. A tie goes to the
+    label that appears first.
 
     Example: `vote(["(84 / 2)", "(4 * 2)", "42"], "value_match")` is ("(84 / 2)", 2 / 3).
     """
@@ -40,21 +40,17 @@ def output_row(
     label_given: bool,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns a row of the generic format.
+    """Returns a row of the generic format, with the row's own fields and `provenance`.
+
+    A usable answer adds `rationale`, `rationales` and `llm_label`. With several samples, the row's `weight` is
+    multiplied by the share of the commonest label.
 
     Args:
         row: the question.
         samples: the answers to the question, in order.
-        task: task whose metric compares labels.
         source: source of the rationales.
-        label_given: whether the teacher was given the label. If it was, there is no vote, and the
-            teacher's label is not written.
+        label_given: whether the teacher was given the label. Then there is no vote and no new `llm_label`.
         provenance: provenance of the row, to which the answers are added.
-
-    Returns:
-        A dict with `id`, `input`, the row's other fields and `provenance`. If an answer is usable, the
-        dict also has the new `rationale`, `rationales` and `llm_label`. If there are several samples, the
-        row's `weight` is multiplied by the share of the commonest label.
     """
     result: dict[str, Any] = {"id": row.id, "input": row.input}
     if row.label:

@@ -353,11 +353,11 @@ def take_one_away(labels):
     [
         pytest.param(
             append,
-            r"\(they differ after row 32; it now has 90 rows, before it had 60\)",
+            r"\(they differ after row 32; the source now has 90 rows instead of 60\)",
             marks=pytest.mark.slow,
         ),
         pytest.param(change_one, r"\(they differ after row 32\)", marks=pytest.mark.slow),
-        (take_one_away, r"\(they differ after row 32; it now has 59 rows, before it had 60\)"),
+        (take_one_away, r"\(they differ after row 32; the source now has 59 rows instead of 60\)"),
     ],
 )
 def test_a_change_anywhere_in_a_source_is_said_and_tokenised_anew(
