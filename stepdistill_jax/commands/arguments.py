@@ -41,6 +41,30 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the full traceback of any error")
 
 
+def add_map_argument(parser: argparse.ArgumentParser, help: str) -> None:
+    """Adds `--map`."""
+    parser.add_argument("--map", dest="field_map", metavar="input=question,...", help=help)
+
+
+def parse_map(text: str | None) -> dict[str, str]:
+    """Returns the field names of `--map`, such as {"input": "question"} for `input=question`.
+
+    Several pairs are separated by commas.
+
+    Raises:
+        InputError: a pair is incomplete, or a field is mapped twice.
+    """
+    field_map: dict[str, str] = {}
+    for part in filter(None, (text or "").split(",")):
+        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
+        if not (ours and equals and theirs):
+            raise InputError(f"--map: expected input=question,label=answer, got {part!r}")
+        if ours in field_map:
+            raise InputError(f"--map: the field {ours!r} is mapped twice")
+        field_map[ours] = theirs
+    return field_map
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds `--data-dir` and `--module`, for commands that read datasets."""
     add_data_dir_argument(parser)

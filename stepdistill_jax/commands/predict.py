@@ -8,7 +8,9 @@ from typing import Any
 from stepdistill_jax.commands.arguments import (
     add_data_arguments,
     add_decode_arguments,
+    add_map_argument,
     decode_options_of,
+    parse_map,
 )
 from stepdistill_jax.commands.terminal import say
 from stepdistill_jax.errors import EXIT_STOPPED, InputError
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prepared dataset whose metric and labels are used (default: the model's own task)",
     )
     add_decode_arguments(parser, prompts=True)
+    add_map_argument(parser, "a pair OURS=YOURS for each field that has another name in your rows")
     parser.add_argument(
         "--with-rationale", action="store_true", help="also decode a rationale, for inspection"
     )
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             task=args.task,
             with_rationale=args.with_rationale,
             on_error=args.on_error,
+            field_map=parse_map(args.field_map),
             data_dir=args.data_dir,
             **decode_options_of(args),
         )

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from stepdistill_jax.commands.terminal import console, say
-from stepdistill_jax.errors import InputError, printable
+from stepdistill_jax.errors import printable
 
 MOST_LABELS = 20  # rows of the table of labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `prepare`."""
-    from stepdistill_jax.commands.arguments import add_data_arguments
+    from stepdistill_jax.commands.arguments import add_data_arguments, add_map_argument
 
     parser.add_argument(
         "name",
@@ -37,11 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NEW",
         help="name of the new dataset, in lower_snake_case; required for jsonl",
     )
-    parser.add_argument(
-        "--map",
-        dest="field_map",
-        metavar="input=question,...",
-        help="for jsonl: a pair OURS=YOURS for each field that has another name in your rows",
+    add_map_argument(
+        parser, "for jsonl: a pair OURS=YOURS for each field that has another name in your rows"
     )
     parser.add_argument(
         "--fields",
@@ -94,7 +91,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prepares a dataset, prints a table for each split, and returns the counts."""
     from rich.markup import escape
 
-    from stepdistill_jax.commands.arguments import require_seqio
+    from stepdistill_jax.commands.arguments import parse_map, require_seqio
     from stepdistill_jax.data.bad_rows import UnusableRows
     from stepdistill_jax.data.prepare import prepare
 
@@ -126,25 +123,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         where = [] if args.data_dir is None else ["--data-dir", str(args.data_dir)]
         say(f"next: {shlex.join(['stepdistill', 'inspect', result['name'], *where])}")
     return result
-
-
-def parse_map(text: str | None) -> dict[str, str]:
-    """Returns the field names of `--map`, such as {"input": "question"} for `input=question`.
-
-    Several pairs are separated by commas.
-
-    Raises:
-        InputError: a pair is incomplete, or a field is mapped twice.
-    """
-    field_map: dict[str, str] = {}
-    for part in filter(None, (text or "").split(",")):
-        ours, equals, theirs = (piece.strip() for piece in part.partition("="))
-        if not (ours and equals and theirs):
-            raise InputError(f"--map: expected input=question,label=answer, got {part!r}")
-        if ours in field_map:
-            raise InputError(f"--map: the field {ours!r} is mapped twice")
-        field_map[ours] = theirs
-    return field_map
 
 
 def show(result: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stepdistill_jax.data.example import FIELDS, Example, Rationale
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.files import json_lines
 from stepdistill_jax.runtime.fingerprints import hash64
 from stepdistill_jax.runtime.stores import local_path
@@ -248,6 +248,23 @@ def read_example(
         choices=row.texts(names.get("choices", "choices")),
         more={name: found for name in more if (found := text(name))},
     )
+
+
+def check_field_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
+    """Checks that each key of {our field: the file's field} is one of the `known` fields.
+
+    Raises:
+        InputError: a key is unknown.
+    """
+    for name in field_map:
+        if name not in known:
+            theirs = field_map[name]
+            hint = nearest(name, known)
+            if theirs in known and not hint:
+                hint = f"; write OURS=YOURS: `field_map` {theirs}={name}"
+            raise InputError(
+                f"`field_map` {name}={theirs}: unknown field {name!r} (known: {', '.join(known)}){hint}"
+            )
 
 
 class UniqueIds:

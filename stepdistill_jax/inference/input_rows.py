@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from stepdistill_jax.data.csv_rows import each_csv_row, is_csv
 from stepdistill_jax.data.example import Example
@@ -12,49 +12,60 @@ from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.runtime.stores import local_path
 
 FIELDS = ("rationale", "llm_label")  # optional fields of a question
+KNOWN_FIELDS = ("id", "input", "label", "choices", *FIELDS)
 WINDOW_CHARS = (
     16 * 2**20
 )  # characters of a window's texts; the limit keeps rows of megabytes from filling the memory
 
 
-def question(row: JsonRow, more: Sequence[str] = ()) -> Example:
+def question(
+    row: JsonRow, more: Sequence[str] = (), field_map: Mapping[str, str] | None = None
+) -> Example:
     """Returns the question of a row. Its input may be blank, and its id may be a number.
 
     Args:
         more: names of optional fields to read for the prompt.
+        field_map: {our field: the row's field} for fields that have another name in the row; None if the
+            user cannot map fields.
 
     Raises:
         InputError: a field is missing or has the wrong type.
     """
-    if "input" not in row.fields:
-        row.text("input", hint=_rename(row))
-    found = read_example(row, needs={}, fields=FIELDS, more=more)
-    given = row.fields.get("id")
-    if given == found.id or not row.optional_text("id"):
+    names = field_map or {}
+    if (name := names.get("input", "input")) not in row.fields:
+        row.text(name, hint=_rename(row, field_map))
+    found = read_example(row, needs={}, fields=FIELDS, more=more, names=names)
+    name = names.get("id", "id")
+    given = row.fields.get(name)
+    if given == found.id or not row.optional_text(name):
         return found
     return dataclasses.replace(found, id=given)
 
 
-def _rename(row: JsonRow) -> str:
+def _rename(row: JsonRow, field_map: Mapping[str, str] | None) -> str:
     """Returns the end of the message about a row without an input, which tells the user what to do."""
+    if "input" in (field_map or {}):
+        return ""
+    also = "" if field_map is None else ", or pass `field_map` input=FIELD"
     if is_csv(row.path):
-        return "; its first line names the columns, and one of them must be 'input'"
+        return f"; its first line names the columns, and one of them must be 'input'{also}"
     if len(row.fields) == 1:
-        return f"; rename {next(iter(row.fields))!r} to 'input'"
-    return "; rows need the field input, and may have the fields id, label and choices"
+        return f"; rename {next(iter(row.fields))!r} to 'input'{also}"
+    return f"; rows need the field input, and may have the fields id, label and choices{also}"
 
 
 def read_questions(
     path: os.PathLike | str,
     check_row: Callable[[Example], None] | None = None,
     more: Sequence[str] = (),
+    field_map: Mapping[str, str] | None = None,
 ) -> Iterator[Example | BadRow]:
     """Yields each row of a file as a question, or as a `BadRow` if it is unusable.
 
     Args:
         path: a .csv or .tsv file; any other file is read as JSON lines.
         check_row: raises InputError, with the reason as its message, for an unusable row.
-        more: see `question`.
+        more, field_map: see `question`.
 
     Raises:
         InputError: the file cannot be read.
@@ -65,7 +76,7 @@ def read_questions(
             yield row
             continue
         try:
-            found = question(row, more)
+            found = question(row, more, field_map)
             if check_row:
                 check_row(found)
         except InputError as error:
@@ -101,6 +112,7 @@ class InputFile:
         on_error: str,
         check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
+        field_map: Mapping[str, str] | None = None,
     ):
         """Reads the whole file once, and counts its good rows.
 
@@ -108,19 +120,24 @@ class InputFile:
             on_error: what to do at a bad row: `stop` or `skip`.
             check_row: see `read_questions`.
             reads: names of the fields that the prompts need in addition to the input.
+            field_map: {our field: the file's field}.
 
         Raises:
-            InputError: the file cannot be read, has no good row, or lacks a field of `reads` in all rows; or
-                a row is bad and `on_error` is `stop`.
+            InputError: the file cannot be read, has no good row, or lacks a field of `reads` or `field_map`
+                in all rows; or a row is bad and `on_error` is `stop`.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
+        self._map = dict(field_map or {})
         self._stamp = self._stat()
-        self.total, absent = 0, set(self._reads)
+        mapped = {name for name in KNOWN_FIELDS if name in self._map and name != "id"}
+        self.total, absent = 0, mapped.union(self._reads)
         first_bad, bad = None, 0
         for row in self.rows():
             if not isinstance(row, BadRow):
                 self.total += 1
-                absent -= {name for name in absent if row.texts.get(name)}
+                absent -= {
+                    n for n in absent if row.texts.get(n) or (n == "choices" and row.choices)
+                }
             elif on_error == "stop":
                 raise InputError(f"{row} (`on_error=skip` continues without such rows)")
             else:
@@ -128,6 +145,10 @@ class InputFile:
         if first_bad and not self.total:
             none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
             raise InputError(f"{first_bad}{none}")
+        if self.total and (name := min(absent & self._map.keys(), default=None)):
+            raise InputError(
+                f"`field_map` {name}={self._map[name]}: this field is missing or empty in all rows of {self.path}"
+            )
         if absent and self.total:
             raise InputError(
                 f"{self.path}: the field {min(absent)!r} is missing or empty in all rows, but this model reads"
@@ -137,7 +158,7 @@ class InputFile:
 
     def rows(self) -> Iterator[Example | BadRow]:
         """Yields the result of `read_questions` for the file."""
-        return read_questions(self.path, self._check_row, self._reads)
+        return read_questions(self.path, self._check_row, self._reads, self._map)
 
     def _stat(self) -> tuple[int, ...] | None:
         try:

@@ -9,18 +9,18 @@ import itertools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import jax
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.rows import BadRow
+from stepdistill_jax.data.rows import BadRow, check_field_map
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.accuracy import AccuracyCounts
 from stepdistill_jax.inference.allowed_answers import Allowed, allow
 from stepdistill_jax.inference.engines import Engine, open_engine
-from stepdistill_jax.inference.input_rows import InputFile, next_window
+from stepdistill_jax.inference.input_rows import KNOWN_FIELDS, InputFile, next_window
 from stepdistill_jax.inference.labels import explain_rows, label_rows
 from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import (
@@ -57,6 +57,7 @@ def predict(
     task: str | None = None,
     with_rationale: bool = False,
     on_error: str = "stop",
+    field_map: Mapping[str, str] | None = None,
     data_dir: os.PathLike | str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -82,6 +83,7 @@ def predict(
         with_rationale: also writes `rationale`, for inspection. The label does not depend on it.
         on_error: what to do at a bad row: `stop` or `skip`. OUTPUT.skipped.jsonl lists the skipped rows
             with their line numbers and the reasons.
+        field_map: {our field: the input's field}, such as {"input": "question"}.
         data_dir: folder in which `task` is prepared.
         **options: fields of `DecodeOptions`.
 
@@ -104,18 +106,22 @@ def predict(
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
     on_process_0(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
-    source = on_all_processes(lambda: InputFile(input, on_error))
+    names = dict(field_map or {})
+    source = on_all_processes(lambda: InputFile(input, on_error, field_map=names))
     model = open_engine(path, chosen)
     prompting = on_all_processes(
         lambda: prompting_for(
             model, chosen, task=task, with_rationale=with_rationale, data_dir=data_dir
         )
     )
+    known = (*KNOWN_FIELDS, *prompting.reads)
+    on_all_processes(lambda: check_field_map(names, known))
     allowed = on_all_processes(lambda: allow(chosen, prompting, model))
     check = allowed.check if allowed and not allowed.labels else None
     if check or prompting.reads:  # only the model tells which fields of a row it needs
-        source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads))
+        source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads, names))
     asked = [dataclasses.asdict(prompting), chosen.num_beams, chosen.length_penalty]
+    asked += [sorted(names.items())] if names else []
     # The key leaves out the batch size and the number of devices: they change a score only in its last
     # digit, and a run that was preempted or ran out of memory may continue in smaller batches, on other
     # devices.

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from stepdistill_jax.commands import prepare as command
+from stepdistill_jax.commands.arguments import parse_map
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.errors import InputError
 
@@ -166,10 +167,10 @@ def test_broken_json_names_its_line_and_exits_with_2(rows, tmp_path):
     ],
 )
 def test_a_map_is_parsed(text, field_map):
-    assert command.parse_map(text) == field_map
+    assert parse_map(text) == field_map
 
 
 @pytest.mark.parametrize("text", ["input", "input=", "=question", "input=a,input=b"])
 def test_a_bad_map_is_an_input_error(text):
     with pytest.raises(InputError, match="--map"):
-        command.parse_map(text)
+        parse_map(text)

@@ -39,6 +39,40 @@ def test_integers_are_texts_as_they_are_for_prepare(model_dir, write_rows, read_
     assert read_rows_of(tmp_path / "numbers.jsonl") == read_rows_of(tmp_path / "texts.jsonl")
 
 
+def test_mapped_fields_give_the_answers_of_rows_with_our_names(
+    model_dir, write_rows, read_rows_of, tmp_path
+):
+    theirs = [{"no": 7, "q": "a", "team": "x"}, {"no": "8", "q": "b", "team": ""}]
+    ours = [{"id": 7, "input": "a", "label": "x"}, {"id": "8", "input": "b"}]
+    names = {"input": "q", "label": "team", "id": "no"}
+    mapped = predict(model_dir, write_rows(theirs), tmp_path / "mapped.jsonl", field_map=names)
+    plain = predict(model_dir, write_rows(ours), tmp_path / "plain.jsonl")
+    assert mapped["rows_with_label"] == plain["rows_with_label"] == 1
+    assert read_rows_of(tmp_path / "mapped.jsonl") == read_rows_of(tmp_path / "plain.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("field_map", "message"),
+    [
+        (
+            {"input": "question"},
+            r"no field 'question' \(found: q, team\)",
+        ),
+        (
+            {"input": "q", "label": "tem"},
+            "`field_map` label=tem: this field is missing or empty in all",
+        ),
+        ({"input": "q", "lable": "team"}, "`field_map` lable=team: unknown field 'lable'"),
+        ({}, "no field 'input' .*; rows need .*, or pass `field_map` input=FIELD"),
+    ],
+)
+def test_a_wrong_map_is_refused(model_dir, write_rows, tmp_path, field_map, message):
+    source = write_rows([{"q": "a", "team": "x"}])
+    with pytest.raises(InputError, match=message):
+        predict(model_dir, source, tmp_path / "out.jsonl", field_map=field_map)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 VALUES = st.one_of(
     st.none(),
     st.booleans(),

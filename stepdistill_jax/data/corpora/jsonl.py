@@ -15,7 +15,14 @@ from stepdistill_jax.data.reading import (
     split_of,
     tenth,
 )
-from stepdistill_jax.data.rows import MOST_NAMES, BadRow, JsonRow, UniqueIds, read_example
+from stepdistill_jax.data.rows import (
+    MOST_NAMES,
+    BadRow,
+    JsonRow,
+    UniqueIds,
+    check_field_map,
+    read_example,
+)
 from stepdistill_jax.data.text_metrics import text_match
 from stepdistill_jax.errors import InputError, nearest, printable
 
@@ -53,7 +60,7 @@ def read(
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
-    _check_map(field_map, (*FIELDS, *more))
+    check_field_map(field_map, (*FIELDS, *more))
     names = {name: field_map.get(name, name) for name in (*FIELDS, *more)}
     notes: list[str] = []
     sources, cut = find_sources(source, notes, [names["weight"]])
@@ -190,18 +197,6 @@ class _Rows:
     @property
     def _name(self) -> str:
         return " or ".join(file.name for file in self._sources.values())
-
-
-def _check_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
-    for name in field_map:
-        if name not in known:
-            theirs = field_map[name]
-            hint = nearest(name, known)
-            if theirs in known and not hint:
-                hint = f"; write OURS=YOURS: `field_map` {theirs}={name}"
-            raise InputError(
-                f"`field_map` {name}={theirs}: unknown field {name!r} (known: {', '.join(known)}){hint}"
-            )
 
 
 def _check_more(more: Sequence[str]) -> tuple[str, ...]:
