@@ -29,8 +29,9 @@ class Objective:
         name: lower_snake_case name in metrics (`loss/<name>`) and in the SeqIO task (`TASK_<name>`).
         input_template: text with `{field}` for input, label, rationale, llm_label, or one of the `fields` of
             `prepare`.
-        target_template: text of the same form. If the first objective's target has several fields, the words
-            between them are used to find the label in decoded text.
+        target_template: text of the same form. An example is skipped if a field of either template is empty,
+            except for an empty `input`. If the first objective's target has several fields, the words between
+            them are used to find the label in decoded text.
         weight: factor of this objective's mean cross-entropy in the loss, at least 0, or a `Schedule` of it.
         decoder_prefix: text that the decoder reads before the target, without loss. It distinguishes objectives
             that share one encoding of the input. At most 200 characters, no braces.
