@@ -1,6 +1,6 @@
 """Reads original files, prepares datasets and opens prepared ones, without loading TensorFlow.
 
-`data.prepare` is a function here. Import other names of that module with
+Here `data.prepare` is the function, which hides the module `prepare`. Import other names of the module with
 `from stepdistill_jax.data.prepare import ...`.
 """
 

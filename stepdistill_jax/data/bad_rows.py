@@ -89,7 +89,7 @@ def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
     """Moves defects.jsonl from the folder `new` to `failed_list(directory)`, and returns the new path.
 
     Raises:
-        InputError: the new path is a file that `prepare` did not write.
+        InputError: a file that `prepare` did not write is already at the new path.
     """
     path = failed_list(directory)
     check_outputs({path: LIST})

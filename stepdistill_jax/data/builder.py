@@ -62,9 +62,10 @@ def _hide_accelerators(tf: types.ModuleType) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides standard error in the `with` block, also of native code, unless the block raises.
+    """Hides standard error in the `with` block, unless the block raises.
 
-    At any log level, TensorFlow prints lines about oneDNN and CUDA when it loads.
+    Output of native code is hidden, too. At any log level, TensorFlow prints lines about oneDNN and CUDA when
+    it loads.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -192,7 +193,7 @@ def build_in_subprocess(
 ) -> Iterator[None]:
     """Runs `build` in another process while this one runs the `with` block.
 
-    The other process ends with this one, even if this one is killed.
+    If this process ends or is killed, the other process ends, too.
 
     Raises:
         InputError: the other process cannot use TensorFlow.

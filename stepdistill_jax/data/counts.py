@@ -34,7 +34,7 @@ class SplitCounts:
         right: {teacher metric: number of rows in which the teacher's answer is right}.
         defects: {kind: count}.
         first_defects: {kind: `file:row`}.
-        examples: {kind: (row id, defect) of the first three}.
+        examples: {kind: [(row id, defect), ...]}, with the first three defects of each kind.
         kept: {description of a filter: number of rows that it would keep}.
         lengths: {`input`, `label` or `rationale`: {number of words: number of rows}}.
         labelled: number of rows with a gold label. The teacher's accuracies are shares of these rows.
@@ -42,9 +42,9 @@ class SplitCounts:
         texts: approximate number of texts to train a vocabulary on.
         characters: approximate number of characters in these texts.
         label_rows: {gold label: [number of its rows, 0-based index of the first]}. None if there are more than
-            1,000 labels, or more than 50 of which one has over 200 characters.
-        hashes: 64-bit hashes, one for each row, of the `input`, the `question` (input, choices and further
-            texts), the `label` (0 without a label) and the `row` (all but the id).
+            1,000 labels, or if a label of over 200 characters is added when there are more than 50 labels.
+        hashes: {`input`, `question`, `label` or `row`: a 64-bit hash for each row}. The question consists of
+            input, choices and further texts. The hash of a missing label is 0. The id is not part of `row`.
     """
 
     def __init__(self):
@@ -118,9 +118,9 @@ class SplitCounts:
         for name, keeps in (
             ("with a rationale", bool(row.example.rationale.strip())),
             ("the teacher's answer is the gold label (after repairs)", agrees),
-            ("no defect but runs_on", harmless),
+            ("no defect other than runs_on", harmless),
             (
-                "with a rationale, the gold label as its answer, no defect but runs_on",
+                "all three filters above at once",
                 row.example.rationale and agrees and harmless,
             ),
         ):

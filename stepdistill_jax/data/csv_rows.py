@@ -121,7 +121,10 @@ def _next_row(reader: Iterator[list[str]], lines: "_Lines") -> list[str] | str |
 
 
 class _Lines:
-    """Feeds lines to a CSV reader, and feeds lines after an unclosed quote again."""
+    """Feeds lines to a CSV reader.
+
+    An unclosed quote makes the reader take too many lines. `end_row` puts back all but the first of them.
+    """
 
     def __init__(self, lines: Iterator[_Line]):
         self._lines, self._again = lines, collections.deque[_Line]()

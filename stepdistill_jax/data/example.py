@@ -23,7 +23,7 @@ class Example:
     """A checked row. Texts are UTF-8.
 
     Attributes:
-        id: unique within a split. In `predict`, the user's own id, text or number.
+        id: unique within a split. In `predict`, the id as the user gave it: a string or an integer.
         input: the question, as the model reads it after the objective's prefix.
         label: the gold answer; empty if unknown.
         rationale: the teacher's explanation, which is trained on; empty if there is none.
@@ -62,7 +62,7 @@ class Example:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the row for SPLIT.jsonl, without empty fields except id, input and label."""
+        """Returns the row for SPLIT.jsonl. Empty fields are left out, except id, input and label."""
         row: dict[str, Any] = {"id": self.id, "input": self.input, "label": self.label}
         for name in ("rationale", "llm_label"):
             if value := getattr(self, name):

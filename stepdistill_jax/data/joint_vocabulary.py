@@ -12,9 +12,10 @@ from stepdistill_jax.runtime.fingerprints import digest
 
 
 def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) -> str:
-    """Returns the path of a vocabulary trained on the train splits of all datasets, in any order.
+    """Returns the path of a vocabulary trained on the train splits of all datasets.
 
-    It is trained on first use and stored in `folder`. A single dataset gives its own vocabulary.
+    The order of `datasets` does not matter. The vocabulary is trained on first use and stored in `folder`. For
+    a single dataset, the path is that of the dataset's own vocabulary.
 
     Raises:
         InputError: a dataset has no train split, or a file of a dataset has changed.

@@ -39,8 +39,9 @@ def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]
 def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
 
-    Free text gives only `duplicate_rows` and `different_labels` (whose count is that of inputs, not rows).
-    Other labels may also give `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
+    The kinds are `duplicate_rows`, `different_labels` and, unless labels are free text, `labels_alike`,
+    `numbers_among_labels` and `labels_of_one_row`. For `different_labels`, "count" is the number of inputs. For
+    the other kinds, it is the number of rows.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}

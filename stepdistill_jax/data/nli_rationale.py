@@ -55,8 +55,8 @@ def parse_anli(text: str) -> Parsed:
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale "He was born
     later." and the answer "contradiction".
 
-    Repairs and problems are those of `parse_esnli`. The published rule drops the last character of an answer,
-    whatever it is, and finds no answer in a text with two markers.
+    Repairs and problems are those of `parse_esnli`. The published rule always drops the last character of an
+    answer, and finds no answer if `So the answer is` occurs twice.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:

@@ -23,15 +23,15 @@ class Objective:
 
     Example: `Objective("label", "predict: {input}", "{label}", 0.5)`.
 
-    An example is skipped if a field of a template is empty, other than `input` in the input template.
+    An example is skipped if a field of the target template is empty, or a field of the input template other
+    than `input`.
 
     Attributes:
         name: lower_snake_case name in metrics (`loss/<name>`) and in the SeqIO task (`TASK_<name>`).
         input_template: text with `{field}` for input, label, rationale, llm_label, or one of the `fields` of
             `prepare`.
-        target_template: text of the same form. An example is skipped if a field of either template is empty,
-            except for an empty `input`. If the first objective's target has several fields, the words between
-            them are used to find the label in decoded text.
+        target_template: text of the same form. If the first objective's target has several fields, the words
+            between them are used to find the label in decoded text.
         weight: factor of this objective's mean cross-entropy in the loss, at least 0, or a `Schedule` of it.
         decoder_prefix: text that the decoder reads before the target, without loss. It distinguishes objectives
             that share one encoding of the input. At most 200 characters, no braces.
@@ -141,8 +141,9 @@ class Objective:
         Example: with the target template `{rationale} so the answer is {label}`, the answer `"it rains so the
         answer is no"` gives `{"label": "no", "rationale": "it rains"}`.
 
-        The label begins after the last occurrence of the template's words before it, and ends at the next
-        occurrence of the words after it. Unless `writes_more`, the whole answer is the label.
+        In the answer, the label begins after the last occurrence of the words that precede the label field in
+        the template. It ends at the next occurrence of the words that follow the field. If `writes_more` is
+        False, the whole answer is the label.
         """
         if not self.writes_more:
             return {"label": text}

@@ -37,8 +37,8 @@ class PreparedDataset:
         splits: {split: number of its rows}.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.
         fields: names of further texts that rows may have (`Example.more`).
-        paper_exact: whether rows are read as by the paper's published code. Blank rationales and labels are
-            then trained on, too.
+        paper_exact: whether `prepare` read the rows as the paper's published code does. If so, training also uses
+            blank rationales and labels.
         draws_validation: whether the published code draws validation from a run's training rows.
         files: {path within `directory`: sha256}; empty in datasets of early versions.
     """
@@ -162,7 +162,7 @@ def data_folder(data_dir: os.PathLike | str | None) -> pathlib.Path:
     """Returns `data_dir` as a path, or the default folder if it is None.
 
     Raises:
-        InputError: `data_dir` is a URL. Token stores are memory-mapped, so they need local files.
+        InputError: `data_dir` is a URL. The tokenised data is memory-mapped, so it must be in local files.
     """
     return local_path(default_data_dir() if data_dir is None else data_dir, "`data_dir`")
 

@@ -24,7 +24,8 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
         neox: whether GPT-NeoX wrote the text, which may then have no answer.
 
     Raises:
-        ValueError: a text by PaLM does not have exactly one marker. The published code fails, too.
+        ValueError: in a text by PaLM, `So the answer is` does not occur exactly once. The published code fails,
+            too.
     """
     own = _own(text, NEXT_QUESTION, neox)
     if neox and own.count(CHOICE_MARKER) != 1:

@@ -25,7 +25,8 @@ class Parsed:
 
     Attributes:
         rationale: the text before the answer.
-        answer: the answer that the published rule finds; for a question with choices, the choice of the letter.
+        answer: the answer that the published rule finds; for a question with choices, the choice that the letter
+            stands for.
         answer_text: for a question with choices, the text after the letter.
         repaired: the answer after our repairs.
         problems: the text's defects; see `defects.KINDS`.
@@ -46,8 +47,9 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the rationale
     "Beavers build." and the answer "wood".
 
-    Repairs: if the text after the letter is a choice, ignoring case and a full stop, it is the answer, even
-    with a wrong letter or none. Otherwise the letter decides, as in `(a) lake or (d) pond`.
+    Repairs: the text after the letter, or an answer without a letter, is compared with the choices, ignoring
+    case and a full stop. If it is a choice, this choice is the answer, even if the letter is that of another
+    choice. Otherwise the letter decides, as in `(a) lake or (d) pond`.
 
     Args:
         choices: the choices of the question, for the letters a, b, ... in order.

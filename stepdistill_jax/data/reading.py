@@ -82,7 +82,7 @@ def in_order(splits: Iterable[str]) -> list[str]:
 
 
 def tenth(example_id: str) -> int:
-    """Returns a number from 0 to 9 that depends only on the id: new rows move no other row to another split."""
+    """Returns a number from 0 to 9 that depends only on the id, so a row keeps its split when others are added."""
     return hash64(example_id) % 10
 
 

@@ -13,7 +13,7 @@ CACHED_TEXTS = 10_000  # labels, which recur
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Counts the unknown pieces of each split, and the rows that encoding and decoding changes.
+    """Counts the unknown pieces of each split, and the rows that are not the same after encoding and decoding.
 
     Args:
         folder: folder with SPLIT.jsonl and the vocabulary.

@@ -12,7 +12,7 @@ SHAPES = ("linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A weight that depends on the step, counted in updates from 0 as for the learning rate.
+    """A weight that depends on the step, which is 0 for the first update, as for the learning rate.
 
     The fields are those of `optax.linear_schedule`; `training.optimizer.weights_at` computes the values.
 

@@ -32,8 +32,8 @@ def fields_of(template: str) -> tuple[str, ...]:
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     """Splits a template at its fields into pairs (words before the field, field).
 
-    The last pair is (words after the last field, None). Whitespace becomes one space, and words at an end of
-    the template get an outer space, as `parse` adds to a text.
+    The last pair is (words after the last field, None). Whitespace becomes one space. Words at the start of the
+    template get a leading space, and words at its end a trailing space, since `parse` adds both to the text.
 
     Example: `words_and_fields("{rationale} so {label}.")` is
     `(("", "rationale"), (" so ", "label"), (". ", None))`.
@@ -63,7 +63,8 @@ def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     {"rationale": "wet so slow", "label": "no"}.
 
     The value of `field` begins after the last occurrence of the words before `field`, and ends at the next
-    occurrence of the words after `field`: other values may contain these words. Whitespace counts as one space.
+    occurrence of the words after `field`. So the values of other fields may contain these words. Whitespace
+    counts as one space.
 
     Args:
         template: a template with words between any two fields.

@@ -21,8 +21,8 @@ def train_vocabulary(
 ) -> None:
     """Trains a unigram model on `texts` and writes it to `path` (a `spiece.model`), atomically.
 
-    The same texts produce the same bytes. Every character becomes a piece. If there are more than
-    `vocab_size`, only the commonest `vocab_size / 2` do.
+    The same texts produce the same bytes. Every character becomes a piece. If there are more
+    different characters than `vocab_size`, only the commonest `vocab_size / 2` characters become pieces.
 
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
@@ -79,7 +79,8 @@ def _only(kept: Set[str], text: str) -> str:
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
     """Returns texts that contain each frequent word once alone and once among other words.
 
-    The trainer would split a word into letters if it always had the same neighbour, as in labels.
+    The trainer splits a word into letters if the word always has the same neighbour. These texts prevent that
+    for the words of labels.
     """
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)

@@ -88,8 +88,9 @@ class SentencePieceVocabulary:
     """A `spiece.model` or `tokenizer.model`, with the same ids as in SeqIO.
 
     Attributes:
-        framing: T5's, unless the vocabulary is of Gemma's kind (BPE with bos and byte fallback). Then
-            `tokenizer_config.json` next to it decides; without that file, an input gets only a bos.
+        framing: T5's, unless the vocabulary is of Gemma's kind (BPE with bos and byte fallback). For Gemma's
+            kind, `tokenizer_config.json` in the same folder decides. Without this file, an input gets a bos, but
+            no eos.
     """
 
     def __init__(self, path: os.PathLike | str):

@@ -161,7 +161,7 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
 def replace(new: pathlib.Path, final: pathlib.Path) -> None:
     """Renames the folder `new` to `final`.
 
-    An existing `final` is first moved to where `staged_folder` removes it, next to `new`.
+    First moves an existing `final` next to `new`, where `staged_folder` removes it at the end.
 
     Raises:
         InputError: `final` now contains a file that `prepare` did not write.
@@ -179,8 +179,8 @@ def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[st
     Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
 
     Args:
-        texts: approximate count in all files that the vocabulary is trained on; sets k.
-        characters: approximate count in the same files; sets k.
+        texts: approximate number of texts in all files that the vocabulary is trained on. k depends on it.
+        characters: approximate number of characters in these files. k depends on it, too.
     """
     step = max(-(-texts // training.MAX_TEXTS), -(-characters // MAX_VOCABULARY_CHARACTERS))
     found: list[str] = []

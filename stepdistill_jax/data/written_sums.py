@@ -39,7 +39,7 @@ def wrong_sums(text: str) -> list[str]:
 
 
 def _hangs_on(before: str) -> bool:
-    """Returns whether the text before an expression belongs to it, since it ends with an operator or a digit."""
+    """Returns whether the text before an expression is attached to it, as `50% *` is to the 4 in `50% * 4 = 2`."""
     last = before.rstrip()[-1:]
     return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
         last != "" and last in "+-*/x^%="

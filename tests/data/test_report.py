@@ -100,7 +100,7 @@ def test_figures_are_those_of_the_rows(splits):
     ]
     shares = {c[0]: c[1:] for c in cells if len(c) == 3 and c[1].endswith("%")}
     assert shares["with a rationale"] == ["87.5%", "100.0%"]
-    assert shares["no defect but runs_on"] == ["87.5%", "100.0%"]
+    assert shares["no defect other than runs_on"] == ["87.5%", "100.0%"]
     assert shares["without no_answer"] == ["87.5%", "100.0%"]
     assert shares["without runs_on"] == ["87.5%", "100.0%"]
     assert "train: words of an input" in text and "test: words of a rationale" in text

@@ -51,7 +51,7 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 def every_example() -> dict[str, list[Example]]:
     """Returns {label: 6,912 examples} for each of the two labels. Every `id` is empty.
 
-    The order is that of a hash of the input, which no library's version changes.
+    Examples are sorted by a hash of the input, so the order is the same for all versions of libraries.
     """
     words = itertools.product(
         *(

@@ -58,7 +58,7 @@ def read(
 
     Raises:
         InputError: the package is not installed, or `rows` or `seed` is out of range. Iterating over the rows
-            raises it if the templates give too few different questions.
+            raises InputError if the templates give too few different questions.
     """
     rows = whole("rows", ROWS if rows is None else rows, 1)
     seed = whole("seed", 0 if seed is None else seed, 0)
@@ -113,7 +113,7 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 def split_of_numbers(template: int, question: str) -> str:
     """Returns the split of a question, which depends only on its template and numbers.
 
-    About a tenth of each template's sets of numbers belong to test, and a tenth to validation.
+    Of the number combinations of each template, about a tenth belong to test, and a tenth to validation.
     """
     numbers = " ".join(re.findall(r"\d+", question))
     return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")
@@ -126,15 +126,15 @@ def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
     if not fewer:
         return []
     return [
-        f"{split}: some templates ran out of questions; the others have up to {most} rows each."
-        f" Template (rows): {', '.join(fewer)}"
+        f"{split}: these templates ran out of questions (rows in parentheses): {', '.join(fewer)};"
+        f" the others have up to {most} rows each"
     ]
 
 
 def _draws(
     templates: dict[int, _Template], split: str, count: int, seed: str, seen: set[bytes]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields `count` (template, row) of a split, cycling through the templates that still have new questions.
+    """Yields `count` pairs (template index, row), cycling through the templates that still have new questions.
 
     Adds the digest of each question to `seen`.
     """
@@ -143,7 +143,7 @@ def _draws(
     while made < count:
         if not left:
             raise InputError(
-                f"`rows`: expected at most {made}, got {count}: the templates give no more"
+                f"`rows`: expected at most {made}, got {count}: the templates run out of"
                 " different questions"
             )
         for number, template in list(left.items()):
@@ -167,7 +167,8 @@ def _draws(
 def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExample:
     """Returns a row with a cleaned solution and its defects.
 
-    The question lacks the package's instruction to chat models ("Give the result as your final answer. ...").
+    The question does not include the package's instruction to chat models ("Give the result as your final
+    answer. ...").
     """
     given, solution = draw["answer"], draw["metadata"]["answer_cot"]
     label = _short(given)

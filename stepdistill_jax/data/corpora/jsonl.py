@@ -56,7 +56,7 @@ def read(
 
     Raises:
         InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows
-            raises it for a name that no row has, or a file without good rows.
+            raises InputError if `more` or `field_map` names a field that no row has, or a file has no good row.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
@@ -173,7 +173,7 @@ class _Rows:
         added = [f"fields that were not read: {not_read}"] if unread else []
         expected = SPLITS if self._cut else ("train", "validation")
         added += [
-            f"the split {split} is left out: the source has too few rows, and none falls into it"
+            f"the split {split} is left out: the source has few rows, and no id falls into this split"
             for split in (expected if "train" in self._sources else ())
             if split not in found
         ]

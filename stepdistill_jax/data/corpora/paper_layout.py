@@ -73,8 +73,8 @@ def read(
         prefix: prefix of the file names, such as `cqa` for cqa_train.json; None means `name`.
 
     Raises:
-        InputError: there are no files or no teacher texts. Iterating over the rows raises it for invalid JSON,
-            and if the counts of texts and rows differ.
+        InputError: there are no files or no teacher texts. Iterating over the rows raises InputError for
+            invalid JSON, or if the counts of texts and rows differ.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)
@@ -210,7 +210,9 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
 def input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """Returns the folder of the files, and {split: file}, with an export's files only if the paper's are missing.
+    """Returns the folder of the files, and {split: file}.
+
+    An export's files are returned only if none of the paper's files is found.
 
     Args:
         source: the folder of the files, or the parent of a folder named `prefix` or `name`.

@@ -50,7 +50,9 @@ def _nli(row: JsonRow, ids: UniqueIds) -> Example:
 class _Corpus:
     """How the published code reads one dataset.
 
-    `prefix` starts the file names, and names the folder in `gpt-neox`. `drawn`: validation is drawn from train.
+    Attributes:
+        prefix: start of the file names, and name of the dataset's folder in `gpt-neox`.
+        drawn: whether validation is drawn from train.
     """
 
     to_example: Callable[[JsonRow, UniqueIds], Example]
@@ -76,11 +78,12 @@ def read(name: str, source: pathlib.Path) -> Reading:
 
     Args:
         name: one of `prepared.PUBLISHED`.
-        source: see `paper_layout.input_files`. For the folder `gpt-neox`, its texts replace PaLM's.
+        source: see `paper_layout.input_files`. If it is the folder `gpt-neox`, GPT-NeoX's texts
+            are read instead of PaLM's.
 
     Raises:
-        InputError: files that the published code requires are missing. Iterating over the rows raises it as in
-            `paper_layout.read`, and if the published rule cannot parse a text.
+        InputError: files that the published code requires are missing. Iterating over the rows raises
+            InputError for the reasons given in `paper_layout.read`, or if the published rule cannot parse a text.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []
@@ -117,7 +120,7 @@ def read(name: str, source: pathlib.Path) -> Reading:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """The rows of one file with their teacher texts, whose names are relative to `folder`."""
+    """The rows of one file, with their teacher texts. Names of teacher files are relative to `folder`."""
 
     folder: pathlib.Path
     path: pathlib.Path

@@ -80,7 +80,7 @@ def _lists(source: Mapping[str, Any]) -> dict[str, Rows]:
             )
         _check_list(rows, f"`source` {split!r}")
     if not source:
-        raise InputError("`source`: expected lists of dicts by split, got none")
+        raise InputError("`source`: expected {split: list of dicts}, got an empty dict")
     return dict(source)
 
 
