@@ -171,7 +171,7 @@ def _candidates(logits: jax.Array, log_probs: jax.Array) -> tuple[jax.Array, jax
 
 
 def _keep_ended(ended, candidates, ends, penalty):
-    """Returns the best finished answers of each row, as many as there are beams, including those that end now."""
+    """Adds the answers that end now to each row's finished answers, and keeps the best `num_beams` of each row."""
     new = {
         **candidates,
         "scores": jnp.where(ends, candidates["log_probs"] / penalty, -jnp.inf),
@@ -185,12 +185,15 @@ def _keep_ended(ended, candidates, ends, penalty):
 
 
 def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Takes the items at `places` [batch, m] from each row of x [batch, n, ...]: [batch, m, ...]."""
+    """Takes the items at the indices `places` [batch, m] from each row of x [batch, n, ...]: [batch, m, ...]."""
     return jax.vmap(lambda row, chosen: row[chosen])(x, places)
 
 
 def _reorder(cache: dict[str, jax.Array], beams: jax.Array) -> dict[str, jax.Array]:
-    """Gives each beam the keys and values of the beam that it continues, given by index in `beams` [batch, beams]."""
+    """Gives each beam the keys and values of the beam that it continues.
+
+    `beams` contains the index of the continued beam, [batch, beams].
+    """
 
     def reorder(x):  # [layers, batch * beams, ...]
         by_row = x.reshape(x.shape[0], *beams.shape, *x.shape[2:])

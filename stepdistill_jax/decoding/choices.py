@@ -41,9 +41,9 @@ Ids = Sequence[int]
 class ChoiceScorer:
     """Scores given answers by the sum of the log probabilities of their ids.
 
-    Each input is encoded once. Its answers are packed into decoder rows of at most 64 tokens (or of more, for a
-    single longer answer), where each answer is a segment. Logits exist for at most 512 tokens at a time. A score
-    does not depend on the other answers or inputs.
+    Each input is encoded once. Its answers are packed into decoder rows, where each answer is a segment. A decoder
+    row has at most 64 tokens, unless an answer of the batch is longer. Logits exist for at most 512 tokens at a time.
+    A score does not depend on the other answers or inputs.
 
     The scorer keeps a compiled program for each combination of input length bucket, width of the decoder rows, and
     number of decoder rows for an input.
@@ -194,8 +194,9 @@ def _arrays(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the arrays (inputs, targets, segments, owners) of one batch, filled up with rows of zeros.
 
-    Inputs are [batch_size, bucket] int32, and the others are [batch_size, decoder rows, width] int32. Segments
-    number a decoder row's answers from 1, owners number the input's answers from 1, and 0 is padding.
+    Inputs are [batch_size, bucket] int32, and the others are [batch_size, decoder rows, width] int32. In `segments`,
+    the answers of each decoder row are numbered from 1. In `owners`, all answers of an input are numbered from 1.
+    0 is padding.
 
     Example: the answers 7 1 and 8 9 1 in one decoder row of width 8 have the targets 7 1 8 9 1 0 0 0. Both their
     segments and their owners are 1 1 2 2 2 0 0 0. In the next decoder row, segments start with 1 and owners with 3.

@@ -117,7 +117,10 @@ def _jit_decode(
     decode_fn: Callable,
     decoder_prefix: tuple[int, ...],
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """Returns the compiled function that equal `LabelDecoder`s of a process share, so that it is compiled only once."""
+    """Returns the compiled function of a `LabelDecoder`.
+
+    Equal `LabelDecoder`s of a process share one function, so it is compiled only once.
+    """
     options: dict[str, Any] = {"max_decode_len": max_decode_len}
     # passed only if there is a prefix, since a user's decode function need not have this argument
     if decoder_prefix:

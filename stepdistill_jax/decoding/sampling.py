@@ -27,7 +27,7 @@ def sample_decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples an answer for each row from the model's distribution.
 
-    No command samples. In Python, use `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
+    No command uses sampling. In Python, use `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
     rng=jax.random.key(0)))`. Equal rows get equal answers, and another draw needs another key.
 
     Args:
@@ -66,7 +66,7 @@ def sample_decode(
 
 
 def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
-    """Divides logits [..., vocab] by `temperature`, and sets those of tokens that cannot be drawn to -inf.
+    """Divides logits [..., vocab] by `temperature`, and sets them to -inf for tokens that cannot be drawn.
 
     The options have the meaning and the order of transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`,
     `TopPLogitsWarper`).

@@ -1,7 +1,7 @@
 """Attention over segments, with plain operations or a kernel.
 
-`attention` makes the mask from segments, and all rows share one relative bias. So no layer passes on an array
-[batch, heads, q, k].
+`attention` makes the mask from segments, and all rows share one relative bias. So no array
+[batch, heads, q, k] is passed from layer to layer.
 """
 
 import flax.linen as nn
@@ -113,7 +113,7 @@ def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
     """Applies dropout to values [batch, k, heads, d].
 
-    It has the same effect as dropout of a key's weights for all queries, but needs a much smaller mask.
+    Dropping a value has the same effect as dropping its key's weight for every query, but the mask is much smaller.
     """
     batch, keys, heads, _ = v.shape
     # the mask of `dropout` for weights [batch, heads, q, k] that all q share: [batch, heads, 1, k]
@@ -137,8 +137,8 @@ _plus_bias.defvjp(
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the softmax over the keys where `mask` is true: [batch, heads, q, k] float32.
 
-    Hidden scores get -1e9 added, since `jnp.where` would make JAX compute arrays as large as the scores before the
-    loop over layers.
+    -1e9 is added to the scores of hidden keys. With `jnp.where` instead, JAX would compute arrays as large as the
+    scores, before the loop over layers.
 
     Args:
         scores: [batch, heads, q, k].
@@ -170,7 +170,7 @@ def _near(queries: int, keys: int, causal: bool, window: jax.Array | int | None)
 
 
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Returns the scores (query . key), [batch, heads, q, k] float32, rounded to the dtype of q first."""
+    """Computes the scores (query . key) in the dtype of q and returns them as float32, [batch, heads, q, k]."""
     precision = precision_of(q.dtype)
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]

@@ -192,7 +192,7 @@ class ModelConfig(abc.ABC):
 
     @property
     def start_id(self) -> int:
-        """First id that the decoder reads. A batch contains 0 instead."""
+        """First id that the decoder reads. In a batch, id 0 stands for it."""
         return 0
 
     # a norm multiplies by norm_offset + its stored scale; Gemma stores the scale's difference from 1

@@ -23,13 +23,13 @@ BLOCK_TOKENS = 1024  # number of tokens whose activations fit a CPU's cache
 def keep_pages() -> bool:
     """Makes glibc keep the pages that XLA frees, if JAX will run on a CPU.
 
-    Otherwise, the operating system clears the pages of a step's buffers again in each step, for up to 40% of the
-    time of a small T5. The process then never gives back its peak memory.
+    Otherwise, the operating system clears the pages of a step's buffers again in each step. This takes up to 40% of
+    the step time of a small T5. A process that keeps the pages never gives back its peak memory.
 
     Call this before JAX starts its threads.
 
     Returns:
-        Whether the settings were changed. They are not on an accelerator or with another C library.
+        Whether the settings were changed. False on an accelerator, and with any C library other than glibc.
     """
     if not _on_cpu() or platform.libc_ver()[0] != "glibc":
         return False
@@ -49,7 +49,8 @@ def _on_cpu() -> bool:
 def step_options(mesh: Mesh) -> dict[str, bool] | None:
     """Returns XLA's options for a training step on this mesh, or None if its devices are not CPUs.
 
-    They avoid copies of Adam's moments, and a parallel schedule that keeps more buffers alive.
+    One option avoids copies of Adam's moments. The other turns off a parallel schedule that keeps more buffers
+    alive.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return None
@@ -102,9 +103,10 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def _rows_of_block(batch: Any, length: Any) -> Any:
-    """Returns the row count of a block: the largest divisor of `batch` that fits `BLOCK_TOKENS`.
+    """Returns the number of rows in a block.
 
-    The result is `batch` if this divisor is less than half of what fits, or if sizes are symbolic.
+    It is the largest divisor of `batch` with which a block has at most `BLOCK_TOKENS` tokens. If twice as many rows
+    would fit, or if sizes are symbolic, the result is `batch`.
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

@@ -41,7 +41,7 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool
 
 
 def kept_draws(rate: float) -> int:
-    """Returns `kept`, from 1 to `DRAWS`: dropout keeps an element whose random draw is below it."""
+    """Returns the limit `kept`, from 1 to `DRAWS`. Dropout keeps an element if its random draw is below `kept`."""
     return max(1, round(DRAWS * (1 - rate)))
 
 
@@ -53,15 +53,15 @@ def dropout_seeds(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def random_words(
     first: jax.Array, second: jax.Array, position: jax.Array, feature: jax.Array
 ) -> jax.Array:
-    """Returns a random word for each place of a matrix: a hash of two seeds and the place.
+    """Returns a random word for each element of a matrix: a hash of two seeds, the row and the column.
 
     The hash is lowbias32 (Wellons 2018, "Prospecting for Hash Functions") with a seed XORed in before each round.
     It takes 9 integer operations, while threefry takes 110.
 
     Args:
         first, second: the two uint32 seeds of the matrix.
-        position, feature: row and column index of each place, uint32 arrays that broadcast. Masks repeat themselves
-            from 65,536 (`config.MAX_WIDTH`) on.
+        position, feature: row and column index of each element, uint32 arrays that broadcast. At indices from 65,536
+            (`config.MAX_WIDTH`) on, words repeat.
     """
     # one word of 32 bits has room for both: row 3, column 5 is 0x00030005
     x = (position << 16 | feature) ^ first

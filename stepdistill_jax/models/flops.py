@@ -33,7 +33,7 @@ def recomputed_flops(
 
 
 def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int, int, int]:
-    """Returns a row's forward FLOPs of matmuls with weights, with adapters, and inside attention."""
+    """Returns a row's forward FLOPs: (matmuls with weights, matmuls with adapters, matmuls inside attention)."""
     encoder, decoder, ranks = config.encoder, config.decoder, config.lora
     weights, adapters, scores = 2 * targets * decoder.emb_dim * config.vocab_size, 0, 0
 
@@ -46,7 +46,10 @@ def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int,
         adapters += 2 * positions * rank * (width + features)
 
     def attend(side: Side, queries: int, keys: int, width: int) -> None:
-        """Adds the FLOPs of a side's attention to keys and values that come from states [keys, width]."""
+        """Adds the FLOPs of a side's attention.
+
+        Its keys and values are computed from states [keys, width].
+        """
         nonlocal scores
         layers, kv_width = side.num_layers, side.num_kv_heads * side.head_dim
         add(layers * queries, side.emb_dim, side.joined_kv, "query")

@@ -35,7 +35,7 @@ def fused_attention(
 ) -> jax.Array:
     """Returns the result of `attention.attention`, computed by a kernel.
 
-    Softcap, window, scale, shared dropout masks, and fewer heads of keys than of queries are not supported.
+    Softcap, window, scale, shared dropout masks, and fewer key/value heads than query heads are not supported.
     """
     platform = traced_platform()
     kept, seeds = kept_draws(dropout_rate), None

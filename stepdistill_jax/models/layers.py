@@ -81,7 +81,7 @@ def dense(
 class Merged(nn.Module):
     """Several projections of the same input, computed as one matmul.
 
-    `models.unrolled` makes the kernel. It has no gradient, so it is only for decoding.
+    This module is only for decoding: `models.unrolled` makes the kernel, and training does not update it.
     """
 
     config: ModelConfig

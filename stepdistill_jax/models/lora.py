@@ -85,7 +85,7 @@ def combine(trained: Any, frozen: Any) -> Any:
 
 
 def base_of(params: Any) -> Any:
-    """Returns the parameters without the adapters, which are not merged."""
+    """Returns the parameters without adapters. The adapters are removed, not merged into the kernels."""
     trained, frozen = split(params)
     return frozen or trained
 

@@ -197,7 +197,8 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
 def traced_device() -> Any:
     """Returns an object with the `platform` and `device_kind` of the traced program's devices.
 
-    It is a device of the current mesh, which need not exist on this machine, or JAX's first device without a mesh.
+    It is a device of the current mesh, or JAX's first device if there is no mesh. A mesh's device need not exist on
+    this machine.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 

@@ -19,7 +19,8 @@ class Context(NamedTuple):
     Attributes:
         segments: segments of the queries and of the keys in self-attention.
         query, key: positions of the queries [q] and of the keys [k] in self-attention.
-        bias: bias of self-attention, [1, heads, q, k] float32. None if each layer has its own, or none.
+        bias: bias of self-attention, [1, heads, q, k] float32. None if each layer has its own bias, or if the model
+            has none.
         turn: rotation at the positions `query`; None if the model has no rotary positions.
         encoded: the encoder's states, [batch, length, embed]. With a cache, the `encoded` of
             `EncoderDecoder.decode_step`. None in an encoder.

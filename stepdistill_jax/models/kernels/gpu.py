@@ -86,7 +86,10 @@ def attention(
 
 
 def _is_hopper(kind: str) -> bool:
-    """Returns whether matmuls read their factors from shared memory. A CPU, which interprets programs, counts too."""
+    """Returns whether matmuls on this kind of device read their factors from shared memory.
+
+    The result is also True for a CPU, which interprets programs.
+    """
     return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 
 
@@ -160,7 +163,7 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each array that a program sees: one row (or all rows) and one head.
+    """The part of each array that a program sees: one head, and one row or, if `all_rows`, every row.
 
     The head is the last grid axis, so that programs that run at the same time share its cached bias and keys.
     """

@@ -1,8 +1,8 @@
 """Loads, computes and stores tiles of attention for the NVIDIA kernels.
 
 A program has 128 queries, in two halves of 64. If there are at most 64 queries, it has one half. The queries p and
-p + 64 share a random word of dropout. Keys come in tiles of 64 or 32. Places after the end of an array are never
-read and count as padding (segment 0).
+p + 64 share a random word of dropout. Keys come in tiles of 64 or 32. Positions after the end of an array are
+never read and count as padding (segment 0).
 """
 
 import dataclasses
@@ -64,7 +64,10 @@ class Call:
 
     @property
     def tiles(self) -> int:
-        """Number of computed tiles (a program's queries by `keys` keys) of one row and head."""
+        """Number of tiles that are computed for one row and head.
+
+        Such a tile has the queries of one program and `keys` keys.
+        """
         if not self.causal:
             return self.query_programs * self.key_tiles
         # program i reads keys up to its last query. With 256 queries, 256 keys and tiles of 64 keys, the two
@@ -75,7 +78,14 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Queries or keys x [n, d] of a row, from `start` on, with their segments [n] and places [n] int32."""
+    """Consecutive queries or keys of a row.
+
+    Attributes:
+        start: position of the first one.
+        x: the queries or keys, [n, d].
+        segments: their segments, [n] int32.
+        places: their positions in the row, [n] int32.
+    """
 
     start: jax.Array
     x: jax.Array
@@ -84,9 +94,11 @@ class _Tile:
 
 
 def queries(call, q_ref, segments, start, *row):
-    """Loads the halves of a program's queries, which begin at place `start`.
+    """Loads a program's queries and returns a `_Tile` for each half of 64 queries.
 
-    `row` is the index of a row, if the references have all rows of the batch.
+    Args:
+        start: position of the program's first query.
+        row: index of the row, if the references have all rows of the batch; otherwise left out.
     """
     starts = [start + half * HALF for half in range(call.halves)]
     return [
@@ -127,9 +139,9 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 
 
 def words(call, seeds, queries, keys, *row, keys_first=False):
-    """Returns a random word for each key and query of the first half, or None without dropout.
+    """Returns a random word for each pair of a key and a query of the first half, or None without dropout.
 
-    The low 16 bits are the draw for this query. The high 16 bits are the draw for the query 64 places later.
+    The low 16 bits are the draw for this query. The high 16 bits are the draw for the query 64 positions later.
     """
     if call.kept == DRAWS:
         return None
@@ -140,7 +152,7 @@ def words(call, seeds, queries, keys, *row, keys_first=False):
 
 
 def weights(scores, top):
-    """Returns e^score / 2^top as a power of 2, with one fused multiply-add and one `exp2` on a GPU."""
+    """Returns e^score / 2^top, computed as 2^(score log2(e) - top): on a GPU, one multiply-add and one `exp2`."""
     return jnp.exp2(scores * LOG2_E - top)
 
 
@@ -195,8 +207,8 @@ def _span(own, others, tile):
 
     Only the smallest and the largest segment of `own` are compared, so unordered segments give a longer range.
 
-    Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3), the
-    places 2 to 5. If no segment of `own` occurs, a loop over the range is empty.
+    Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3),
+    which covers the positions 2 to 5. If no segment of `own` occurs, a loop over the range is empty.
     """
     # if `own` has only padding, `low` stays _EVERY and `high` 0, so no segment is in between
     low, high = jnp.int32(_EVERY), jnp.int32(0)
@@ -257,9 +269,9 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """Returns which of `count` places from `start` on lie inside an array of `length` places, [count] bool.
+    """Returns which of `count` positions from `start` on lie inside an array of size `length`, [count] bool.
 
-    None means all, since `step`, the number of places of a program, divides `length`.
+    A program has `step` positions. If `step` divides `length`, all positions lie inside, and the result is None.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length

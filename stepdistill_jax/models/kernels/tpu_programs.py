@@ -14,8 +14,8 @@ scores of both heads:
 
     k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
 
-In the backward program, `slope` is the gradient of the loss with respect to the output, and `q_slope` that with
-respect to q.
+In the backward program, `slope` is the gradient of the loss with respect to the output, and `q_slope` is the gradient
+with respect to q.
 """
 
 import math
@@ -156,7 +156,10 @@ def backward(
 
 
 def _each(q, some: Callable) -> None:
-    """Calls `some(i, None)` for each round i of 128 queries."""
+    """Calls `some(i, None)` for each round i of 128 queries.
+
+    None is the carry of `jax.lax.fori_loop`, which is not used.
+    """
     rounds = q.shape[1] // QUERIES
     unroll = rounds if rounds <= _UNROLLED else 1
     jax.lax.fori_loop(0, rounds, some, None, unroll=unroll)
@@ -183,7 +186,10 @@ def _scores(call, i, k, queries, bias, q_segments, columns):
 
 
 def _seeds(seeds):
-    """Returns two seeds for each column of a half, each [1, 128] uint32, or None without dropout."""
+    """Returns the two seeds of each column as two arrays [1, 128] uint32, or None without dropout.
+
+    The left and the right half of the 256 columns have the same seeds.
+    """
     if seeds is None:
         return None
     head = 2 * pl.program_id(0)
@@ -219,7 +225,10 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Reverses `_per_head`, [2 d, 256] -> [128, 2 d], with only the features of each column's own head."""
+    """Reverses `_per_head`, [2 d, 256] -> [128, 2 d].
+
+    Of each column, only the features of the column's own head are used.
+    """
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
     blocks = [x[i : i + HALF] for i in range(0, COLUMNS, HALF)]
@@ -229,7 +238,7 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    `combine` first merges pairs of rows, which need not wait for each other. `reduce` reduces the remaining rows.
+    `combine` first merges pairs of rows that do not depend on each other. `reduce` reduces the remaining rows.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
