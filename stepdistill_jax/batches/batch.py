@@ -71,9 +71,9 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    A step takes `batch_size` examples, in an order that depends only on (seed, epoch). An example has a row,
-    an input with its target, for each of its targets: one for each objective, and one for each rationale.
-    With `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
+    A step takes `batch_size` examples, in an order that depends only on (seed, epoch). A row is an
+    input with its target. An example has a row for each of its targets. Each rationale is a target of
+    its own. With `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
 
     A packed row is a row of the batch's arrays and contains the tokens of many rows. The examples of a step
     are split into `num_shards` shards of consecutive examples, of about equal size. Each shard is packed
@@ -126,12 +126,12 @@ class Batches:
         pack: whether to pack the rows. If False, the rows of a group are padded to the group's longest row in
             the data. There is a group for each objective and variant (index of a rationale) or, with `pairs`,
             only one. Row i of a group belongs to the i-th example of the step. Encodings are not shared.
-        row_multiple: the row count of a batch is a multiple of this number, the product of the number of
-            devices that share a batch and the number of microbatches.
+        row_multiple: the row count of a batch is a multiple of this number. In training, it is the number of
+            devices that share a batch times the number of microbatches.
         data_fraction: share of the examples to use. A smaller share is a subset of a larger one.
         row_lengths: input length and target length of a packed row (see `batches/row_lengths.py`). (0, 0)
-            means `input_length` and `target_length`, or with `pairs`, the length of the longest example if it
-            is larger.
+            means `input_length` and `target_length`. With `pairs`, each of the two becomes the length of the
+            longest example if that example is longer.
         pairs: whether all targets of an example are in the same row, so that a loss can compare them.
         loss_mean: `token` or `example`. `example` divides a target token's loss weight by the target's
             length.
@@ -288,7 +288,7 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """Number that must divide a block's row count, so that `row_multiple` divides the batch's.
+        """Number that must divide a block's row count, so that `row_multiple` divides the batch's row count.
 
         Example: 3 for 4 shards and a `row_multiple` of 6, so the row count of 4 blocks is a multiple of 12.
         """
@@ -301,8 +301,8 @@ class Batches:
     def longest(self) -> tuple[int, int]:
         """Returns the lengths of the longest input and of the longest target, after truncation.
 
-        With `pairs`, these are the largest total input length and total target length of an example. Of
-        sampled rationales, only the longest counts.
+        With `pairs`, these are the largest total input length and total target length of an example. If
+        rationales are sampled, only the longest rationale of an example is counted.
         """
         return self._longest
 
@@ -320,8 +320,8 @@ class Batches:
     def probe(self, count: int) -> list[int]:
         """Packs up to `count` random shards and returns the number of packed rows that each of them needs.
 
-        The shards do not depend on `data_fraction`, and on `seed` only for sampled rationales. To bound the
-        time, fewer large shards are packed, but at least `count` / 16.
+        The shards do not depend on `data_fraction`. They depend on `seed` only if rationales are sampled. If
+        shards are large, fewer are packed to save time, but at least `count` / 16.
         """
         size = self._shard_size
         # 128 shards of 256 examples with 3 tables: 98,304 rows <= 131,072, so all 128. Of 512 examples: 85
@@ -454,7 +454,10 @@ class Batches:
         )
 
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
-        """Returns the encodings of rows, given as (input lengths, decoder lengths, places) for each table."""
+        """Returns the encodings of the given rows.
+
+        `rows` has (input lengths, decoder lengths, places) for each table. `Encodings.of` explains them.
+        """
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
         # with pairs, all targets of an example fit into a row (`longest`): no input is encoded twice
@@ -462,13 +465,14 @@ class Batches:
         return Encodings.of(sizes, places, room, shared=self.shared)
 
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the places and sizes of the units to pack: with `pairs`, complete examples, else encodings."""
+        """Returns the places and sizes of the units to pack: examples with `pairs`, otherwise encodings."""
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store, where example i has place i.
+        """Returns the encodings of all examples of a store. The place of example i is i.
 
-        With `pairs`, only the longest of sampled rationales counts, since a step draws one.
+        With `pairs` and sampled rationales, only the longest rationale of an example is included, since a step
+        draws one.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):

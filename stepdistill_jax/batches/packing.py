@@ -38,7 +38,7 @@ class Encodings:
         of_row: index of each row's encoding, from 0, [rows] int64.
         offset: column of each row's target, counted from the start of its encoding's targets, [rows] int64.
         row_sizes: input length and decoder length of each row, [rows, 2] int64.
-        is_first: whether a row is the first of its encoding, so that its inputs are encoded, [rows] bool.
+        is_first: whether a row is the first of its encoding, [rows] bool. Only this row's inputs are encoded.
         places: place of each encoding's example in the step, [encodings] int64.
         sizes: input length of each encoding, and the sum of its rows' decoder lengths, [encodings, 2] int64.
     """
@@ -218,7 +218,10 @@ class _Decreasing:
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the first position whose sorting length fits into `room`, as do all later ones."""
+        """Returns the first position whose sorting length fits into `room`. All later ones fit, too.
+
+        The sorting length is the length by which this list is sorted.
+        """
         # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
         # target length in the input list) does not fit, no row fits, and the result is the end of the list.
         if room[1 - self._side] < self._least_other:
@@ -253,7 +256,7 @@ class _Decreasing:
 def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
-    """Returns the one or two candidates that fill the packed row best, as (list, position) each, or [].
+    """Returns (list, position) of the one or two candidates that fill the packed row best, or [] if none fits.
 
     The later position comes first, so that removing its row does not move the other row.
     """
@@ -279,7 +282,10 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns the sum of each pair of n lengths, [n, n] float64: `_each_two([1, 5])` is [[1, 6], [6, 5]]."""
+    """Returns the sum of any two of n lengths, [n, n] float64. The diagonal has the single lengths.
+
+    Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
+    """
     single = np.array(lengths, np.float64)
     sums = np.add.outer(single, single)
     sums.reshape(-1)[:: len(single) + 1] = single
@@ -342,7 +348,7 @@ def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
     Args:
         loads: sum of the loads of each example's encodings, [examples]. An example that a batch may contain
             twice is listed twice.
-        rows_each: number of encodings of each example, [examples], each in a single packed row.
+        rows_each: number of encodings of each example, [examples]. An encoding fits into one packed row.
         batch_size: number of examples in a batch.
     """
     # the worst batch has the heaviest examples

@@ -26,7 +26,8 @@ class RowLengths:
 
     Attributes:
         input_length, target_length: lengths of the inputs and targets of a packed row, in tokens.
-        rows: mean number of packed rows of a step, each rounded up to a multiple of `row_multiple`.
+        rows: mean number of packed rows of a step. Before the mean, each step's number is rounded up to a
+            multiple of `row_multiple`.
         cost: mean cost of a step: `rows` times the cost of one packed row.
     """
 
@@ -46,7 +47,8 @@ def candidates(
 ) -> list[RowLengths]:
     """Returns candidate row lengths with their cost, shortest first. The longest example fits into each.
 
-    The candidates do not depend on the seed, and on `data_fraction` only if `TaskData.share_is_drawn`.
+    The candidates do not depend on the seed. They depend on `data_fraction` only if
+    `TaskData.share_is_drawn`.
 
     Args:
         batches: batches of the train split. Their `row_lengths` are ignored.

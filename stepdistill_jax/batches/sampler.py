@@ -290,8 +290,8 @@ class Sampler:
     def _shares(self) -> np.ndarray:
         """Number of positions of each store in a block, at least 1, [stores], rounded by largest remainders.
 
-        Example: for 10 positions, the rates 1 and 2 give the exact shares 3.33 and 6.67, and 3 and 6 rounded
-        down. The position left over goes to the larger remainder, so the result is 3 and 7.
+        Example: for 10 positions, the rates 1 and 2 give the exact shares 3.33 and 6.67. Rounded down, these
+        are 3 and 6. The position left over goes to the larger remainder, so the result is 3 and 7.
         """
         exact = np.asarray(self.rates, np.float64)
         exact = exact / exact.sum() * MIXTURE_BLOCK

@@ -96,7 +96,7 @@ def untried_attention(
 
 
 def _beyond_kernels(model: ModelConfig) -> str | None:
-    """Returns a message that lists the model's features without a kernel, or None if there are none."""
+    """Returns a message with the model's features that no kernel supports, or None if there are none."""
     sides = (model.encoder, model.decoder)
     beyond = {
         "soft caps of scores": any(side.score_softcap is not None for side in sides),
@@ -114,7 +114,7 @@ def _say(line: str) -> None:
 
 
 def _calls(lengths: Sequence[tuple[int, int]]) -> list[_Call]:
-    """Returns a step's calls: for each pair of lengths, encoder, decoder and cross-attention."""
+    """Returns three calls for each pair of lengths: encoder, decoder and cross-attention."""
     return [
         call
         for inputs, targets in dict.fromkeys(lengths)

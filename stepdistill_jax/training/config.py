@@ -119,11 +119,11 @@ class TrainConfig:
         objectives: name of a predefined set (an arm), such as `step_by_step`, or your own objectives.
         task_objectives: maps each plain SeqIO task of a mixture to the objective that it trains, for
             instance {"own_label": "label", "own_rationale": "rationale"}. The value `single` trains all
-            tasks of the mixture as one objective. Tasks of `add_task` and prepared datasets need no entry.
+            tasks of the mixture as one objective. Prepared datasets and tasks of `add_task` need no entry.
         extra_loss: a further term of the loss, or None.
         batch_size (examples): number of examples per step. The step uses all rows of each example.
-        pack: whether several short rows are packed into one longer row. False pads the rows of each
-            objective instead.
+        pack: whether several short rows are packed into one longer row. If False, rows are padded
+            instead, separately for each objective.
         input_length (tokens): maximum length of an input. Longer inputs are truncated, and their number
             is logged.
         target_length (tokens): maximum length of a target. Longer targets are truncated, and their

@@ -38,7 +38,8 @@ def cross_entropy(
         targets: target ids, [batch, length] int32.
         scale: factor of each token, [batch, length] float32. It gets no gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
-        tied: whether `kernel` is the embedding itself, which is not transposed, to save memory and time.
+        tied: whether `kernel` is the embedding itself. It is used without a transpose, which saves memory
+            and time.
 
     Returns:
         The scaled loss, a float32 scalar; only this output has a gradient.

@@ -82,7 +82,7 @@ def tried_row_lengths(
 ) -> list[row_lengths.RowLengths]:
     """Returns the candidates for the lengths of packed rows, each with the FLOPs of a step.
 
-    `batches` must be of the train split. A length that `config` sets has no other candidate.
+    `batches` must be of the train split. If `config` sets a length, all candidates have this length.
     """
 
     def cost(input_length: int, target_length: int) -> float:
@@ -113,8 +113,8 @@ def batches_of(
 ) -> Batches:
     """Returns the batches of a split as a run of `config` draws them.
 
-    `data_fraction` and pairs apply only to the train split. Packed rows have the lengths `input_length` and
-    `target_length` until `with_row_lengths` changes them.
+    `data_fraction` and `config.pairs` apply only to the train split. Packed rows have the lengths
+    `input_length` and `target_length` until `with_row_lengths` changes them.
     """
     return Batches(
         data,
@@ -132,9 +132,9 @@ def batches_of(
 
 
 def on_this_host(batches: Batches, start: int, stop: int, mesh: Mesh) -> Iterator[HostBatch]:
-    """Yields this process's rows of each batch, from step `start` to `stop - 1`, made in advance.
+    """Yields this process's rows of the batches of steps `start` to `stop - 1`.
 
-    All processes must iterate over the same steps, in the same order.
+    A thread makes the batches in advance. All processes must iterate over the same steps, in the same order.
     """
     channel = Channel("batches") if jax.process_count() > 1 else None
     shards = blocks_on(mesh, batches.num_shards)

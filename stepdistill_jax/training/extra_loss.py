@@ -25,8 +25,8 @@ class ExtraLoss(abc.ABC):
 
     Attributes:
         name: name in lower_snake_case. The metric `loss/<name>` is (sum of `total`) / (sum of `count`).
-        weight: factor of the term, a number of at least 0 or a `Schedule`, whose value is the metric
-            `loss_weight/<name>`.
+        weight: factor of the term, a number of at least 0 or a `Schedule`. For a `Schedule`, the metric
+            `loss_weight/<name>` is the step's factor.
 
     Raises:
         InputError: the name or the weight is invalid.
@@ -76,8 +76,8 @@ class PairedLoss(ExtraLoss):
     the two targets is no pair.
 
     All targets of an example are in the same row. `decoder_example_ids` has, for each target token, the
-    1-based index of its example within the row; 0 is padding. A pair has an index of at most `length // 2`,
-    the size of the axis `examples` below.
+    1-based index of its example within the row; 0 is padding. Examples with several targets come first, so
+    the index of a pair is at most `length // 2`. This is the size of the axis `examples` in the methods.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:

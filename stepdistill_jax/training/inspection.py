@@ -50,7 +50,8 @@ def inspect(
 
     Args:
         config: a run's config, or the name of a task, which is then measured with the default lengths.
-        rows: number of rows of step 0 to show, for each objective if rows are not packed.
+        rows: number of rows of step 0 to show. If rows are not packed, this many are shown for each
+            objective.
         data_dir: folder of prepared datasets; None means the default folder.
         task_module: replaces the config's `task_module`.
         verify: whether to compare every byte of the split's token stores with their manifests.
@@ -125,7 +126,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns the train split's batches, from which the row lengths are chosen, for one device."""
+    """Returns the train split's batches for one device. They decide which row lengths are chosen."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source
@@ -135,7 +136,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """Returns the configuration of the model that would be trained, for the cost of row lengths."""
+    """Returns the configuration of the model that would be trained. It decides the cost of row lengths."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))

@@ -128,11 +128,11 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
     if isinstance(optimizer := run.config.optimizer, OptimizerFunction):
         log(f"optimizer: {optimizer}")
         if not optimizer.takes(run.config.learning_rate):
-            log("warning: `learning_rate` has no effect, since it is no argument of the optimizer")
+            log("warning: `learning_rate` has no effect, since the optimizer does not take it")
     elif (rate := optimizer.rate).shape != "rsqrt" and rate.warmup_steps >= run.config.train_steps:
         log(
             f"warning: the learning rate never reaches its peak, since its warm-up takes {rate.warmup_steps} steps and the"
-            f" run {run.config.train_steps}; set fewer warm-up steps (`stepdistill settings warmup_steps`)"
+            f" run has {run.config.train_steps} steps; set fewer warm-up steps (`stepdistill settings warmup_steps`)"
         )
     if described["trained_parameters"] != described["parameters"]:
         log(

@@ -116,7 +116,8 @@ def objective_sums(
     """Returns what a group of rows adds to the loss, and the group's totals.
 
     Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, where each term is a
-    mean of cross-entropies over target tokens, here those of the global batch.
+    mean of cross-entropies over target tokens. Each mean is over the global batch, and this group adds
+    its part.
 
     With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4). With
     the weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.

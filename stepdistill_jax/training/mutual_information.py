@@ -16,12 +16,12 @@ class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
     At each token of a target, the model predicts a probability for each id v. The largest probability of v
-    over the label's tokens is z_v, and over the rationale's tokens r_v. The loss of a pair is
+    is z_v over the label's tokens, and r_v over the rationale's tokens. The loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
-    where z gets no gradient. So the rationale moves towards the words that the label predicts. The loss gets
-    `weight` times the mean over the pairs of the global batch.
+    where z gets no gradient. So the rationale moves towards the words that the label predicts. The
+    training loss gets `weight` times the mean of CE over the pairs of the global batch.
 
     The probabilities r are the logits of a second softmax, and z does not sum to 1, as in the paper's code
     (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`). One thing differs: the
@@ -30,7 +30,7 @@ class MutualInformation(PairedLoss):
     Example with 2 ids: if the label's tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), z is (0.9,
     0.8). If r is (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.
 
-    A slice's float32 logits are computed at once, as the largest array of the step.
+    The float32 logits of a whole slice exist at once. They are the largest array of the step.
 
     Attributes:
         weight: factor of the term, a number of at least 0 or a `Schedule`. The paper's code uses 0.1

@@ -85,8 +85,8 @@ class OptimizerFunction:
         """Calls the function for a run with this peak and number of steps, and returns its transformation.
 
         Raises:
-            InputError: the function raises, or does not return a transformation. The transformation's `init`
-                raises it if a training step could not call `update`.
+            InputError: the function raises, or does not return a transformation. The `init` of the returned
+                transformation raises an InputError if a training step could not call `update`.
         """
         arguments = {
             name: value.schedule(learning_rate, train_steps)
@@ -125,7 +125,7 @@ class OptimizerFunction:
             raise self._failed(called, error) from error
         for what, got, wanted in (
             ("updates with the parameters' shapes", _shapes(after[0]), _shapes(before[0])),
-            ("a state with the shapes and types that it got", _types(after[1]), _types(before[1])),
+            ("a state whose shapes and types are unchanged", _types(after[1]), _types(before[1])),
         ):
             if got != wanted:
                 raise self._refused(f"the transformation's update must return {what}")

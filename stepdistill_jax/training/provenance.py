@@ -104,7 +104,8 @@ def _count(tree: Any) -> int:
 def _weights_digest(initial: InitialWeights) -> str | None:
     """Returns a digest of `init_from`, or None if its directory or step is gone.
 
-    The digest covers a step's manifest, or config.json and the file sizes of a model, but not the weights.
+    For a workdir, the digest covers the manifest entries of the step's parameters. For a model directory,
+    it covers config.json and the sizes of the files, but not the weights.
     """
     directory = initial.path
     if initial.step is not None and is_workdir(directory):

@@ -192,7 +192,7 @@ def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
 
 
 def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, ModelConfig]:
-    """Returns the vocabulary and configuration of `init_from`, which a resumed run reads from its workdir."""
+    """Returns the vocabulary and configuration of `init_from`. A resumed run reads both from its workdir."""
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
     files = read_model_files(workdir if resumed else _init_path(config.init_from))
@@ -227,7 +227,10 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step in `path` that it starts from, if `path` has steps."""
+    """Returns whether the run has begun, and the step of `path` that its weights come from.
+
+    The step is None if `path` is not a workdir.
+    """
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")
     return False, resolve_step(path, "best") if is_workdir(path) else None

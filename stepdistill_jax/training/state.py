@@ -60,7 +60,9 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
 
 
 def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Returns the shardings of an optimizer state. A leaf whose path ends with a parameter's path is its moment.
+    """Returns the shardings of an optimizer state.
+
+    A leaf of the state is a moment of a parameter if its path ends with the parameter's path.
 
     `optax.tree_map_params` fails for some users' transformations, since it calls `init` on a placeholder.
     """
@@ -107,7 +109,10 @@ def hashable(abstract: Any) -> tuple[tuple, Any]:
 
 
 def _key_data(seed: int) -> np.ndarray:
-    """Returns the data of the seed's random key, as an argument, so that all seeds share one program."""
+    """Returns the data of the seed's random key.
+
+    Programs take this data as an argument, so all seeds share one compiled program.
+    """
     with jax.ensure_compile_time_eval():
         return np.asarray(jax.random.key_data(jax.random.key(seed)))
 

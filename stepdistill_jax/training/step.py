@@ -110,8 +110,8 @@ def train_step(
     Returns:
         The new state.
         The metrics: `sums` (an `ObjectiveSums`), `loss` (nats per token), `grad_norm` (before the clip) and,
-        if any loss weight is a schedule, `weights` (all loss weights in this step; the last is an extra
-        loss's).
+        if any loss weight is a schedule, `weights` (this step's loss weight of each objective and, at the
+        end, of the extra loss).
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
     # 2 tasks with 2 objectives and an extra loss: 5 columns, 2 for task 1, 2 for task 2, 1 for the extra loss

@@ -15,10 +15,10 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     SAVING -> STEPPING              the step is saved if it is the best so far, or if it is a multiple
                                     of `checkpoint_every`
     any -> the same                 a step's loss or gradient is not finite: its update is skipped
-    any -> STARTING                 `max_consecutive_nonfinite` such steps in a row: the run rolls
-                                    back, once, to an older checkpoint's parameters
-    any -> failed (1)               such a step, if `on_nonfinite` is "stop"; too many such steps in a
-                                    row for the second time, or with no checkpoint to roll back to
+    any -> STARTING                 `max_consecutive_nonfinite` steps in a row were not finite: the
+                                    run rolls back, once, to an older checkpoint's parameters
+    any -> failed (1)               a step is not finite, and `on_nonfinite` is "stop"; or the run must
+                                    roll back for the second time, or has no checkpoint to roll back to
     any -> stuck (134)              the state lasts too long
     any -> stopped                  `grace_secs` after a signal (75), or at a second signal (128 + the
                                     signal's number)
@@ -220,8 +220,8 @@ class Supervisor:
     def flush(self, before: float | None = None) -> None:
         """Writes the metrics that `record` has kept.
 
-        `before` is the end of the following step, or None if it has not ended. An unknown end of the written
-        step is estimated from it.
+        `before` is the time when the following step ended, or None if that step has not ended. If it is not
+        known when the written step ended, this time is estimated from `before`.
 
         Raises:
             FloatingPointError: the loss or gradient of the written step is not finite, and the run must end.
@@ -409,7 +409,11 @@ def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
-    """Returns the index in the tokenised split, the start of the input and the label of a step's examples."""
+    """Returns an entry for each example of a step.
+
+    An entry has `row` (index in the tokenised split), `input` (the start of the input), `label` and, with
+    several parts, `task`.
+    """
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
     for number, row in zip(drawn.stores.tolist(), drawn.indices.tolist(), strict=True):
@@ -424,8 +428,9 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 def _roll_back(run: Run, step: int) -> None:
     """Saves step `step` with the parameters and optimizer of the last good checkpoint.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). Only multiples of
-    `checkpoint_every` count, so that a stop signal, which saves other steps, does not change the result.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). Only
+    checkpoints at multiples of `checkpoint_every` count as good. Stop signals save other steps as well, but
+    must not change the result.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to

@@ -278,7 +278,7 @@ class Validator:
             answer, parsed = read[0]
             log(
                 f"warning: all {len(read)} answers in {of} are"
-                f" {'' if parsed else 'without a label, and so '}{answer['label']!r}: the model does"
+                f" {'' if parsed else 'without a label, so they count as '}{answer['label']!r}: the model does"
                 " not distinguish the inputs yet"
             )
         unparsed = {"unparsed": float(np.mean([not parsed for _, parsed in read]))}

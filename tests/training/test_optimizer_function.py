@@ -194,7 +194,7 @@ def other_shapes(learning_rate):
         (raises_below, r"raised TypeError at .*test_optimizer_function\.py:\d+: .*'b3'"),
         (init_raises, r"init raised KeyError at .*test_optimizer_function\.py:\d+: 'no_such'"),
         (update_wants_more, r"update, called with gradients, state and parameters, raised TypeError .*'value'"),
-        (another_state, "update must return a state with the shapes and types that it got"),
+        (another_state, "update must return a state whose shapes and types are unchanged"),
         (other_shapes, "update must return updates with the parameters' shapes"),
     ],
 )  # fmt: skip
