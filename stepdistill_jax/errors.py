@@ -33,8 +33,8 @@ def printable(text: object, most: int = 2000) -> str:
 def escaped(text: object) -> str:
     r"""Returns `text` with terminal control characters escaped: ESC becomes `\x1b`.
 
-    Line ends and tabs stay. Marks of writing direction, Unicode's own line ends, and halves of surrogate
-    pairs are escaped, too.
+    Newlines (`\n`) and tabs stay. Unicode's line separators, marks of writing direction, and halves of
+    surrogate pairs are escaped, too.
     """
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
 

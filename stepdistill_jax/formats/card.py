@@ -132,7 +132,7 @@ def model_card(
 
     Args:
         config: configuration after merging the adapters.
-        vocabulary: vocabulary of the model; bytes mean ByT5.
+        vocabulary: vocabulary of the model. A model with a byte vocabulary is called a ByT5.
         metrics: metrics of the checkpoint, of which the card shows the validation results.
         lora: configuration of the adapters, if any were trained.
     """

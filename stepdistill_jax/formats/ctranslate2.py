@@ -48,7 +48,7 @@ class CTranslate2Files:
     """The contents of a CTranslate2 directory, except the model.
 
     Attributes:
-        tokens: token names by row of the embedding.
+        tokens: names of the tokens, in the order of the embedding's rows.
         sha256: digest that `model.bin` had when it was written.
     """
 
@@ -105,7 +105,7 @@ def write_ctranslate2(
 ) -> int:
     """Writes the model, vocabulary and task for CTranslate2 and `predict`, and returns the count of parameters.
 
-    Two copies of the parameters are in memory meanwhile.
+    During the call, two copies of the parameters are in memory.
 
     Args:
         directory: a new or empty folder.

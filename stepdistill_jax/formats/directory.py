@@ -128,7 +128,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     writes true as `tie_word_embeddings`.
 
     Raises:
-        InputError: a file or field is missing, wrong, or not supported. The message names both.
+        InputError: a file or field is missing, wrong, or not supported. The message says which.
     """
     directory = require_directory(directory)
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:

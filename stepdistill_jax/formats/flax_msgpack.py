@@ -33,7 +33,9 @@ def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def read_tree(path: os.PathLike | str) -> dict[str, Any]:
-    """Returns the nested dicts of numpy arrays in a file, which need about as much memory as the file has bytes.
+    """Returns the nested dicts of numpy arrays in a file.
+
+    The arrays need about as much memory as the file has bytes.
 
     Raises:
         InputError: the file is truncated, not written by Flax, or larger than this machine's memory.

@@ -1,4 +1,7 @@
-"""Converts between Hugging Face's weights and our parameters with stacked layers, slice by slice."""
+"""Converts between Hugging Face's weights and our parameters, slice by slice.
+
+Hugging Face stores one tensor per layer. Our parameters stack all layers.
+"""
 
 import itertools
 import math
@@ -41,8 +44,9 @@ def load_params(
     Args:
         directory: folder with weights that `formats.weights.open_weights` reads.
         shardings: sharding of each parameter (`sharding.param_shardings`). None means the default device.
-        sources: {our name of a parameter: our name of the stored parameter to read it from}, of equal shapes
-            (`stored_shapes`). None reads all parameters under their own names.
+        sources: {name of a parameter: name of the stored parameter from which it is read}. Both are our names,
+            and both parameters must have the same shape (`stored_shapes`). None means to read every parameter
+            under its own name.
 
     Returns:
         The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`, restricted to `sources` if
@@ -212,9 +216,9 @@ def save_params(
 ) -> int:
     """Writes the parameters as float32 safetensors, verifies the files, and returns the count of parameters.
 
-    Tensors of more than `max_shard_size` bytes in total are split as Hugging Face does, into shards
+    If the tensors have more than `max_shard_size` bytes in total, they are written as Hugging Face's shards
     (`model-00001-of-0000N.safetensors`) with an index. Older safetensors files in the directory are replaced.
-    Writing takes memory for one more tensor.
+    The host needs memory for one tensor in addition to the parameters.
 
     Args:
         directory: folder of the model, which must exist.

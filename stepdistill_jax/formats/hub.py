@@ -19,7 +19,7 @@ _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 
 def local_model(given: str) -> str:
-    """Returns the folder of a model, which is a local copy for a model on the hub.
+    """Returns the folder of a model. For a model on the hub, this is a local copy.
 
     Args:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.

@@ -51,7 +51,8 @@ _NAMES = {
 def find_t5x(directory: os.PathLike | str) -> pathlib.Path | None:
     """Returns the folder of a T5X checkpoint, or None.
 
-    It is `directory`, the newest `checkpoint_STEP` in it, or the folder `state` in one of the two.
+    Searches `directory`, then its folders `checkpoint_STEP` from newest to oldest. In each of these folders, the
+    checkpoint may also be in the subfolder `state`.
     """
     directory = pathlib.Path(directory)
     steps = {
@@ -144,9 +145,9 @@ def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, 
 
 
 def _our_path(path: str) -> tuple[str, str | None]:
-    """Returns our path of T5X's parameter `path`, and its layer.
+    """Returns (our path, layer) of the parameter that T5X calls `path`.
 
-    The layer is an index such as "3", "" for all layers in one stack, or None outside the layers.
+    The layer is an index such as "3". For a stack of all layers it is "", and outside the layers it is None.
     """
     if path == "token_embedder/embedding":
         return "token_embedder", None

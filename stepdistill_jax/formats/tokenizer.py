@@ -46,10 +46,10 @@ _JAMO, _SYLLABLE = "\u1100\u1161\u11a8", "\uac01"
 
 
 def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
-    """Completes the files of `formats.directory.write_model_files`, and checks them.
+    """Writes the tokenizer files for `transformers`, and checks that it gives our ids.
 
-    A SentencePiece vocabulary gets a `tokenizer.json`; a byte vocabulary needs none. `transformers` must give
-    our ids for `PROBES`, which include texts unlike any training data.
+    Call `formats.directory.write_model_files` first. A SentencePiece vocabulary gets a `tokenizer.json`; a byte
+    vocabulary needs none. The ids are compared on `PROBES`, which include texts unlike any training data.
 
     Raises:
         InputError: the ids differ, or the SentencePiece model is neither T5's nor Gemma's kind.

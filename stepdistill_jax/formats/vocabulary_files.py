@@ -37,8 +37,8 @@ def write_vocabulary(
 ) -> None:
     """Writes the SentencePiece model and `tokenizer_config.json` for `read_vocabulary`.
 
-    A T5's tokenizer gets no sentinels (`extra_ids` 0), since they would change the ids of texts that spell
-    one, and exceed a small embedding.
+    A T5's tokenizer gets no sentinels (`extra_ids` 0). Sentinels would change the ids of texts that contain
+    strings such as `<extra_id_0>`, and a small embedding has no rows for them.
 
     Args:
         directory: an existing folder, which may be in a store.

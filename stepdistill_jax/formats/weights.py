@@ -30,9 +30,9 @@ _BLOCK = 1024  # rows that are compared at once
 def open_weights(directory: os.PathLike | str) -> Weights:
     """Opens the tensors of a directory, in the first format found.
 
-    The order is `model.safetensors`, its shards and index, `flax_model.msgpack`, its shards,
-    `pytorch_model.bin`, its shards, a T5X checkpoint. Only msgpack and torch's older format are read whole,
-    others by slices.
+    The formats are tried in this order: `model.safetensors`, `flax_model.msgpack`, `pytorch_model.bin`, a T5X
+    checkpoint. Each of the three files may be split into shards with an index. Msgpack files and torch's older
+    format are read whole, and all other formats by slices.
 
     Raises:
         InputError: there are no weights, or they cannot be read. The message names the file.

@@ -24,8 +24,8 @@ class Closed(RuntimeError):
 class Channel:
     """Connects the processes of a job.
 
-    All processes must open the channels of a name in the same order: the n-th channel that one process opens
-    is connected to the n-th channel of every other process.
+    The n-th channel that a process opens under a name is connected to the n-th channel that every other
+    process opens under that name.
     """
 
     def __init__(self, name: str):
@@ -36,8 +36,8 @@ class Channel:
     def combined(self, value: Any, combine: Callable[[list[Any]], T]) -> T:
         """Collects one value from each process, and returns `combine([value_0, value_1, ...])` on every process.
 
-        All processes must call this method the same number of times, each from one thread at a time. Process
-        0 calls `combine`.
+        All processes must call this method equally often. In a process, only one thread at a time may call it.
+        Only process 0 calls `combine`.
 
         Args:
             value: JSON value.
@@ -45,7 +45,7 @@ class Channel:
 
         Raises:
             Closed: another thread has called `close`.
-            TimeoutError: a live process has sent nothing for an hour.
+            TimeoutError: a process is alive, but has sent nothing for an hour.
         """
         import jax
 

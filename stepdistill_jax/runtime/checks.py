@@ -1,6 +1,6 @@
 """Checks the values of parameters.
 
-Messages write a parameter's name in backticks, which commands replace with their flag.
+Messages contain the parameter's name in backticks. Commands replace this name with their flag.
 """
 
 import re

@@ -17,7 +17,7 @@ MAX_BYTES = (
 
 
 def folder_for(workdir: os.PathLike | str) -> str:
-    """Returns the cache folder of a workdir: next to the workdir, or inside it if it is a whole bucket."""
+    """Returns the cache folder of a workdir: next to the workdir, or inside a workdir that is a whole bucket."""
     path = as_path(workdir)
     if not is_remote(path):
         return os.fspath(path.absolute().parent / FOLDER)

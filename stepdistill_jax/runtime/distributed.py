@@ -40,7 +40,7 @@ _SLURM = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The processes that compute together, and this process's place among them.
+    """The processes that compute together, and the index of this process.
 
     Attributes:
         address: `HOST:PORT` of the coordinator in process 0.
@@ -130,8 +130,8 @@ def is_process_0() -> bool:
 def leave(code: int) -> None:
     """Ends this process within seconds with exit status `code`, if it has joined a job. Otherwise, returns.
 
-    Each process keeps its own exit status. JAX would make a process that ends alone wait minutes for the
-    others.
+    Each process keeps its own exit status. Without this function, a process that ends alone would wait
+    minutes for the others.
     """
     if _joined is None:
         return
@@ -194,7 +194,7 @@ def find_job() -> Job | None:
 
 
 def _under_srun() -> bool:
-    """Returns whether Slurm started this process as one of several tasks, which a batch script is not."""
+    """Returns whether Slurm started this process as one of several tasks. For a batch script, returns False."""
     if not all(name in os.environ for name in _SLURM):
         return False
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ["SLURM_NTASKS"]
@@ -204,7 +204,7 @@ def _under_srun() -> bool:
 def _devices_of_task() -> list[int] | None:
     """Returns the id of the GPU that this Slurm task uses, as a list, or None for all visible GPUs.
 
-    If several tasks see the same GPUs, a task's GPU is the one with the task's local rank as its id.
+    If several tasks see the same GPUs, each task uses the GPU whose id is the task's local rank.
     """
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")

@@ -28,7 +28,7 @@ _NO_TEXT = {  # first bytes of files that are not text, and what to do with such
 
 
 def fsync(path: os.PathLike | str) -> None:
-    """Forces a file's data, or a folder's names, to disk, so that they survive a power loss."""
+    """Forces the data of a file, or the file names in a folder, to disk. They then survive a power loss."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,7 +38,10 @@ def fsync(path: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def naming(path: os.PathLike | str) -> Iterator[None]:
-    """A context that adds `path` to errors of a full or broken disk, which do not name open files."""
+    """A context that adds `path` to errors of a full or broken disk.
+
+    When a write to an open file fails, Python's error names no path.
+    """
     try:
         yield
     except OSError as error:

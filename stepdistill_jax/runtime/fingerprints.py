@@ -1,6 +1,6 @@
 """Computes digests of files, folders, values and strings.
 
-Users' files contain these digests, so the digest of an input must never change.
+Users' files contain these digests, so all versions must compute the same digest for the same input.
 """
 
 import concurrent.futures

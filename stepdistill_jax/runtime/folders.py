@@ -17,12 +17,12 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
     """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
 
-    To replace an older `target`, the caller first moves it next to the new folder, as `REPLACED`. The older
-    folder moves back if there is no `target` at the end.
+    If `target` already exists, the caller first moves that old folder to `REPLACED`, next to the empty folder.
+    If there is no `target` at the end, the old folder is moved back.
 
     Args:
         target: path of the final folder, whose parent must exist.
-        tag: a group of writers, which may remove each other's leftovers (`remove_leftovers`).
+        tag: name of a group of writers. They may remove each other's leftovers (`remove_leftovers`).
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
     try:

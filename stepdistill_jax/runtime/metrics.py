@@ -43,8 +43,8 @@ class MetricsWriter:
 
         Args:
             start_step: step from which the run continues. Lines of later steps are removed.
-            validated: whether `start_step` has been validated. If not, the line of its validation is removed,
-                too.
+            validated: False if the checkpoint of `start_step` lacks its validation results. The validation may
+                then run again, so a line from an earlier attempt is removed, too.
             active: False on all processes but process 0.
         """
         self._active = active
@@ -91,7 +91,7 @@ class MetricsWriter:
     def sync(self) -> None:
         """Uploads the files if the workdir is in a store. Call this method before a checkpoint is saved.
 
-        A run that resumes from a checkpoint needs the lines of all steps before it.
+        A run that resumes from a checkpoint needs the lines of all steps before that checkpoint.
         """
         if self._active and self._scratch is not None:
             self._board.flush()

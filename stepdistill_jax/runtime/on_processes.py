@@ -25,12 +25,11 @@ class PeerFailed(RuntimeError):
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """Runs `action` on every process, and returns each process's own result.
 
-    If several processes fail, all raise the error of the failed process with the lowest index, which the
-    message names.
+    If a process fails, all processes raise an error. If several fail, the one with the lowest index counts.
 
     Raises:
-        InputError: a process raised an InputError.
-        PeerFailed: another process raised another error. The failed process raises its own error.
+        InputError: the failed process raised an InputError. The message names the process.
+        PeerFailed: another process failed with another kind of error. That process raises its own error.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -120,7 +119,10 @@ def until_stopped(
 
 
 def _tried(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Runs `action`, and returns (result, None) or (None, error). A single process raises the error."""
+    """Runs `action`, and returns (result, None) or (None, error).
+
+    If the job has only one process, the error is raised instead.
+    """
     import jax
 
     if jax.process_count() == 1:

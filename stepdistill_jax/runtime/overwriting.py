@@ -1,7 +1,7 @@
 """Makes every command replace only files that the same command wrote.
 
-Before its work, a command passes its future files to `check_outputs` or `check_folder`. No output may be an
-input of the command.
+Before a command starts its work, it passes the paths of its outputs to `check_outputs` or `check_folder`. No
+output may be an input of the command.
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
 
 
 def _is_same(path: _Path, other: _Path) -> bool:
-    """Returns whether two paths, links included, lead to the same file."""
+    """Returns whether two paths lead to the same file, directly or through links."""
     try:
         return os.path.samefile(path, other)
     except OSError:
@@ -143,8 +143,8 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
     """Checks that the outputs in a folder replace only files of the same command.
 
     Args:
-        index: name of the file that the command writes first. Without it, the command wrote none of the
-            files.
+        index: name of the file that the command writes first. If this file is missing, the command wrote none
+            of the other files.
 
     Raises:
         InputError: as for `check_outputs`.

@@ -1,8 +1,8 @@
 """Waits for all processes of a job before JAX joins them, and reports the missing ones, which JAX does not.
 
 Process 0 listens on the coordinator's address. Every other process sends the job's token and its own index.
-Process 0 then sends all the same answer: either start, or the missing processes. After that, JAX's service
-uses the port. A connection without the token is closed.
+Process 0 then sends all of them the order to start, or the list of missing processes. After that, JAX's
+service uses the port. A connection without the token is closed.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def rendezvous(
     Args:
         host: host of process 0, spelled the same in all processes.
         bind: address that process 0 listens on; None means `own_address(...)`.
-        secret: the job's secret, from which the token is made. None means the address of process 0, which
-            keeps out other jobs, but not a person who knows it.
+        secret: the job's secret, from which the token is made. If it is None, the token is made from the
+            address of process 0. Such a token keeps out other jobs, but not a person who knows the address.
 
     Raises:
         ProcessesMissing: some processes have not started in time. All others raise this error.
@@ -67,9 +67,9 @@ def rendezvous(
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
     """Returns the (IP address, port) on which process 0 must listen, so that others reach it as `host`.
 
-    The IP address is empty, which means all addresses, if a name other than `localhost` resolves to the
-    loopback device. For example, Debian resolves a machine's own name to 127.0.1.1, while other hosts resolve
-    it to the real address.
+    If `host` is a name other than `localhost` and resolves to the loopback device, the IP address is "",
+    which means all addresses. For example, Debian resolves a machine's own name to 127.0.1.1, while other
+    hosts resolve it to the real address.
 
     Raises:
         InputError: this machine cannot resolve `host`, even after `timeout_secs` seconds.
@@ -102,7 +102,8 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise InputError(
                     f"process 0 runs on a machine without the coordinator's address {address[0]};"
-                    " start it there, or set JAX_COORDINATOR_BIND_ADDRESS to the HOST:PORT to listen on"
+                    " start it on the machine with that address, or set JAX_COORDINATOR_BIND_ADDRESS to the"
+                    " HOST:PORT to listen on"
                 ) from None
             # an earlier start of the job may be about to release the port
             if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
@@ -116,7 +117,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
 def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
-    """Waits on process 0 for the other processes, and sends them the answer."""
+    """Waits for the other processes, and sends them the answer. Runs on process 0."""
     present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)
@@ -168,7 +169,7 @@ def _greet(
     deadline: float,
     timeout_secs: float,
 ) -> None:
-    """Sends the greeting to process 0 from another process, and waits for the answer."""
+    """Sends the greeting to process 0, and waits for the answer. Runs on the other processes."""
     reason = ""
     while time.monotonic() < deadline:
         reply = ""

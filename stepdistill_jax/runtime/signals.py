@@ -37,16 +37,16 @@ def agreed() -> bool:
 class StopSignals:
     """A context that handles stop signals: the first calls `act`, the second ends the process.
 
-    The process ends with status 128 + the second signal. A thread reads the signals, since Python runs no
-    signal handler during a long compilation. With several processes, `jax.distributed` catches SIGTERM and
-    stops all processes at the same point, so this context turns SIGINT into SIGTERM and does not catch
-    SIGTERM.
+    The second signal ends the process with status 128 + the number of that signal. A thread reads the
+    signals, since Python runs no signal handler during a long compilation. With several processes,
+    `jax.distributed` catches SIGTERM and stops all processes at the same point, so this context turns SIGINT
+    into SIGTERM and does not catch SIGTERM.
 
     Attributes:
         act: function that the main thread calls with the first signal's name. None means to set only
             `received`.
-        limit_secs: seconds from the first signal until the process ends with the signal's exit status; 0
-            means no limit.
+        limit_secs: seconds that the process may still run after the first signal. Then it ends with the exit
+            status that `codes` has for that signal. 0 means no limit.
         received: name of the first signal, or "".
     """
 

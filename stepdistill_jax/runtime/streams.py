@@ -108,7 +108,7 @@ class StreamedFile:
         self._file.close()
 
     def _forget(self) -> None:
-        """Removes the unfinished file's other files."""
+        """Removes the files that accompany PATH.partial. A `StreamedFile` has none."""
 
     def close(self) -> None:
         """Closes an unfinished file. Removes it if it is empty."""
@@ -123,9 +123,9 @@ class StreamedFile:
 class ResumableFile(StreamedFile):
     """Writes JSON lines in groups, called windows, and continues where an earlier run stopped.
 
-    A sidecar next to PATH.partial records the count of its valid bytes, their checksum, and `key`, the
-    digests of the inputs. A run with a different key starts from scratch. All processes must make the same
-    calls. Only process 0 opens the file, and all processes raise its errors.
+    A sidecar (`sidecar_of`) records how many bytes of PATH.partial are valid, the checksum of these bytes,
+    and the digests of the inputs (`key`). A run with a different key starts from scratch. All processes must
+    make the same calls. Only process 0 opens the file, and all processes raise its errors.
 
     Attributes:
         state: dict, the same on all processes: counts of `rows` and `bytes` written so far, `crc32` of the
@@ -178,7 +178,10 @@ class ResumableFile(StreamedFile):
         return None
 
     def _quarantine(self, state: dict[str, Any]) -> None:
-        """Renames PATH.partial and its sidecar, since their rows may have taken hours to compute."""
+        """Renames PATH.partial and its sidecar.
+
+        They are not removed, since the rows may have taken hours to compute.
+        """
         for path in (self.partial, self.sidecar):
             os.replace(path, _quarantine_path(path))
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)

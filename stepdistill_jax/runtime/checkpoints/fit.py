@@ -17,7 +17,7 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
 
     Args:
         item_folder: `STEP/params` or `STEP/state`.
-        fits: words for the message, such as "the model's config.json".
+        fits: what the checkpoint should fit, for the message, such as "the model's config.json".
 
     Raises:
         InputError: an array differs (the message names the first), or Orbax cannot read the checkpoint.

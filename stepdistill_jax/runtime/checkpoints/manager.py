@@ -78,10 +78,10 @@ class Checkpoints:
     """Saves and restores the train state of one run."""
 
     def __init__(self, workdir: os.PathLike | str):
-        """Opens or creates the folder of checkpoints, and removes the remains of interrupted saves.
+        """Opens or creates the folder of checkpoints, and removes Orbax's temporary folders.
 
-        Damaged and incomplete steps are renamed (`manifest.quarantine_damaged`). All bytes of the step that
-        `latest_step` returns are verified.
+        Damaged and incomplete steps are renamed (`manifest.quarantine_damaged`). The newest good step is
+        verified, and `latest_step` returns it.
 
         Raises:
             CheckpointError: there are damaged steps, and no good one.
@@ -237,7 +237,7 @@ class Checkpoints:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Drops Orbax's log records of errors that `_reported` raises anyway."""
+    """Returns False for a log record of an error that `_reported` raises anyway."""
     if not record.exc_info:
         return True
     from_orbax = f"{os.sep}orbax{os.sep}" in record.pathname
@@ -245,7 +245,10 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Returns an error's message as one line, shortened to its end, where TensorStore puts the cause."""
+    """Returns an error's message as one line.
+
+    Keeps only the end of a long message, where TensorStore puts the cause.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"...{text[-300:]}"
 

@@ -43,7 +43,7 @@ class SavedStep(NamedTuple):
         number: count of updates.
         metrics: None if the manifest cannot be read.
         size: total size of the files in bytes.
-        problem: the first defect: `UNSEALED`, a string such as "FILE: missing", or None.
+        problem: message on the first defect, such as `UNSEALED` or "FILE: missing"; None if none was found.
     """
 
     number: int
@@ -89,9 +89,9 @@ def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
 
 
 def defect_by_all(step_folder: pathlib.Path) -> str | None:
-    """Returns the result of `defect` on all processes. Each process reads a share of the files.
+    """Returns what `defect` returns, but each process reads only a share of the files.
 
-    All processes must call this function.
+    All processes must call this function, and all get the same result.
     """
 
     def look() -> tuple[dict[str, list[Any]], str | None]:
@@ -163,8 +163,8 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
 
     All processes must call this function, and each reads a share of the bytes. Steps are read in full from
     the newest backwards, until one is good. Of the older steps, only the names and sizes of files are
-    checked. The newest step without a manifest is unfinished. An older step without a manifest is damaged,
-    since a save starts only after the previous step is sealed.
+    checked. If the newest step has no manifest, it is unfinished. An older step without a manifest is
+    damaged, since a save starts only after the previous step is sealed.
 
     Returns:
         The newest good step, or None if no save in the folder has ever finished.
@@ -349,7 +349,10 @@ def _move(step_folder: pathlib.Path, kind: str) -> pathlib.Path:
 
 
 def _move_in_store(step_folder: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a step within the store without downloading it. A kill meanwhile may leave files in both folders."""
+    """Moves a step within the store without downloading it.
+
+    If the process is killed during the move, both folders may contain files.
+    """
     import fsspec
 
     with store_errors(step_folder):
