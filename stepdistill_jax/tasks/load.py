@@ -51,7 +51,8 @@ def load_task(
     """Returns the tokens of a split of a task. The first call tokenises the split and stores the tokens.
 
     A SeqIO task that neither `prepare` nor `add_task` made is called plain. It keeps its own inputs and
-    targets. Alone, it has the objective `label`; in a mixture, `task_objectives` sets its objective.
+    targets. Outside a mixture, it has the objective `label`; in a mixture, `task_objectives` sets its
+    objective.
 
     Args:
         task: name of a prepared dataset, of a task of `add_task`, or of a SeqIO task or mixture.
@@ -60,8 +61,8 @@ def load_task(
         data_dir: folder of prepared datasets and token stores; None means the default folder.
         task_module: module that registers the task. It is imported first.
         supervision: None keeps each row unchanged, even a row without a label.
-        task_objectives: {name of a plain task: name of its objective}, or `single`, one objective for all
-            tasks.
+        task_objectives: {name of a plain task: name of its objective}; or `single`, which gives all tasks
+            one objective.
         share: (share of the rows, the run's seed). Only `paper_exact` datasets use it, for train and
             validation.
 
@@ -143,7 +144,8 @@ class _MixtureLoader:
     ) -> Vocabulary:
         """Returns the vocabulary of the mixture.
 
-        The vocabulary is trained on the mixture's prepared datasets, unless there are plain tasks or `given`.
+        It is the first of these that exists: the vocabulary that the plain tasks share; `given`; a vocabulary
+        trained on the prepared datasets; the vocabulary that the datasets of `add_task` share.
         """
         if own:
             return common_vocabulary(self.mixture.name, own, given, self.folder)
@@ -213,7 +215,10 @@ class _MixtureLoader:
     def _part_of_dataset(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> Part:
-        """Returns the part of a dataset, without the objectives of tasks that the mixture leaves out."""
+        """Returns the `Part` of a dataset.
+
+        If the mixture leaves out tasks of the dataset, the part lacks their objectives.
+        """
         tagged = {name for name, tag in registry.TAGS.items() if tag.dataset == group.dataset}
         chosen = list(range(len(objectives)))
         if {task.name for task in group.tasks} != tagged:
@@ -246,6 +251,6 @@ class _MixtureLoader:
 
 
 def _as_it_is(number: int, objective: Objective) -> Objective:
-    """Returns a copy of an objective that uses the inputs and targets of plain tasks unchanged."""
+    """Returns a copy of an objective, changed to use the inputs and targets of plain tasks as they are."""
     field = "label" if number == 0 else objective.name
     return Objective(objective.name, "{input}", f"{{{field}}}", objective.weight)

@@ -1,4 +1,4 @@
-"""Finds the objective of each task in a SeqIO mixture, and groups tasks with rows of the same examples."""
+"""Finds the objective of each task in a SeqIO mixture, and groups tasks whose rows may belong to the same examples."""
 
 import dataclasses
 import math
@@ -9,22 +9,22 @@ from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.tasks.registry import TAGS
 from stepdistill_jax.tasks.sources import named_errors
 
-SINGLE = "single"  # value of TASK_OBJECTIVES: all tasks give the same objective
+SINGLE = "single"  # value of TASK_OBJECTIVES: all tasks have the same objective
 TaskObjectives = Mapping[str, str] | str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Tasks of a mixture whose rows may belong to the same examples.
+    """A group of a mixture's tasks. Their rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset or, for plain tasks, of the task with the run's first objective, or else of
-            the first task.
+        name: name of the dataset. A group of plain tasks has the name of its task with the run's first
+            objective, or else of its first task. A group that `each` made has the name of its task.
         tasks: the `seqio.Task`s.
         objectives: name of each task's objective.
         rate: rate at which examples are drawn, relative to other groups.
         dataset: name of the dataset of `add_task` or `register_prepared`; None for plain tasks.
-        alone: why `each` made a group of this single task; "" for any other group.
+        alone: why `each` made a group of a single task; "" if `each` did not make the group.
     """
 
     name: str
@@ -53,7 +53,7 @@ def groups_of(
         task_objectives: {name of a plain task: name of its objective}, or `single`.
 
     Raises:
-        InputError: a rate is not above 0, a task has no objective, or a name does not exist.
+        InputError: a rate is not above 0, a task has no objective, or `task_objectives` has a wrong entry.
     """
     import seqio
 
@@ -73,7 +73,7 @@ def groups_of(
         if not all(math.isclose(rates[t.name], rates[members[0].name]) for t in members):
             several = group.each("the rates of its mixture differ")
         elif len(set(taught)) < len(members):
-            several = group.each("tasks of its mixture give the same objective")
+            several = group.each("several tasks of its mixture have the same objective")
         for one in several:
             first = one.tasks[0].name
             found[first] = dataclasses.replace(one, rate=rates[first])
@@ -164,8 +164,8 @@ def _objectives_of(
         )
         raise InputError(
             f"mixture {mixture.name!r}: the objective of {', '.join(missing)} is not known:"
-            f" bind TASK_OBJECTIVES = {{{proposed}}} with names of OBJECTIVES, or TASK_OBJECTIVES ="
-            f' "{SINGLE}" to train all of its tasks as one objective'
+            f" bind TASK_OBJECTIVES = {{{proposed}}} with names from OBJECTIVES, or bind TASK_OBJECTIVES ="
+            f' "{SINGLE}" to train all tasks of the mixture as one objective'
         )
     return named
 

@@ -29,8 +29,8 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
 def paired(stores: Sequence[TokenStore]) -> TokenStore:
     """Returns one store in which rows with the same id form one example.
 
-    The caller must have checked the stores with `why_not`. The examples of the first store come first, with its
-    label texts. Token ids are not copied.
+    The caller must have checked the stores with `why_not`. The examples of the first store come first, and
+    only they have label texts. Token ids are not copied.
 
     For example, a store with the row ids a and b and another store with the row ids b and c give the examples
     a, b and c. Example a has no row from the second store, and example c has no row from the first.

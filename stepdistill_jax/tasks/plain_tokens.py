@@ -144,7 +144,7 @@ def with_rows(store: TokenStore, name: str, split: str) -> TokenStore:
 
 
 def files_of_task(task: Any, split: str) -> list[list[Any]]:
-    """Returns `files_of` a task's source. Error messages name the task."""
+    """Returns the files of a task's source (see `files_of`). Error messages name the task."""
     with named_errors(task.name, task.source, split):
         return files_of(task.source, split)
 

@@ -61,10 +61,10 @@ def register_prepared(
     without a vocabulary.
 
     Args:
-        data_dir: folder of prepared datasets. None means the data folder of the command that imports the
-            calling module, or else the default folder.
-        vocabulary: path of a `spiece.model`, or `bytes`, for all tasks. None means each dataset's own, which a
-            dataset without a train split lacks. SeqIO reads a mixture only if all its tasks have the same
+        data_dir: folder of prepared datasets. None means the default folder. If a command imports the module that
+            makes this call (`task_module`), None means the data folder of that command.
+        vocabulary: path of a `spiece.model`, or `bytes`, for all tasks. None means each dataset's own;
+            a dataset without a train split has none. SeqIO reads a mixture only if all its tasks have the same
             vocabulary.
 
     Returns:
@@ -134,7 +134,7 @@ def spec_of(
 
 @functools.cache
 def _source_class() -> Any:
-    """Returns a TFDS source that does not shuffle files, which TFDS refuses for datasets with ordered rows."""
+    """Returns a TFDS source that does not shuffle files. TFDS refuses to shuffle those of ordered datasets."""
     tensorflow()
     import seqio
 
@@ -184,7 +184,10 @@ def _register(dataset: PreparedDataset, vocabulary: str) -> None:
 
 
 def _remove(registration: Registration) -> None:
-    """Removes a dataset's mixture and tasks from SeqIO's registries, but no later task of the same name."""
+    """Removes a dataset's mixture and tasks from SeqIO's registries.
+
+    A task that was registered later under the same name stays.
+    """
     import seqio
 
     del _REGISTERED[registration.dataset.name]

@@ -33,7 +33,7 @@ def render(
             default index is 0, the field `rationale`.
 
     Raises:
-        InputError: a field is missing or is not text. No row has been read yet.
+        InputError: a field is missing or is not text. The error is raised before any row is read.
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))

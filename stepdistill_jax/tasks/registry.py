@@ -64,7 +64,7 @@ class TaskSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Tag:
-    """The names of a registered SeqIO task's dataset and objective."""
+    """Names of the dataset and of the objective of a registered SeqIO task."""
 
     dataset: str
     objective: str
@@ -98,9 +98,9 @@ def add_task(
         objectives: name of an arm, or a list of objectives. Each objective becomes a task. The targets lack the
             objective's `decoder_prefix`, which is added in training.
         vocabulary: path of a `spiece.model`, or `bytes`. The vocabulary of `init_from` takes precedence.
-        metric: how labels are compared: `text_match`, `value_match`, or a function that returns a dict of
-            numbers, in addition to `text_match`. It takes `(targets, predictions)`, the gold and predicted
-            labels, or, as in SeqIO, `(targets, scores)`.
+        metric: how labels are compared: `text_match`, `value_match`, or a function. A function is used in
+            addition to `text_match`, and returns a dict of numbers. It takes either `(targets, predictions)`,
+            which are the gold and the predicted labels, or `(targets, scores)`, as in SeqIO.
         preprocessors: SeqIO preprocessors to apply first, for example to rename the source's fields.
 
     Returns:
@@ -139,7 +139,7 @@ def add_task(
     elif not isinstance(source, seqio.DataSource):
         raise InputError(
             f"add_task({name!r}): source must be a function that takes the split's name, a list of dicts,"
-            f" a dict of a list for each split, or a seqio.DataSource, got {type(source).__name__}"
+            f" a dict {{split: list of dicts}}, or a seqio.DataSource, got {type(source).__name__}"
         )
     check_source(name, source)
     load_vocabulary(vocabulary)

@@ -1,4 +1,4 @@
-"""Makes SeqIO sources of users' functions, and checks, describes and fingerprints sources."""
+"""Makes SeqIO sources from users' functions, and checks, describes and fingerprints sources."""
 
 import contextlib
 import functools
@@ -157,7 +157,7 @@ def check_source(task: str, source: Any) -> None:
         _check_downloaded(task, source.tfds_dataset)
     if not tuple(source.splits):
         raise InputError(
-            f"task {task!r}: {describe_source(source)} has no splits; set `splits`, such as train"
+            f"task {task!r}: {describe_source(source)} has no splits; set `splits`, for example to ['train']"
         )
 
 

@@ -1,8 +1,8 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
 The text `We hold these truths` becomes the inputs `We hold <X>` and the targets `<X> these truths`. SeqIO has
-no such preprocessor. The functions here give the same results, for the same seeds, as those of the same names
-in the package `t5` (t5/data/preprocessors.py, version 0.9.4).
+no such preprocessor. For the same seeds, the functions here return what their namesakes in the package `t5`
+return (t5/data/preprocessors.py, version 0.9.4).
 """
 
 import functools
@@ -49,7 +49,7 @@ def add_span_corruption(
 
     Raises:
         InputError: a file does not exist, the name is taken, a number is out of range, or a segment has more
-            spans than there are sentinels. Reading rows raises it for a malformed line.
+            spans than there are sentinels. A malformed line raises the error later, when rows are read.
     """
     tf = tensorflow()
     import seqio
@@ -147,7 +147,7 @@ def corrupt_spans(
     """SeqIO preprocessor: masks spans of `targets`, and keeps the other ids as `inputs`.
 
     In `inputs`, a sentinel replaces each masked span. In `targets`, a sentinel replaces each span that was not
-    masked. The mask depends on the task's seed and the row's place.
+    masked. The mask depends on the task's seed and the row's index.
     """
     import seqio
 

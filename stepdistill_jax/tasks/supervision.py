@@ -30,8 +30,8 @@ class Supervision:
 
     Attributes:
         label_source: which label is used: `gold`; `llm`, the teacher's label (standard distillation);
-            `gold_else_llm`, the teacher's label only if there is no gold label; or `agree`, the gold label if
-            the task's metric finds the teacher's label equal (for other examples, see `disagree_weight`).
+            `gold_else_llm`, the gold label, or the teacher's if there is no gold label; or `agree`, the gold
+            label if the task's metric finds the teacher's label equal (for other examples, see `disagree_weight`).
             Examples without the selected label are left out.
         disagree_weight: if `label_source` is `agree`, factor for the weight of an example whose teacher's label
             is missing or differs from the gold label. 0 leaves the example out.
@@ -122,8 +122,8 @@ def check_rationales(
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
     """SeqIO preprocessor: writes the selected label, rationales and weight, and drops examples that are left out.
 
-    The rationales are in the `most` fields `rationale`, `rationale.1`, `rationale.2`, ... Fields without a
-    rationale are "".
+    There are `most` fields for rationales: `rationale`, `rationale.1`, `rationale.2`, ... A field without a
+    rationale is "".
 
     Raises:
         InputError: the supervision needs the list `rationales`, but the rows have no such list.

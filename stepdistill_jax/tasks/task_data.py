@@ -55,7 +55,7 @@ class Part:
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
-        """Returns two lists, input ids and gold labels, of the examples that have a row of the first objective."""
+        """Returns (input ids, gold labels) of the examples that have a row of the first objective: two lists."""
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
@@ -108,7 +108,7 @@ class TaskData:
     ) -> "TaskData":
         """Returns data with a single part, the examples of `store`.
 
-        The store must have columns for `most_rationales` rationales of an example.
+        The store must have `most_rationales` columns for each objective that reads a rationale.
         """
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
@@ -163,7 +163,8 @@ class TaskData:
         """Returns the expected shares of each objective in each part, before rows are truncated.
 
         The entries of each dict are `task` (name of the part), `objective`, `examples` (the part's share of all
-        examples), `rows`, `target_tokens` (shares of all rows and target tokens), and `drawn` (see `Part`).
+        examples), `rows` (share of all rows), `target_tokens` (share of all target tokens), and `drawn` (see
+        `Part`).
         """
         # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
         # has the part's mean number of rows and target tokens.
@@ -201,7 +202,7 @@ class TaskData:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids that a model needs, including extra ids above the vocabulary that rows use."""
+        """Number of ids that a model needs. Rows may use extra ids above those of the vocabulary."""
         return max(self.vocabulary.size, *(store.max_id + 1 for store in self.stores))
 
     def check_ids(self, vocab_size: int) -> None:

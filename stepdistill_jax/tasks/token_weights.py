@@ -111,7 +111,7 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
     the word after it.
 
     Raises:
-        ValueError: a number is negative or malformed, or the count of numbers is not that of words.
+        ValueError: a number is negative or malformed, or there are more or fewer numbers than words.
     """
     numbers = [_number(word) for word in text.split()]
     words = len(target.split())

@@ -61,9 +61,9 @@ def stored_tokens(
         prefixes: prefix of the features of each objective: `PREFIXinputs` and `PREFIXtargets`.
         key: JSON-like value with everything that determines the tokens and is known before the rows are read.
         data_dir: folder of prepared datasets. The store is a folder in `data_dir/token_store/`.
-        compare: whether to tokenise the split again if the source's rows have changed, for a `key` that does
-            not determine the rows. Each start then tokenises the first 32 rows. If the source does not read
-            files, each start also reads all rows (for the cost, see `sources.rows_digest`).
+        compare: whether to tokenise the split again if the source's rows have changed. This is needed if
+            `key` does not determine the rows. Each start then tokenises the first 32 rows. If the source does
+            not read files, each start also reads all rows (for the cost, see `sources.rows_digest`).
 
     Raises:
         InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its
@@ -152,7 +152,7 @@ class Reading:
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
             " readings; draw random numbers with `seqio.map_over_dataset(num_seeds=1)` in preprocessors,"
-            " and from an argument `seed` in the source's function, or write the rows to a file once"
+            " and with an argument `seed` in the source's function; or write the rows to a file once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:

@@ -87,8 +87,7 @@ def read_batch(
     """Reads the results of a batch, and saves the usable answers in the cache.
 
     Args:
-        prompting: prompts and parameters, unchanged since `write_batch`, since they determine the keys of
-            answers.
+        prompting: the prompts and parameters of `write_batch`. They determine the keys of answers.
         input: path of the file of questions.
         paths: paths of the files of results.
 

@@ -64,7 +64,7 @@ class Budget:
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
         """An async context that reserves the largest number of tokens that a request may use.
 
-        Its start waits like `Reservation.renew`.
+        Entering the context waits as `Reservation.renew` does.
 
         Raises:
             BudgetReached: the tokens are not within the limits, and no other request is in progress.

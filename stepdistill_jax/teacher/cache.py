@@ -33,7 +33,7 @@ _COLUMNS = "text, finish_reason, prompt_tokens, completion_tokens, time, paramet
 class AnswerCache:
     """An SQLite file of complete, readable answers, each saved under its key.
 
-    When `put` returns, the answer survives a kill of the process.
+    After `put` has returned, the answer is not lost even if the process is killed.
     """
 
     def __init__(self, path: os.PathLike | str):
@@ -94,7 +94,10 @@ class AnswerCache:
         return answer if done.rowcount else self.get(key) or answer
 
     def fetch(self, answers: Iterable[tuple[str, Answer]]) -> int:
-        """Stores a batch's answers for `fetched`, until the process ends, and returns their count."""
+        """Stores the answers of a batch, and returns their count.
+
+        `fetched` returns them until the cache is closed.
+        """
         count = 0
         self._db.execute("BEGIN")
         try:

@@ -268,7 +268,10 @@ class ChatClient:
         return wait
 
     def _report(self, message: str, wait: float) -> None:
-        """Logs the run's first wait and every long wait, only once if the wait delays several requests."""
+        """Logs the run's first wait and every long wait.
+
+        If several requests wait until about the same time, only one of these waits is logged.
+        """
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2
         if self._reported_until and not is_news:

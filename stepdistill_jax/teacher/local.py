@@ -177,6 +177,6 @@ class LocalTeacher:
 
 
 def fingerprint(directory: str) -> list[list[Any]]:
-    """Returns the name, size and modification time of each file, which identify this model."""
+    """Returns [name, size, modification time] of each file in a model's folder, to identify the model."""
     files = sorted(p for p in pathlib.Path(directory).glob("*") if p.is_file())
     return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

@@ -14,12 +14,13 @@ UNCOMPRESSED = "identity"
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     """Returns a client with a single connection, which refuses responses that are compressed or too long.
 
-    A hook checks the limit of 4 MiB, since a client with its own transport would ignore the proxies that
-    environment variables set.
+    A hook limits a response to 4 MiB. A custom transport could do so, too, but httpx would then ignore the
+    proxies that environment variables set.
 
     Args:
-        timeout: seconds for each read or write. Connecting may take only half of that time: the caller ends the
-            request after `timeout` seconds, and must know then whether anything was sent.
+        timeout: time limit of each read or write, in seconds. The limit for connecting is half as long. So a
+            failed connection, which sends nothing, is reported before the caller ends the request after
+            `timeout` seconds.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),

@@ -159,7 +159,7 @@ def test_lists_of_dicts_are_the_rows_that_a_function_would_give(seqio, roads, tm
     with pytest.raises(InputError, match=r"unknown split 'dev'"):
         add_task("bad_list", source={"dev": ROWS})
     with pytest.raises(
-        InputError, match=r"a list of dicts, a dict of a list for each split, .*got str"
+        InputError, match=r"a list of dicts, a dict \{split: list of dicts\}, .*got str"
     ):
         add_task("bad_list", source="rows.jsonl")
 
