@@ -81,9 +81,9 @@ class Enough:
         target: full accuracy of the baseline.
         fraction: smallest fraction at which the arm reaches `target`, or None.
         labels: mean number of labelled examples at `fraction`, or None.
-        surely: smallest fraction such that, here and at all larger fractions, the arm is significantly better
-            than the baseline at its largest fraction: the 95 % interval of the difference lies above 0. None if
-            there is none.
+        surely: smallest fraction from which the arm stays significantly better than the baseline's full
+            accuracy. At this and all larger fractions, the 95 % interval of the difference lies above 0. None
+            if there is no such fraction.
         tested: whether answers could be compared row by row. If False, `surely` is meaningless.
         baseline_labels: mean number of labelled examples of the baseline at its largest fraction.
         reverse: smallest fraction at which the baseline reaches the arm's full accuracy, or None.
@@ -144,8 +144,9 @@ def compare(
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
     """Compares the runs within each group of comparable runs.
 
-    The runs of a group answered the same rows and agree in all settings that vary within an arm, such as the
-    learning rates of a grid. A setting that varies only between arms counts as part of the arm.
+    The runs of a group answered the same rows. Runs with different values of a setting that varies within an
+    arm, such as the learning rate in a grid, are in different groups. A setting that varies only
+    between arms counts as part of the arm.
 
     Args:
         baseline: arm with which the other arms are compared; None means `label_only`. A group without this arm
@@ -211,8 +212,9 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns a run's settings as {name: value}, with all values as strings.
 
-    A macro's name is in capitals. A nested field's name is its path, such as `optimizer.name`. The fields in
-    `NO_SETTING` are left out, except `INIT_FROM` and the objectives' weights and input templates.
+    A field of the config is named in capitals, like its macro. A nested field is named by its path, such as
+    `optimizer.name`. The fields in `NO_SETTING` are left out, except `INIT_FROM` and the objectives'
+    weights and input templates.
     """
     found = {}
     for name, value in config.items():

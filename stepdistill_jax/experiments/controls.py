@@ -31,9 +31,9 @@ def spoil(
             `shuffled`: the rationale of another random example.
             `wrong`: the rationale of a random example with another label.
             `missing`: no rationale.
-            `teacher_errs`: as `wrong`, and the other label becomes the example's `llm_label`, the teacher's
-            label. In all other examples, `llm_label` becomes the label.
-        share: share of the examples with a rationale that are chosen, at random.
+            `teacher_errs`: as `wrong`, and the label of the random example becomes `llm_label`, the teacher's
+            label. In all examples that are not chosen, `llm_label` is set to the label.
+        share: which share of the examples with a rationale to change. They are chosen at random.
 
     Raises:
         InputError: `kind` is unknown, or needs another label although all examples have the same label.

@@ -35,8 +35,8 @@ def _runs_of(points: Sequence[Point]) -> str:
 def accuracy_figure(comparison: Comparison, split: str, stem: pathlib.Path) -> pathlib.Path:
     """Draws accuracy against the share of the data, with a line for each arm.
 
-    Whiskers show 95 % intervals, and crosses in an arm's colour its collapsed runs. Returns the path of the SVG
-    file.
+    Whiskers show 95 % intervals. Crosses in an arm's colour mark its collapsed runs. Returns the path of the
+    SVG file.
     """
     made, axis = figure()
     fractions = sorted({p.fraction for p in comparison.points})

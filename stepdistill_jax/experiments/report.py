@@ -178,8 +178,8 @@ def _write_comparison(
 def headline(comparison: Comparison) -> list[str]:
     """Returns the main results in sentences.
 
-    They say how much data each arm needs to reach the accuracy of the baseline with all data, and which arms
-    need a teacher at test time.
+    They say how much data each arm needs to reach the accuracy that the baseline has with all data, and which
+    arms need a teacher at test time.
     """
     sentences = []
     base, point = comparison.baseline, comparison.of_arm(comparison.baseline)[-1]
@@ -188,7 +188,7 @@ def headline(comparison: Comparison) -> list[str]:
         sentences.append(
             f"{base}, trained on {data} ({point.labels:.0f} labels), has an accuracy of"
             f" {point.accuracy:.4f}. The runs do not show that this is better than always answering the"
-            f" commonest label ({comparison.majority:.4f}), so it means nothing if another arm reaches it."
+            f" commonest label ({comparison.majority:.4f}), so another arm proves nothing by reaching it."
         )
         sentences += _better(comparison.enough)
     else:
@@ -197,8 +197,8 @@ def headline(comparison: Comparison) -> list[str]:
         first = comparison.of_arm(arm)[-1].runs[0].config["objectives"][0]
         if shown := [name for name in fields_of(first["input_template"]) if name != "input"]:
             sentences.append(
-                f"{arm} reads {' and '.join(shown)} of each row in addition to its input: a teacher must"
-                " also write it at test time."
+                f"In addition to the input, {arm} reads each row's {' and '.join(shown)}, which a teacher must"
+                " write at test time, too."
             )
     return sentences
 
@@ -228,7 +228,7 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """Returns sentences about the share of the data from which each arm is significantly better than the baseline."""
+    """Returns sentences that say with how much data each arm is significantly better than the baseline."""
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
         if enough.tested:
@@ -294,7 +294,7 @@ def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
 
 
 def _embedded(figure: pathlib.Path) -> str:
-    """Returns an SVG as a data URI. An image runs no script, and its names cannot clash with the page's."""
+    """Returns an SVG as a data URI. As an image, it runs no script, and its ids cannot clash with the page's."""
     return f"data:image/svg+xml;base64,{base64.b64encode(figure.read_bytes()).decode()}"
 
 

@@ -247,7 +247,7 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
     evaluation = workdir / EVALUATION / f"{split}.json"
     kept = read_object(evaluation) if evaluation.is_file() else {}
     if "tasks" in kept:
-        return f"it answers several tasks, which report cannot compare; {evaluation} has the results of each"
+        return f"it answers several tasks, and such runs cannot be compared; {evaluation} has the results of each task"
     gold = gold_of(task)
     if kept.get("dataset") and gold and kept["dataset"] != gold.fingerprint:
         return f"it was evaluated before {task} was prepared again; evaluate it again"
@@ -270,11 +270,11 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
             )
         answers = _column(file, gold, "label")
         if answers is None:
-            return f"{file.name} does not have the rows of {task}'s {split}; evaluate the run again"
+            return f"{file.name} does not have the rows of {task}'s split {split}; evaluate the run again"
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
     elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
-        return f"its dataset {task}, with a split {split}, is not prepared here"
+        return f"there is no prepared dataset {task} with a split {split} here"
     return RunResult(
         workdir=workdir,
         arm=str(cell.get("arm") or arm_of(config["objectives"])),
@@ -311,8 +311,8 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
     """Returns the name of the arm with these objectives, whatever their weights.
 
-    A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the usual one. If no arm has
-    these objectives, the result joins their names.
+    A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the usual label objective.
+    If no arm has these objectives, the result joins their names.
 
     Example: `label` and `rationale` give `step_by_step`, or `label+rationale` if a template differs.
     """

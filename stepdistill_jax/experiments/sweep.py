@@ -94,7 +94,7 @@ def sweep(
 
     A cell is done when its last step and evaluation are saved in its workdir. After any interruption, the same
     call continues the sweep. Cells share a compiled program if they differ only in seed, fraction or
-    values outside the program.
+    values that are not compiled into the program.
 
     Args:
         cells: cells to train, which may have different tasks.

@@ -53,7 +53,7 @@ class Table:
 
 
 def _no_formula(cell: str) -> str:
-    """Returns `cell`, after an apostrophe if a spreadsheet would read it as a formula."""
+    """Returns `cell`, with an apostrophe before it if a spreadsheet would read it as a formula."""
     cell = escaped(cell)  # csv does not quote a carriage return, which would begin a new row
     try:
         float(cell)

@@ -1,6 +1,6 @@
 """Gets labels from a trained model, without TensorFlow and without training code.
 
-All names are imported eagerly, since the module `inference.predict` would hide a lazy function `predict`.
+The names are imported eagerly: the module `inference.predict` would hide a lazily imported function `predict`.
 """
 
 from stepdistill_jax.decoding.beam import beam_search

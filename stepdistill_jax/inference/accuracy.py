@@ -61,8 +61,8 @@ class AccuracyCounts:
             `rows`: count of rows.
             `accuracy`, `majority_baseline`: over the rows with a gold label; absent if there are none.
             `rows_with_label`: count of rows with a gold label; absent if all rows or no rows have one.
-            `invalid_labels`: count of answers that are not valid labels; None if the valid ones are unknown.
-            `collapsed`: whether all rows, at least two, have the same answer.
+            `invalid_labels`: count of answers that are not valid labels; None if the valid labels are unknown.
+            `collapsed`: whether there are at least two rows and all have the same answer.
             The keys of `Calibration.summary` if answers were restricted to choices.
         """
         result: dict[str, Any] = {"rows": self.rows}
@@ -97,7 +97,7 @@ def in_words(summary: dict[str, Any]) -> str:
         ("unfinished", "unfinished"),
         ("unparsed", "answers without a label"),
         ("unfinished_rationales", "unfinished rationales"),
-        ("gold_not_a_choice", "gold labels that are not a choice"),
+        ("gold_not_a_choice", "gold labels not among the choices"),
         ("cut_inputs", "truncated inputs"),
         ("incomplete_inputs", "inputs that lack a field that the model reads"),
         ("skipped", "bad rows skipped"),
@@ -120,8 +120,8 @@ def in_words(summary: dict[str, Any]) -> str:
         line += "\n" + "  ".join(values)
     if summary.get("reads"):
         line += (
-            f"\nthe model reads {' and '.join(summary['reads'])} of each row in addition to its input: a teacher"
-            " must also write it at test time"
+            f"\nin addition to the input, the model reads each row's {' and '.join(summary['reads'])}, which a"
+            " teacher must write at test time, too"
         )
     if summary["collapsed"]:
         line += (

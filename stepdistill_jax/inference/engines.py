@@ -170,7 +170,7 @@ class JaxEngine:
     def _rows_at_once(self, rows: int) -> int:
         """Returns `batch_size`, halved as long as all rows still fit into one batch.
 
-        Halving wastes less time on padding rows, but adds only a few shapes to compile.
+        A smaller batch has fewer padding rows. Few shapes are compiled, since sizes are only halved.
         """
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
@@ -181,7 +181,8 @@ class JaxEngine:
 class CTranslate2Engine:
     """Engine that runs CTranslate2, with a single-threaded worker for each core that this process may use.
 
-    The workers share one copy of the weights. With several threads, a worker waits for its slowest thread.
+    The workers share one copy of the weights. A worker with several threads would often wait for the slowest
+    of them.
     """
 
     device: str = "cpu"
@@ -282,7 +283,7 @@ class CTranslate2Engine:
         answers: Sequence[Sequence[Sequence[int]]],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[np.ndarray]:
-        """Implements `Engine.score`, but encodes an input once for each of its answers.
+        """Implements `Engine.score`, but encodes an input again for each of its answers.
 
         Raises:
             InputError: an answer lacks the end of sequence.

@@ -153,7 +153,7 @@ def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str)
     if split in dataset.drawn[1:] and share not in (None, 1.0):
         raise InputError(
             f"`split`: the model was trained on {share} of {dataset.name} with a different validation"
-            " split, so it has seen some of these validation rows; evaluate the split test"
+            " split, so it has seen some of these validation rows; evaluate the test split"
         )
 
 
@@ -291,11 +291,11 @@ def evaluate_tokens(
         inputs: ids of each input, with its end of sequence; truncated as in training.
         labels: gold label of each input.
         allowed: the task's labels if they are a closed set; else empty.
-        options: all but `choices=row`; None means `DecodeOptions()`.
-        keep: called before the task's metrics are computed, with a list of one dict for each input. A dict
-            has `id` (the 1-based index, as a string), the other fields that `predict` writes, and `target`
-            (the gold label). If a metric reads target scores, the dict also has `target_score`, the
-            natural log of the target's probability.
+        options: any decoding options, except that `choices=row` is not allowed; None means `DecodeOptions()`.
+        keep: called before the task's metrics are computed, with a list that has one dict for each input. A
+            dict has `id` (the 1-based index, as a string), the other fields that `predict` writes, and `target`
+            (the gold label). If a metric reads target scores, the dict also has `target_score`, the natural log
+            of the target's probability.
 
     Returns:
         The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`.

@@ -45,12 +45,13 @@ def export(
     """Writes the model of one step for other programs.
 
     The formats are:
-        `hf`: a directory in Hugging Face's layout. `predict` writes the same bytes as from the workdir.
+        `hf`: a directory in Hugging Face's layout. With it, `predict` writes the same bytes as with the
+        workdir.
         `jax`: the label decoder as a `jax.export` program, which needs only jax.
         `ctranslate2`: a directory for CTranslate2, which decodes faster on CPUs. `predict` can read it.
 
     Args:
-        workdir: folder of a training run; for `jax` and `ctranslate2`, also a model directory.
+        workdir: folder of a training run. For `jax` and `ctranslate2`, a model directory is accepted, too.
         model_dir: folder to write, which must be absent or empty. A failed export leaves no folder.
         step: checkpoint of the workdir: `best`, `last` or a step number.
         quantization: type of the weights for `ctranslate2`: `int8` or `float32`; None means `float32`.

@@ -21,7 +21,7 @@ WINDOW_CHARS = (
 def question(
     row: JsonRow, more: Sequence[str] = (), field_map: Mapping[str, str] | None = None
 ) -> Example:
-    """Returns the question of a row. Its input may be blank, and its id may be a number.
+    """Returns a row's fields as an `Example`. The input may be blank, and the id may be a number.
 
     Args:
         more: names of optional fields to read for the prompt.
@@ -43,7 +43,7 @@ def question(
 
 
 def _rename(row: JsonRow, field_map: Mapping[str, str] | None) -> str:
-    """Returns the end of the message about a row without an input, which tells the user what to do."""
+    """Returns the hint at the end of the message about a row without an input."""
     if "input" in (field_map or {}):
         return ""
     also = "" if field_map is None else ", or pass `field_map` input=FIELD"
@@ -123,8 +123,8 @@ class InputFile:
             field_map: {our field: the file's field}.
 
         Raises:
-            InputError: the file cannot be read, has no good row, or lacks a field of `reads` or `field_map`
-                in all rows; or a row is bad and `on_error` is `stop`.
+            InputError: the file cannot be read or has no good row; a field of `reads` or `field_map` is
+                missing or empty in all rows; or a row is bad and `on_error` is `stop`.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._map = dict(field_map or {})
@@ -171,8 +171,9 @@ class InputFile:
         """Refuses a file that has changed since it was opened.
 
         Args:
-            rows: count of good rows read, to pass after the last row. None compares the bytes only if the
-                size or modification time has changed.
+            rows: count of good rows that were read; given only after the last row. If it is given, the bytes
+                are always compared. None compares them only if the file was replaced, or if its size or
+                modification time has changed.
 
         Raises:
             InputError: the file was replaced, changed or removed.

@@ -72,7 +72,7 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Decodes the answers to an objective other than the label's, such as the rationale.
+    """Decodes answers for an objective other than the label's, such as the rationale's.
 
     Args:
         objective: index of the objective in `prompting.objectives`.

@@ -106,7 +106,10 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
 
 
 def _weights(path: pathlib.Path, found: int | None) -> str:
-    """Returns a digest of the weights to compare between processes; empty for one process or a remote path."""
+    """Returns a digest of the weights, which must be the same on all processes.
+
+    The digest is empty for a single process or a remote path.
+    """
     if jax.process_count() == 1 or is_remote(path):
         return ""
     return sampled_digest(path if found is None else path / FOLDER / str(found) / "params")

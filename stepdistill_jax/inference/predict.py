@@ -74,10 +74,10 @@ def predict(
     Args:
         path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
         input: path of a regular file. A .csv or .tsv file is read as such, any other file as JSON lines.
-            Each row has the field `input`, and optionally `id`, `label` and `choices`. An empty input
-            leaves only the prefix. A longer input than in training is truncated and counted.
-        output: path of the JSON lines to write; its name ends in `.partial` until it is complete, and it
-            replaces an older output only then.
+            Each row has the field `input`, and optionally `id`, `label` and `choices`. For an empty
+            input, the prompt is only the prefix. An input that is too long is truncated as in training.
+        output: path of the JSON lines to write. Until the output is complete, its name ends in `.partial`.
+            Only the complete output replaces an older one.
         task: prepared dataset that determines the metric and the possible labels; None means the model's
             own task.
         with_rationale: also writes `rationale`, for inspection. The label does not depend on it.
@@ -92,7 +92,7 @@ def predict(
         `unfinished`: count of answers that reached `max_decode_len` without an end of sequence.
         `cut_inputs`: count of truncated inputs.
         `skipped`: count of skipped rows.
-        `rows_per_second`: the time includes compilation.
+        `rows_per_second`: rows that this call answered per second; the time includes compilation.
         `unfinished_rationales`: like `unfinished`; present only with rationales.
         `unparsed`: count of answers without a label; present only if the model writes more than a label.
         `reads`: names of the fields that the model reads in addition to the input; absent if none.

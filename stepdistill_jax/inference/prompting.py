@@ -35,8 +35,8 @@ class Prompting:
 
     Attributes:
         objectives: the label's objective, then the rationale's if rationales are requested.
-        prefix: text that, followed by the input, replaces the label's input template; None keeps the
-            template.
+        prefix: text before the input, which the label's prompt uses instead of its input template; None
+            means the template.
         input_length: largest count of ids in an input, the end of sequence included; longer inputs are
             truncated.
         decode_lengths: largest count of ids in an answer, for each objective.
@@ -151,7 +151,7 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
 
 
 def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
-    """Returns the result of `read_answer`, with `score`, rounded to 6 decimals, in the fields."""
+    """Returns the result of `read_answer`, and adds `score`, rounded to 6 decimals, to the fields."""
     found, parsed = read_answer(objective, text)
     # + 0.0: a rounded -0.0 would be written as such
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed

@@ -120,8 +120,8 @@ class RationaleCounts:
             `empty`: count of rationales without text.
             `mean_words`: mean word count of a rationale, split at white space.
             `references`: count of rows that have a rationale in the dataset.
-            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference, for the most similar one;
-            None without references.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference; None without references.
+            Of several references, the most similar one counts.
             `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference; None without references.
             `consistent`, `inconsistent`, `names_no_label`: count of rows with each verdict of `named_answer`;
             None if the possible labels are unknown.
@@ -169,7 +169,7 @@ def in_words(figures: dict[str, Any]) -> str:
         lines.append(f"the teacher's own: {_verdicts_in_words(figures['teacher'])}")
     for row in figures["disagreements"]:
         lines.append(
-            f"  {row['id']}: label {row['label']!r}, reason {row['rationale']!r} names {row['named']!r}"
+            f"  {row['id']}: label {row['label']!r}, but rationale {row['rationale']!r} names {row['named']!r}"
         )
     return "\n".join(lines)
 

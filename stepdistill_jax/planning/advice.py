@@ -102,7 +102,7 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
 
 
 def _slices(base: Base) -> list[int]:
-    """Returns at most two slice counts that add few empty rows."""
+    """Returns up to two numbers of slices to try. They add few empty rows to a step."""
     config, work = base.config, base.target.work
     shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
     most = max(rows for rows, *_ in base.found["groups"]) // shards
@@ -146,9 +146,10 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the base with all changes that save memory, or with all if the base has no known size.
+    """Combines all changes that save memory, and compiles the base with them.
 
-    Returns None if the result does not fit, or if fewer than two settings would change.
+    If the base's size is unknown, all changes are combined. Returns None if the result does not fit, or
+    if fewer than two settings would change.
     """
     saving, size = single, base.found.get("per_device", {}).get("total")
     if size is not None:

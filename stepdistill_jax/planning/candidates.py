@@ -84,7 +84,10 @@ def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
 
 
 def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
-    """Returns batch shards times slices. The row counts of a batch must be multiples of this product."""
+    """Returns the number of batch shards times the number of slices.
+
+    The row counts of a batch must be multiples of this product.
+    """
     return batch_shards(make_mesh(layout, target.devices)) * config.num_microbatches
 
 

@@ -20,11 +20,12 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        count: runs in a step.
+        count: how many times the operation runs in a step.
         result_bytes: bytes that one run produces on one device.
         group: number of devices that exchange data.
         shares: {dtype as in HLO: share of the result's bytes}.
-        op_name: place in the model; "" if XLA names none.
+        op_name: JAX's name for the operation, such as `jit(train_step)/.../mlp/wi_0/dot_general`; "" if there is
+            none.
     """
 
     kind: str
@@ -61,7 +62,7 @@ def collectives(
     """Finds a compiled module's collectives over more than one device.
 
     Args:
-        num_devices: devices of the mesh. They all take part in an operation that names no group.
+        num_devices: number of devices of the mesh. An operation that names no group runs on all of them.
         unknown_trips: as for `runs`.
 
     Returns:
@@ -84,13 +85,16 @@ def collectives(
 
 
 def kind_of(instruction: Instruction) -> str | None:
-    """Returns the kind of a collective, or None for other instructions and for the `-done` half of a collective."""
+    """Returns the kind of a collective; None for any other instruction, and for a collective's `-done` instruction."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else None
 
 
 def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
-    """Returns a dict for each kind, with `count`, `bytes` of results and `wire_bytes` of a step on one device."""
+    """Returns {kind: sums over a step on one device}.
+
+    The sums are `count`, `bytes` (of the results) and `wire_bytes`.
+    """
     totals: dict[str, dict[str, float]] = {}
     for c in operations:
         total = totals.setdefault(c.kind, {"count": 0, "bytes": 0, "wire_bytes": 0})

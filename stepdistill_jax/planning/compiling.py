@@ -46,14 +46,14 @@ class Figures:
 
     Attributes:
         groups: (row count, input length, target length) of each group.
-        filled_rows: rows of all groups that contain tokens.
+        filled_rows: number of rows, over all groups, that contain tokens.
         state: bytes of `params` and of `optimizer`, computed from their shapes.
         arguments: bytes of parameters, optimizer state and batch, as the compiler counts them.
         gradients: bytes of the trained parameters' float32 gradients. `temp` includes them.
         temp: bytes of the compiler's buffers, without arguments and results.
         total: peak bytes: arguments, buffers, and the results that do not reuse an argument's memory.
         operations: the collectives, from the most to the fewest sent bytes.
-        unknown_loops: number of loops with collectives and an unknown length, each taken as one run.
+        unknown_loops: number of loops of unknown length that contain collectives. Each is assumed to run once.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
         bound: lower bound of the step's time on a topology; None for virtual devices.

@@ -177,7 +177,7 @@ class Costs:
         return total
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Returns the bytes of an operand that a fusion reads, which may be only those of slices."""
+        """Returns how many bytes of an operand a fusion reads. If it reads only slices, only these are counted."""
         whole, total = sum(array.bytes for array in parameter.arrays), 0.0
         uses = list(_uses(inner, parameter.name))
         for user, place in uses:
@@ -194,7 +194,7 @@ class Costs:
 
 
 def _uses(inner: Computation, name: str):
-    """Yields (instruction, operand index) for each use of a value, also through bitcasts and conversions."""
+    """Yields (instruction, operand index) for each use of a value, or of a bitcast or conversion of the value."""
     for user, place in inner.uses[name]:
         if user.opcode in ("bitcast", "convert"):
             yield from _uses(inner, user.name)
@@ -210,7 +210,7 @@ def _source(inner: Computation, instruction: Instruction) -> Instruction:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction is a custom call other than a cuBLAS matmul or one of the free `MARKS`."""
+    """Returns whether an instruction is a custom call, but neither a cuBLAS matmul nor one of `MARKS`."""
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 
@@ -246,7 +246,7 @@ def _dot_flops(computation: Computation, dot: Instruction, contracted: list[int]
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> float:
-    """Returns the FLOPs of a convolution, without products with padding.
+    """Returns the FLOPs of a convolution, not counting multiplications by padding.
 
     The TPU compiler writes a batched matmul as a convolution whose spatial dimensions are the batch dimensions.
     """

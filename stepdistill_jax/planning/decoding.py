@@ -45,7 +45,7 @@ def plan_decode(
     hbm: int | None = None,
     data_dir: os.PathLike | str | None = None,
 ) -> dict[str, Any]:
-    """Compiles a validation's greedy decoder for a topology, and returns the cost of decoding a batch.
+    """Compiles the greedy decoder of a validation run for a topology, and returns the cost of decoding a batch.
 
     The cost assumes that each row decodes all tokens.
 
@@ -67,7 +67,8 @@ def plan_decode(
         `per_device`: bytes of `params`, `arguments`, `temp` and `total`.
         `fits`: whether the total is within the limit.
         `collectives_by_dtype`, `wire_bytes`: the data that devices exchange.
-        `bound`: as for `plan`, for one batch. `token_ms` and `kernels_per_token` are those of one more token.
+        `bound`: as for `plan`, for one batch. `token_ms` and `kernels_per_token` are the milliseconds and
+        kernels that one more token adds.
 
     Raises:
         InputError: `topology` is None, the decoder does not fit into memory, or `plan` would refuse an
@@ -75,7 +76,8 @@ def plan_decode(
     """
     if topology is None:
         raise InputError(
-            "`decode`: set `topology`, such as cuda:8; a program for CPUs would not predict other devices"
+            "`decode`: set `topology`, such as cuda:8; a program that is compiled for CPUs does not show the"
+            " time on other devices"
         )
     if rows is not None:
         whole("rows", rows, 1)
@@ -100,7 +102,7 @@ def plan_decode(
         assumptions.append(f"labels have {tokens} tokens, since `max_decode_len` is not set")
     count, length = rows_at_once(rows, mesh), bucket_length(config.input_length)
     assumptions.append(
-        f"each batch has an input of `input_length` tokens, so all rows are padded to {length}"
+        f"each batch has at least one input of `input_length` tokens, so all rows are padded to {length}"
     )
     lowered, params = _lower(model, mesh, count, length, tokens)
     try:

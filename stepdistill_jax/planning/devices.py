@@ -66,10 +66,10 @@ def usable_share(device: Any) -> float:
 
 
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
-    """Returns at least `count` and at most `most` CPU devices (None means `count`).
+    """Returns between `count` and `most` CPU devices. A `most` of None means `count`.
 
-    JAX creates its devices at their first use, and this function makes JAX create `most`. Call it before any
-    code uses devices, or in a process with enough CPU devices.
+    This function makes JAX create `most` devices, which is possible only before any code uses devices. After
+    that, the process must already have enough CPU devices.
 
     Raises:
         InputError: JAX already has CPU devices, but fewer than `count`.

@@ -97,7 +97,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """JAX's name for the place in the model; "" if there is none."""
+        """JAX's name for the operation, such as `jit(train_step)/.../mlp/wi_0/dot_general`; "" if there is none."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 

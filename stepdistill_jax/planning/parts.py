@@ -1,4 +1,4 @@
-"""Finds an operation's part of the model from the operation's name in JAX and Flax."""
+"""Finds the part of the model that an operation belongs to, by the operation's name in JAX and Flax."""
 
 import collections
 import re
@@ -28,7 +28,7 @@ _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
     """Returns the part of the model that an operation belongs to.
 
-    A fusion whose name is too general gets the part of most of its elements.
+    If the name of a fusion is too general, the result is the part that most of its elements belong to.
     """
     names = [instruction.op_name]
     fused = [inner for c in module.called(instruction) for inner in module.nested(c)]
@@ -83,5 +83,5 @@ def _in_dropout(names: list[str]) -> bool:
 
 
 def _clears(names: list[str]) -> bool:
-    """Returns whether an operation makes the zeros that a scan over layers fills."""
+    """Returns whether an operation creates an array of zeros, which a scan over layers then overwrites."""
     return names[-1] == "broadcast_in_dim" and names[-2:-1] in (["encoder"], ["decoder"])

@@ -45,12 +45,12 @@ def plan(
     Args:
         config: config of the run. If `layout` is None, its layout and remat policy are ignored.
         devices: number of devices; ignored if there is a topology.
-        hbm: bytes of one device's memory. None means the memory of the topology's chips, or 80e9.
+        hbm: bytes of one device's memory. None means the memory of the topology's chips; without a topology, 80e9.
             On a GPU or a virtual device, a step may take only JAX's share of this memory.
         layout: the only layout to plan, under the config's remat policy: a name, such as `fsdp` or
             `fsdp_tensor 32x8`, or a `Layout`. None means all layouts that suit the model, as in `candidates`.
-        topology: a TPU slice such as `v5e:8x8`, which needs libtpu, or `cuda:8`, eight H100s of one host, which
-            needs JAX's CUDA plugin. With a topology, candidates have a `bound`.
+        topology: name of a TPU slice, such as `v5e:8x8`, or of one host's H100s, such as `cuda:8`. TPU slices need
+            libtpu, and H100s need JAX's CUDA plugin. With a topology, candidates have a `bound`.
         rows: number of packed rows of a step. None means that the rows are counted, as in `workload`.
 
     Returns:

@@ -145,7 +145,7 @@ def _operation(
 
 
 def _totals(operations) -> dict[str, float]:
-    """Returns the FLOPs, bytes and elementwise operations of all runs, and the milliseconds of each alone."""
+    """Returns the FLOPs, bytes and elementwise operations of all runs, and how long each of the three takes alone."""
     return {
         "flops": sum(o.times * o.cost.flops for o in operations),
         "bytes": sum(o.times * o.cost.bytes for o in operations),

@@ -34,8 +34,9 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
     Of a conditional, only the largest branch is included.
 
     Args:
-        unknown_trips: runs of the first loop of unknown length. All other loops of unknown length are then left
-            out, since a decoder decodes a token in only one of its loops. None means one run of each.
+        unknown_trips: how many times the first loop of unknown length runs. All other loops of unknown length are
+            then left out, since a decoder decodes a token in only one of its loops. None means that each loop
+            of unknown length runs once.
     """
     seen: list[str] = []
 
@@ -68,9 +69,9 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     """Returns how many times a `while` in the computation `around` runs, or None if this is unknown.
 
-    XLA's annotation `known_trip_count` gives the number. Without it, the number is ceil((limit - start) / step)
-    of the counter that the condition compares with a constant. A start that the text does not show is taken as
-    0, and a step as 1.
+    XLA's annotation `known_trip_count` gives the number. Without it, the number is ceil((limit - start) / step),
+    where `limit` is the constant with which the loop's condition compares a counter. If the text does not show
+    where the counter starts, `start` is 0. If it does not show the step, `step` is 1.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))

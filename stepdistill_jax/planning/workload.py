@@ -55,8 +55,8 @@ class StepRows:
     Attributes:
         groups: (row count, input length, target length) of each group. The row count is rounded up to the row
             multiple.
-        filled: rows of all groups that contain tokens. A step also computes the other rows, which are only
-            padding.
+        filled: number of rows, over all groups, that contain tokens. The other rows are only padding, but a step
+            computes them, too.
     """
 
     groups: Groups
@@ -103,8 +103,8 @@ def workload(
     Missing values are assumed if the dataset is not prepared.
 
     Args:
-        rows: number of packed rows of a step, as shown by `stepdistill inspect`. None means the most in
-            the first 32 steps, or one row for each example if the dataset is not prepared.
+        rows: number of packed rows of a step, as shown by `stepdistill inspect`. None means the
+            largest number in the first 32 steps or, if the dataset is not prepared, one row for each example.
         data_dir: folder of prepared datasets; None means the default folder.
 
     Raises:

@@ -148,7 +148,8 @@ class Answerer:
     def warm_up(self) -> Iterator[Callable[[], Any]]:
         """Yields functions, each of which compiles the program of one shape when called.
 
-        After all of them, rows of any length run without compiling, except for rows with their own choices.
+        After all of them have been called, rows of any length run without compiling, except for rows with their
+        own choices.
         CTranslate2 compiles nothing, so at most one function is yielded; it answers one row.
 
         Each function raises InputError if the model gives NaN.

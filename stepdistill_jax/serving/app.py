@@ -102,8 +102,9 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or runs the service during uvicorn's lifespan.
 
-        The answer follows the end of the request's body. If the body exceeds `MOST_READ_BYTES` or
-        `timeout_secs`, or the server is stopping, the answer is sent at once and the connection closed.
+        The answer is sent after the whole body of the request has arrived. If the body is larger than
+        `MOST_READ_BYTES` or takes longer than `timeout_secs`, or if the server is stopping, the answer is
+        sent at once and the connection is closed.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)

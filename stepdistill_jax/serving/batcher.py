@@ -44,8 +44,8 @@ class _Waiting:
 class _Lane:
     """The waiting rows of one `lane_length`, in order of arrival, and the engine time charged to them.
 
-    When an empty lane receives a row, `seconds` rises at least to the level of the last served lane, so a
-    pause gives no advantage.
+    When an empty lane receives a row, `seconds` is raised to that of the lane served last, unless it is
+    already higher. So a lane gains nothing by a pause.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -136,7 +136,7 @@ class Batcher:
         return await asyncio.wrap_future(self._working)
 
     async def run(self) -> None:
-        """Decodes batches until it is cancelled."""
+        """Decodes batches until this coroutine is cancelled."""
         while True:
             lane = await self._next_lane()
             batch = list(lane.waiting.values())[: self._batch_size]
@@ -184,7 +184,7 @@ class Batcher:
         return answers, loop.time() - began
 
     def _decode_each(self, rows: list[Any]) -> Sequence[Any]:
-        """Decodes rows, and after an InputError each row alone."""
+        """Decodes rows together. After an InputError, decodes each row alone."""
         try:
             return self._decode(rows)
         except InputError as error:

@@ -104,7 +104,7 @@ def run(service: Service, listener: socket.socket, grace_secs: float, signals: S
 class _Server(uvicorn.Server):
     """A uvicorn server that leaves signals to `StopSignals`.
 
-    Otherwise, uvicorn would raise a signal again after it has stopped.
+    Uvicorn's own handling would raise a signal again after the server has stopped.
     """
 
     @contextlib.contextmanager
@@ -113,9 +113,10 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol, asyncio.BufferedProtocol):
-    """Parses HTTP with h11, which limits an incomplete request head, and reads 4 KiB at a time.
+    """Parses HTTP with h11, which limits the size of an incomplete request head.
 
-    With asyncio's 256 KiB, a client that sends chunks of one byte would block all other clients for seconds.
+    Data is read 4 KiB at a time. With asyncio's default of 256 KiB, a client that sends chunks of one
+    byte would block all other clients for seconds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

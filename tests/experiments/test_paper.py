@@ -135,5 +135,5 @@ def test_runs_like_the_papers_stand_beside_its_figures(
     }
     (said,) = [sentence for sentence in headline(comparison) if "at test time" in sentence]
     assert said.startswith(
-        "rationale_input reads rationale of each row in addition to its input: a teacher"
+        "In addition to the input, rationale_input reads each row's rationale, which a teacher"
     )

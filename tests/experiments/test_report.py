@@ -90,7 +90,7 @@ def test_a_baseline_at_chance_is_no_mark_to_reach(made):
     chance = dataclasses.replace(comparison, majority=low)
     sentence, better = headline(chance)
     assert "times fewer" not in sentence and sentence.endswith(
-        "so it means nothing if another arm reaches it."
+        "so another arm proves nothing by reaching it."
     )
     assert better == "With all of the data, step_by_step is significantly better (95%)."
     (enough,) = comparison.enough
