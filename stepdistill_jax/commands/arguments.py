@@ -153,8 +153,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--quantization",
         choices=("int8",),
-        help="for the engine jax only: keep weights in memory as int8, a quarter of float32"
-        " (default: float32); `export --quantization` sets the type for ctranslate2",
+        help="for the engine jax only: keep weights in memory as int8, in a quarter of the"
+        " space (default: float32); `export --quantization` sets the type for ctranslate2",
     )
     if prompts:
         add(

@@ -1,7 +1,6 @@
-"""Reads gin files. Each binding that is read records its file and line.
+"""Reads gin files with gin's parser, and records the file and line of each binding.
 
-gin's own `parse_config` does not record file and line, and lets a later file override an earlier one without
-a message. This module uses only gin's parser, and not gin's global state.
+No binding enters gin's global state.
 """
 
 import contextlib
@@ -34,10 +33,9 @@ class Binding:
     """One statement `KEY = VALUE`.
 
     Attributes:
-        key: name that the statement binds: a macro such as `SEED`, or a parameter such as `train.seed`,
-            which may be in a scope, as in `hint/Objective.weight`.
-        value: value of the statement.
-        where: place of the statement: `file:line`, or the flag as the user wrote it.
+        key: a macro such as `SEED`, or a parameter such as `train.seed` or, in a scope,
+            `hint/Objective.weight`.
+        where: `file:line`, or the flag as the user wrote it.
         path: path of the file; None for a flag.
         rival: binding of the same key in another shipped part, if neither part overrides the other.
     """
@@ -77,7 +75,7 @@ Bindings = dict[str, Binding]
 
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
-    """Puts `where` in front of the message of an InputError that is raised in the `with` block."""
+    """Puts `where` in front of the message of an InputError in the `with` block."""
     try:
         yield
     except InputError as error:
@@ -85,7 +83,7 @@ def at(where: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the message of an exception as one line, without the lines that gin adds around it."""
+    """Returns the message of an exception as one line, without the lines that gin adds."""
     if isinstance(error, RecursionError):
         return "too many nested brackets"
     from_parser = isinstance(error, SyntaxError | tokenize.TokenError)
@@ -96,10 +94,7 @@ def one_line(error: Exception) -> str:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns a path as messages show it.
-
-    A path below the current folder is shown relative to this folder; any other path is unchanged.
-    """
+    """Returns a path for messages, relative to the current folder if it is below that folder."""
     try:
         return str(path.absolute().relative_to(pathlib.Path.cwd()))
     except ValueError:
@@ -107,7 +102,7 @@ def shown(path: pathlib.Path) -> str:
 
 
 class _Delegate(gin_internals.ParserDelegate):
-    """Replaces gin's message for a reference to an unknown configurable by our own."""
+    """Replaces gin's message for an unknown configurable by our own."""
 
     def configurable_reference(self, scoped_selector, evaluate):
         selector_of(scoped_selector.rpartition("/")[2])
@@ -118,8 +113,8 @@ class Reader:
     """Reads gin files.
 
     Attributes:
-        read: all bindings in the files that were read, including those that another file overrides.
-        imports: the import statements in these files.
+        read: all bindings in the files, overridden bindings included.
+        imports: all import statements in the files.
     """
 
     def __init__(self):
@@ -130,8 +125,11 @@ class Reader:
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
         """Returns the bindings of a gin file and its includes. The file's own bindings take precedence.
 
-        An include is looked up next to the file, and then among the shipped files. A statement
-        `import MODULE` runs the code of that module. `parents` are the files that include this file.
+        An include is looked up next to the file, then among the shipped files. `import MODULE` runs the
+        code of the module.
+
+        Args:
+            parents: the files that include this file.
 
         Raises:
             InputError: the file is wrong. The message names the file and line.
