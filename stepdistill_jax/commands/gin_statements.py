@@ -174,11 +174,10 @@ class Reader:
 def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     """Merges the bindings of several files.
 
-    A later file overrides earlier ones, but the order of shipped parts does not matter. If a part contains
-    a reference such as `@optimizer()`, the part is taken to define everything about `optimizer`: bindings
-    of `optimizer` in earlier files are dropped, so that its other parameters have their defaults. If two
-    shipped parts bind the same key, the later binding has the earlier one as its `rival`. Parts in
-    `paper/` are an exception, since other parts override them.
+    A later file overrides earlier files. Shipped parts have additional rules:
+    A part with the reference `@optimizer()` also drops earlier bindings of `optimizer` outside of parts.
+    If two parts bind the same key, the later binding gets the earlier binding as its `rival`.
+    Parts in `paper/` have no rivals among other parts, since all other parts override them.
 
     Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the binding of `optimizer.b1`
     in an earlier file is dropped. If `optimizers/adafactor.gin` is used, too, the binding of
@@ -207,10 +206,7 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
 
 
 def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
-    """Returns whether a file is a shipped part, which is a file in a folder of `gin/`.
-
-    If `kind` is given, the part must be in the folder of that name.
-    """
+    """Returns whether a file is a shipped part: a file in `gin/KIND/`, for any KIND unless `kind` is given."""
     if path is None:
         return False
     folder = path.resolve().parent
@@ -218,7 +214,7 @@ def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:
-    """Returns the key of a statement, after checking that its configurable and parameter exist."""
+    """Returns the key of a statement, if the configurable and the parameter exist."""
     if parameter:
         selector = selector_of(selector)
         if (known := defaults(selector)) and parameter not in known:
@@ -231,10 +227,7 @@ def _key(scope: str, selector: str, parameter: str) -> str:
 
 
 def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Yields (`file:line`, statement) for each statement of a file.
-
-    Exceptions of gin are raised as InputError, with messages of one line.
-    """
+    """Yields (`file:line`, statement) for each statement of a file. gin's exceptions become InputErrors."""
     name, parser = shown(path), None
     try:
         text = path.read_text(encoding="utf-8-sig") if path.stat().st_size <= MAX_BYTES else None
@@ -272,11 +265,11 @@ def _import(statement: config_parser.ImportStatement) -> None:
 def parse_override(text: str, flag: str) -> Binding:
     """Returns the binding for `NAME=VALUE`, which the user wrote after `flag` (`--set ` or `--gin.`).
 
-    VALUE is a value of gin: a Python literal, a reference such as `@name()`, or a macro such as `%MACRO`.
-    Any other word is a string without quotes.
+    VALUE is a Python literal, a reference such as `@name()`, a macro such as `%MACRO`, or a string without
+    quotes.
 
     Raises:
-        InputError: `=`, the name or the value is missing; the name is unknown; or a literal is incomplete.
+        InputError: the name is missing or unknown, or the value is missing or incomplete.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     with at(f"{flag}{text}"):

@@ -74,7 +74,7 @@ def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     assert by_flags[line]["per_device"] == sizes
     assert figures.startswith(f"{sizes['total'] / 2**30:.2f} GiB; ")
     device = found["advice"][-1]
-    assert device.startswith("--hbm ") and device.endswith("GB: fits unchanged")
+    assert device.startswith("--hbm ") and device.endswith("GB: the config fits unchanged")
 
 
 def check_typed(lines, found, parts=()):
