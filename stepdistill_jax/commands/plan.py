@@ -200,7 +200,7 @@ def show(result: dict[str, Any], console: "Console") -> None:
 def _show_advice(result: dict[str, Any], console: "Console") -> None:
     if result["advice"]:
         console.print(
-            "[bold]Nothing fits.[/bold] With these changes it fits, by the compiler, per device:"
+            "[bold]Nothing fits.[/bold] Each of these changes makes it fit (values per device):"
         )
         for line in result["advice"]:
             console.print(f"  {line}", soft_wrap=True)
@@ -208,8 +208,8 @@ def _show_advice(result: dict[str, Any], console: "Console") -> None:
         console.print("[bold]Nothing fits,[/bold] and none of the changes that were tried helps.")
     if result["device_kind"] == "virtual CPU" and result["model"]["dtype"] == "float32":
         console.print(
-            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; --topology can show whether they"
-            " do, virtual CPU devices cannot",
+            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; pass --topology to find out, since"
+            " virtual CPU devices do not show it",
             soft_wrap=True,
         )
 
@@ -252,7 +252,7 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times the FLOPs that the tokens need, without padding"
+        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times what the tokens need without padding"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()
