@@ -186,8 +186,7 @@ def add_config_arguments(
 ) -> None:
     """Adds CONFIG, `--set`, and T5X's `--gin_file` and `--gin.X=Y`.
 
-    The parsed arguments are those of `gin_config.load_config`: `config`, `overrides`, `gin_files` and
-    `gin_bindings`.
+    The parsed values are the arguments of `gin_config.load_config`, with the same names.
     """
     parser.add_argument(
         "config",

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table of the checkpoints. The run may be training, since nothing is changed.
+    """Prints a table of the checkpoints, and changes nothing.
 
     Returns:
         `checkpoints`: a dict for each checkpoint: `step`, `state`, `bytes`, `metrics`, `problem`, `folder`.

@@ -107,7 +107,7 @@ def selector_of(name: str) -> str:
 
 
 def _of_optax(name: str) -> Callable[..., Any] | None:
-    """Returns an optax function such as `contrib.muon`; None if it returns no gradient transformation."""
+    """Returns the optax function `name` if it exists and returns a gradient transformation; else None."""
     try:
         function: Any = functools.reduce(getattr, name.split("."), optax)
         returns = inspect.signature(function).return_annotation

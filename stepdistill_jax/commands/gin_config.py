@@ -60,7 +60,7 @@ def load_config(
         A gin text with all bindings that the config uses. Reading this text gives the same config.
 
     Raises:
-        InputError: the config is wrong. The message names the file and line, or the flag.
+        InputError: the config is wrong. The message names the line or the flag.
     """
     names = [*([] if config is None else [os.fspath(config)]), *gin_files]
     if not names:

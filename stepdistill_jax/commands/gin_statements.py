@@ -65,7 +65,7 @@ class Binding:
 
     @property
     def macro(self) -> str | None:
-        """Name of the macro if the value is nothing but a macro; else None."""
+        """Name of the macro if the value is a macro; else None."""
         whole = isinstance(self.value, gin_internals.ConfigurableReference)
         return self.calls[0][1:] if whole and self.calls[0][0] == "%" else None
 
@@ -94,7 +94,7 @@ def one_line(error: Exception) -> str:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns a path for messages, relative to the current folder if it is below that folder."""
+    """Returns a path for messages, relative to the current folder if possible."""
     try:
         return str(path.absolute().relative_to(pathlib.Path.cwd()))
     except ValueError:
@@ -132,7 +132,7 @@ class Reader:
             parents: the files that include this file.
 
         Raises:
-            InputError: the file is wrong. The message names the file and line.
+            InputError: the file is wrong. The message names the line.
         """
         parents = (*parents, path.resolve())
         own: Bindings = {}

@@ -82,7 +82,7 @@ def _config_or_task(args: argparse.Namespace) -> Any:
 
 
 def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
-    """Returns whether a config has that name. If a path has no config, raises InputError."""
+    """Returns whether a config has that name. An unknown path raises InputError."""
     try:
         find_config(name)
     except InputError:

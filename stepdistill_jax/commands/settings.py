@@ -105,12 +105,12 @@ def settings() -> list[Setting]:
 
 
 def find_settings(name: str) -> list[Setting]:
-    """Returns the settings whose macro, field or owner is `name`, in any case.
+    """Returns the settings whose macro, field or owner is `name`, ignoring case.
 
     If there are none, returns the settings whose macro or field contains `name`.
 
     Raises:
-        InputError: there are no such settings. The message suggests a similar name.
+        InputError: there are no such settings.
     """
     from stepdistill_jax.commands.gin_config import suggestion
     from stepdistill_jax.errors import InputError

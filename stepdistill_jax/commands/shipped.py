@@ -53,7 +53,7 @@ def find_config(name: str) -> pathlib.Path:
     """Returns the path of a config: the file `name`, or a shipped experiment or part of that name.
 
     Raises:
-        InputError: there is no such file, experiment or part. The message suggests names.
+        InputError: there is no such file, experiment or part.
     """
     path = pathlib.Path(name).expanduser()
     if os.path.isfile(path):

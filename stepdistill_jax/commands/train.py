@@ -63,7 +63,7 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
     """Checks that `config` is not the name of a prepared dataset.
 
     Raises:
-        InputError: `config` is one. The message says what to type instead.
+        InputError: `config` names a prepared dataset.
     """
     from stepdistill_jax.commands.shipped import find_shipped
     from stepdistill_jax.data.prepared import NAME, data_folder, is_prepared
