@@ -1,8 +1,7 @@
 """Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301) in JAX and Flax.
 
-`load(directory)` returns a trained model that labels texts. `curves(workdir)` returns the metrics of a
-training run as columns, and `plot_curves(workdir)` returns a plot of them. `InputError`, a `ValueError`, is raised
-for bad usage and bad input.
+`load(directory)` returns a trained model that labels texts. `curves(workdir)` returns the metrics of a run as
+columns, and `plot_curves(workdir)` plots metrics. Bad usage and bad input raise `InputError`, a `ValueError`.
 """
 
 __version__ = "0.2.0"

@@ -1,4 +1,4 @@
-"""Runs the command `stepdistill` when Python is started as `python -m stepdistill_jax`."""
+"""Runs the command `stepdistill` for `python -m stepdistill_jax`."""
 
 import sys
 

@@ -15,8 +15,8 @@ from stepdistill_jax.runtime.progress import log, translated
 FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
     "teacher": {
         "--model M": "name of the model on the server",
-        "--base-url URL": "OpenAI-compatible server, such as http://localhost:8000/v1 (default:"
-        " $OPENAI_BASE_URL, or OpenAI's server if that is not set)",
+        "--base-url URL": "URL of an OpenAI-compatible server, such as http://localhost:8000/v1"
+        " (default: $OPENAI_BASE_URL, else OpenAI's server)",
         "--api-key-env NAME": "environment variable that contains the API key (default: OPENAI_API_KEY);"
         " the key is never stored",
         "--teacher hf:DIR": "local transformers directory to use instead of a server",
@@ -32,8 +32,8 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
     "answers": {
         "--samples K": (
             int,
-            "number of answers per row; the commonest label is used, and its share"
-            " becomes the row's weight (default: 1)",
+            "number of answers per row; the row gets the commonest label, weighted by the"
+            " share of answers with this label (default: 1)",
         ),
         "--temperature T": "sampling temperature; `default` leaves it out of the request (default: 0, or"
         " 0.7 with several samples)",
@@ -44,13 +44,12 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
         "--reasoning-effort E": "for reasoning models: low, medium, high",
         "--retries N": (
             int,
-            "number of times to ask again after an unreadable answer, once the run has"
-            " had a readable one (default: 1)",
+            "number of times to ask again after an unreadable answer (default: 1)",
         ),
         "--max-truncated SHARE": (
             float,
-            "stop after 20 or more answers if a larger share than this is truncated at"
-            " --max-tokens or otherwise unusable (default: 0.05)",
+            "largest share of unusable answers, including answers truncated at --max-tokens;"
+            " after 20 answers, a larger share stops the run (default: 0.05)",
         ),
     },
     "cost and load": {
@@ -73,7 +72,7 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `annotate`. Each flag sets the field of the same name in `teacher.Settings`."""
+    """Adds the arguments of `annotate`. A flag sets the field of that name in `teacher.Settings`."""
     parser.add_argument(
         "input",
         metavar="INPUT.jsonl",
@@ -84,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "output",
         metavar="OUTPUT.jsonl",
         type=pathlib.Path,
-        help="file to write: the same rows with rationales, as `prepare jsonl` reads them;"
-        " after a stop, the same command continues",
+        help="file to write: the rows with rationales, for `prepare jsonl`; after a stop, run the"
+        " same command again to continue",
     )
     groups = {title: parser.add_argument_group(title) for title in FLAGS}
     for title, flags in FLAGS.items():
@@ -230,8 +229,8 @@ def _show_batch(action: str, result: dict[str, Any]) -> None:
         say(f"{result['rows']} rows, {result['requests']} requests: {files}")
         return
     say(
-        f"{result['results']} results: {result['kept']} answers were saved, {result['failed']} results failed,"
-        f" {result['other']} results belong to other rows or were saved before"
+        f"{result['results']} results: {result['kept']} saved, {result['failed']} failed,"
+        f" {result['other']} for other rows or already saved"
     )
     for kind, count in result["defects"].items():
         say(f"{kind}: {count}")
@@ -246,8 +245,7 @@ def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
     if result["stopped"]:
         log(
             f"stepdistill: stopped: {' '.join(result['stopped'].split())}; {result['rows']} rows"
-            f" are in {output}.partial; the same command continues, and asks again only for answers that"
-            " were not complete and readable"
+            f" are in {output}.partial; run the same command again to continue: readable answers are kept"
         )
         say(used)
     else:

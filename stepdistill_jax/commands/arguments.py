@@ -14,7 +14,7 @@ GIN_PREFIX = "--gin."
 
 
 class UsageExit(SystemExit):
-    """Raised after bad usage, to exit with status 2. `message` says what was wrong."""
+    """Exit with status 2 after bad usage. `message` says what is wrong."""
 
     def __init__(self, message: str):
         super().__init__(2)
@@ -22,7 +22,7 @@ class UsageExit(SystemExit):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports bad usage in one line, without the usage text, and exits with status 2."""
+    """Parser that reports bad usage in one line, and exits with status 2."""
 
     def error(self, message):
         text = f"{printable(message)}; see `{self.prog} --help`"
@@ -47,9 +47,7 @@ def add_map_argument(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def parse_map(text: str | None) -> dict[str, str]:
-    """Returns the field names of `--map`, such as {"input": "question"} for `input=question`.
-
-    Several pairs are separated by commas.
+    """Returns the field names of `--map`: {"input": "question", ...} for `input=question,...`.
 
     Raises:
         InputError: a pair is incomplete, or a field is mapped twice.
@@ -82,8 +80,7 @@ def add_data_dir_argument(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=pathlib.Path,
         metavar="DIR",
-        help="folder of prepared datasets (default: $STEPDISTILL_DATA_DIR, or the user's"
-        " cache if that is not set)",
+        help="folder of prepared datasets (default: $STEPDISTILL_DATA_DIR, else the user's cache)",
     )
 
 
@@ -101,11 +98,8 @@ def add_step_argument(parser: argparse.ArgumentParser, default: str = "best") ->
 def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> None:
     """Adds a flag for each field of `DecodeOptions`.
 
-    The flags have no defaults, so that `decode_options_of` returns only those that the user sets.
-
     Args:
-        parser: parser of a command that decodes.
-        prompts: whether to add the flags `--max-decode-len` and `--prefix`, too.
+        prompts: whether to add `--max-decode-len` and `--prefix`, too.
     """
 
     def add(flag: str, **settings: Any) -> None:
@@ -122,9 +116,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--layout",
         metavar="NAME",
-        help="how the devices of all processes share the work: with `data` (default), each has the complete"
-        " model and decodes separate rows; `tensor` and `fsdp` split a model that is too large for one"
-        " device",
+        help="how the devices share the work: with `data` (default), each device has the complete model"
+        " and decodes separate rows; `tensor` and `fsdp` split a model that is too large for one device",
     )
     add(
         "--num-beams",
@@ -141,9 +134,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--choices",
         metavar="FILE|row|labels",
-        help="score each allowed label instead of decoding, so that every answer is an"
-        " allowed label: FILE lists the allowed labels, `row` allows each row's"
-        " `choices`, and `labels` allows the task's labels",
+        help="answer with the likeliest allowed label instead of decoding: FILE lists the"
+        " allowed labels, `row` means each row's `choices`, `labels` means the task's labels",
     )
     add(
         "--choices-temperature",
@@ -161,9 +153,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
     add(
         "--quantization",
         choices=("int8",),
-        help="with the engine jax: keep weights in memory as int8 with a scale for each"
-        " output, which takes a quarter of the memory (default: float32); the type of"
-        " a CTranslate2 directory was chosen at its export",
+        help="for the engine jax only: keep weights in memory as int8, in a quarter of the"
+        " space (default: float32); `export --quantization` sets the type for ctranslate2",
     )
     if prompts:
         add(
@@ -175,7 +166,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         add(
             "--prefix",
             metavar="TEXT",
-            help="text before each input (default: the model's own prefix, or `predict: ` if it has none)",
+            help="text before each input (default: the model's own prefix, else `predict: `)",
         )
 
 
@@ -193,10 +184,9 @@ def add_config_arguments(
     metavar: str = "CONFIG",
     help: str = "a config file, or the name of a shipped one such as demo_step_by_step",
 ) -> None:
-    """Adds the argument CONFIG, the flag `--set`, and T5X's flags `--gin_file` and `--gin.X=Y`.
+    """Adds CONFIG, `--set`, and T5X's `--gin_file` and `--gin.X=Y`.
 
-    Their values are in `args.config`, `args.overrides`, `args.gin_files` and `args.gin_bindings`, which are
-    the arguments of `gin_config.load_config`.
+    The parsed values are the arguments of `gin_config.load_config`, with the same names.
     """
     parser.add_argument(
         "config",
@@ -219,8 +209,8 @@ def add_config_arguments(
         default=[],
         dest="gin_files",
         metavar="FILE",
-        help="further config file, which overrides CONFIG; as in T5X, --gin.NAME=VALUE"
-        " also sets a single value",
+        help="config file that overrides CONFIG; may be given several times (as in T5X,"
+        " --gin.NAME=VALUE sets a single value)",
     )
     # `--gin.NAME=VALUE`, rewritten by `split_gin_flags`
     parser.add_argument(
@@ -243,11 +233,10 @@ def split_gin_flags(argv: list[str]) -> list[str]:
 
 
 def require_seqio(command: str) -> None:
-    """Refuses a command that needs SeqIO if SeqIO or one of its dependencies is not installed.
+    """Checks that SeqIO and its dependencies are installed.
 
     Raises:
-        InputError: a distribution is missing. The message names the distribution, and the commands
-            that work without it.
+        InputError: a distribution is missing.
     """
     needed = {
         "tensorflow_text": "tensorflow-text",
@@ -259,7 +248,7 @@ def require_seqio(command: str) -> None:
     if missing:
         raise InputError(
             f"{command} needs {missing[0]}, which is not installed for Python"
-            f" {platform.python_version()} on {sys.platform} ({platform.machine()}): prepare and train on"
-            " a machine with all dependencies, Linux or macOS on Apple silicon (tensorflow-text has no"
-            " wheels for other systems); predict, evaluate, export and serve work here"
+            f" {platform.python_version()} on {sys.platform} ({platform.machine()}): install all dependencies,"
+            " on Linux or on macOS with Apple silicon (tensorflow-text has no wheels for other systems);"
+            " predict, evaluate, export and serve work without them"
         )

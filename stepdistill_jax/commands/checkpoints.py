@@ -23,14 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table of the checkpoints.
-
-    The command changes nothing, so it may be used while a run is training.
+    """Prints a table of the checkpoints, and changes nothing.
 
     Returns:
-        `checkpoints`: a dict for each checkpoint, with `step`, `state`, `bytes`, `metrics`, `problem` and
-        `folder`.
-        `best`, `last`: the best and the last step that can be used; None if there is none.
+        `checkpoints`: a dict for each checkpoint: `step`, `state`, `bytes`, `metrics`, `problem`, `folder`.
+        `best`: the best usable step, or None.
+        `last`: the last usable step, or None.
         `damaged`: the damaged steps. If there are any, the command exits with status 1.
     """
     result = look(args.workdir, verify=args.verify)
@@ -49,10 +47,10 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
     """Returns the result of `run`.
 
     The state of a checkpoint is one of these:
-    `good`: every byte is as it was saved (only with `verify`).
-    `sealed`: the names and sizes of the files are as they were saved; their bytes were not read.
-    `damaged`: files are missing or differ from what was saved.
-    `unsealed`: the checkpoint is being saved, or its save was interrupted.
+    `good`: every byte is as saved (only with `verify`).
+    `sealed`: file names and sizes are as saved; the bytes were not read.
+    `damaged`: files are missing or changed.
+    `unsealed`: the save is in progress, or was interrupted.
     `quarantined`: a run found damage and moved the checkpoint away.
 
     Raises:

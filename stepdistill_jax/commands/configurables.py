@@ -27,10 +27,7 @@ LITERAL = (
 
 
 def _of_no_module(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a wrapper of `function` whose `__module__` is None.
-
-    If a function named `constant` had a module, gin would use its own `gin.constant` for that name.
-    """
+    """Returns a wrapper without `__module__`, since gin would replace our `constant` by `gin.constant`."""
 
     @functools.wraps(function)
     def same(*args, **kwargs):
@@ -75,22 +72,16 @@ def defaults(selector: str) -> dict[str, Any]:
 
 @functools.cache
 def main_bindings() -> dict[str, str]:
-    """Returns the bindings in `train.gin`, as {name: value as written}.
-
-    Examples: the value of `train.task` is `%TASK`, and the value of `TASK` is `%gin.REQUIRED`.
-    """
+    """Returns the bindings in `train.gin` as text: {"train.task": "%TASK", "TASK": "%gin.REQUIRED", ...}."""
     text = (shipped_folder("gin") / "train.gin").read_text(encoding="utf-8")
     return dict(re.findall(r"^([\w.]+) += +(\S+)", text, re.MULTILINE))
 
 
 def selector_of(name: str) -> str:
-    """Returns the name under which a configurable is bound.
-
-    One of our configurables is bound under its short name. A function from optax or from the user's code
-    is bound under `name`, unchanged.
+    """Returns the name by which gin knows a configurable, and registers an optax function on first use.
 
     Raises:
-        InputError: there is no configurable of this name, or there are several.
+        InputError: no configurable has this name, or several have.
     """
     short = name.removeprefix("stepdistill_jax.")
     if short in CONFIGURABLES:
@@ -116,10 +107,7 @@ def selector_of(name: str) -> str:
 
 
 def _of_optax(name: str) -> Callable[..., Any] | None:
-    """Returns the optax function that has this name, such as `lion` or `contrib.muon`.
-
-    The result is None if there is no such function, or if it does not return a gradient transformation.
-    """
+    """Returns the optax function `name` if it exists and returns a gradient transformation; else None."""
     try:
         function: Any = functools.reduce(getattr, name.split("."), optax)
         returns = inspect.signature(function).return_annotation

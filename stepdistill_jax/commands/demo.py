@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Prepares the data, shows two rows, trains three arms, and prints a table of their results."""
+    """Prepares the data, shows two rows, trains three arms, and prints a table of results."""
     from stepdistill_jax.commands import inspect as inspect_command
     from stepdistill_jax.commands.arguments import require_seqio
     from stepdistill_jax.commands.gin_config import load_config
@@ -50,8 +50,8 @@ def _show(summary: dict, console) -> None:
     from stepdistill_jax.experiments.demo import device_name
 
     table = Table(
-        caption=f"labels: examples trained on; seconds: training, with compilation and\n"
-        f"validation, on {device_name()}; tokens/row: decoded for one label"
+        caption=f"labels: number of training examples; seconds: time on {device_name()},\n"
+        f"with compilation and validation; tokens/row: number of tokens decoded for a label"
     )
     table.add_column("arm")
     for column in ("labels", "steps", "seconds", "test accuracy", "tokens/row"):

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with-rationale",
         action="store_true",
-        help="also decode the rationales, and report how close they are to the dataset's rationales and"
-        " whether they lead to the model's own labels",
+        help="also decode the rationales, and compare them with the dataset's rationales and with the"
+        " model's own labels",
     )
     parser.add_argument(
         "--output", metavar="F.json", help="JSON file to which the result is also written"

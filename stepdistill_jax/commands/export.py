@@ -1,7 +1,4 @@
-"""`stepdistill export`: writes a model for other programs.
-
-The formats are Hugging Face's layout, StableHLO and CTranslate2.
-"""
+"""`stepdistill export`: writes a model in Hugging Face's layout, as StableHLO, or for CTranslate2."""
 
 import argparse
 import pathlib

@@ -1,8 +1,4 @@
-"""Replaces the names of Python parameters in messages by the flags and settings of the running command.
-
-The library's messages name parameters in backticks, such as "`num_beams` must be ..." and "pass
-`on_error=skip`".
-"""
+"""Replaces Python parameters in messages, such as `num_beams`, by the command's flags and settings."""
 
 import argparse
 import functools
@@ -15,9 +11,8 @@ _NAMED = re.compile(r"`([A-Za-z]\w*(?:\.\w+)?)(?:=([^`\s]*))?`")
 def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
     """Returns a function that rewrites a message for the users of a command.
 
-    It replaces "`num_beams`" by "--num-beams", and "`on_error=skip`" by "--on-error skip". If the command
-    reads a config, it also replaces "`batch_size=8`" by "BATCH_SIZE=8". Other names in backticks are left
-    unchanged.
+    "`num_beams`" becomes "--num-beams", and "`on_error=skip`" becomes "--on-error skip". If the command
+    reads a config, "`batch_size=8`" becomes "BATCH_SIZE=8". Other names in backticks stay.
     """
     options = {a.dest: a for a in parser._actions if a.option_strings}
 
@@ -38,11 +33,7 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
 
 @functools.cache
 def _settings() -> dict[str, str]:
-    """Maps the name of each field or class in an error message to the name that a user writes in a config.
-
-    In a config, the name of a field is its macro in `train.gin`, or `train.FIELD` if it has no macro. A
-    class is written as a gin reference, such as `@lora()` for `LoraConfig`.
-    """
+    """Returns {name in messages: name in configs}: BATCH_SIZE for `batch_size`, @lora() for `LoraConfig`."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults, main_bindings
 
     macros = {key: b[1:] for key, b in main_bindings().items() if b.startswith("%")}

@@ -50,18 +50,17 @@ def load_config(
 
     Args:
         config: path of a config, or name of a shipped config; None if `gin_files` contain everything.
-        overrides: strings `NAME=VALUE`, as the user writes them after `--set`. If a name is set more than
-            once, the last value applies.
-        gin_files: paths of further files (`--gin_file`). A later file overrides earlier ones, but the
-            order of shipped parts does not matter (`gin_statements.merged`).
-        gin_bindings: strings `NAME=VALUE`, as the user writes them after `--gin.`.
+        overrides: strings `NAME=VALUE` from `--set`. The last value of a name applies.
+        gin_files: paths of further files, from `--gin_file`. A later file overrides earlier ones, except
+            for shipped parts (`gin_statements.merged`).
+        gin_bindings: strings `NAME=VALUE` from `--gin.`, which override `overrides`.
 
     Returns:
-        The run's config, and a gin text with all bindings that the config uses. Reading this text gives
-        the same config.
+        The run's config.
+        A gin text with all bindings that the config uses. Reading this text gives the same config.
 
     Raises:
-        InputError: the config is wrong. The message names the file and line, or the flag.
+        InputError: the config is wrong. The message names the line or the flag.
     """
     names = [*([] if config is None else [os.fspath(config)]), *gin_files]
     if not names:
@@ -96,13 +95,11 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    If no file binds a parameter, the result binds the parameter to its default. If a file binds a parameter
-    to the macro of the same name, as in `train.seed = %SEED`, and no file binds this macro, the result binds
-    the macro to the parameter's default.
+    Unbound parameters are bound to their defaults, and an unbound macro such as `%SEED` to the default of
+    `train.seed`.
 
-    Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, `train` reads `@optimizer`,
-    which reads `%BETA`. The bindings of `train`, `optimizer` and `BETA` are returned. A binding in a scope, such as
-    `hint/Objective.weight`, is read by the reference `@hint/Objective`, which also reads
+    Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, the bindings of `train`,
+    `optimizer` and `BETA` are returned. `@hint/Objective` reads `hint/Objective.weight` and
     `Objective.weight`.
     """
     found: Bindings = {}
@@ -164,10 +161,7 @@ def _check_values(reached: Bindings, config: str) -> None:
 
 
 def _source(b: Binding, bindings: Bindings) -> Binding:
-    """Returns the binding from which `b` gets its value.
-
-    This is `b` itself, unless its value is a macro: then it is the last binding in the chain of macros.
-    """
+    """Returns the last binding in the chain of macros that begins with `b`, from which `b` gets its value."""
     seen = []
     while b.macro in bindings:
         if b.macro in seen:
@@ -178,7 +172,7 @@ def _source(b: Binding, bindings: Bindings) -> Binding:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Returns a hint for an unknown setting: the most similar name, or the list of all macros."""
+    """Returns a hint for an unknown setting: a similar name, or a list of all macros."""
     if name in T5X_NAMES:
         return f"; here it is {T5X_NAMES[name]}"
     known, upper = set(known), name.upper()
@@ -220,10 +214,9 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Binds `train.optimizer` to an `OptimizerFunction` if it refers to a function that is not ours.
+    """Binds `train.optimizer` to an `OptimizerFunction` if it refers to a function of optax or of the user.
 
-    Such a function comes from optax or from the user's code. The `OptimizerFunction` contains the function
-    and its arguments. A run records both of them, and a resumed run compares the records with its config.
+    A run records the function and the arguments, to compare them when it is resumed.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None

@@ -1,7 +1,6 @@
-"""Reads gin files. Each binding that is read records its file and line.
+"""Reads gin files with gin's parser, and records the file and line of each binding.
 
-gin's own `parse_config` does not record file and line, and lets a later file override an earlier one without
-a message. This module uses only gin's parser, and not gin's global state.
+No binding enters gin's global state.
 """
 
 import contextlib
@@ -34,10 +33,9 @@ class Binding:
     """One statement `KEY = VALUE`.
 
     Attributes:
-        key: name that the statement binds: a macro such as `SEED`, or a parameter such as `train.seed`,
-            which may be in a scope, as in `hint/Objective.weight`.
-        value: value of the statement.
-        where: place of the statement: `file:line`, or the flag as the user wrote it.
+        key: a macro such as `SEED`, or a parameter such as `train.seed` or, in a scope,
+            `hint/Objective.weight`.
+        where: `file:line`, or the flag as the user wrote it.
         path: path of the file; None for a flag.
         rival: binding of the same key in another shipped part, if neither part overrides the other.
     """
@@ -67,7 +65,7 @@ class Binding:
 
     @property
     def macro(self) -> str | None:
-        """Name of the macro if the value is nothing but a macro; else None."""
+        """Name of the macro if the value is a macro; else None."""
         whole = isinstance(self.value, gin_internals.ConfigurableReference)
         return self.calls[0][1:] if whole and self.calls[0][0] == "%" else None
 
@@ -77,7 +75,7 @@ Bindings = dict[str, Binding]
 
 @contextlib.contextmanager
 def at(where: str) -> Iterator[None]:
-    """Puts `where` in front of the message of an InputError that is raised in the `with` block."""
+    """Puts `where` in front of the message of an InputError in the `with` block."""
     try:
         yield
     except InputError as error:
@@ -85,7 +83,7 @@ def at(where: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the message of an exception as one line, without the lines that gin adds around it."""
+    """Returns the message of an exception as one line, without the lines that gin adds."""
     if isinstance(error, RecursionError):
         return "too many nested brackets"
     from_parser = isinstance(error, SyntaxError | tokenize.TokenError)
@@ -96,10 +94,7 @@ def one_line(error: Exception) -> str:
 
 
 def shown(path: pathlib.Path) -> str:
-    """Returns a path as messages show it.
-
-    A path below the current folder is shown relative to this folder; any other path is unchanged.
-    """
+    """Returns a path for messages, relative to the current folder if possible."""
     try:
         return str(path.absolute().relative_to(pathlib.Path.cwd()))
     except ValueError:
@@ -107,7 +102,7 @@ def shown(path: pathlib.Path) -> str:
 
 
 class _Delegate(gin_internals.ParserDelegate):
-    """Replaces gin's message for a reference to an unknown configurable by our own."""
+    """Replaces gin's message for an unknown configurable by our own."""
 
     def configurable_reference(self, scoped_selector, evaluate):
         selector_of(scoped_selector.rpartition("/")[2])
@@ -118,8 +113,8 @@ class Reader:
     """Reads gin files.
 
     Attributes:
-        read: all bindings in the files that were read, including those that another file overrides.
-        imports: the import statements in these files.
+        read: all bindings in the files, overridden bindings included.
+        imports: all import statements in the files.
     """
 
     def __init__(self):
@@ -130,11 +125,14 @@ class Reader:
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
         """Returns the bindings of a gin file and its includes. The file's own bindings take precedence.
 
-        An include is looked up next to the file, and then among the shipped files. A statement
-        `import MODULE` runs the code of that module. `parents` are the files that include this file.
+        An include is looked up next to the file, then among the shipped files. `import MODULE` runs the
+        code of the module.
+
+        Args:
+            parents: the files that include this file.
 
         Raises:
-            InputError: the file is wrong. The message names the file and line.
+            InputError: the file is wrong. The message names the line.
         """
         parents = (*parents, path.resolve())
         own: Bindings = {}
@@ -176,11 +174,10 @@ class Reader:
 def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     """Merges the bindings of several files.
 
-    A later file overrides earlier ones, but the order of shipped parts does not matter. If a part contains
-    a reference such as `@optimizer()`, the part is taken to define everything about `optimizer`: bindings
-    of `optimizer` in earlier files are dropped, so that its other parameters have their defaults. If two
-    shipped parts bind the same key, the later binding has the earlier one as its `rival`. Parts in
-    `paper/` are an exception, since other parts override them.
+    A later file overrides earlier files. Shipped parts have additional rules:
+    A part with the reference `@optimizer()` also drops earlier bindings of `optimizer` outside of parts.
+    If two parts bind the same key, the later binding gets the earlier binding as its `rival`.
+    Parts in `paper/` have no rivals among other parts, since all other parts override them.
 
     Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the binding of `optimizer.b1`
     in an earlier file is dropped. If `optimizers/adafactor.gin` is used, too, the binding of
@@ -209,10 +206,7 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
 
 
 def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
-    """Returns whether a file is a shipped part, which is a file in a folder of `gin/`.
-
-    If `kind` is given, the part must be in the folder of that name.
-    """
+    """Returns whether a file is a shipped part: a file in `gin/KIND/`, for any KIND unless `kind` is given."""
     if path is None:
         return False
     folder = path.resolve().parent
@@ -220,7 +214,7 @@ def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:
-    """Returns the key of a statement, after checking that its configurable and parameter exist."""
+    """Returns the key of a statement, if the configurable and the parameter exist."""
     if parameter:
         selector = selector_of(selector)
         if (known := defaults(selector)) and parameter not in known:
@@ -233,10 +227,7 @@ def _key(scope: str, selector: str, parameter: str) -> str:
 
 
 def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Yields (`file:line`, statement) for each statement of a file.
-
-    Exceptions of gin are raised as InputError, with messages of one line.
-    """
+    """Yields (`file:line`, statement) for each statement of a file. gin's exceptions become InputErrors."""
     name, parser = shown(path), None
     try:
         text = path.read_text(encoding="utf-8-sig") if path.stat().st_size <= MAX_BYTES else None
@@ -274,11 +265,11 @@ def _import(statement: config_parser.ImportStatement) -> None:
 def parse_override(text: str, flag: str) -> Binding:
     """Returns the binding for `NAME=VALUE`, which the user wrote after `flag` (`--set ` or `--gin.`).
 
-    VALUE is a value of gin: a Python literal, a reference such as `@name()`, or a macro such as `%MACRO`.
-    Any other word is a string without quotes.
+    VALUE is a Python literal, a reference such as `@name()`, a macro such as `%MACRO`, or a string without
+    quotes.
 
     Raises:
-        InputError: `=`, the name or the value is missing; the name is unknown; or a literal is incomplete.
+        InputError: the name is missing or unknown, or the value is missing or incomplete.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     with at(f"{flag}{text}"):

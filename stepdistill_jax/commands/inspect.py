@@ -52,13 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_or_task(args: argparse.Namespace) -> Any:
-    """Returns a `TrainConfig` if the argument names a config.
-
-    Otherwise, the argument is the name of a task, and is returned unchanged.
-
-    Raises:
-        InputError: there is neither a config nor a task of that name. The message suggests a similar one.
-    """
+    """Returns the `TrainConfig` that the argument names, or else the argument, if it is the name of a task."""
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.commands.shipped import find_config, shipped_configs
     from stepdistill_jax.tasks.load import splits_of
@@ -78,7 +72,7 @@ def _config_or_task(args: argparse.Namespace) -> Any:
         if not str(error).startswith("unknown task"):
             raise
         hint = nearest(name, shipped_configs())
-        raise InputError(f"{name}: there is no config of that name{hint}; and {error}") from None
+        raise InputError(f"{name}: no config has this name{hint}; {error}") from None
     if any(settings):
         raise InputError(
             f"--set, --gin_file and --gin.NAME=VALUE need a config, but {name} is a task; pass a config with"
@@ -88,11 +82,7 @@ def _config_or_task(args: argparse.Namespace) -> Any:
 
 
 def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
-    """Returns whether there is a config of that name.
-
-    Raises:
-        InputError: there is none, and the name looks like a path.
-    """
+    """Returns whether a config has that name. An unknown path raises InputError."""
     try:
         find_config(name)
     except InputError:
@@ -103,7 +93,7 @@ def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
 
 
 def show(result: dict[str, Any], console: "Console", *, brief: bool = False) -> None:
-    """Prints the result of `training.inspect`. If `brief` is set, it prints only the rows."""
+    """Prints the result of `training.inspect`, or only the rows if `brief` is set."""
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(result["objectives"])}
     _show_rows(result, console, colours, brief)
     if brief:

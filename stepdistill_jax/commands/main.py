@@ -1,12 +1,12 @@
 """`stepdistill`: finds the command, runs it, and turns errors into exit codes.
 
 Exit codes:
-0: the command is done.
+0: done.
 1: the run failed.
-2: the usage, config or input is bad; the error is reported in one line.
-75: a signal stopped the run after a clean save; the same command continues.
-130: the run was interrupted from the keyboard.
-If JAX loses one of several processes, the others end by SIGABRT; all of them must be started again.
+2: bad usage, config or input, reported in one line.
+75: stopped by a signal after a clean save; run the same command again to continue.
+130: interrupted from the keyboard.
+If JAX loses one of several processes, SIGABRT ends the others; restart all processes.
 """
 
 import argparse
@@ -61,7 +61,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    If the process was started as one of several, the function may end the process instead of returning.
+    As one of several processes, it may end the process instead.
     """
     typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         if code != OK:
             message = stop.message if isinstance(stop, UsageExit) else str(stop.code)
             if code == EXIT_STOPPED:
-                message = "stopped by a signal; the same command continues"
+                message = "stopped by a signal; run the same command again to continue"
             _ended(typed, code, message)
         _leave(code, owns_process=argv is None)
         raise
@@ -86,7 +86,7 @@ def _leave(code: int, *, owns_process: bool) -> None:
 
 
 def _ended(argv: list[str], code: int, error: str) -> int:
-    """Prints the JSON object of a failed command if `--json` is set, and returns `code`."""
+    """Prints the JSON object of a failed command for `--json`, and returns `code`."""
     if "--json" in argv and is_process_0():
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"error": error, "exit_code": code}), flush=True)
@@ -166,7 +166,7 @@ def _run(argv: list[str]) -> int:
 
 
 def parser_of(command: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
-    """Returns the main parser, the parser of the command, and the command's function `run`."""
+    """Returns the main parser, the command's parser, and the command's function `run`."""
     parser = Parser(
         prog="stepdistill",
         description="Distilling step-by-step: trains small T5 models on labels and rationales.",
@@ -208,10 +208,7 @@ def _print_versions(*, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Converts a value to types that JSON can represent.
-
-    NaN and infinity become None, a NumPy scalar becomes a number, and a path becomes a string.
-    """
+    """Converts a value to JSON types: NaN and infinity to None, NumPy scalars to numbers, paths to strings."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

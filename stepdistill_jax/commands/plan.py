@@ -44,28 +44,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         metavar="NAME",
-        help="plan only this layout, with the config's remat policy; NAME is a layout or"
-        " an entry of the table (`fsdp_tensor 32x8`) (default: compare layouts)",
+        help="plan only this layout, with the config's remat policy (default: compare"
+        " layouts); NAME is a layout, or an entry of the printed table such as `fsdp_tensor 32x8`",
     )
     parser.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="compile for chips that this machine does not have, and compute a lower bound"
-        " of the time on them; CHIPS is a TPU slice such as v5e:8x8 (needs the extra"
-        " [tpu]), or cuda:1 to cuda:8, the H100s of one host (needs the extra"
-        " [aot-cuda])",
+        help="compile for CHIPS that this machine does not have, and compute a lower bound of"
+        " the time: a TPU slice such as v5e:8x8 (needs the extra [tpu]), or cuda:1 to"
+        " cuda:8 for the H100s of one host (needs the extra [aot-cuda])",
     )
     parser.add_argument(
         "--rows",
         type=int,
-        help="number of packed rows per step, as `stepdistill inspect` shows it; with"
+        help="number of packed rows per step, which `stepdistill inspect` prints; with"
         " --decode, number of rows per batch",
     )
     parser.add_argument(
         "--decode",
         action="store_true",
-        help="plan the label decoder of a validation instead of the training step; needs"
-        " --topology",
+        help="plan the label decoder instead of the training step; needs --topology",
     )
     parser.add_argument(
         "--quantization",
@@ -132,7 +130,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             candidate["flags"] = _flags(candidate, config.remat_policy, given=bool(args.layout))
     result["advice"] = [_advice(remedy) for remedy in result["remedies"]]
     if (needed := result["hbm_needed"]) is not None:
-        result["advice"].append(f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: fits unchanged")
+        result["advice"].append(
+            f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: the config fits unchanged"
+        )
     show(result, _console())
     return result
 
@@ -142,14 +142,9 @@ def _console() -> "Console":
 
 
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
-    """Returns the flags that select a candidate.
+    """Returns the flags that select a candidate; `train` accepts all of them except `--devices`.
 
-    `train` accepts all of these flags except `--devices`, which only `plan` accepts.
-
-    Args:
-        candidate: a compiled candidate.
-        policy: remat policy that the config sets. No flag is returned for this policy.
-        given: whether the user has set the layout on the command line.
+    `policy` is the config's own remat policy. `given` says whether the user has set the layout.
     """
     # "fsdp_tensor 32x8" is the layout fsdp_tensor with tensor = 8
     layout, _, sizes = candidate["name"].partition(" ")
@@ -169,7 +164,7 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns a line of advice: flags that would help, and the memory and work of a step with these flags."""
+    """Returns a line with the flags of a remedy, and the memory and work of a step with these flags."""
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
     bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (
@@ -205,7 +200,7 @@ def show(result: dict[str, Any], console: "Console") -> None:
 def _show_advice(result: dict[str, Any], console: "Console") -> None:
     if result["advice"]:
         console.print(
-            "[bold]Nothing fits.[/bold] With these changes it fits, by the compiler, per device:"
+            "[bold]Nothing fits.[/bold] Each of these changes makes it fit (values per device):"
         )
         for line in result["advice"]:
             console.print(f"  {line}", soft_wrap=True)
@@ -213,8 +208,8 @@ def _show_advice(result: dict[str, Any], console: "Console") -> None:
         console.print("[bold]Nothing fits,[/bold] and none of the changes that were tried helps.")
     if result["device_kind"] == "virtual CPU" and result["model"]["dtype"] == "float32":
         console.print(
-            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; --topology can show whether they"
-            " do, virtual CPU devices cannot",
+            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; pass --topology to find out, since"
+            " virtual CPU devices do not show it",
             soft_wrap=True,
         )
 
@@ -257,7 +252,7 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times the FLOPs that the tokens need, without padding"
+        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times what the tokens need without padding"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()

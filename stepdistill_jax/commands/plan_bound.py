@@ -10,14 +10,13 @@ _TIMES = ("bound_ms", "products_ms", "memory_ms", "elements_ms")
 
 
 def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
-    """Prints a lower bound of the time of a step or batch: the total, each part, and the slowest operations."""
+    """Prints a lower bound of the time of a step or batch, its parts, and the slowest operations."""
     console.print(
         f"[bold]At least {bound['bound_ms']:.3g} ms per {what}[/bold] on one device,"
-        f" {_rates(bound)}. For each of {bound['kernels']} operations, this sum counts the longest of"
-        f" three times: products, memory, element operations. Alone, these would take"
-        f" {bound['products_ms']:.3g}, {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms"
-        f" ({bound['flops']:.4g} FLOPs, {bound['bytes'] / 1e9:.4g} GB)."
-        f" Links: {bound['links_ms']:.3g} ms, assumed to overlap with the operations.",
+        f" {_rates(bound)}. Each of {bound['kernels']} operations counts with the longest of three times:"
+        f" products, memory, element operations. The sums of these times are {bound['products_ms']:.3g},"
+        f" {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms ({bound['flops']:.4g} FLOPs,"
+        f" {bound['bytes'] / 1e9:.4g} GB). Links: {bound['links_ms']:.3g} ms, assumed to overlap with the operations.",
         soft_wrap=True,
     )
     if bound["compiler_ms"]:
@@ -44,7 +43,7 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
 
 
 def show_collectives(rows: list[dict[str, Any]], console: "Console") -> None:
-    """Prints a table of the collectives and the bytes that they send, with a row for each kind and dtype."""
+    """Prints a table of the collectives and the bytes that they send, by kind and dtype."""
     from rich.table import Table
 
     table = Table()

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
-        help='file to write, with rows {"id", "label", "score"}, and with --choices also'
-        ' "probability" and "choices"; after a stop, the same command continues',
+        help='file to write, of rows {"id", "label", "score"} (--choices adds "probability"'
+        ' and "choices"); after a stop, run the same command again to continue',
     )
     parser.add_argument(
         "--task",
@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calls `inference.predict`, and prints its summary on process 0."""
     if args.task_module:
         raise InputError(
-            "--module: leave it out; predict imports no SeqIO task, and uses the metric of the model's"
-            " own task (`evaluate --module` reads a split of a SeqIO task)"
+            "--module: predict imports no SeqIO task; leave the flag out, or pass it to `evaluate` for a split"
+            " of a SeqIO task"
         )
     join_and_cache(args.path)
     from stepdistill_jax.formats.directory import require_directory
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def join_and_cache(path: str) -> None:
     """Joins the other processes of the job, and configures JAX for the model at `path`.
 
-    If `path` is a workdir, the compile cache is enabled in a folder next to it.
+    For a workdir, the compile cache is a folder next to it.
     """
     from stepdistill_jax.runtime.distributed import join
 
@@ -107,10 +107,10 @@ def join_and_cache(path: str) -> None:
 
 
 def stopped_by_signals() -> contextlib.AbstractContextManager:
-    """Returns a context in which SIGTERM and Ctrl-C stop the command. Finished rows are kept.
+    """Returns a context in which SIGTERM and Ctrl-C stop the command, with exit status 75 or 130.
 
-    The exit status is 75 after SIGTERM, and 130 after Ctrl-C. If there are several processes, the context
-    does nothing: `jax.distributed` catches SIGTERM, and all processes stop together after a batch.
+    Finished rows are kept. With several processes, the context does nothing, since `jax.distributed` catches
+    SIGTERM.
     """
     import jax
 

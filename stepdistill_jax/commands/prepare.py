@@ -20,9 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="cqa, svamp, esnli or anli (the paper's files, or a Hugging Face or TFDS export), jsonl (your own"
-        " rows, also CSV and TSV), delivery (built into the package), or gsm_symbolic"
-        " (word problems; needs the extra [gsm])",
+        help="cqa, svamp, esnli or anli (the paper's files, or exports from Hugging Face or TFDS); jsonl (your"
+        " own rows, also CSV or TSV); delivery (built into the package); or gsm_symbolic (word problems;"
+        " needs the extra [gsm])",
     )
     parser.add_argument(
         "--source",
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fields",
         metavar="NAME,...",
-        help="for jsonl: names of further text fields to keep, which templates of"
-        " objectives can use",
+        help="for jsonl: further text fields to keep, for the templates of objectives",
     )
     parser.add_argument(
         "--no-teacher",
@@ -55,15 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper-exact",
         action="store_true",
-        help="read the paper's files in the same way as the paper's published code, and"
-        " name the dataset NAME_paper (NAME may also be asdiv)",
+        help="read the paper's files as the paper's published code does, and name the dataset"
+        " NAME_paper (NAME may also be asdiv)",
     )
     parser.add_argument(
         "--on-error",
         choices=("stop", "skip"),
         default="stop",
-        help="for jsonl: what to do about unusable rows, after all rows are read and the"
-        " unusable ones listed: stop, or skip them (default: stop)",
+        help="for jsonl: what to do after listing all unusable rows: stop, or skip them"
+        " (default: stop)",
     )
     parser.add_argument(
         "--rows",
@@ -169,7 +168,7 @@ def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> No
 
 
 def _labels(splits: dict[str, Any]) -> Any:
-    """Returns a table of how often each label occurs; None if the labels are not a closed set."""
+    """Returns a table of the count of each label; None if the labels are not a closed set."""
     from rich.markup import escape
     from rich.table import Table
 

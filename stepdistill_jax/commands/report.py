@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="+",
         metavar="RUNS",
-        help="folders of `sweep`, workdirs of `train`, or folders that contain such folders",
+        help="folders that `sweep` or `train` wrote, or folders of such folders",
     )
     parser.add_argument(
         "--output",
@@ -41,13 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=500,
         metavar="N",
-        help="number of rows that the page shows with each arm's answer (default: 500)",
+        help="number of rows shown on the page, with the answer of each arm (default: 500)",
     )
     add_data_dir_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls `experiments.report`, prints a table for each comparison, and returns the numbers in them."""
+    """Calls `experiments.report`, prints a table for each comparison, and returns the numbers."""
     from stepdistill_jax.experiments.report import report
 
     written = report(

@@ -46,8 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=20.0,
         metavar="X",
-        help="seconds for which requests in progress are still answered after SIGTERM or"
-        " Ctrl-C (default: 20)",
+        help="seconds to answer requests in progress after SIGTERM or Ctrl-C (default: 20)",
     )
     add_decode_arguments(parser, prompts=True)
 

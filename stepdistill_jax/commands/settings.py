@@ -1,7 +1,4 @@
-"""`stepdistill settings`: lists the macros and fields of a config, with their defaults and meanings.
-
-The command reads macros and fields from the classes and functions that a config binds.
-"""
+"""`stepdistill settings`: lists the macros and fields of a config, with defaults and meanings."""
 
 import argparse
 import dataclasses
@@ -26,12 +23,12 @@ class Setting:
     """A setting that `--set` and a config can bind.
 
     Attributes:
-        name: name of the setting's macro, or `field` if it has no macro.
-        field: full name of the field, such as `train.batch_size`.
+        name: the macro, or `field` if there is no macro.
+        field: full name, such as `train.batch_size`.
         required: whether a config must bind the setting.
-        default: value of the setting if nothing binds it; None if it is required.
-        unit: unit of the value, such as `tokens` or `steps`; None if it has no unit.
-        meaning: what the setting does, in one or two sentences.
+        default: None for a required setting.
+        unit: such as `tokens` or `steps`, or None.
+        meaning: one or two sentences.
     """
 
     name: str
@@ -48,7 +45,7 @@ class Setting:
 
     @property
     def value(self) -> str:
-        """The default as it is written in a config; empty if there is none."""
+        """The default as written in a config; empty for a required setting."""
         if self.required:
             return ""
         if isinstance(self.default, str) and not self.default.startswith("@"):
@@ -63,12 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="NAME",
         help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), a class or"
-        " function with fields (optimizer), or a part of a name (dropout) (default: all settings)",
+        " function (optimizer), or part of a name (dropout); without NAME, all settings are listed",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints the settings that have the given name, or all settings, and returns them."""
+    """Prints and returns the settings of the given name, or all settings."""
     found = settings() if args.name is None else find_settings(args.name)
     width = shutil.get_terminal_size((100, 24)).columns
     for owner in dict.fromkeys(s.owner for s in found):
@@ -86,7 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings() -> list[Setting]:
-    """Returns all settings, first the fields of `train` and then the fields of its arguments."""
+    """Returns all settings. The fields of `train` come first."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES, main_bindings
 
     bound, found = main_bindings(), []
@@ -108,12 +105,12 @@ def settings() -> list[Setting]:
 
 
 def find_settings(name: str) -> list[Setting]:
-    """Returns the settings whose macro, field or owner is `name`, or else those whose name contains it.
+    """Returns the settings whose macro, field or owner is `name`, ignoring case.
 
-    Case is ignored.
+    If there are none, returns the settings whose macro or field contains `name`.
 
     Raises:
-        InputError: there are no such settings. The message suggests a similar name.
+        InputError: there are no such settings.
     """
     from stepdistill_jax.commands.gin_config import suggestion
     from stepdistill_jax.errors import InputError
@@ -131,19 +128,16 @@ def find_settings(name: str) -> list[Setting]:
 
 
 def summary_of(owner: str) -> str:
-    """Returns the first line of the docstring of `owner`, the class or function that has the fields."""
+    """Returns the first line of the docstring of `owner`, a class or function."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES
 
     return (inspect.getdoc(CONFIGURABLES[owner]) or "").partition("\n")[0]
 
 
 def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, str]]:
-    """Returns {parameter: (unit, meaning)} for a configurable, from docstrings.
+    """Returns {parameter: (unit, meaning)}, from the docstrings of a configurable and the class it returns.
 
-    If the configurable is a function, its own `Args:` take precedence over the attributes of the class that
-    it returns. An arm's parameter such as `label_weight` sets the attribute `weight` of one `Objective`,
-    `label`. The parameter has the unit of `weight`, and its meaning is "of the objective label: " followed
-    by the meaning of `weight`.
+    An arm's parameter such as `label_weight` has the unit and the meaning of `Objective.weight`.
     """
     returned = inspect.signature(configurable).return_annotation
     returned = next(iter(typing.get_args(returned)), returned)  # of tuple[Objective, ...]
@@ -164,7 +158,7 @@ def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, s
 
 
 def _entries(documented: Any) -> dict[str, tuple[str | None, str]]:
-    """Returns {name: (unit, meaning)} from the lines below `Attributes:` or `Args:` in a docstring."""
+    """Returns {name: (unit, meaning)} from the sections `Attributes:` and `Args:` of a docstring."""
     found, names, inside = {}, [], False
     for line in (inspect.getdoc(documented) or "").splitlines():
         if not line.startswith(" "):  # a heading or plain text; an empty line ends nothing

@@ -11,13 +11,13 @@ OLD_NAMES = {"cqa_base_step_by_step": "paper_cqa", "svamp_base_step_by_step": "p
 
 
 def shipped_folder(name: str) -> pathlib.Path:
-    """Returns the folder of the shipped parts (`gin`) or of the shipped experiments (`configs`).
+    """Returns the folder of the shipped parts (`gin`) or experiments (`configs`).
 
-    In a wheel, the folders are inside the package, and their names start with an underscore. A folder `gin/`
-    at the top of site-packages would overwrite gin-config.
+    In a wheel, the folders are `_gin` and `_configs` in the package, since `gin/` in site-packages would
+    overwrite gin-config.
 
     Raises:
-        InputError: the folder is missing, so the installation is incomplete.
+        InputError: the installation is incomplete.
     """
     package = pathlib.Path(stepdistill_jax.__file__).resolve().parent
     for folder in (package / f"_{name}", package.parent / name):
@@ -29,16 +29,15 @@ def shipped_folder(name: str) -> pathlib.Path:
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
-    """Returns {name: path} of the shipped experiments. The names are those of the files, without `.gin`."""
+    """Returns {file name without `.gin`: path} of the shipped experiments."""
     return {path.stem: path for path in sorted(shipped_folder("configs").glob("*.gin"))}
 
 
 def find_shipped(name: str) -> pathlib.Path | None:
     """Returns the path of a shipped experiment or part; None if the name is unknown.
 
-    An experiment may be named `demo_step_by_step`, `demo_step_by_step.gin` or
-    `configs/demo_step_by_step.gin`, for example. A part may be named `layouts/fsdp.gin` or
-    `gin/layouts/fsdp.gin`.
+    Names of experiments: `demo_step_by_step`, `demo_step_by_step.gin`, `configs/demo_step_by_step.gin`.
+    Names of parts: `layouts/fsdp.gin`, `gin/layouts/fsdp.gin`.
     """
     path = pathlib.PurePath(name)
     name_of_config = path.suffix in ("", ".gin") and str(path.parent) in (".", "configs")
@@ -54,8 +53,7 @@ def find_config(name: str) -> pathlib.Path:
     """Returns the path of a config: the file `name`, or a shipped experiment or part of that name.
 
     Raises:
-        InputError: there is no such file, experiment or part. The message suggests a similar name,
-            or lists the names of shipped configs or parts.
+        InputError: there is no such file, experiment or part.
     """
     path = pathlib.Path(name).expanduser()
     if os.path.isfile(path):
@@ -77,10 +75,7 @@ def find_config(name: str) -> pathlib.Path:
 
 
 def _sibling_parts(path: pathlib.Path) -> list[str]:
-    """Returns the names of all shipped parts in the folder of a path.
-
-    Example: for `optimizers/adam.gin`, these are the names of all parts in `optimizers/`.
-    """
+    """Returns the names of all shipped parts in the folder of a path, such as `optimizers/`."""
     folder = shipped_folder("gin") / path.parent.as_posix().removeprefix("gin/")
     # os.path.isdir is False for an impossible name, where pathlib would raise an error
     return sorted(part.name for part in folder.glob("*.gin")) if os.path.isdir(folder) else []

@@ -30,16 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder for sweep.json and for the workdir ARM/FRACTION/SEED of each cell; if"
-        " it already contains a sweep, that sweep is continued and new cells are added",
+        help="folder for sweep.json and for the workdir ARM/FRACTION/SEED of each cell; an"
+        " existing sweep is continued, and new cells are added",
     )
     parser.add_argument(
         "--arms",
         required=True,
         metavar="A,B",
-        help="names of objectives (label_only, step_by_step, ...), or gin files that"
-        " override CONFIG; a gin file is given by its path or by the name of a shipped"
-        " part in objectives/",
+        help="names of objectives (label_only, step_by_step, ...), names of shipped parts in"
+        " objectives/, or paths of gin files; parts and files override CONFIG",
     )
     parser.add_argument(
         "--fractions", default="1.0", metavar="F,G", help="shares of the train split (default: 1.0)"
@@ -52,16 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=A,B",
-        help="a setting that `--set` can change, and the values to try; the sweep runs separate"
-        " cells for each value; may be given several times",
+        help="a setting, as in --set, and values to try in separate cells; may be given several times",
     )
     parser.add_argument(
         "--evaluate",
         dest="split",
         default="test",
         metavar="SPLIT",
-        help="split on which the best step of each run is evaluated; none evaluates"
-        " nothing (default: test)",
+        help="split for evaluating the best step of each run; `none` skips the evaluation"
+        " (default: test)",
     )
     parser.add_argument(
         "--with-rationale",
@@ -79,8 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print",
         choices=PRINT,
         dest="printed",
-        help="run nothing, and only print the commands of the cells: for a shell, as a"
-        " Slurm array, or for xpk",
+        help="only print the commands of the cells, for a shell, as a Slurm array, or for xpk",
     )
     add_data_arguments(parser)
 
@@ -125,11 +122,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
-    """Returns a pair for each cell of a sweep: the cell, and the flags that give `train` its config.
+    """Returns a pair for each cell of a sweep: the cell, and the flags for `train`.
 
     Raises:
-        InputError: a flag is not a valid list, or the config of a cell is wrong. The message names the
-            flag or the cell.
+        InputError: a flag is not a valid list, or the config of a cell is wrong.
     """
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.experiments.sweep import Cell, cell_name
@@ -177,11 +173,7 @@ def build_cells(args: argparse.Namespace) -> list[tuple["Cell", list[str]]]:
 
 
 def _arm(arm: str) -> tuple[list[str], list[str]]:
-    """Returns the overrides (as after `--set`) and the gin files that select an arm.
-
-    If the arm is a name of objectives, the objectives have the weights that the config binds. If it is a gin
-    file, all bindings of the file override the config.
-    """
+    """Returns the `--set` overrides and the gin files that select an arm."""
     from stepdistill_jax.commands.shipped import find_config, shipped_folder
     from stepdistill_jax.data.objectives import ARMS
 
@@ -223,10 +215,7 @@ def _numbers(text: str, flag: str, kind: type, example: str) -> list[Any]:
 
 
 def _grid_axis(text: str) -> tuple[str, list[str]]:
-    """Returns the name and the values of a `--grid`.
-
-    Commas separate the values, except commas inside brackets or quotes.
-    """
+    """Returns the name and the values of a `--grid`."""
     name, equals, values = text.partition("=")
     if not equals or not name.strip():
         raise InputError(f"--grid {text}: expected NAME=A,B")
@@ -258,7 +247,7 @@ def _split_values(values: str, text: str) -> list[str]:
 
 
 def describe(cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """Returns the size of a sweep in words, such as `8 cells: 2 arms x 2 fractions x 2 seeds`."""
+    """Returns the size of a sweep, such as `8 cells: 2 arms x 2 fractions x 2 seeds`."""
     counts = {
         "arms": len({c.arm for c, _ in cells}),
         "fractions": len({c.fraction for c, _ in cells}),

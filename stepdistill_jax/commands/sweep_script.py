@@ -45,10 +45,10 @@ submit() {{ launch/xpk.sh --cluster "$CLUSTER" --type "$TYPE" --image "$IMAGE" -
 
 
 def script(args: argparse.Namespace, cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """Returns the output of `--print`: a command for each cell, which trains and evaluates it.
+    """Returns the output of `--print`: a command for each cell that trains and evaluates the cell.
 
-    A command that was stopped can be started again. After all commands have ended, the same sweep without
-    `--print` finds that all cells are done, and writes `sweep.json`.
+    A stopped command may be run again. After all commands, the same sweep without `--print` writes
+    `sweep.json`.
     """
     commands = [_command(args, cell, flags) for cell, flags in cells]
     about = describe(cells)

@@ -1,4 +1,4 @@
-"""Prints lines, tables and tracebacks. Characters that could control the terminal are escaped."""
+"""Prints lines, tables and tracebacks, with control characters escaped."""
 
 import sys
 import traceback
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def say(text: object) -> None:
-    """Prints a string on standard output. Its control characters are escaped."""
+    """Prints a string on standard output, with control characters escaped."""
     print(escaped(text))
 
 
@@ -21,11 +21,7 @@ def show_traceback() -> None:
 
 
 def console(**settings: Any) -> "Console":
-    """Returns a rich console that escapes control characters in everything that it prints.
-
-    Args:
-        settings: arguments of `rich.console.Console`.
-    """
+    """Returns a `rich.console.Console(**settings)` that escapes control characters."""
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
     from rich.segment import Segment
 

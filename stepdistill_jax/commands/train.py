@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workdir",
         required=True,
         metavar="DIR",
-        help="folder for checkpoints, metrics and model, local or on gs://; if it contains"
-        " an unfinished run, that run is resumed",
+        help="folder for checkpoints, metrics and model, local or on gs://; an unfinished"
+        " run is resumed",
     )
     add_data_arguments(parser)
 
@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse_dataset(config: str | None, data_dir: str | None) -> None:
-    """Refuses the name of a prepared dataset where a config is expected.
+    """Checks that `config` is not the name of a prepared dataset.
 
     Raises:
-        InputError: `config` is the name of a prepared dataset. The message says what to type instead.
+        InputError: `config` names a prepared dataset.
     """
     from stepdistill_jax.commands.shipped import find_shipped
     from stepdistill_jax.data.prepared import NAME, data_folder, is_prepared
@@ -80,8 +80,7 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
 def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str:
     """Returns the result of a run as a line of text.
 
-    Example: `runs/cqa: best step 300 of 400, validation accuracy 0.452 (always the commonest label:
-    0.211)`.
+    Example: `runs/cqa: best step 300 of 400, validation accuracy 0.452 (always the commonest label: 0.211)`.
     """
     best = f"{workdir}: best step {result['best_step']} of {config.train_steps}"
     if "majority_baseline" not in result:
