@@ -216,8 +216,8 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 class Sampler:
     """Maps positions 0, 1, 2, ... of a run to examples, in two steps.
 
-    1. Position -> (store, turn). Each block of 65,536 positions is a random sequence of the stores, in
-       proportion to their rates. A position's turn is the number of earlier positions of its store.
+    1. Position -> (store, turn). Each position draws from one store. A block of 65,536 positions has all stores
+       in random order and in proportion to their rates. The turn counts the earlier positions of the store.
     2. (store, turn) -> example. Turn t of a store with n examples takes the element t % n of the
        store's permutation in epoch t // n.
 

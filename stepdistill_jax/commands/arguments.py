@@ -110,8 +110,7 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         "--batch-size",
         type=int,
         metavar="N",
-        help="number of rows per batch, on all devices together (default: 64 for each"
-        " device that decodes separate rows)",
+        help="number of rows per batch, on all devices together (default: 64 for each copy of the model)",
     )
     add(
         "--layout",

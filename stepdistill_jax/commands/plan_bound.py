@@ -74,7 +74,7 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
     show_bound(result["bound"], "batch", console)
     on_gpu, bound = result["device_kind"].startswith("NVIDIA"), result["bound"]
     console.print(
-        f"One token of all rows: {bound['token_ms']:.3g} ms and {bound['kernels_per_token']} operations"
+        f"Decoding one token of every row: {bound['token_ms']:.3g} ms, {bound['kernels_per_token']} operations"
         + (", each of which also takes a few microseconds to launch on a GPU" if on_gpu else "")
     )
 

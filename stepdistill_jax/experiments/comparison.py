@@ -189,7 +189,7 @@ def _baseline(runs: Sequence[RunResult], wanted: str | None) -> str:
 
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
-    """Returns each run's settings of the grid, and its other settings that vary within an arm."""
+    """Returns, for each run, the settings that the grid varies and all other settings that differ within an arm."""
     # A setting splits the groups if two runs with the same arm, rows and grid values differ in it. If
     # label_only uses LEARNING_RATE 1e-3 and step_by_step 5e-4, none of them varies within its arm, so
     # the two stay in one group; with a second label_only run at 5e-4, LEARNING_RATE splits the groups.

@@ -56,9 +56,9 @@ def attention(
         softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
         window: a query sees only keys less than this many positions away; None means no limit.
         scale: factor of (query . key). It is 1 in T5, whose initial query kernel includes 1 / sqrt(d).
-        implementation: "xla" (plain operations) or "pallas" (one kernel). Few queries, as in decoding, and options
-            that the kernel does not support always use plain operations. "auto" means "xla" here; before
-            training, `training.attention_choice` replaces it.
+        implementation: "xla" (plain operations) or "pallas" (one kernel). Plain operations
+            are always used if there are few queries, as in decoding, or if the kernel does not support an option.
+            "auto" means "xla" here; before training, `training.attention_choice` replaces it.
 
     Returns:
         The means, [batch, q, heads, d], in the dtype of `v`.

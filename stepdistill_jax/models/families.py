@@ -24,8 +24,9 @@ def model_config(
     Args:
         family: a name in `FAMILIES`. Flan-T5 is `t5_v1_1`.
         size: `small` to `xxl` for T5, a name such as `9b-2b` for T5Gemma, or `tiny` for tests and demos.
-        bos_id: 0 if the vocabulary has none; None for the id of the published models. Without bos, a T5Gemma
-            decoder starts with the end-of-sequence id, since `transformers` would treat id 0 as padding.
+        bos_id: the vocabulary's bos id, or 0 for a vocabulary without one; None takes the published models' id.
+            Without bos, a T5Gemma decoder starts with the end-of-sequence id, since `transformers` would treat
+            id 0 as padding.
         **overrides: fields that differ from the published model.
 
     Raises:

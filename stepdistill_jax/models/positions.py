@@ -103,7 +103,9 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
 
 @jax.named_scope(ROPE)
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
-    """Rotates each pair of features of x [batch, length, heads, kv] in float32, and returns the dtype of x.
+    """Rotates each pair of features of x [batch, length, heads, kv].
+
+    The rotation is computed in float32, and its result has the dtype of x.
 
     A pair is feature i of the first half and feature i of the second half, as in Hugging Face's weights.
     """

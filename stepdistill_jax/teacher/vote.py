@@ -1,4 +1,4 @@
-"""Turns the answers to a row into a row of the output, with the commonest label and a rationale for it."""
+"""Makes an output row from several answers: the commonest label, and a rationale for it."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -196,7 +196,9 @@ def _given_model(config: TrainConfig, workdir: pathlib.Path) -> tuple[str, Model
     assert config.init_from is not None
     resumed = (workdir / GENERATION_CONFIG).is_file()  # the last file that a claim writes
     files = read_model_files(workdir if resumed else _init_path(config.init_from))
-    log(f"`init_from` {config.init_from}: its config.json decides the model, not `model_size`")
+    log(
+        f"`init_from` {config.init_from}: the model's size comes from its config.json; `model_size` is ignored"
+    )
     return files.vocabulary.source, dataclasses.replace(files.config, **model_settings(config))
 
 

@@ -290,7 +290,7 @@ class Validator:
 
 
 def _checked(part: Part, names: Iterable[str]) -> list[str]:
-    """Returns the names of a task's metrics. Raises InputError if every validation computes one of them."""
+    """Returns the names of a task's metrics. Raises InputError for a name that validation itself uses."""
     for name in (found := list(names)):
         if name in OWN or name.startswith(("loss/", "accuracy/")):
             raise InputError(

@@ -139,7 +139,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns the `run.json` of a workdir.
 
     Raises:
-        InputError: the file is missing, damaged, or from another program. The message names the field.
+        InputError: the file is missing, damaged, or from another program.
     """
     path = workdir / RUN
     found = read_json(path)

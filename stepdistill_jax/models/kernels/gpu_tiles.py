@@ -1,7 +1,7 @@
 """Loads, computes and stores tiles of attention for the NVIDIA kernels.
 
 A program has 128 queries, in two halves of 64. If there are at most 64 queries, it has one half. The queries p and
-p + 64 share a random word of dropout. Keys come in tiles of 64 or 32. Positions after the end of an array are
+p + 64 take their dropout bits from one random number. Keys come in tiles of 64 or 32. Positions after the end of an array are
 never read and count as padding (segment 0).
 """
 
