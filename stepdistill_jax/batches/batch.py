@@ -295,7 +295,10 @@ class Batches:
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
-        """Returns the rounded-up row count of a batch whose fullest shard needs `num_rows` rows."""
+        """Returns the row count of a batch whose fullest shard needs `num_rows` rows.
+
+        The count is rounded up, so that all shards are equal and `row_multiple` divides it.
+        """
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
@@ -363,9 +366,10 @@ class Batches:
 
     @functools.cached_property
     def _groups(self) -> list[list[TokenTable]]:
-        """The tables of each group: a single group for packed batches and batches with `pairs`.
+        """The tables of each group.
 
-        Other padded batches have a group for each objective and variant (index of a rationale).
+        Packed batches and batches with `pairs` have a single group. All other batches have a group for each
+        combination of objective and variant (index of a rationale).
         """
         if self.pack or self.pairs:
             return [list(self._tables)]
@@ -400,7 +404,11 @@ class Batches:
         return tuple(self._packed(drawn, tables, lengths) for tables, lengths in each)
 
     def batch_rows(self, fullest: int) -> int:
-        """Returns the row count that all groups of a batch share, if its fullest shard needs `fullest` rows."""
+        """Returns the number of rows in each group of a batch, over all shards.
+
+        Args:
+            fullest: number of rows that the batch's fullest shard needs.
+        """
         # padded: a row for each example. Packed: the smallest row count into which the fullest shard fits
         if not self.pack:
             return self.rounded(self._shard_size)
@@ -411,7 +419,7 @@ class Batches:
 
         Args:
             shards: some or all shards of one step.
-            fullest: number of rows that the fullest of all shards of the step needs.
+            fullest: number of rows that the step's fullest shard needs, whether or not it is in `shards`.
         """
         count, features = self.batch_rows(fullest) // self.num_shards, self._features
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
@@ -465,14 +473,14 @@ class Batches:
         return Encodings.of(sizes, places, room, shared=self.shared)
 
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the places and sizes of the units to pack: examples with `pairs`, otherwise encodings."""
+        """Returns the places and sizes of the units to pack: examples if `pairs` is set, else encodings."""
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store. The place of example i is i.
+        """Returns the encodings of all examples of a store. `places` are the examples' indices in the store.
 
         With `pairs` and sampled rationales, only the longest rationale of an example is included, since a step
-        draws one.
+        draws one rationale of each example.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):
@@ -490,7 +498,7 @@ class Batches:
     def sizes(self) -> np.ndarray:
         """Returns the input and target lengths of all units to pack, [units, 2].
 
-        A unit is a complete example with `pairs`, otherwise an input with the targets that read it.
+        With `pairs`, a unit is a complete example. Otherwise, it is an input with the targets that read it.
         """
         stores = range(len(self.data.stores))
         return np.concatenate([self._units(self._all_encodings(store))[1] for store in stores])

@@ -95,7 +95,7 @@ class Encodings:
         """Adds up the lengths of each example's encodings.
 
         Returns:
-            The examples' places in ascending order, [examples].
+            The examples' values of `places` in ascending order, [examples].
             The total input length and total target length of each example, [examples, 2].
         """
         places, of = np.unique(self.places, return_inverse=True)
@@ -128,10 +128,11 @@ class Packing:
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Turns positions of complete examples into positions of their encodings, one after the other.
+        """Returns the positions of `encodings`; this object has the positions of their examples.
 
-        The examples are in the order of `Encodings.of_examples`. Example: an example with the start columns
-        (5, 2) has two encodings of the sizes (3, 1) and (3, 4). They start at the columns (5, 2) and (8, 3).
+        The examples are in the order of `Encodings.of_examples`. The encodings of an example follow one
+        another: if it starts at the columns (input 5, target 2) and its encodings have the sizes (3, 1) and
+        (3, 4), they start at the columns (5, 2) and (8, 3).
         """
         _, of = np.unique(encodings.places, return_inverse=True)
         order = np.argsort(of, kind="stable")
@@ -207,7 +208,10 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """A list of waiting rows in `first_fit`, by descending input length (`side` 0) or target length (1)."""
+    """A list of waiting rows in `first_fit`, the longest first.
+
+    The list is sorted by input length if `side` is 0, and by target length if `side` is 1.
+    """
 
     def __init__(self, sizes: np.ndarray, members: np.ndarray, side: int):
         order = members[np.argsort(-sizes[members, side], kind="stable")]
@@ -239,7 +243,7 @@ class _Decreasing:
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
         """Returns the positions, input lengths and target lengths of about 24 evenly spread candidates.
 
-        Only a candidate's sorting length is sure to fit into `room`.
+        The length by which the list is sorted fits into `room`. The other length may not fit.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)

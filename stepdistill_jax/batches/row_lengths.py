@@ -26,8 +26,8 @@ class RowLengths:
 
     Attributes:
         input_length, target_length: lengths of the inputs and targets of a packed row, in tokens.
-        rows: mean number of packed rows of a step. Before the mean, each step's number is rounded up to a
-            multiple of `row_multiple`.
+        rows: number of packed rows of a step, rounded up to a multiple of `row_multiple`, then averaged over
+            steps.
         cost: mean cost of a step: `rows` times the cost of one packed row.
     """
 

@@ -86,7 +86,7 @@ class TokenTable:
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """Length of prefix and target of each example, or 0 without a row, [examples] int64."""
+        """Number of prefix and target tokens of each example; 0 if it has no row here, [examples] int64."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -216,8 +216,9 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 class Sampler:
     """Maps positions 0, 1, 2, ... of a run to examples, in two steps.
 
-    1. Position -> (store, turn). Each position draws from one store. A block of 65,536 positions has all stores
-       in random order and in proportion to their rates. The turn counts the earlier positions of the store.
+    1. Position -> (store, turn). Each position draws from one store. In each block of 65,536 positions, the
+       stores have shares in proportion to their rates, and their positions are shuffled. The turn is the number
+       of earlier positions that draw from the same store.
     2. (store, turn) -> example. Turn t of a store with n examples takes the element t % n of the
        store's permutation in epoch t // n.
 
@@ -234,7 +235,7 @@ class Sampler:
     shuffle: bool
 
     def __call__(self, position: np.ndarray) -> ExampleIds:
-        """Returns the examples at the given positions, [positions] int64, in any order."""
+        """Returns the examples at the given positions, [positions] int64. The positions need not be sorted."""
         if not self.shuffle:
             return self._in_order(position)
         # position -> (store, turn), block by block
@@ -273,7 +274,10 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Cached function from the index of a block to its positions' stores and turns, two arrays [65,536]."""
+        """Cached function from a block's index to the store and the turn of each position, two arrays [65,536].
+
+        The turn of a position is the number of earlier positions of the same store, in all blocks.
+        """
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
             rng = np.random.default_rng((self.seed, len(self.pools), 2, block))
@@ -288,7 +292,9 @@ class Sampler:
 
     @functools.cached_property
     def _shares(self) -> np.ndarray:
-        """Number of positions of each store in a block, at least 1, [stores], rounded by largest remainders.
+        """Number of positions that each store has in a block, [stores].
+
+        Each number is at least 1. The exact shares are rounded by largest remainders.
 
         Example: for 10 positions, the rates 1 and 2 give the exact shares 3.33 and 6.67. Rounded down, these
         are 3 and 6. The position left over goes to the larger remainder, so the result is 3 and 7.

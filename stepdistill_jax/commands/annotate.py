@@ -32,8 +32,8 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
     "answers": {
         "--samples K": (
             int,
-            "number of answers per row; the row gets the commonest label, weighted by the"
-            " share of answers with this label (default: 1)",
+            "number of answers per row (default: 1); with several, the row gets the commonest label, and"
+            " the row's weight is multiplied by the share of usable answers with this label",
         ),
         "--temperature T": "sampling temperature; `default` leaves it out of the request (default: 0, or"
         " 0.7 with several samples)",

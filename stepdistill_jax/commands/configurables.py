@@ -27,7 +27,10 @@ LITERAL = (
 
 
 def _of_no_module(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a wrapper without `__module__`, since gin would replace our `constant` by `gin.constant`."""
+    """Returns a wrapper without `__module__`.
+
+    Otherwise, gin would replace our `constant` by its own `gin.constant`.
+    """
 
     @functools.wraps(function)
     def same(*args, **kwargs):

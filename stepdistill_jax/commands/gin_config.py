@@ -95,12 +95,12 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    Unbound parameters are bound to their defaults, and an unbound macro such as `%SEED` to the default of
-    `train.seed`.
+    Unbound parameters are bound to their defaults. If `train.seed = %SEED` and the macro `SEED` is unbound, it
+    is bound to the default of `train.seed`.
 
     Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, the bindings of `train`,
-    `optimizer` and `BETA` are returned. `@hint/Objective` reads `hint/Objective.weight` and
-    `Objective.weight`.
+    `optimizer` and `BETA` are returned. A reference with a scope, such as `@hint/Objective`, reads both
+    `hint/Objective.weight` and `Objective.weight`.
     """
     found: Bindings = {}
     calls = [f"@{ROOT}"]
@@ -141,7 +141,7 @@ def _check_values(reached: Bindings, config: str) -> None:
     for key, b in reached.items():
         if b.rival is not None:
             raise InputError(
-                f"{b.where}: {b.rival.where} also binds {key}; use only one of the two parts, or"
+                f"{b.where}: {b.rival.where} also binds {key}; use only one of the two files, or"
                 f" add --set {key}=VALUE"
             )
         for call in b.calls:

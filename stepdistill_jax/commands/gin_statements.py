@@ -175,12 +175,14 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     """Merges the bindings of several files.
 
     A later file overrides earlier files. Shipped parts have additional rules:
-    A part with the reference `@optimizer()` also drops earlier bindings of `optimizer` outside of parts.
-    If two parts bind the same key, the later binding gets the earlier binding as its `rival`.
-    Parts in `paper/` have no rivals among other parts, since all other parts override them.
 
-    Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the binding of `optimizer.b1`
-    in an earlier file is dropped. If `optimizers/adafactor.gin` is used, too, the binding of
+    - If a part contains a reference such as `@optimizer()`, earlier bindings of `optimizer` are dropped, unless
+      they come from a part.
+    - If two parts bind the same key, the later binding gets the earlier binding as its `rival`.
+    - A part in `paper/` is overridden by all other parts, in any order, so its rivals are only parts in `paper/`.
+
+    Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so a binding of `optimizer.b1` in an
+    earlier config of the user is dropped. If `optimizers/adafactor.gin` is used, too, the binding of
     `train.optimizer` has a rival, and `_check_values` refuses it.
     """
     found: Bindings = {}
@@ -206,7 +208,7 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
 
 
 def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
-    """Returns whether a file is a shipped part: a file in `gin/KIND/`, for any KIND unless `kind` is given."""
+    """Returns whether a file is a shipped part, which lies in `gin/KIND/`. If `kind` is "", any KIND counts."""
     if path is None:
         return False
     folder = path.resolve().parent
@@ -214,7 +216,7 @@ def is_part(path: pathlib.Path | None, kind: str = "") -> bool:
 
 
 def _key(scope: str, selector: str, parameter: str) -> str:
-    """Returns the key of a statement, if the configurable and the parameter exist."""
+    """Returns the key of a statement. Raises InputError for an unknown configurable or parameter."""
     if parameter:
         selector = selector_of(selector)
         if (known := defaults(selector)) and parameter not in known:

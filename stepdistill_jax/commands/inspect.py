@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(
         parser,
         metavar="CONFIG_OR_MIXTURE",
-        help="a config (file or shipped name), prepared dataset, SeqIO task or mixture",
+        help="path or name of a config, or name of a prepared dataset, SeqIO task or mixture",
     )
     parser.add_argument("--split", default="train", help="split to show (default: train)")
     parser.add_argument("--rows", type=int, default=2, help="number of rows to show (default: 2)")
@@ -194,7 +194,8 @@ def _show_fill(result: dict, console: "Console") -> None:
     if not result["candidates"]:
         return
     table = Table(
-        title="Sizes of packed rows that were tried, and how full rows are", title_justify="left"
+        title="Sizes of packed rows that were tried, and how full the rows are",
+        title_justify="left",
     )
     filled = ("inputs", "targets", "all")
     for column in ("input", "target", "rows", *filled, "GFLOP per step"):

@@ -61,7 +61,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    As one of several processes, it may end the process instead.
+    A process that has joined a job of several processes ends with this code instead.
     """
     typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:

@@ -200,7 +200,7 @@ def show(result: dict[str, Any], console: "Console") -> None:
 def _show_advice(result: dict[str, Any], console: "Console") -> None:
     if result["advice"]:
         console.print(
-            "[bold]Nothing fits.[/bold] Each of these changes makes it fit (values per device):"
+            "[bold]Nothing fits.[/bold] Each of these changes makes the config fit (values per device):"
         )
         for line in result["advice"]:
             console.print(f"  {line}", soft_wrap=True)
@@ -252,7 +252,7 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} per device; {one['work']:.3g} times what the tokens need without padding"
+        f" {flops['per_device']:.3g} per device; rows of padding raise the FLOPs by a factor of {one['work']:.3g}"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()
@@ -270,5 +270,5 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     )
     if one["unknown_loops"]:
         console.print(
-            f"{one['unknown_loops']} loops of unknown length were counted as one iteration"
+            f"{one['unknown_loops']} loops of unknown length were counted as one iteration each"
         )

@@ -219,7 +219,7 @@ def _table(split: str, figures: dict[str, Any]) -> Any:
         ("changed_rows", "texts that the vocabulary does not reproduce"),
         (
             "changed_whitespace_rows",
-            "reproduced except for whitespace (it reads a newline as a space)",
+            "reproduced except for whitespace (the vocabulary reads a newline as a space)",
         ),
         ("unknown_pieces", "characters unknown to the vocabulary"),
     ):

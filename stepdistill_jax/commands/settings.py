@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             say(textwrap.fill(s.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
         say("")
     say(
-        "To change a setting, pass --set NAME=VALUE, or write NAME = VALUE in a config. A shipped config may bind"
-        " other values than these defaults; see configs/NAME.gin."
+        "To change a setting, pass --set NAME=VALUE, or write NAME = VALUE in a config. The shipped configs"
+        " (configs/*.gin) may replace these defaults."
     )
     return {"settings": [dataclasses.asdict(s) for s in found]}
 

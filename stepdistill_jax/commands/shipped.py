@@ -50,7 +50,7 @@ def find_shipped(name: str) -> pathlib.Path | None:
 
 
 def find_config(name: str) -> pathlib.Path:
-    """Returns the path of a config: the file `name`, or a shipped experiment or part of that name.
+    """Returns the path of a config: the file `name` or else the shipped experiment or part called `name`.
 
     Raises:
         InputError: there is no such file, experiment or part.

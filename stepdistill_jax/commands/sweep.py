@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print",
         choices=PRINT,
         dest="printed",
-        help="only print the commands of the cells, for a shell, as a Slurm array, or for xpk",
+        help="run nothing; print the commands of the cells as a shell script, a Slurm array, or xpk commands",
     )
     add_data_arguments(parser)
 

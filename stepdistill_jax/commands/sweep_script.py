@@ -45,7 +45,7 @@ submit() {{ launch/xpk.sh --cluster "$CLUSTER" --type "$TYPE" --image "$IMAGE" -
 
 
 def script(args: argparse.Namespace, cells: Sequence[tuple["Cell", list[str]]]) -> str:
-    """Returns the output of `--print`: a command for each cell that trains and evaluates the cell.
+    """Returns the output of `--print`: for each cell, a command that trains and evaluates the cell.
 
     A stopped command may be run again. After all commands, the same sweep without `--print` writes
     `sweep.json`.

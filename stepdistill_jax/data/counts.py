@@ -41,8 +41,8 @@ class SplitCounts:
         human: number of rows with an explanation written by a person.
         texts: approximate number of texts to train a vocabulary on.
         characters: approximate number of characters in these texts.
-        label_rows: {gold label: [number of its rows, 0-based index of the first]}. None if there are more than
-            1,000 labels, or if a label of over 200 characters is added when there are more than 50 labels.
+        label_rows: {gold label: [number of its rows, 0-based index of the first]}. None if the labels are free text: more
+            than 1,000 labels, or a label of over 200 characters that comes after 50 others.
         hashes: {`input`, `question`, `label` or `row`: a 64-bit hash for each row}. The question consists of
             input, choices and further texts. The hash of a missing label is 0. The id is not part of `row`.
     """

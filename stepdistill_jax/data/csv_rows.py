@@ -138,7 +138,7 @@ class _Lines:
         return self.row[-1].text
 
     def end_row(self) -> None:
-        """Ends the current row after its first line; its other lines are fed again."""
+        """Ends the current row after its first line, and puts the row's other lines back."""
         self._again.extendleft(reversed(self.row[1:]))
         del self.row[1:]
 

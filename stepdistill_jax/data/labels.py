@@ -124,8 +124,9 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
 def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
     """Yields the warnings about equal rows, and about equal inputs with different labels.
 
-    Row indices count from 0 over all splits. For rows with the hashes [7, 9, 7, 7], `firsts` is [0, 1] and
-    `inverse` is [0, 1, 0, 0]: rows 2 and 3 repeat row 0.
+    Row indices count from 0 over all splits. `firsts` has the first row of each hash, and `inverse` has each
+    row's index in `firsts`. Example: the hashes [7, 9, 7, 7] give `firsts` [0, 1] and `inverse` [0, 1, 0, 0],
+    so rows 2 and 3 repeat row 0.
     """
 
     def joined(name: str) -> np.ndarray:
@@ -173,7 +174,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
 
 
 def _place(splits: Mapping[str, SplitCounts], number: int) -> str:
-    """Returns the place of the row with this 0-based index over all splits."""
+    """Returns `file:line` of a row. `number` is the row's 0-based index over all splits."""
     for counts in splits.values():
         if number < counts.rows:
             return counts.place(number)

@@ -68,7 +68,12 @@ def parse_anli(text: str) -> Parsed:
 def _with_label(
     problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """Returns the parts of `text`, given its first answer and the `answer` that the published rule finds."""
+    """Returns the parts of `text`, and adds the problems of its label to `problems`.
+
+    Args:
+        answer: the answer that the published rule finds.
+        answer_text: the first answer of `text`, from which the repaired label is read.
+    """
     repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:
         problems += ("label_not_a_choice",)

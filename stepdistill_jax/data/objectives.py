@@ -23,8 +23,8 @@ class Objective:
 
     Example: `Objective("label", "predict: {input}", "{label}", 0.5)`.
 
-    An example is skipped if a field of the target template is empty, or a field of the input template other
-    than `input`.
+    An example is skipped if a field that a template names is empty. Only `input` in the input template may be
+    empty.
 
     Attributes:
         name: lower_snake_case name in metrics (`loss/<name>`) and in the SeqIO task (`TASK_<name>`).
@@ -125,7 +125,7 @@ class Objective:
 
     @property
     def is_separable(self) -> bool:
-        """Whether the target has words between any two fields."""
+        """Whether words separate all neighbouring fields of the target template."""
         return all(words for words, _ in templates.words_and_fields(self.target_template)[1:-1])
 
     @property

@@ -135,7 +135,7 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
 
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
-        rows: {split: sha256 of SPLIT.jsonl}. They change with a reader's code, even if its version does not.
+        rows: {split: sha256 of SPLIT.jsonl}. This covers changes to a reader's code under the same version.
     """
     reader = about["reader"]
     return digest(

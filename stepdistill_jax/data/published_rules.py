@@ -48,7 +48,7 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
     """Reads `RATIONALE Answer: LABEL`.
 
-    Without an answer for the given pair, the label is that of the next pair, which the teacher invented.
+    The label is the first one in the text, even if it belongs to a further pair that the teacher invented.
     """
     rationale = _own(text, ESNLI_MARKER, neox)
     answers = text.split(f"{ESNLI_MARKER} ")

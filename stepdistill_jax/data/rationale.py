@@ -146,7 +146,7 @@ def split(
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
     """Returns ("truncated",) if a text without a complete answer does not end like a sentence, else ().
 
-    A text that runs on is not truncated: its end belongs to the invented question.
+    A text with the problem `runs_on` is not truncated: its end belongs to a question that the teacher invented.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()

@@ -87,10 +87,10 @@ def tenth(example_id: str) -> int:
 
 
 def split_of(number: int, split: str, files: Container[str]) -> str:
-    """Returns the split of a row. If validation has no file, tenth 0 of train becomes validation.
+    """Returns the split of a row. If validation has no file, train rows whose `tenth` is 0 become validation.
 
     Args:
-        number: the row's `tenth`.
+        number: the row's `tenth`, from 0 to 9.
         split: the split of the row's file.
         files: the splits that have files.
     """

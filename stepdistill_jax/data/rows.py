@@ -140,7 +140,7 @@ class BadRow(InputError):
 
 
 def place(path: os.PathLike | str, line: int) -> str:
-    """Returns `file:line`, or `row 3` if there is no file."""
+    """Returns `PATH:LINE`, or `row LINE` if `path` is empty."""
     return f"{os.fspath(path)}:{line}" if os.fspath(path) else f"row {line}"
 
 
@@ -261,7 +261,7 @@ def check_field_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
             theirs = field_map[name]
             hint = nearest(name, known)
             if theirs in known and not hint:
-                hint = f"; write OURS=YOURS: `field_map` {theirs}={name}"
+                hint = f"; the known field comes first: `field_map` {theirs}={name}"
             raise InputError(
                 f"`field_map` {name}={theirs}: unknown field {name!r} (known: {', '.join(known)}){hint}"
             )
@@ -283,7 +283,7 @@ class UniqueIds:
         if first != row.line:
             raise InputError(
                 f"{row.where}: the id {example_id!r} is also at {place(row.path, first)}"
-                " (a row without an id gets its number)"
+                " (a missing id becomes the row number)"
             )
         return example_id
 

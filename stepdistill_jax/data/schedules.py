@@ -12,7 +12,7 @@ SHAPES = ("linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """A weight that depends on the step, which is 0 for the first update, as for the learning rate.
+    """A weight that depends on the step. The first update is step 0, as for the learning rate.
 
     The fields are those of `optax.linear_schedule`; `training.optimizer.weights_at` computes the values.
 
@@ -76,7 +76,7 @@ Weight = float | Schedule
 def linear_schedule(
     init_value: float, end_value: float, transition_steps: int, transition_begin: int = 0
 ) -> Schedule:
-    """Returns a weight that changes along a straight line."""
+    """Returns a weight that changes linearly from `init_value` to `end_value`."""
     return Schedule("linear", init_value, end_value, transition_steps, transition_begin)
 
 

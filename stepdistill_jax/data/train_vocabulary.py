@@ -26,7 +26,7 @@ def train_vocabulary(
 
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
-        vocab_size: largest number of pieces. Little text gives fewer.
+        vocab_size: largest number of pieces. If there is little text, the vocabulary has fewer pieces.
 
     Raises:
         InputError: all texts are empty, or the trainer accepts none of them.
@@ -77,7 +77,7 @@ def _only(kept: Set[str], text: str) -> str:
 
 
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
-    """Returns texts that contain each frequent word once alone and once among other words.
+    """Returns each frequent word as a text of its own, and again in a text of up to 50 frequent words.
 
     The trainer splits a word into letters if the word always has the same neighbour. These texts prevent that
     for the words of labels.

@@ -88,9 +88,9 @@ class SentencePieceVocabulary:
     """A `spiece.model` or `tokenizer.model`, with the same ids as in SeqIO.
 
     Attributes:
-        framing: T5's, unless the vocabulary is of Gemma's kind (BPE with bos and byte fallback). For Gemma's
-            kind, `tokenizer_config.json` in the same folder decides. Without this file, an input gets a bos, but
-            no eos.
+        framing: whether inputs get a bos and an eos. For a vocabulary of Gemma's kind (BPE with bos and byte
+            fallback), this is read from `tokenizer_config.json` in the same folder; without this file, inputs get
+            a bos, but no eos. With any other vocabulary, inputs get an eos, as in T5.
     """
 
     def __init__(self, path: os.PathLike | str):

@@ -47,7 +47,7 @@ def _hangs_on(before: str) -> bool:
 
 
 def _agree(left: str, right: str) -> bool:
-    """Returns whether two sides have equal values, or True if a side has no value."""
+    """Returns whether the two sides of an equation have equal values, or True if a side has no value."""
     value = arithmetic.evaluate(left.translate(_SIGNS))
     results = list(_results(right))
     if value is None or not results:

@@ -185,7 +185,7 @@ def _keep_ended(ended, candidates, ends, penalty):
 
 
 def _gather(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Takes the items at the indices `places` [batch, m] from each row of x [batch, n, ...]: [batch, m, ...]."""
+    """Returns the items of x [batch, n, ...] at each row's indices `places` [batch, m], as [batch, m, ...]."""
     return jax.vmap(lambda row, chosen: row[chosen])(x, places)
 
 

@@ -213,10 +213,11 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 
 
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
-    """Returns the number of rows to decode at once: `batch_size`, rounded up to equal parts.
+    """Returns the number of rows to decode at once, summed over all devices.
 
-    There is one part for each device along the batch axes of the mesh, or one part without a mesh. If `batch_size`
-    is None, each part has 64 rows. On a GPU, each part has at least 8 rows, since fewer rows are slower.
+    It is `batch_size`, rounded up to a multiple of the number of devices along the batch axes of the mesh (1 without
+    a mesh). If `batch_size` is None, each of these devices has 64 rows. On a GPU, each has at least 8 rows, since
+    fewer rows are slower.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size

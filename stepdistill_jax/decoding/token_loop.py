@@ -1,4 +1,7 @@
-"""The start and the step of all decoding, and the loop of greedy decoding and sampling."""
+"""Prepares decoding, and runs the loop over tokens of greedy decoding and sampling.
+
+Beam search uses the preparation, too, but has its own loop.
+"""
 
 import dataclasses
 import functools
@@ -219,7 +222,7 @@ def decode_tokens(
 def _sizes(batch: Any) -> list[int]:
     """Returns the row counts of the loop, from the whole batch down: `_sizes(64)` is [64, 16].
 
-    A symbolic batch size (`jax.export`) is the only count.
+    For a symbolic batch size (`jax.export`), the whole batch is the only count.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:

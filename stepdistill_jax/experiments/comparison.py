@@ -107,7 +107,7 @@ class Comparison:
         name: the task, and the settings that distinguish this group from others in the report.
         baseline: name of the arm with which the other arms are compared.
         points: sorted by arm and then by fraction.
-        enough: one entry for each arm except the baseline.
+        enough: an `Enough` for each arm except the baseline.
         teacher: accuracy of the teacher's labels on the same rows, or None.
         majority: accuracy of always answering the commonest label; None if unknown.
     """
@@ -129,7 +129,7 @@ class Comparison:
     def is_chance(self, point: Point) -> bool:
         """Returns whether the runs of a point may be no better than chance.
 
-        They may be if the lower end of the 95 % interval, or a single run's accuracy, is at most `majority`.
+        This is so if the lower end of the 95 % interval, or a single run's accuracy, is at most `majority`.
         """
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
@@ -233,7 +233,7 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
 
 
 def short_value(value: str) -> str:
-    """Returns the value of a setting, or the last part of a path."""
+    """Returns the value of a setting for display. A path is shortened to its last part."""
     # INIT_RULES is a list of names with slashes
     is_path = "/" in value and not value.startswith("[")
     return pathlib.PurePath(value).name if is_path else value

@@ -33,7 +33,7 @@ def spoil(
             `missing`: no rationale.
             `teacher_errs`: as `wrong`, and the label of the random example becomes `llm_label`, the teacher's
             label. In all examples that are not chosen, `llm_label` is set to the label.
-        share: which share of the examples with a rationale to change. They are chosen at random.
+        share: fraction of examples to change, chosen at random. Only examples with a rationale count.
 
     Raises:
         InputError: `kind` is unknown, or needs another label although all examples have the same label.

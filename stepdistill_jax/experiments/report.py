@@ -170,7 +170,7 @@ def _write_comparison(
         "no_tests": (
             "there is only one arm"
             if len(comparison.arms) == 1
-            else "no two arms have runs at the same fraction with answers to compare row by row"
+            else "at no fraction are there two arms whose answers can be compared row by row"
         ),
     }
 
@@ -249,7 +249,10 @@ def _better(found: Sequence[Enough]) -> list[str]:
 
 
 def _examples(comparison: Comparison, count: int) -> dict[str, Any]:
-    """Returns up to `count` rows with each arm's answers, from one run at the arm's largest fraction."""
+    """Returns up to `count` rows with each arm's answers.
+
+    An arm's answers come from one of its runs with the largest fraction of the data.
+    """
     chosen = [comparison.of_arm(arm)[-1].runs[0] for arm in comparison.arms]
     chosen = [run for run in chosen if run.right is not None]
     if not chosen or not count:

@@ -129,7 +129,7 @@ def sweep(
     datasets = _check_cells(cells, folder, data_dir, split)
     # within a run, `train` catches the signals and exits after it has saved
     with (
-        StopSignals(lambda name: leave(name, "stopped between two steps of work")),
+        StopSignals(lambda name: leave(name, "the sweep was stopped while no cell was training")),
         locked_workdir(folder),
     ):
         _check_workdirs(cells, folder, datasets)

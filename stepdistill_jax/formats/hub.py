@@ -25,7 +25,7 @@ def local_model(given: str) -> str:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
 
     Raises:
-        InputError: the model cannot be downloaded. The message says how to get it on another machine.
+        InputError: the model cannot be downloaded. The message says how to copy it from another machine.
     """
     owner, _, name = given.partition("/")
     named = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name))
@@ -71,7 +71,7 @@ def _of_hub(name: str) -> str:
 
 
 def needed_files(listed: Sequence[str], name: str) -> list[str]:
-    """Returns the files to download. Of weights in several formats, only the preferred format is included.
+    """Returns the files to download. If weights exist in several formats, only the preferred one is included.
 
     >>> needed_files(["README.md", "config.json", "pytorch_model.bin", "spiece.model", "tf_model.h5"], "o/n")
     ['config.json', 'spiece.model', 'pytorch_model.bin']

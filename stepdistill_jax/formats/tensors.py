@@ -95,7 +95,7 @@ def map_file(path: os.PathLike | str) -> mmap.mmap:
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the JSON object in one of a model directory's small files.
+    """Returns the JSON object in a small file, such as `config.json`.
 
     Raises:
         InputError: the file is missing, too large, not JSON, not an object, or not valid Unicode.

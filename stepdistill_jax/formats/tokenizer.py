@@ -88,8 +88,8 @@ def check_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> Non
         got, wanted = tokenizer(text)["input_ids"], framing.input_ids(ids)
         if got != wanted:
             raise InputError(
-                f"{vocabulary.source}: cannot be exported, since transformers would give other ids than"
-                f" training had: {text!r} becomes {got} instead of {wanted}"
+                f"{vocabulary.source}: cannot be exported, since its ids in transformers differ from those"
+                f" in training: {text!r} becomes {got} instead of {wanted}"
             )
 
 

@@ -80,7 +80,7 @@ class AccuracyCounts:
 def in_words(summary: dict[str, Any]) -> str:
     """Returns the summary as text: a line of counts and measures, then the task's metrics and any warnings.
 
-    Example: `500 rows  accuracy 0.986 (always the commonest label: 0.502)  invalid labels 1 (0.2 %)
+    Example: `500 rows  accuracy 0.986 (baseline, always the commonest label: 0.502)  invalid labels 1 (0.2%)
     unfinished 0  812.4 rows/s`.
     """
     rows = summary["rows"]
@@ -88,7 +88,7 @@ def in_words(summary: dict[str, Any]) -> str:
     if "accuracy" in summary:
         parts.append(
             f"accuracy {summary['accuracy']:.4g}"
-            f" (always the commonest label: {summary['majority_baseline']:.4g})"
+            f" (baseline, always the commonest label: {summary['majority_baseline']:.4g})"
         )
         if "rows_with_label" in summary:
             parts[-1] += f" over the {summary['rows_with_label']} of {rows} rows that have a label"

@@ -171,9 +171,9 @@ class InputFile:
         """Refuses a file that has changed since it was opened.
 
         Args:
-            rows: count of good rows that were read; given only after the last row. If it is given, the bytes
-                are always compared. None compares them only if the file was replaced, or if its size or
-                modification time has changed.
+            rows: count of good rows that were read, to be given only after the last row; the file's bytes are
+                then always compared. With None, the bytes are compared only if the file was replaced, or if
+                its size or modification time has changed.
 
         Raises:
             InputError: the file was replaced, changed or removed.

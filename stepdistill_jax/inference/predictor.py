@@ -106,7 +106,7 @@ def checked_row(
     *,
     most_choices: int | None = None,
 ) -> Example:
-    """Returns the question of a row that does not come from a file.
+    """Checks a row that does not come from a file, and returns it as an `Example`.
 
     Args:
         fields: fields of the row, as in `predict`'s input.

@@ -35,8 +35,8 @@ class Prompting:
 
     Attributes:
         objectives: the label's objective, then the rationale's if rationales are requested.
-        prefix: text before the input, which the label's prompt uses instead of its input template; None
-            means the template.
+        prefix: the label's prompt is this text followed by the input. None means that the prompt follows the
+            objective's input template.
         input_length: largest count of ids in an input, the end of sequence included; longer inputs are
             truncated.
         decode_lengths: largest count of ids in an answer, for each objective.

@@ -184,7 +184,7 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _mixed(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """Returns sums of values [batch, k, kv_heads, d], weighted by [batch, heads, q, k]."""
+    """Returns sums over k of values [batch, k, kv_heads, d], with weights [batch, heads, q, k]."""
     precision = precision_of(v.dtype)
     batch, heads, queries, keys = weights.shape
     kv_heads, width = v.shape[2:]

@@ -105,8 +105,8 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 def _rows_of_block(batch: Any, length: Any) -> Any:
     """Returns the number of rows in a block.
 
-    It is the largest divisor of `batch` with which a block has at most `BLOCK_TOKENS` tokens. If twice as many rows
-    would fit, or if sizes are symbolic, the result is `batch`.
+    This is the largest divisor of `batch` with which a block has at most `BLOCK_TOKENS` tokens. If such a block has
+    at most half of `BLOCK_TOKENS`, or if sizes are symbolic, all rows form one block.
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

@@ -265,8 +265,8 @@ def start_cache(
         params: unboxed.
         encoded: states from `EncoderDecoder.encode`, [batch, length, embed].
         max_decode_len: number of target positions.
-        cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs `encoded`;
-            this is less work for few beams and few tokens (`layers.Attention.over_states`).
+        cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs `encoded`.
+            Leaving them out saves work if there are few beams and few tokens (see `layers.Attention.over_states`).
 
     Returns:
         A dict of arrays:

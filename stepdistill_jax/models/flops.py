@@ -46,9 +46,9 @@ def _forward_flops(config: ModelConfig, inputs: int, targets: int) -> tuple[int,
         adapters += 2 * positions * rank * (width + features)
 
     def attend(side: Side, queries: int, keys: int, width: int) -> None:
-        """Adds the FLOPs of a side's attention.
+        """Adds the FLOPs of attention in all layers of a side.
 
-        Its keys and values are computed from states [keys, width].
+        Keys and values are computed from states [keys, width].
         """
         nonlocal scores
         layers, kv_width = side.num_layers, side.num_kv_heads * side.head_dim

@@ -138,7 +138,7 @@ class Attention(nn.Module):
         return self._split(self.query(x))
 
     def queries_keys_values(self, x: jax.Array) -> list[jax.Array]:
-        """Returns the queries, keys and values of x, from the merged parameters of `models.unrolled`."""
+        """Projects x to queries, keys and values, with the merged kernels that `models.unrolled` makes."""
         if self.side.num_kv_heads == self.side.num_heads:
             return [self._split(y) for y in self.query_key_value(x)]
         return [self._split(y) for y in (self.query(x), *self.key_value(x))]
@@ -267,7 +267,7 @@ _ACTIVATION_FNS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class Mlp(nn.Module):
     """Feed-forward block: relu(x wi) wo or, if gated, (gelu(x wi_0) * (x wi_1)) wo.
 
-    If `merged`, one matmul computes the projections of x, from the parameters of `models.unrolled`.
+    If `merged`, one matmul computes all projections of x. The parameters then come from `models.unrolled`.
     """
 
     config: ModelConfig

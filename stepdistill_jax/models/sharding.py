@@ -102,7 +102,7 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
 
 
 def _slices(devices: list[Any]) -> int:
-    """Returns the number of slices, or the number of processes if each process counts as a slice."""
+    """Returns the number of slices. If devices have no slice index, or are CPUs, each process counts as a slice."""
     found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
     # On CPUs JAX counts all processes of a machine as one slice. Tests of several slices use several
     # processes, so there each process counts as a slice.
@@ -149,8 +149,8 @@ def _nearest_layout(
 ) -> str:
     """Returns the layout of `count` devices nearest to `wanted`, as a string such as "fsdp=4, tensor=2".
 
-    The distance sums |log(size / wanted size)| over (dcn_data, data, fsdp, tensor), where a wanted -1 means any size.
-    fsdp must divide `embed` and tensor must divide `cut_by_tensor`, unless they are 0.
+    The distance is the sum of |log(size / wanted size)| over (dcn_data, data, fsdp, tensor). A wanted size of -1
+    adds nothing. fsdp must divide `embed`, and tensor must divide `cut_by_tensor`; any size divides 0.
     """
 
     def distance(layout: Sequence[int]) -> tuple[float, ...]:

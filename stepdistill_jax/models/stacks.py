@@ -22,8 +22,8 @@ class Context(NamedTuple):
         bias: bias of self-attention, [1, heads, q, k] float32. None if each layer has its own bias, or if the model
             has none.
         turn: rotation at the positions `query`; None if the model has no rotary positions.
-        encoded: the encoder's states, [batch, length, embed]. With a cache, the `encoded` of
-            `EncoderDecoder.decode_step`. None in an encoder.
+        encoded: the encoder's states, [batch, length, embed]. With a cache, this is instead the argument `encoded`
+            of `EncoderDecoder.decode_step`: a pair of arrays, or None. In an encoder, it is None.
         cross_segments: segments of the queries and of the keys in attention to the encoder.
         index: position of the decoded token, if there is a cache.
     """

@@ -22,7 +22,8 @@ def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
       than query heads, it keeps `query` and has one kernel `key_value` [embed, 2, features].
     - `mlp` has one kernel `wi` [embed, 2, mlp], or [embed, 1, mlp] without a gate.
 
-    The features keep an axis of their own, so a sharded kernel need not be moved between devices.
+    Kernels are stacked along a new axis, not joined along `features`, so a sharded kernel need not be moved
+    between devices.
 
     Args:
         params: unboxed, with stacked layers. The kernels may be int8.

@@ -48,18 +48,18 @@ class Base:
 
     @property
     def policy(self) -> str:
-        """The candidate's remat policy; if it was not compiled, the policy that saves the most memory."""
+        """The candidate's remat policy; for a candidate that was not compiled, the one that saves the most memory."""
         return self.found.get("remat_policy", REMAT_POLICIES[-1])
 
     @property
     def most_flops(self) -> float:
-        """Limit on the FLOPs of a step after a change of slices or devices."""
+        """Limit on the FLOPs of a step when another number of slices or devices is tried."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
 
 def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
-    """Returns changed candidates that fit.
+    """Returns candidates with changed settings that fit into memory.
 
     Changes of a single setting are tried first. If none of them fits, all changes that save memory are tried
     together. Another layout and more devices are tried as well.
@@ -102,7 +102,7 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
 
 
 def _slices(base: Base) -> list[int]:
-    """Returns up to two numbers of slices to try. They add few empty rows to a step."""
+    """Returns up to two values of `num_microbatches` to try. They add few empty rows to a step."""
     config, work = base.config, base.target.work
     shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
     most = max(rows for rows, *_ in base.found["groups"]) // shards
@@ -192,7 +192,7 @@ def _in_another_layout(base: Base) -> list[dict[str, Any]]:
 
 
 def _on_more_devices(base: Base, devices: list[Any]) -> Iterator[dict[str, Any]]:
-    """Tries twice, then four times as many devices, and yields the first candidate that fits, if any."""
+    """Yields the first candidate that fits on 2 or 4 times as many devices, if there is one."""
     config, name = base.config, base.found["name"]
     if base.given and name not in LAYOUTS:
         return  # a name with sizes, such as `fsdp_tensor 4x2`, is for a single number of devices

@@ -141,7 +141,7 @@ class Computation:
         self.by_name[instruction.name] = instruction
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """Returns the instructions that compute the operands, without operands that the text does not define."""
+        """Returns the instructions that compute the operands. Operands that the text does not define are left out."""
         return [self.by_name[name] for name in instruction.operands if name in self.by_name]
 
     @functools.cached_property
@@ -187,7 +187,7 @@ class Module:
                 current.add(_instruction(line.strip()))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """Returns the computations that an instruction runs, without computations that the text does not define."""
+        """Returns the computations that an instruction runs, as far as the module's text defines them."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def nested(self, computation: Computation) -> Iterator[Instruction]:

@@ -145,7 +145,10 @@ def _operation(
 
 
 def _totals(operations) -> dict[str, float]:
-    """Returns the FLOPs, bytes and elementwise operations of all runs, and how long each of the three takes alone."""
+    """Returns the total FLOPs, bytes and elementwise operations, and the time that each kind of work takes alone.
+
+    An operation in a loop counts once per iteration.
+    """
     return {
         "flops": sum(o.times * o.cost.flops for o in operations),
         "bytes": sum(o.times * o.cost.bytes for o in operations),

@@ -31,12 +31,12 @@ class Run:
 def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
     """Yields the instructions that a module runs, including those inside loops and calls.
 
-    Of a conditional, only the largest branch is included.
+    Only the largest branch of a conditional is included.
 
     Args:
-        unknown_trips: how many times the first loop of unknown length runs. All other loops of unknown length are
-            then left out, since a decoder decodes a token in only one of its loops. None means that each loop
-            of unknown length runs once.
+        unknown_trips: number of runs to assume for the first loop of unknown length. The other loops of unknown
+            length are then left out, since a decoder decodes tokens in only one of its loops. None assumes one
+            run for each loop of unknown length.
     """
     seen: list[str] = []
 
@@ -108,7 +108,7 @@ def _constant(instruction: Instruction) -> int | None:
 
 
 def _start(around: Computation, loop: Instruction, place: int) -> int:
-    """Returns the initial value of a loop's counter, or 0 if the text does not show it."""
+    """Returns the initial value of a loop's counter, or 0 if the HLO text does not show it."""
     # %init = tuple(%zero, %x); %loop = while(%init): the counter starts as the tuple's operand `place`
     given = around.by_name.get(loop.operands[0]) if loop.operands else None
     if given is None or given.opcode != "tuple" or place >= len(given.operands):
@@ -118,7 +118,7 @@ def _start(around: Computation, loop: Instruction, place: int) -> int:
 
 
 def _step(body: Computation, place: int) -> int:
-    """Returns the step of a loop's counter, or 1 if the text does not show it."""
+    """Returns the increment of a loop's counter, or 1 if the text does not show it."""
     # the body returns the new carry: ROOT tuple(%next, ...) with %next = add(%counter, %constant)
     if body.root.opcode != "tuple" or place >= len(body.root.operands):
         return 1

@@ -1,6 +1,6 @@
 """Finds which model a config would train, and the rows of a step.
 
-Rows are counted on the prepared dataset. Without a prepared dataset, missing values are assumed.
+Rows are counted on the prepared dataset. If the dataset is not prepared, assumptions replace what it would show.
 """
 
 import dataclasses
@@ -134,7 +134,7 @@ def workload(
         assumptions.append(
             f"dataset {config.task!r} is not prepared here, so a step has "
             + (
-                "one packed row for each example; packing needs fewer, so set `rows`"
+                "one packed row for each example; a real step has fewer, so set `rows` to their number"
                 if config.pack
                 else "rows of the complete `input_length` and `target_length`"
                 + (", summed over all objectives" if config.pairs else "")
@@ -192,7 +192,7 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
         config = dataclasses.replace(config, model_family=family, model_size=size)
     model = new_model(config, None)
     missing = (
-        f"dataset {config.task!r} is not prepared here, so the model is assumed"
+        f"dataset {config.task!r} is not prepared here, so the plan assumes a model"
         if config.init_from is None
         else f"`init_from` {config.init_from} does not exist here, so the model is assumed to be"
         f" {config.model_family} {config.model_size}"

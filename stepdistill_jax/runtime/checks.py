@@ -70,7 +70,7 @@ def keep(owner: Any, check: Callable[..., Any], *names: str, of: str = "", **lim
 
 
 def of_type(name: str, value: Any, kind: Any, words: str) -> None:
-    """Raises InputError if `value` is not a `kind`, which `words` describes."""
+    """Raises InputError if `value` is not of the type `kind`. `words` describes the type in the message."""
     if not isinstance(value, kind):
         raise refused(name, words, value)
 

@@ -37,11 +37,11 @@ class Made:
     keys: Sequence[str] = ()
 
     def begins(self, path: _Path) -> bool:
-        """Returns whether a file is empty, or is a complete or incomplete file of the command."""
+        """Returns whether a file is empty, or was written by the command, completely or in part."""
         return self._matches(path, whole=False)
 
     def wrote(self, path: _Path) -> bool:
-        """Returns whether a file is empty, or is a complete file of the command."""
+        """Returns whether a file is empty, or was completely written by the command."""
         return self._matches(path, whole=True)
 
     def _matches(self, path: _Path, *, whole: bool) -> bool:

@@ -46,8 +46,9 @@ def rendezvous(
     Args:
         host: host of process 0, spelled the same in all processes.
         bind: address that process 0 listens on; None means `own_address(...)`.
-        secret: the job's secret, from which the token is made. If it is None, the token is made from the
-            address of process 0. Such a token keeps out other jobs, but not a person who knows the address.
+        secret: the job's secret. Its hash is the token with which a process shows that it belongs to the job.
+            None means a hash of process 0's address, which keeps out other jobs, but not a person who knows
+            the address.
 
     Raises:
         ProcessesMissing: some processes have not started in time. All others raise this error.
@@ -117,7 +118,7 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
 def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
-    """Waits for the other processes, and sends them the answer. Runs on process 0."""
+    """Waits for the other processes, then tells them to start, or why the job cannot start. Runs on process 0."""
     present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)

@@ -60,7 +60,7 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
 class StoreError(Exception):
     """A store did not answer, even after retries. The message is one line with the URL.
 
-    This class is no OSError: code that treats an unreadable file as damaged must not catch it.
+    This class is not an OSError, since code that treats an unreadable file as damaged must not catch it.
 
     Attributes:
         reason: the message without the URL.

@@ -29,8 +29,8 @@ def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
     """Returns the arguments `outputs` and `known` of `check_outputs` for a `ResumableFile`.
 
-    `known` lists PATH.partial and its sidecar if at least one of them is recognised, since the other may be
-    damaged. Otherwise, it is [].
+    If PATH.partial or its sidecar is recognised, `known` contains both, since the other file may be damaged.
+    Otherwise, `known` is empty.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
     # an empty file does not prove that the other file is ours
@@ -187,7 +187,7 @@ class ResumableFile(StreamedFile):
         was = " and ".join(n for n, value in self._key.items() if state["key"].get(n) != value)
         log(
             f"warning: {self.partial}: holds {state['rows']} rows from a different {was}; renamed it to"
-            f" {self.partial.name}.old, and starting from scratch"
+            f" {self.partial.name}.old, and started from scratch"
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:

@@ -42,10 +42,10 @@ class _Waiting:
 
 @dataclasses.dataclass(eq=False)
 class _Lane:
-    """The waiting rows of one `lane_length`, in order of arrival, and the engine time charged to them.
+    """The waiting rows of one `lane_length`, in order of arrival.
 
-    When an empty lane receives a row, `seconds` is raised to that of the lane served last, unless it is
-    already higher. So a lane gains nothing by a pause.
+    `seconds` is the engine time charged to the lane. When an empty lane receives a row, `seconds` is raised to
+    that of the lane served last, unless it is already higher. So a lane gets no credit for having been empty.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -59,9 +59,9 @@ class _Lane:
 class Batcher:
     """Decodes submitted rows in batches of similar length.
 
-    An idle engine starts as soon as a batch is full or a row has waited for `max_wait_secs`.
+    An idle engine starts a batch as soon as the batch is full or a row has waited for `max_wait_secs`.
 
-    There is a lane for each `lane_length`. The lane that has used the least engine time is served next
+    Rows with the same `lane_length` wait in the same lane. The lane that has used the least engine time is served next
     (start-time fair queueing, Goyal et al. 1996), so a short row does not wait for hundreds of long ones.
 
     Attributes:

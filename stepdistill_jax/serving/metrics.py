@@ -24,7 +24,7 @@ class Metrics:
 
         Args:
             waiting: returns the count of unanswered rows.
-            ready: returns whether requests are answered.
+            ready: returns whether the server accepts requests.
         """
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
@@ -49,7 +49,7 @@ class Metrics:
         queue = Gauge("stepdistill_queue_rows", "Rows waiting or being decoded", registry=registry)
         queue.set_function(waiting)
         state = Gauge(
-            "stepdistill_ready", "1 while requests are answered, else 0", registry=registry
+            "stepdistill_ready", "1 while the server accepts requests, else 0", registry=registry
         )
         state.set_function(ready)
 

@@ -18,13 +18,14 @@ class Group:
     """A group of a mixture's tasks. Their rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset. A group of plain tasks has the name of its task with the run's first
-            objective, or else of its first task. A group that `each` made has the name of its task.
+        name: name of the dataset. A group of plain tasks is named after the task that has the run's first
+            objective or, if there is none, after the first task. A group made by the method `each` is named after
+            its only task.
         tasks: the `seqio.Task`s.
         objectives: name of each task's objective.
         rate: rate at which examples are drawn, relative to other groups.
         dataset: name of the dataset of `add_task` or `register_prepared`; None for plain tasks.
-        alone: why `each` made a group of a single task; "" if `each` did not make the group.
+        alone: if the method `each` made the group, the reason why the task is on its own; otherwise "".
     """
 
     name: str
@@ -83,12 +84,12 @@ def groups_of(
 def label_tasks(
     mixture: Any, objectives: Sequence[str], task_objectives: TaskObjectives
 ) -> list[str]:
-    """Returns the names of the datasets and plain tasks of a `seqio.Mixture` that have the first objective.
+    """Returns the names of a mixture's datasets and plain tasks that have the model's first objective.
 
     A plain task without a known objective is included.
 
     Args:
-        mixture: the mixture to evaluate. The model may have been trained on another mixture.
+        mixture: the `seqio.Mixture` to evaluate. The model may have been trained on another mixture.
         objectives: names of the model's objectives.
         task_objectives: the setting that the model was trained with.
 

@@ -77,7 +77,7 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
 def _check_preprocessors(task: Any) -> None:
     """Raises InputError if a task's rows depend on a run's lengths, or can only be read from SeqIO's cache.
 
-    Tokenised rows serve runs of all lengths.
+    Rows are tokenised once, and runs with any lengths read the same tokens.
     """
     try:
         named = [(p, inspect.signature(p).parameters) for p in task.preprocessors]

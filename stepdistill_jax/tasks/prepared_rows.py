@@ -62,7 +62,10 @@ class PreparedRows:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, np.ndarray]]:
-        """The rows to use, as pairs of a prepared split and a [rows] bool mask. [] means every row of `split`."""
+        """The rows to use, as pairs of a prepared split's name and a bool mask of its rows.
+
+        An empty list means every row of `split`.
+        """
         dataset, (fraction, seed), draws = self.dataset, self.share, self.dataset.draws_validation
         if self.share == WHOLE:
             return []

@@ -82,7 +82,7 @@ def register_prepared(
         dataset = open_prepared(name, folder)
         if dataset.paper_exact:
             log(
-                f"{name}: not registered with SeqIO, which cannot make its token ids (`paper_exact`)"
+                f"{name}: not registered with SeqIO: SeqIO cannot make the token ids of `paper_exact` datasets"
             )
             continue
         if vocabulary is None and "train" not in dataset.splits:
@@ -134,7 +134,7 @@ def spec_of(
 
 @functools.cache
 def _source_class() -> Any:
-    """Returns a TFDS source that does not shuffle files. TFDS refuses to shuffle those of ordered datasets."""
+    """Returns a class of TFDS sources that never shuffle files, which TFDS refuses to do for ordered datasets."""
     tensorflow()
     import seqio
 

@@ -29,8 +29,8 @@ def render(
     Args:
         task, source: name of the task and description of its source, for messages.
         objectives: {prefix of the features: objective}.
-        variants: {prefix of the features: index of the rationale to use} (see `tasks.supervision.choose`). The
-            default index is 0, the field `rationale`.
+        variants: {prefix of the features: index of the rationale to use}. Index 0, the default, means the field
+            `rationale`, and index 1 means `rationale.1` (see `tasks.supervision.choose`).
 
     Raises:
         InputError: a field is missing or is not text. The error is raised before any row is read.
@@ -162,9 +162,9 @@ def paired_mixture() -> Any:
 
 
 def in_turn(datasets: Sequence[Any], rates: Sequence[float], seed: int | None) -> Any:
-    """Yields row i of each task, then row i + 1 of each task, and so on, without absent rows.
+    """Yields row i of each task, then row i + 1 of each task, and so on. Rows with an empty target are left out.
 
-    It is the `sample_fn` of a `paired_mixture`.
+    This function is the `sample_fn` of a `paired_mixture`.
     """
     del rates, seed
     tf = tensorflow()

@@ -287,9 +287,12 @@ class Column:
 
 
 def columns_of(objectives: Sequence[Objective], rationales: int = 1) -> tuple[Column, ...]:
-    """Returns the columns of a store: `rationales` columns for an objective that reads a rationale, else one.
+    """Returns the columns of a token store.
 
     For example, `step_by_step` with 2 rationales has the columns `label`, `rationale` and `rationale.1`.
+
+    Args:
+        rationales: number of columns for an objective that reads a rationale. Other objectives have one column.
     """
     columns = []
     for number, o in enumerate(objectives, 1):
@@ -309,7 +312,7 @@ def joint_task(
 ) -> Any:
     """Returns an unregistered `seqio.Task` in which each row has the features of `columns_of(objectives, most)`.
 
-    `most` is the number of rationales of an example. If `supervision` is None, every example is kept unchanged.
+    `most` is the maximum number of rationales of an example. If `supervision` is None, every example is kept unchanged.
     """
     import seqio
 

@@ -201,7 +201,10 @@ def random_spans_noise_mask(
     spans = tf.minimum(spans, length - noise_ids)  # without it, as in `t5`, dense short spans fail
 
     def segment_lengths(ids: Any, seed: Any) -> Any:
-        """Returns random lengths of segments, [spans] int32. Each is at least 1, and their sum is `ids`."""
+        """Returns the random lengths of segments, [spans] int32, each at least 1.
+
+        Their sum is `ids`, the number of ids to split into segments.
+        """
         # The first id starts a segment, and so do `spans - 1` of the other ids. Example for 5 ids: `starts` of
         # the other ids is [0, 1, 0, 1], so the segment of each id is [0, 0, 1, 1, 2] and the lengths [2, 2, 1]
         starts = seqio.stateless_shuffle(tf.cast(tf.range(ids - 1) < spans - 1, tf.int32), seed)

@@ -120,10 +120,13 @@ def check_rationales(
 
 
 def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, most: int) -> Any:
-    """SeqIO preprocessor: writes the selected label, rationales and weight, and drops examples that are left out.
+    """SeqIO preprocessor: writes the selected label, rationales and weight.
 
-    There are `most` fields for rationales: `rationale`, `rationale.1`, `rationale.2`, ... A field without a
-    rationale is "".
+    Examples without a selected label are dropped, and so are those whose weight the supervision sets to 0.
+
+    Args:
+        most: number of rationale fields (`rationale`, `rationale.1`, `rationale.2`, ...) if the supervision
+            needs the list `rationales`; otherwise there is one. A field without a rationale is "".
 
     Raises:
         InputError: the supervision needs the list `rationales`, but the rows have no such list.

@@ -51,7 +51,7 @@ class Part:
 
     @property
     def label_column(self) -> int | None:
-        """Index of the first objective's column, which has the labels, or None if there is no such column."""
+        """Index of the first objective's column, or None if this part has no such column."""
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:

@@ -163,7 +163,7 @@ def write_store(
     equal store, that store is kept and returned, since other processes may have its files open.
 
     Args:
-        objectives: a name for each of an example's rows.
+        objectives: names of the entries of `TokenExample.rows`, in order.
         examples: the examples, which are streamed to disk. If the iterable raises, nothing is left on disk.
         about: JSON-like description of the source, for the manifest.
     """

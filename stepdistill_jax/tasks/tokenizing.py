@@ -230,8 +230,8 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields a dataset's rows, with the features in `names`, as dicts of NumPy arrays.
 
-    Rows are padded and returned in batches, which is faster. Rows that cannot be padded are returned one by
-    one, with all features.
+    For speed, TensorFlow pads rows and returns them in batches; the padding is removed here. Rows that cannot
+    be padded are read one by one, with all features.
     """
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]

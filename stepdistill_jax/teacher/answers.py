@@ -76,7 +76,8 @@ def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = 
         task: one of `prompts.TASKS`.
         answer: the teacher's answer. Everything up to `</think>` in its text is ignored.
         row: the question.
-        label_given: whether the prompt contained the gold label. Then another label makes an answer unusable.
+        label_given: whether the prompt contained the gold label. If so, an answer with any other label is
+            unusable.
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)

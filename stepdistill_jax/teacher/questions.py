@@ -42,7 +42,7 @@ def read_questions(
 def check_questions(
     path: os.PathLike | str, choices: Sequence[str], *, label_given: bool
 ) -> Iterator[Example]:
-    """Yields the rows of a file with all checks, before a run pays for the first answer.
+    """Checks and yields each row of a file. A run reads the whole file this way before it pays for answers.
 
     Raises:
         InputError: a row is bad (see `read_questions`), an id is repeated, or a row lacks the label that

@@ -178,7 +178,7 @@ class TrainConfig:
         lora: ranks of LoRA adapters. If set, only the adapters are trained. None trains all weights.
         watchdog_medians: a step is stuck if it takes more than this many times the median of recent
             steps. The process then ends. 0 turns this off.
-        watchdog_min_secs (seconds): shortest time after which a step can be stuck. For the first step,
+        watchdog_min_secs (seconds): a step counts as stuck only after this time or longer. For the first step,
             for a validation and for a save, the limit is 12 times this time.
         on_nonfinite: what happens if a step's loss or gradient is not finite. `skip` leaves out the
             update, counts the step and records its examples; `stop` ends the run.

@@ -51,7 +51,9 @@ class ExtraLoss(abc.ABC):
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of the terms of these rows, a scalar in nats. It must be finite even without any term.
+        """Returns the sum of the loss terms of a group's rows, a scalar in nats.
+
+        The sum must be finite even if the group has no terms.
 
         Args:
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
@@ -64,7 +66,7 @@ class ExtraLoss(abc.ABC):
         """
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the class and its settings for `run.json`, with which a resumed run is compared."""
+        """Returns the class and its settings for `run.json`. A resumed run must have the same values."""
         kind = type(self)
         return {"class": f"{kind.__module__}.{kind.__qualname__}", **dataclasses.asdict(self)}
 
@@ -77,7 +79,8 @@ class PairedLoss(ExtraLoss):
 
     All targets of an example are in the same row. `decoder_example_ids` has, for each target token, the
     1-based index of its example within the row; 0 is padding. Examples with several targets come first, so
-    the index of a pair is at most `length // 2`. This is the size of the axis `examples` in the methods.
+    the index of a pair is at most `length // 2`, where `length` is the target length of a row. The axis
+    `examples` in the methods therefore has the size `length // 2`.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:

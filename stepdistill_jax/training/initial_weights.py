@@ -107,7 +107,7 @@ class InitialWeights:
         return base
 
     def _loaded(self, mesh: Mesh) -> Any:
-        """Returns the parameters loaded from `path`, under the run's names. Two of them may share a buffer."""
+        """Returns the parameters loaded from `path`, named as in the run. Two parameters may share a buffer."""
         shardings = shardings_of(base_of(self.abstract.params))
         plain = dataclasses.replace(self.model, lora=None)
         sources = None

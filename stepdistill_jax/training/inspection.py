@@ -1,4 +1,4 @@
-"""Shows what training will read of a task: rows, their lengths and truncation, and how full batches are."""
+"""Shows the data that a task gives to training: rows, their lengths and truncation, and how full batches are."""
 
 import dataclasses
 import itertools
@@ -126,7 +126,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns the train split's batches for one device. They decide which row lengths are chosen."""
+    """Returns the train split's batches for one device, for which the row lengths are chosen."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source
@@ -136,7 +136,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """Returns the configuration of the model that would be trained. It decides the cost of row lengths."""
+    """Returns the configuration of the model to train, from which the costs of row lengths are computed."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))

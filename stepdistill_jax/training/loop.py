@@ -42,8 +42,8 @@ def train(
         workdir: folder of checkpoints, metrics and model files; created if absent.
         data_dir: folder of prepared datasets; None means the default folder.
         config_text: gin text to write as `config.gin`.
-        began: start of the command, a time of `time.monotonic()`, for the logged time to the first step. None
-            means now.
+        began: value of `time.monotonic()` at the start of the command; None means now. The time from then to
+            the end of the first step is logged.
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ...

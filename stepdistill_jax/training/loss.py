@@ -90,14 +90,20 @@ def over_tasks(columns: Columns, num_objectives: int, num_tasks: int) -> Columns
 
 
 def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Array:
-    """Repeats the objectives' values for each task: [objectives + more] -> [tasks x objectives + more]."""
+    """Repeats the objectives' values for each task: [objectives + more] -> [tasks x objectives + more].
+
+    `more` is 1 if the last value belongs to an extra loss, and otherwise 0. This value is not repeated.
+    """
     if num_tasks == 1:
         return values
     return jnp.concatenate([jnp.tile(values[:num_objectives], num_tasks), values[num_objectives:]])
 
 
 def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
-    """Puts each token's loss weight into its column of `ObjectiveSums`: [batch, length, columns] float32."""
+    """Returns the loss weights of the tokens, [batch, length, columns] float32.
+
+    A token's weight is in the column that the token has in `ObjectiveSums`; the other columns are 0.
+    """
     # 2 objectives: objective 1 of task 3 is column 1 + 2 * (3 - 1) = 5, counted from 1; padding stays 0
     ids = group["decoder_objective_ids"]
     if TASK_IDS in group:

@@ -88,9 +88,9 @@ def _optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips gradients like `optax.clip_by_global_norm`, but with a multiplication.
+    """Clips gradients like `optax.clip_by_global_norm`, but multiplies them instead of dividing.
 
-    After a division, XLA's CPU backend would write the clipped gradients to memory.
+    With a division, XLA's CPU backend would write the clipped gradients to memory.
     """
 
     def clipped(updates, _):

@@ -64,7 +64,8 @@ def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> A
 
     A leaf of the state is a moment of a parameter if its path ends with the parameter's path.
 
-    `optax.tree_map_params` fails for some users' transformations, since it calls `init` on a placeholder.
+    `optax.tree_map_params` is not used: it calls `init` on a placeholder, so it fails for some users'
+    transformations.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)

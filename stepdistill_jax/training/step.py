@@ -42,7 +42,7 @@ def batch_sums(
 ) -> tuple[jax.Array, ObjectiveSums]:
     """Returns the loss of a batch, and its totals over all groups (see `objective_sums`).
 
-    An extra loss has the last column of the totals.
+    If there is an extra loss, it is the last column of the totals.
     """
     loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
@@ -60,7 +60,7 @@ def batch_sums(
 def batch_counts(
     batch: Batch, columns: int, extra_loss: ExtraLoss | None, num_objectives: int
 ) -> jax.Array:
-    """Returns the `count` of a batch's totals, [columns] float32, without running the model."""
+    """Returns `ObjectiveSums.count` of a batch, [columns] float32, without running the model."""
     counts = [token_weights(group, columns, num_objectives).sum((0, 1)) for group in batch]
     total = jnp.sum(jnp.stack(counts), axis=0)
     if extra_loss is not None:
@@ -105,7 +105,8 @@ def train_step(
         objective_weights: a weight for each objective; a `Schedule` is computed from the state's step.
         num_microbatches: number of slices, which must divide the row count of each group.
         extra_loss: a further term of the loss, with its own weight.
-        num_tasks: number of parts of the data; an objective's loss is the mean over the tokens of all parts.
+        num_tasks: number of `TaskData.parts`. An objective still has one loss: the mean over the tokens of all
+            parts.
 
     Returns:
         The new state.
@@ -226,9 +227,10 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 
 
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
-    """Returns `eval_step`, compiled once for each batch shape, for plain parameters with adapters merged.
+    """Returns `eval_step`, compiled once for each batch shape.
 
-    Equal arguments return the same function.
+    The compiled function takes plain parameters, into which any adapters are merged. Equal arguments return the
+    same function.
     """
     return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
 

@@ -218,13 +218,14 @@ class Supervisor:
         self._pending = step, batch, device_metrics, waited, ended
 
     def flush(self, before: float | None = None) -> None:
-        """Writes the metrics that `record` has kept.
+        """Writes the metrics of the step that `record` has kept.
 
-        `before` is the time when the following step ended, or None if that step has not ended. If it is not
-        known when the written step ended, this time is estimated from `before`.
+        Args:
+            before: time when the step after the kept one had ended; None if that step has not ended. If the end
+                of the kept step was not measured, it is estimated from `before`.
 
         Raises:
-            FloatingPointError: the loss or gradient of the written step is not finite, and the run must end.
+            FloatingPointError: the loss or gradient of the kept step is not finite, and the run must end.
         """
         if self._pending is None:
             return
@@ -364,7 +365,11 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Validates a step, and writes and returns the metrics, or returns None if a signal interrupts this."""
+        """Validates a step and writes its metrics.
+
+        Returns:
+            The metrics for the checkpoint, or None if a signal interrupted the validation.
+        """
         validator = self._run.validator
         assert validator is not None
         self._enter(State.VALIDATING)
@@ -411,8 +416,8 @@ def _losses_of(metrics: dict[str, float]) -> dict[str, float]:
 def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
     """Returns an entry for each example of a step.
 
-    An entry has `row` (index in the tokenised split), `input` (the start of the input), `label` and, with
-    several parts, `task`.
+    An entry has `row` (index in the tokenised split), `input` (the start of the input), `label` and, for a
+    mixture, `task`.
     """
     found, data = [], run.data
     drawn = run.batches.examples(step - 1)
@@ -429,8 +434,8 @@ def _roll_back(run: Run, step: int) -> None:
     """Saves step `step` with the parameters and optimizer of the last good checkpoint.
 
     The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). Only
-    checkpoints at multiples of `checkpoint_every` count as good. Stop signals save other steps as well, but
-    must not change the result.
+    checkpoints at multiples of `checkpoint_every` count as good: a stop signal may save any other step, and the
+    result must not depend on signals.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to

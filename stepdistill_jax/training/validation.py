@@ -59,7 +59,7 @@ class Validator:
         max_decode_len: int,
         batch_size: int,
     ) -> "Validator":
-        """Creates the functions that validations call, and the metrics that the parts' SeqIO tasks define.
+        """Creates the functions that validations call, and the metrics of the SeqIO tasks that make up the data.
 
         `batches` must cover the split once, in order. The decoder decodes `batch_size` rows together.
         """
@@ -87,7 +87,7 @@ class Validator:
         )
 
     def try_out(self) -> list[str]:
-        """Returns the names of the metrics that can choose a step, without `eval/<split>/`.
+        """Returns the names of the metrics that can choose a step, without the prefix `eval/<split>/`.
 
         The tasks' own metrics are computed once, with the targets as answers, so that a broken metric fails
         before the first step.

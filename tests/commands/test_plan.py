@@ -66,7 +66,9 @@ def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     out, found = planned(capsys, tmp_path, *argv, "--hbm", hbm)
     by_flags = dict(zip(found["advice"], found["remedies"], strict=False))
     line = next(line for line in by_flags if "NUM_MICROBATCHES" in line)
-    assert "Nothing fits. Each of these changes makes it fit" in out and f"  {line}\n" in out
+    assert (
+        "Nothing fits. Each of these changes makes the config fit" in out and f"  {line}\n" in out
+    )
     flags, _, figures = line.partition(": ")
     assert flags == "--set NUM_MICROBATCHES=3"
     _, again = planned(capsys, tmp_path, *argv, "--hbm", hbm, *flags.split())

@@ -90,7 +90,7 @@ def test_fields_are_mapped(tmp_path):
     ("field_map", "message"),
     [
         ({"input": "qestion"}, r"no row of .*test\.jsonl has a field 'qestion' \(found: question, answer\); did you mean 'question'"),
-        ({"question": "input"}, r"unknown field 'question' .*; write OURS=YOURS: `field_map` input=question"),
+        ({"question": "input"}, r"unknown field 'question' .*; the known field comes first: `field_map` input=question"),
         ({"lable": "answer"}, r"unknown field 'lable' \(known: id, input.*did you mean 'label'"),
     ],
 )  # fmt: skip

@@ -185,7 +185,7 @@ def test_the_folder_above_is_a_source_too(cqa_source):
 
 
 def test_a_folder_without_files_says_what_is_wanted(tmp_path):
-    with pytest.raises(InputError, match=r"neither the paper.s cqa_train\.json or cqa_test\.json"):
+    with pytest.raises(InputError, match=r"found no cqa_train\.json or cqa_test\.json"):
         cqa.read(tmp_path).splits  # noqa: B018
     with pytest.raises(InputError, match="no such folder"):
         cqa.read(tmp_path / "absent").splits  # noqa: B018

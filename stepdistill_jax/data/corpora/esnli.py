@@ -1,4 +1,4 @@
-"""Reads e-SNLI, with explanations by the teacher and by people, in the paper's layout or as an export."""
+"""Reads e-SNLI from the paper's files or from a Hugging Face or TFDS export, with all its explanations."""
 
 import pathlib
 

@@ -113,7 +113,7 @@ def _templates() -> tuple[dict[int, _Template], str, pathlib.Path]:
 def split_of_numbers(template: int, question: str) -> str:
     """Returns the split of a question, which depends only on its template and numbers.
 
-    Of the number combinations of each template, about a tenth belong to test, and a tenth to validation.
+    About a tenth of each template's combinations of numbers belong to test, and a tenth to validation.
     """
     numbers = " ".join(re.findall(r"\d+", question))
     return {0: "test", 1: "validation"}.get(tenth(f"{template}: {numbers}"), "train")

@@ -172,7 +172,7 @@ def judged(
 
 
 def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
-    """Returns a `Defect` whose text shows the defect."""
+    """Returns a `Defect` with the wrong equations, the end of a truncated completion, or the whole completion."""
     text = completion.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)
@@ -212,7 +212,7 @@ def input_files(
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
     """Returns the folder of the files, and {split: file}.
 
-    An export's files are returned only if none of the paper's files is found.
+    These are the paper's files or, if none of them is found, `train.jsonl` and the like (`EXPORT_STEMS`).
 
     Args:
         source: the folder of the files, or the parent of a folder named `prefix` or `name`.
@@ -237,8 +237,8 @@ def input_files(
         if files:
             return folder, files
     raise InputError(
-        f"`source` {source}: found neither the paper's {prefix}_train.json or {prefix}_test.json, nor"
-        " the train.jsonl of an export"
+        f"`source` {source}: found no {prefix}_train.json or {prefix}_test.json (the paper's files), and no"
+        " train.jsonl (an export)"
     )
 
 

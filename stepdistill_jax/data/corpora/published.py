@@ -188,7 +188,7 @@ def _teachers(
 def _asdiv_file(folder: pathlib.Path, neox: bool) -> _File:
     if neox:
         raise InputError(
-            f"`source`: {NEOX} has no texts for {ASDIV}; pass its parent folder, which has PaLM's texts"
+            f"`source`: {NEOX} has no texts for {ASDIV}; for PaLM's texts, pass the folder that contains {NEOX}"
         )
     found = svamp.extra_folder(folder, folder)
     if found is None:

@@ -77,7 +77,7 @@ def queries_gradient(
     dq_ref,
     dot_ref,
 ):
-    """Writes the gradient of a program's queries, and each query's dot product of slope and output."""
+    """Writes the gradient of a program's queries, and the dot product of each query's output and output gradient."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
     slopes = [tiles.query_rows(call, slope_ref, q.start) for q in halves]

@@ -1,8 +1,8 @@
 """Loads, computes and stores tiles of attention for the NVIDIA kernels.
 
-A program has 128 queries, in two halves of 64. If there are at most 64 queries, it has one half. The queries p and
-p + 64 take their dropout bits from one random number. Keys come in tiles of 64 or 32. Positions after the end of an array are
-never read and count as padding (segment 0).
+A program computes one or two blocks of 64 queries, which the code calls halves. The queries p and p + 64 take their
+dropout bits from one random number. Keys come in tiles of 64 or 32. Positions after the end of an array are never
+read and count as padding (segment 0).
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class Call:
 
     @property
     def halves(self) -> int:
-        """Number of a program's halves of 64 queries: 1 or 2."""
+        """Number of 64-query blocks in a program: 1 or 2."""
         return 1 if self.q_len <= HALF else 2
 
     @property
@@ -139,7 +139,7 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 
 
 def words(call, seeds, queries, keys, *row, keys_first=False):
-    """Returns a random word for each pair of a key and a query of the first half, or None without dropout.
+    """Returns a random word for each pair of a key and one of the first 64 queries, or None without dropout.
 
     The low 16 bits are the draw for this query. The high 16 bits are the draw for the query 64 positions later.
     """
@@ -157,11 +157,11 @@ def weights(scores, top):
 
 
 def dropped(call, x, words, half):
-    """Returns `x` with the elements that dropout drops set to 0. The others are not scaled up.
+    """Applies dropout to `x`: sets the dropped elements to 0, and does not scale up the others.
 
     Args:
         x: a tile of one half of the queries.
-        words: the random words from `words`; None returns `x` unchanged.
+        words: result of the function `words`; None returns `x` unchanged.
         half: index of the half, 0 or 1.
     """
     if words is None:
@@ -175,8 +175,9 @@ def softmax_gradient(call, weight, of_weights, dot, words, half):
 
     Args:
         weight: softmax weights, before dropout.
-        of_weights: gradient of the weights after dropout: for each query and key, `slope` . value.
-        dot: for each query, `slope` . output, broadcast over the keys.
+        of_weights: gradient of the weights after dropout. For each query and key, it is the dot product of the
+            output's gradient and the value.
+        dot: for each query, the dot product of the output's gradient and the output, broadcast over the keys.
         words, half: as in `dropped`.
     """
     # y = softmax(s), z = m y, where m is 0 or dropout's scale:  ds = y (m dz - sum over keys of y m dz)
@@ -245,7 +246,7 @@ def query_rows(call, ref, start, *row):
 
 
 def key_rows(call, ref, start, *row):
-    """Loads the tile of keys of ref [*row, k, d] from `start` on, as [keys, d]."""
+    """Loads the `call.keys` rows of ref [*row, k, d] from `start` on, as [keys, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
@@ -301,7 +302,7 @@ def _bias(call, ref, query, key):
 
 
 def store_bias(call, ref, query, key, x):
-    """Writes x [64, keys] to the place (query, key) of ref [q, k]."""
+    """Writes x [64, keys] into ref [q, k], starting at (query, key)."""
     at, mask = _bias_tile(call, ref, query, key)
     plgpu.store(at, x, mask=mask)
 

@@ -1,6 +1,6 @@
 """T5's attention for TPUs from v5e on, in Pallas.
 
-Scores, weights, masks and random words stay in the chip's vector memory. At T5's lengths, all queries and keys
+Scores, weights, masks and random bits stay in the chip's vector memory. At T5's lengths, all queries and keys
 of a row stay there, too. The grid is (pair of heads, row of the batch), and rows are the inner loop. So the bias of a
 pair of heads is fetched once, and its gradient is summed over rows on the chip.
 """
@@ -107,7 +107,10 @@ def _bias_columns(bias):
 
 
 def _segment_columns(segments):
-    """Repeats segments [rows, q] for both heads of a pair, in column order, [rows, rounds, 256]."""
+    """Arranges segments [rows, q] in the column order of `tpu_programs`, [rows, rounds, 256].
+
+    Both heads of a pair get the same segments.
+    """
     # (row, round, half, head of the pair, query of the half)
     halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)
     both = jnp.broadcast_to(halves, (*halves.shape[:3], 2, HALF))

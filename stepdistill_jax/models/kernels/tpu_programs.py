@@ -8,7 +8,7 @@ one row. A program has one row of the batch and two heads. In each round of its 
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
     head          first       second        first       second
 
-The left and the right half of the columns use the same random words, since the positions p and p + 64 share a word.
+The left and the right half of the columns use the same random words, since the queries p and p + 64 share a word.
 `_per_head` gives each head separate rows, with zeros for the other head's features, so that one matmul computes the
 scores of both heads:
 
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 def forward(
     call: Call, seeds, q, k, v, bias, q_segments, k_segments, out, log_sums, columns, turned
 ):
-    """Writes each query's output, and the logarithm of the sum of its exponentials.
+    """Writes each query's output, and the logarithm of the query's softmax denominator.
 
     Args:
         seeds: seeds of dropout, [1, 2, heads], or None.
@@ -67,7 +67,7 @@ def forward(
         bias: in column order, [1, rounds, keys, 256], or None.
         q_segments: [1, rounds, 256].
         k_segments: [1, 1, keys].
-        log_sums: logarithms of the sums, [1, 1, rounds, 256].
+        log_sums: logarithms of the denominators, [1, 1, rounds, 256].
         columns: scratch memory for `k_segments` as a column, repeated 128 times, [keys, 128].
         turned: scratch memory for the transposed values, [2 d, keys].
     """
@@ -213,9 +213,10 @@ def _keep(call, i, seeds, keys):
 
 
 def _per_head(call, x):
-    """Separates the two heads of x, [128, 2 d] -> [256, 2 d], with zeros in place of the other head.
+    """Separates the two heads of x, [128, 2 d] -> [256, 2 d].
 
-    The rows of the result are ordered by (half, head, query).
+    Each row of the result has the features of one head, and zeros for the other head. The rows are ordered by
+    (half of the queries, head, query).
     """
     wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
@@ -225,9 +226,9 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Reverses `_per_head`, [2 d, 256] -> [128, 2 d].
+    """Reverses `_per_head` for a transposed x, [2 d, 256] -> [128, 2 d].
 
-    Of each column, only the features of the column's own head are used.
+    Each column of x contributes only the features of its own head.
     """
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
@@ -238,7 +239,7 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    `combine` first merges pairs of rows that do not depend on each other. `reduce` reduces the remaining rows.
+    First, `combine` merges the two halves of x, repeatedly. Then `reduce` reduces the remaining rows.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:

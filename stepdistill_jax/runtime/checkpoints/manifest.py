@@ -206,7 +206,7 @@ def _quarantine(folder: pathlib.Path, problems: Mapping[int, str | None], good: 
     if good is None and damaged:
         raise CheckpointError(
             f"{folder}: has no good checkpoint to resume from: all are damaged ({', '.join(damaged)});"
-            " copy one from a backup into a folder whose name is its step number, or use another `workdir`"
+            " copy a good one from a backup to this folder, named by its step number, or use another `workdir`"
         )
 
 
