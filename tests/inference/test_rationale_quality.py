@@ -118,7 +118,7 @@ def test_the_figures_of_a_worked_example():
     assert "1.4 words on average  empty 1  unfinished 2" in said
     assert "consistent 1 (20.0%)  inconsistent 1 (20.0%)  names no label 3 (60.0%)" in said
     assert "the teacher's own: consistent 0 (0.0%)" in said
-    assert "3: label 'smooth', reason 'trouble ahead' names 'trouble'" in said
+    assert "3: label 'smooth', but rationale 'trouble ahead' names 'trouble'" in said
 
 
 def test_a_perfect_copy_has_the_highest_figures():
