@@ -268,8 +268,9 @@ class Batches:
     def row_counts(self) -> tuple[int, ...]:
         """The row counts that a packed batch may have: at most four, ascending.
 
-        Each batch gets the smallest count into which it fits. The counts do not depend on the seed, nor on a
-        `data_fraction` that leaves enough examples for a batch, so such runs share compiled steps.
+        Each batch gets the smallest count into which it fits. The counts do not depend on the seed, nor on
+        `data_fraction` if it leaves enough examples for a batch. So runs with other seeds and fractions share
+        their compiled steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):

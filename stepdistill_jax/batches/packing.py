@@ -286,7 +286,7 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns the sum of any two of n lengths, [n, n] float64. The diagonal has the single lengths.
+    """Returns the sums of all pairs of n lengths, [n, n] float64. The diagonal has the lengths, not doubled.
 
     Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
     """

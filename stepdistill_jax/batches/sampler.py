@@ -274,7 +274,7 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Cached function from a block's index to the store and the turn of each position, two arrays [65,536].
+        """Cached function of a block's index. It returns the store and the turn of each of the 65,536 positions.
 
         The turn of a position is the number of earlier positions of the same store, in all blocks.
         """

@@ -174,7 +174,7 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
-    """Returns the texts of a SPLIT.jsonl that a step-by-step model reads and writes, with prefixes.
+    """Returns the inputs and targets, with prefixes, that a SPLIT.jsonl gives for a step-by-step model.
 
     Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
 

@@ -170,7 +170,7 @@ def _write_comparison(
         "no_tests": (
             "there is only one arm"
             if len(comparison.arms) == 1
-            else "at no fraction are there two arms whose answers can be compared row by row"
+            else "no two arms of the same fraction have answers that can be compared row by row"
         ),
     }
 

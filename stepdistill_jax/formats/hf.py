@@ -44,9 +44,9 @@ def load_params(
     Args:
         directory: folder with weights that `formats.weights.open_weights` reads.
         shardings: sharding of each parameter (`sharding.param_shardings`). None means the default device.
-        sources: {name of a parameter: name of the stored parameter from which it is read}. Both are our names,
-            and both parameters must have the same shape (`stored_shapes`). None means to read every parameter
-            under its own name.
+        sources: {name of a parameter in the result: name of the parameter in the directory that it is read
+            from}. Both names are of the form that `stored_shapes` uses, and both parameters must have the
+            same shape. None reads every parameter under its own name.
 
     Returns:
         The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`, restricted to `sources` if

@@ -61,7 +61,7 @@ class StopSignals:
         """Prepares the context. Signals are caught only inside it.
 
         Args:
-            codes: {signal to catch: exit status after `limit_secs`}.
+            codes: {signal to catch: exit status if the context is still running `limit_secs` after it}.
             several: whether the job has several processes.
         """
         self.act, self.limit_secs = act, limit_secs

@@ -83,7 +83,7 @@ class Settings:
     def __post_init__(self):
         """Raises InputError, with the name of the field, if a field has a bad value."""
         if (self.model is None) == (self.teacher is None):
-            raise InputError("pass either `model`, a model on a server, or `teacher=hf:DIR`")
+            raise InputError("pass either `model` (for a model on a server) or `teacher=hf:DIR`")
         if self.teacher is not None and not self.teacher.startswith(LOCAL):
             raise refused("teacher", f"{LOCAL}DIR", self.teacher)
         keep(self, whole, "samples", "max_tokens", "concurrency", "attempts", least=1)

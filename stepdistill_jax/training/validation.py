@@ -87,7 +87,7 @@ class Validator:
         )
 
     def try_out(self) -> list[str]:
-        """Returns the names of the metrics that can choose a step, without the prefix `eval/<split>/`.
+        """Returns the names of the metrics by which the best step can be chosen, without the prefix `eval/<split>/`.
 
         The tasks' own metrics are computed once, with the targets as answers, so that a broken metric fails
         before the first step.

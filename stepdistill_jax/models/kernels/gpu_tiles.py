@@ -296,7 +296,7 @@ def _store(ref, x, tile, inside):
 
 
 def _bias(call, ref, query, key):
-    """Loads from ref [q, k] the bias of 64 queries and a tile of keys, as [64, keys]."""
+    """Loads the bias between 64 queries and a tile of keys, [64, keys], from ref [q, k]."""
     at, mask = _bias_tile(call, ref, query, key)
     return plgpu.load(at, mask=mask, other=None if mask is None else 0.0)
 
