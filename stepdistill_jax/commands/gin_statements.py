@@ -250,8 +250,10 @@ def _statements(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
 
 def _import(statement: config_parser.ImportStatement) -> None:
     if statement.module.startswith("__gin__"):
-        raise InputError("gin's dynamic registration is not supported; remove this line, and import the module that defines the"
-            " configurable")
+        raise InputError(
+            "gin's dynamic registration is not supported; remove this line, and import the module that defines the"
+            " configurable"
+        )
     search_current_folder()
     try:
         try:

@@ -215,7 +215,9 @@ def _read(
     seed: int | None,
 ) -> Reading:
     if field_map and name != "jsonl":
-        raise InputError(f"`field_map`: `prepare {name}` cannot map fields; only `prepare jsonl` can")
+        raise InputError(
+            f"`field_map`: `prepare {name}` cannot map fields; only `prepare jsonl` can"
+        )
     if fields and name != "jsonl":
         raise InputError(f"`fields`: only `prepare jsonl` can keep more fields, not {name}")
     if name in (prepared.EMBEDDED, prepared.GENERATED):
