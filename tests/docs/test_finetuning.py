@@ -31,7 +31,7 @@ def test_the_settings_are_those_of_the_config():
         "INPUT_LENGTH, TARGET_LENGTH": f"{config.input_length}, {config.target_length}",
         "EVAL_EVERY": f"{config.eval_every}",
         "DTYPE": config.dtype,
-        "weights of label and rationale": ", ".join(f"{w:g}" for w in weights),
+        "loss weights of label and rationale": ", ".join(f"{w:g}" for w in weights),
     }
     assert (config.optimizer.name, config.optimizer.schedule) == ("adamw", "linear")
     assert f"Keep `train.dropout_rate` at {config.dropout_rate}" in " ".join(PAGE.split())
