@@ -71,9 +71,9 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    A step takes `batch_size` examples, in an order that depends only on (seed, epoch). A row is an
-    input with its target. An example has a row for each of its targets. Each rationale is a target of
-    its own. With `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
+    A step takes `batch_size` examples. In each epoch, their order is a permutation that depends only on (seed,
+    epoch). A row is an input with its target. An example has a row for each of its targets. Each rationale is a
+    target of its own. With `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
 
     A packed row is a row of the batch's arrays and contains the tokens of many rows. The examples of a step
     are split into `num_shards` shards of consecutive examples, of about equal size. Each shard is packed
@@ -126,8 +126,8 @@ class Batches:
         pack: whether to pack the rows. If False, the rows of a group are padded to the group's longest row in
             the data. There is a group for each objective and variant (index of a rationale) or, with `pairs`,
             only one. Row i of a group belongs to the i-th example of the step. Encodings are not shared.
-        row_multiple: the row count of a batch is a multiple of this number. In training, it is the number of
-            devices that share a batch times the number of microbatches.
+        row_multiple: the row count of a batch is a multiple of this number. In training, it is
+            `models.sharding.batch_shards` times the number of microbatches.
         data_fraction: share of the examples to use. A smaller share is a subset of a larger one.
         row_lengths: input length and target length of a packed row (see `batches/row_lengths.py`). (0, 0)
             means `input_length` and `target_length`. With `pairs`, each of the two becomes the length of the
@@ -268,9 +268,9 @@ class Batches:
     def row_counts(self) -> tuple[int, ...]:
         """The row counts that a packed batch may have: at most four, ascending.
 
-        Each batch gets the smallest count into which it fits. The counts do not depend on the seed, nor on
-        `data_fraction` if it leaves enough examples for a batch. So runs with other seeds and fractions share
-        their compiled steps.
+        Each batch gets the smallest count into which it fits. Any batch of this data fits into the last. The counts
+        do not depend on the seed, nor on `data_fraction` if it leaves enough examples for a batch. So runs with other
+        seeds and fractions share their compiled steps.
         """
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):

@@ -131,7 +131,10 @@ class _Maker:
 
 
 def _of_batches(of_processes: Sequence[dict]) -> list[Counts]:
-    """Returns the largest row count and the summed token counts of all shards, for each step."""
+    """Returns the largest row count and the summed token counts of all shards, for each step.
+
+    A shard that several processes make is counted only once.
+    """
     by_shard = {int(number): x for of_one in of_processes for number, x in of_one.items()}
     counts = np.array(list(by_shard.values()), np.int64)  # [shards, steps, counts]
     # column 0, rows, becomes the maximum over shards; token counts are added up

@@ -301,9 +301,9 @@ def choose_row_counts(
 ) -> tuple[int, ...]:
     """Returns the row counts that the packed block of a shard may have: at most four, ascending.
 
-    A block gets the smallest count into which it fits. The first two minimise the mean count over the probes.
-    The third lies about one or two standard deviations above the largest probe. The fourth is `bound`,
-    rounded up: far larger, but hardly ever needed.
+    There are so few, since each count is another shape to compile. A block gets the smallest count into which
+    it fits. The first two minimise the mean count over the probes. The third lies about one or two standard
+    deviations above the largest probe. The fourth is `bound`, rounded up: far larger, but hardly ever needed.
 
     Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
@@ -406,7 +406,8 @@ def scatter(
 ) -> None:
     """Writes each token of the rows into its cell of a group.
 
-    A packed row's decoder segments are numbered from left to right, as are its encoder segments.
+    A packed row's decoder segments are numbered from left to right, as are its encoder segments. So if each target
+    has its own encoding, both of its segments have the same number.
 
     Args:
         group: arrays of `empty_group`, filled in place.

@@ -155,7 +155,7 @@ def _shifted(x: jax.Array) -> jax.Array:
 def _log_probs(x: jax.Array, output: OutputLayer, targets: jax.Array, at_once: int) -> jax.Array:
     """Returns the log probability of each target id [rows, width].
 
-    Logits exist for `at_once` tokens of a row at a time.
+    Logits exist for at most `at_once` tokens of a row at a time.
     """
     width = x.shape[1]
     # all chunks of a scan have the same size, so it must divide the width: width 48, at most 20 -> 16

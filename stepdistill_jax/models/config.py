@@ -63,8 +63,8 @@ class Side:
         mlp_dim: feed-forward width.
         score_scale: factor of (query . key).
         score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
-        windows: how many tokens back self-attention reaches in each layer; in an encoder, also how many ahead
-            (`stacks.windows_of`). 0 means all tokens; None means all tokens in every layer.
+        windows: reach of self-attention in each layer, in tokens, as in Hugging Face (`stacks.windows_of`). 0 means
+            all tokens; None means all tokens in every layer.
         rope_theta: base of the rotary positions; None if there are none.
         init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule, which depends on
             the kernel's widths.

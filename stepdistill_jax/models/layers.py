@@ -81,7 +81,8 @@ def dense(
 class Merged(nn.Module):
     """Several projections of the same input, computed as one matmul.
 
-    This module is only for decoding: `models.unrolled` makes the kernel, and training does not update it.
+    `models.unrolled` makes the kernel. This module is only for decoding, since `kernel_product` has no gradient for
+    a 3-D kernel.
     """
 
     config: ModelConfig
@@ -233,7 +234,7 @@ class Attention(nn.Module):
         Args:
             x: the decoder's states, [batch, q, embed].
             encoded: the encoder's states, [batch, k, inputs].
-            transposed: the encoder's states as [batch, inputs, k].
+            transposed: the encoder's states as [batch, inputs, k], so that they are not transposed for each token.
             segments: segments of the queries and of the keys.
         """
         c = self.config

@@ -82,7 +82,7 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
     """Returns the mesh of a layout.
 
     Where possible, a copy of the parameters stays inside one slice. If devices do not know their slice, or are
-    CPUs, each process counts as a slice, and the `dcn_data` groups follow the order of the processes.
+    CPUs of one machine, each process counts as a slice, and the `dcn_data` groups follow the order of the processes.
 
     Args:
         layout: a name in `LAYOUTS`, or a `Layout`.
@@ -102,7 +102,7 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
 
 
 def _slices(devices: list[Any]) -> int:
-    """Returns the number of slices. If devices have no slice index, or are CPUs, each process counts as a slice."""
+    """Returns the number of slices, or of processes if devices have no slice index or are CPUs of one machine."""
     found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
     # On CPUs JAX counts all processes of a machine as one slice. Tests of several slices use several
     # processes, so there each process counts as a slice.

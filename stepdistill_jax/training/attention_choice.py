@@ -1,4 +1,4 @@
-"""Chooses how a run computes attention, and tests the attention kernel before the first compile."""
+"""Chooses how a run computes attention, and tests the attention kernel before the first step is compiled."""
 
 import dataclasses
 import functools

@@ -180,7 +180,7 @@ def sources_of(
             problem = f"{where} has no parameter {source}{of}{nearest(source, stored)}"
         problems.append(f"{problem}; add the rule ({name!r}, None) to start it from scratch")
     if problems:
-        more = f" (and {len(problems) - 1} more parameters do not fit)" if len(problems) > 1 else ""
+        more = f" (others that do not fit: {len(problems) - 1})" if len(problems) > 1 else ""
         raise InputError(f"`init_rules`: {problems[0]}{more}")
     return sources
 

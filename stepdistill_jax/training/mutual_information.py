@@ -15,13 +15,15 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    At each token of a target, the model predicts a probability for each id v. The largest probability of v
-    is z_v over the label's tokens, and r_v over the rationale's tokens. The loss of a pair is
+    At each token of a target, including its end of sequence, the model predicts a probability for each id v. The
+    largest probability of v is z_v over the label's tokens, and r_v over the rationale's tokens. The loss of a
+    pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
-    where z gets no gradient. So the rationale moves towards the words that the label predicts. The
-    training loss gets `weight` times the mean of CE over the pairs of the global batch.
+    where z gets no gradient. So the rationale moves towards the words that the label predicts. In the paper, CE is a
+    bound of the mutual information. The training loss gets `weight` times the mean of CE over the pairs of the
+    global batch.
 
     The probabilities r are the logits of a second softmax, and z does not sum to 1, as in the paper's code
     (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`). One thing differs: the

@@ -160,7 +160,7 @@ def _row_lengths(
 
 
 def _held_out(config: TrainConfig, train: TaskData, **read: Any) -> TaskData | None:
-    """Returns the validation split, or None if it has no labelled rows."""
+    """Returns the validation split, or None if there are no labelled validation rows."""
     where = {"data_dir": read["data_dir"], "task_module": config.task_module}
     if not has_split(config.task, VALIDATION, **where):
         return None

@@ -365,7 +365,7 @@ class Supervisor:
         return due and self._run.validator is not None
 
     def _validate(self, step: int, state: TrainState) -> dict[str, Any] | None:
-        """Validates a step and writes its metrics.
+        """Validates a step, and writes its metrics and answers.
 
         Returns:
             The metrics for the checkpoint, or None if a signal interrupted the validation.
@@ -433,8 +433,8 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 def _roll_back(run: Run, step: int) -> None:
     """Saves step `step` with the parameters and optimizer of the last good checkpoint.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1). Only
-    checkpoints at multiples of `checkpoint_every` count as good: a stop signal may save any other step, and the
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1), since they would fail again.
+    Only checkpoints at multiples of `checkpoint_every` count as good: a stop signal may save any other step, and the
     result must not depend on signals.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every

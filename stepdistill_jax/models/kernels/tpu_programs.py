@@ -239,7 +239,8 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    First, `combine` merges the two halves of x, repeatedly. Then `reduce` reduces the remaining rows.
+    First, `combine` merges the two halves of x, repeatedly: within a merge, no operation waits for another one.
+    Then `reduce` reduces the remaining rows.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
