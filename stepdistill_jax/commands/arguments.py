@@ -110,7 +110,8 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         "--batch-size",
         type=int,
         metavar="N",
-        help="number of rows per batch, on all devices together (default: 64 for each copy of the model)",
+        help="number of rows per batch, on all devices together (default: 64 for each device that decodes"
+        " separate rows)",
     )
     add(
         "--layout",

@@ -46,8 +46,8 @@ class Calibration:
         """Returns the measures of calibration; {} if no row was added.
 
         Returns:
-            `expected_calibration_error`: the rows are sorted into 15 equal bins by the probability of
-            their answer. The error is the mean over bins of |share of right answers - mean probability|,
+            `expected_calibration_error`: the rows are sorted into 15 bins of equal width by the probability
+            of their answer. The error is the mean over bins of |share of right answers - mean probability|,
             weighted by the rows per bin (Guo et al. 2017, arXiv:1706.04599, section 2).
             `log_loss`: mean of -log(probability of the gold label), in nats, over the rows whose gold
             label is allowed; None if there are none.

@@ -147,7 +147,7 @@ def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str)
     """Refuses a dataset's validation split if the model was trained on some of its rows.
 
     With `paper_exact`, a run with a `data_fraction` below 1 draws another validation split, so it may train on
-    rows of the dataset's.
+    rows of the dataset's own validation split.
     """
     config = info.provenance.get("config") if info and info.task == dataset.name else None
     share = config.get("data_fraction") if isinstance(config, dict) else None

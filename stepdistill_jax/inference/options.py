@@ -23,7 +23,7 @@ class DecodeOptions:
     Attributes:
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
         batch_size: count of rows decoded at once, on all devices together; None means 64 for each
-            copy of the model.
+            device that decodes separate rows.
         layout: how the devices of all processes share the work (`sharding.LAYOUTS`). With `data`, each
             device stores the complete model. `tensor` splits a model that does not fit on one device.
         max_decode_len: largest count of ids in a label, its end of sequence included. None means

@@ -93,7 +93,8 @@ def predict(
         `cut_inputs`: count of truncated inputs.
         `skipped`: count of skipped rows.
         `rows_per_second`: rows that this call answered per second; the time includes compilation.
-        `unfinished_rationales`: like `unfinished`; present only with rationales.
+        `unfinished_rationales`: count of rationales that reached their maximum length without an end of
+        sequence; present only with rationales.
         `unparsed`: count of answers without a label; present only if the model writes more than a label.
         `reads`: names of the fields that the model reads in addition to the input; absent if none.
         `incomplete_inputs`: count of rows that lack at least one of `reads`; absent without `reads`.

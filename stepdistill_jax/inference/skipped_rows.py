@@ -31,6 +31,8 @@ def skipped_of(output: os.PathLike | str) -> pathlib.Path:
 class SkippedRows:
     """Counts the bad rows. Process 0 also logs them and lists them in a file, if there are any.
 
+    A resumed run reads the input from its start, so it writes the complete list again.
+
     Attributes:
         count: count of bad rows so far.
     """

@@ -45,6 +45,7 @@ class Figures:
     """The memory, FLOPs and traffic of a compiled step. All bytes are those on one device.
 
     Attributes:
+        layout: size of each mesh axis.
         groups: (row count, input length, target length) of each group.
         filled_rows: number of rows, over all groups, that contain tokens.
         state: bytes of `params` and of `optimizer`, computed from their shapes.

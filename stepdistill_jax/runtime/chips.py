@@ -11,8 +11,8 @@ class Chip:
         bfloat16: rate of dense bfloat16 matmuls, FLOP/s.
         memory: main memory, bytes. For an H100, the size that the driver reports.
         bandwidth: bandwidth of the main memory, bytes/s.
-        link: rate at which a device sends data in one collective, bytes/s. For a TPU, the rate along one axis
-            of its torus, which is half of the data sheet's sum over all links.
+        link: rate at which a device sends data to devices of its slice or host in one collective, bytes/s.
+            For a TPU, the rate along one axis of its torus, which is half of the data sheet's sum over all links.
         integer: estimated rate of element-wise operations on integers, 1/s.
         other: estimated rate of element-wise operations on all other dtypes, 1/s.
         clock: clock rate that converts the TPU compiler's cycle counts to seconds, Hz.

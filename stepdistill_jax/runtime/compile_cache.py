@@ -40,6 +40,7 @@ def enable(folder: os.PathLike | str) -> None:
     if not settings.jax_enable_compilation_cache:
         return
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # keep small programs, too, so that a second start compiles nothing
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     first = jax.process_index() == 0
     given: str | None = settings.jax_compilation_cache_dir

@@ -91,7 +91,7 @@ class MetricsWriter:
     def sync(self) -> None:
         """Uploads the files if the workdir is in a store. Call this method before a checkpoint is saved.
 
-        A run that resumes from a checkpoint needs the lines of all steps before that checkpoint.
+        A run that resumes from a checkpoint needs the lines of all steps up to that checkpoint.
         """
         if self._active and self._scratch is not None:
             self._board.flush()

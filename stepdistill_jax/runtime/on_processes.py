@@ -69,7 +69,7 @@ def require_same(value: Any, what: str) -> None:
 
     Args:
         value: a JSON value.
-        what: name of the value for the message, such as "input and model".
+        what: name of the value for the message, such as "input or model".
     """
     import jax
 
@@ -79,7 +79,8 @@ def require_same(value: Any, what: str) -> None:
     others = [i for i, other in enumerate(values) if other != values[0]]
     if others:
         raise InputError(
-            f"process {others[0]} has a different {what} than process 0; start all processes with the same {what}"
+            f"process {others[0]} has a different {what} than process 0; start all processes with the same"
+            " arguments and files"
         )
 
 

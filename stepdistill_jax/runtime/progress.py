@@ -37,7 +37,7 @@ def log(message: str) -> None:
 
 
 def format_values(values: dict[str, float]) -> str:
-    """Formats values, such as "loss 1.234 lr 5e-05"."""
+    """Formats values, such as "loss 1.234  lr 5e-05"."""
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 

@@ -45,7 +45,8 @@ class _Lane:
     """The waiting rows of one `lane_length`, in order of arrival.
 
     `seconds` is the engine time charged to the lane. When an empty lane receives a row, `seconds` is raised to
-    that of the lane served last, unless it is already higher. So a lane gets no credit for having been empty.
+    what the lane served last had at the start of its batch, unless it is already higher. So a lane gets no credit
+    for having been empty.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -105,7 +106,8 @@ class Batcher:
         """Queues all rows, or none of them if there is not enough room.
 
         Returns:
-            A future for each row's answer. Cancelling it removes the row from the queue.
+            A future for each row, whose result is the answer or an exception. Cancelling the future removes the
+            row from the queue.
 
         Raises:
             QueueFull: there would be more than `max_queue` unanswered rows.

@@ -265,7 +265,7 @@ def is_workdir(path: os.PathLike | str) -> bool:
 
 
 def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
-    """Returns {step: metrics} of the steps with a manifest and all files, oldest first. Changes nothing."""
+    """Returns {step: metrics} of the sealed steps whose files have the right sizes, oldest first. Changes nothing."""
     steps = saved(checkpoints_folder(workdir))
     return {s.number: s.metrics for s in steps if s.problem is None and s.metrics is not None}
 
