@@ -133,6 +133,7 @@ def build(
         name: lower_snake_case name of the dataset and of `folder`.
         folder: folder with SPLIT.jsonl.
         splits: {split: number of its rows}.
+        more: names of the texts in `Example.more`.
     """
     tf = tensorflow()
     import tensorflow_datasets as tfds

@@ -91,7 +91,7 @@ class Objective:
 
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
-        """Names of the fields in both templates, without duplicates."""
+        """Names of the fields in either template, without duplicates."""
         return tuple(
             dict.fromkeys(fields_of(self.input_template) + fields_of(self.target_template))
         )
@@ -314,7 +314,10 @@ def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...
 
 
 def check_first(objectives: Sequence[Objective]) -> None:
-    """Raises InputError if the first objective, which is used for inference, has a decoder prefix."""
+    """Raises InputError if the first objective has a decoder prefix.
+
+    The first objective is used for inference, also by programs that do not support decoder prefixes.
+    """
     if objectives[0].decoder_prefix:
         raise InputError(
             f"Objective {objectives[0].name}: the first objective is used for inference, so its"

@@ -59,9 +59,9 @@ def prepare(
         field_map: for `jsonl`, {our field: the source's field}, e.g. {"input": "question"}.
         fields: for `jsonl`, names of further text fields to keep for objectives.
         teacher: whether to read the teacher's texts.
-        paper_exact: whether to read the paper's files as its published code does, without repairs and with a
-            drawn validation split. The dataset's name is then NAME_paper. `name` may also be `asdiv`, for the
-            rows of SVAMP and ASDiv.
+        paper_exact: whether to read the paper's files as its published code does, without repairs and with
+            that code's validation split. The dataset's name is then NAME_paper. `name` may also be `asdiv`, for
+            the rows of SVAMP and ASDiv.
         on_error: for `jsonl`, what to do about bad rows: `stop` reads all rows, then raises; `skip` skips them.
         rows: for `gsm_symbolic`, number of train rows; None means 20,000.
         seed: for `gsm_symbolic`, seed of its rows; None means 0.

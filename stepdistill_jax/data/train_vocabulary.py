@@ -79,8 +79,8 @@ def _only(kept: Set[str], text: str) -> str:
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
     """Returns each frequent word as a text of its own, and again in a text of up to 50 frequent words.
 
-    The trainer splits a word into letters if the word always has the same neighbour. These texts prevent that
-    for the words of labels.
+    The trainer splits a word into letters if the word always has the same neighbour, as in labels and generated
+    text. These texts prevent that.
     """
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)

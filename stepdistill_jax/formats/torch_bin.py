@@ -16,7 +16,8 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
     """Returns the tensors of a file or shard as {name: tensor}.
 
     The zip format, which torch has written since 1.6, is memory-mapped. The older format is read into memory.
-    A zip file with compressed members is refused, since a pickle of 2 MB could unpack to 2 GB.
+    A zip file with compressed members is refused: the map would show compressed bytes as weights, and a pickle
+    of 2 MB could unpack to 2 GB.
 
     Raises:
         InputError: torch is not installed, the file is truncated, or it contains anything but tensors.

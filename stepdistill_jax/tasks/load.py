@@ -52,7 +52,7 @@ def load_task(
 
     A SeqIO task that neither `prepare` nor `add_task` made is called plain. It keeps its own inputs and
     targets. Outside a mixture, it has the objective `label`; in a mixture, `task_objectives` sets its
-    objective.
+    objective. Any other task of a mixture has the objective with which it was registered.
 
     Args:
         task: name of a prepared dataset, of a task of `add_task`, or of a SeqIO task or mixture.

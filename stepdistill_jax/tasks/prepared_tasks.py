@@ -134,7 +134,10 @@ def spec_of(
 
 @functools.cache
 def _source_class() -> Any:
-    """Returns a class of TFDS sources that never shuffle files, which TFDS refuses to do for ordered datasets."""
+    """Returns a class of TFDS sources that never shuffle files, which TFDS refuses to do for ordered datasets.
+
+    SeqIO's own buffer still shuffles the rows.
+    """
     tensorflow()
     import seqio
 

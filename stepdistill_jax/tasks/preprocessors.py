@@ -33,7 +33,8 @@ def render(
             `rationale`, and index 1 means `rationale.1` (see `tasks.supervision.choose`).
 
     Raises:
-        InputError: a field is missing or is not text. The error is raised before any row is read.
+        InputError: a field other than `rationale` and `llm_label` is missing, or a field is not text. The error
+            is raised before any row is read.
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))

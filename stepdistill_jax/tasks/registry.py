@@ -94,7 +94,7 @@ def add_task(
         source: a function that takes the name of a split and returns its rows, a dict {name of a split: list of
             its rows}, a list (the rows of `train`), or a `seqio.DataSource`. A row is a dict with `input`,
             `label` and optionally `rationale`, `llm_label`, `weight`, and text fields that `objectives` name.
-        splits: names of the splits, only for a function.
+        splits: names of the splits; required for a function, and not allowed otherwise.
         objectives: name of an arm, or a list of objectives. Each objective becomes a task. The targets lack the
             objective's `decoder_prefix`, which is added in training.
         vocabulary: path of a `spiece.model`, or `bytes`. The vocabulary of `init_from` takes precedence.

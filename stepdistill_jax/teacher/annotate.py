@@ -44,8 +44,9 @@ def annotate(
     Args:
         input: path of a file of JSON lines. Each row has `input`, and optionally `id`, `label`, `choices` and
             other fields.
-        output: path of the file to write, in the format that `prepare jsonl` reads. The file is named
-            OUTPUT.partial until it is complete. OUTPUT.defects.jsonl lists the defects of answers.
+        output: path of the file to write, in the format that `prepare jsonl` reads, with the fields
+            `rationale`, `rationales`, `llm_label` and `provenance`. The file is named OUTPUT.partial until it
+            is complete. OUTPUT.defects.jsonl lists the defects of answers.
         read: files from which the caller read the settings. They must not be overwritten.
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
@@ -62,7 +63,8 @@ def annotate(
         `first_defects`: {defect: the first row with this defect}.
         `stopped`: why the run ended before the last row; None if it did not.
         `with_label`: count of rows with a gold label that the teacher was not given. Absent if it is 0.
-        `teacher_accuracy`: share of the rows `with_label` that have a usable answer with the gold label.
+        `teacher_accuracy`: share of the rows `with_label` that the teacher labelled correctly. Rows without a
+        usable answer count as wrong.
         With `dry_run`, the entries are `prompt` (the first row's prompt), `first_prompt_tokens`, `parameters`
         and those of `estimated`.
         With `batch_file`, the entries are those of `write_batch` or `read_batch`.

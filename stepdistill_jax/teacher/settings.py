@@ -38,7 +38,7 @@ class Settings:
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
         retries: how often to ask again after an unreadable answer. Until the run has a usable answer, only its
             first question is asked again.
-        attempts: how often to send a request to a failing server.
+        attempts: how often to send a request to a failing server. After that, the question has no answer.
         timeout: time limit of a request, in seconds.
         max_truncated: largest share of unusable answers, truncated ones included. After 20 questions, a larger
             share stops the run. Answers in the cache count as usable.

@@ -14,8 +14,9 @@ UNCOMPRESSED = "identity"
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     """Returns a client with a single connection, which refuses responses that are compressed or too long.
 
-    A hook limits a response to 4 MiB. A custom transport could do so, too, but httpx would then ignore the
-    proxies that environment variables set.
+    A hook limits each response to 4 MiB, including redirects and errors, which httpx reads itself. A compressed
+    response is refused, since it could be larger in memory. A custom transport could do the same, but httpx
+    would then ignore the proxies that environment variables set.
 
     Args:
         timeout: time limit of each read or write, in seconds. The limit for connecting is half as long. So a

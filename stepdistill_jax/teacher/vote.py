@@ -1,4 +1,4 @@
-"""Makes an output row from several answers: the commonest label, and a rationale for it."""
+"""Makes an output row from the answers to a question: the commonest label, and a rationale for it."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -184,7 +184,7 @@ def test_what_is_missing_or_cannot_be_is_said(tmp_path, monkeypatch):
     for name in ("gsm_symbolic", "delivery"):
         with pytest.raises(InputError, match="leave `source` out"):
             prepare(name, source=tmp_path, data_dir=tmp_path)
-    with pytest.raises(InputError, match="`field_map`: only `prepare jsonl`"):
+    with pytest.raises(InputError, match=r"`field_map`: .* only `prepare jsonl`"):
         prepare("gsm_symbolic", field_map={"input": "question"}, data_dir=tmp_path)
     with pytest.raises(InputError, match="`fields`: only `prepare jsonl`"):
         prepare("gsm_symbolic", fields=["question"], data_dir=tmp_path)

@@ -43,7 +43,10 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """Iterates over a list's items. A number may be cut off where the buffer ends; a text is always complete."""
+    """Iterates over a list's items. A text is always complete.
+
+    A number, which `read_texts` refuses in any case, may be cut off where the buffer ends.
+    """
 
     def __init__(self, file: IO[str], path: pathlib.Path):
         self._file, self._path = file, path

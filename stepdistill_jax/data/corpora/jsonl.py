@@ -53,6 +53,7 @@ def read(
         source: file or folder, a list of dicts, or {split: list of dicts}.
         field_map: {name in Example: name in the source}, e.g. {"input": "question"}.
         more: names of further text fields to keep, for objectives. Rows may lack these fields.
+        teacher: whether to keep rationales and the teacher's labels.
 
     Raises:
         InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows
@@ -104,7 +105,7 @@ class _Rows:
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row). The split of a bad row is "" if ids decide the splits."""
+        """Yields (split, row). The split of a bad row is "" if a single file or list is split by ids."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):

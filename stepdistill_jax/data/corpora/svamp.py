@@ -27,8 +27,8 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     A row is {"input", "label"} in the paper's files, else {"ID", "Body", "Question", "Equation"}. The id of a
     row without "ID" is its 1-based index.
 
-    The rows of ASDiv, in asdiv/asdiv_train.json, have the same form. They become the split `unlabelled`, with
-    the teacher's texts in asdiv/llm/train_CoT_I.json.
+    The rows of ASDiv, in asdiv/asdiv_train.json (see `extra_folder`), have the same form. They become the split
+    `unlabelled`, with the teacher's texts in asdiv/llm/train_CoT_I.json.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
