@@ -15,7 +15,7 @@ from stepdistill_jax.runtime.progress import translated
 if TYPE_CHECKING:
     from rich.console import Console
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"B": 1} | {
     f"{prefix}{end}B": (base ** (power + 1))
     for end, base in (("", 1000), ("i", 1024))
     for power, prefix in enumerate("KMGT")
@@ -80,9 +80,9 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: the string is not a positive number with a known unit.
     """
-    found = re.fullmatch(r"([\d.]+) ?([KMGT]?i?B?)", text.strip())
+    found = re.fullmatch(r"([\d.]+) ?([KMGT]?i?B)", text.strip())
     if found is None or found.group(2) not in _UNITS or found.group(1).count(".") > 1:
-        raise InputError(f"--hbm {text}: expected a size such as 80GB or 16GiB")
+        raise InputError(f"--hbm {text}: expected a size with its unit, such as 80GB or 16GiB")
     size = int(float(found.group(1).strip(".") or 0) * _UNITS[found.group(2)])
     if size < 1:
         raise InputError(f"--hbm {text}: expected a size above 0")

@@ -26,7 +26,8 @@ class Setting:
         name: the macro, or `field` if there is no macro.
         field: full name, such as `train.batch_size`.
         required: whether a config must bind the setting.
-        default: None for a required setting.
+        default: the default, or the value in the given config; None for a required setting.
+        bound: whether the given config or one of its parts binds the setting.
         unit: such as `tokens` or `steps`, or None.
         meaning: one or two sentences.
     """
@@ -37,6 +38,7 @@ class Setting:
     default: Any
     unit: str | None
     meaning: str
+    bound: bool = False
 
     @property
     def owner(self) -> str:
@@ -56,17 +58,24 @@ class Setting:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `settings`."""
     parser.add_argument(
-        "name",
-        nargs="?",
-        metavar="NAME",
-        help="a macro (BATCH_SIZE), a field (train.remat_policy or remat_policy), a class or"
-        " function (optimizer), or part of a name (dropout); without NAME, all settings are listed",
+        "names",
+        nargs="*",
+        metavar="[CONFIG] [NAME]",
+        help="CONFIG: path or name of a config, whose values are shown instead of the defaults; NAME: a macro"
+        " (BATCH_SIZE), a field (train.remat_policy or remat_policy), a class or function (optimizer), or part of a"
+        " name (dropout); without NAME, all settings are listed, or those that CONFIG binds",
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns the settings of the given name, or all settings."""
-    found = settings() if args.name is None else find_settings(args.name)
+    """Prints and returns the settings of the given name and config, or all settings."""
+    config, name = _config_and_name(args.names)
+    known = settings(config)
+    if name is not None:
+        found = find_settings(name, known)
+    else:
+        shown = [s for s in known if s.bound or (s.required and s.name.isupper())]
+        found = known if config is None else shown
     width = shutil.get_terminal_size((100, 24)).columns
     for owner in dict.fromkeys(s.owner for s in found):
         say(f"{owner}: {summary_of(owner)}")
@@ -75,18 +84,42 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             say(f"  {s.name}{'  required' if s.required else f' = {s.value}'}{unit}")
             say(textwrap.fill(s.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6))
         say("")
-    say(
-        "To change a setting, pass --set NAME=VALUE, or write NAME = VALUE in a config. The shipped configs"
-        " (configs/*.gin) may replace these defaults."
-    )
+    say("To change a setting, pass --set NAME=VALUE, or write NAME = VALUE in a config.")
+    if config is None:
+        say("A config may replace these defaults; `stepdistill settings CONFIG` shows its values.")
+    elif name is None:
+        say("All other settings have their defaults; `stepdistill settings` lists them.")
     return {"settings": [dataclasses.asdict(s) for s in found]}
 
 
-def settings() -> list[Setting]:
-    """Returns all settings. The fields of `train` come first."""
-    from stepdistill_jax.commands.configurables import CONFIGURABLES, main_bindings
+def _config_and_name(names: list[str]) -> tuple[str | None, str | None]:
+    from stepdistill_jax.commands.shipped import find_shipped
+    from stepdistill_jax.errors import InputError
+
+    if len(names) > 2:
+        raise InputError(f"settings: expected at most CONFIG and NAME, got {' '.join(names)}")
+    if len(names) == 2:
+        return names[0], names[1]
+    if names and (names[0].endswith(".gin") or find_shipped(names[0])):
+        return names[0], None
+    return None, names[0] if names else None
+
+
+def settings(config: str | None = None) -> list[Setting]:
+    """Returns all settings. The fields of `train` come first.
+
+    Args:
+        config: path or name of a config, whose values replace the defaults. It need not bind all required settings.
+
+    Raises:
+        InputError: the config cannot be read.
+    """
+    from stepdistill_jax.commands.configurables import CONFIGURABLES, LITERAL, main_bindings
+    from stepdistill_jax.commands.gin_statements import Reader
+    from stepdistill_jax.commands.shipped import find_config
 
     bound, found = main_bindings(), []
+    own = {} if config is None else Reader().bindings(find_config(config))
     for owner, configurable in CONFIGURABLES.items():
         meanings = _meanings(configurable)
         for parameter, given in inspect.signature(configurable).parameters.items():
@@ -98,14 +131,19 @@ def settings() -> list[Setting]:
             required = given.default is given.empty or bound.get(name) == REQUIRED
             default = reference if reference.startswith("@") else given.default
             unit, meaning = meanings[parameter]
-            found.append(
-                Setting(name, field, required, None if required else default, unit, meaning)
-            )
+            if is_bound := name in own:
+                value = own[name].value
+                default = (
+                    value if isinstance(value, LITERAL) else repr(value)
+                )  # such as @optimizer()
+                required = default == REQUIRED
+            value = None if required else default
+            found.append(Setting(name, field, required, value, unit, meaning, is_bound))
     return found
 
 
-def find_settings(name: str) -> list[Setting]:
-    """Returns the settings whose macro, field or owner is `name`, ignoring case.
+def find_settings(name: str, known: list[Setting]) -> list[Setting]:
+    """Returns the settings of `known` whose macro, field or owner is `name`, ignoring case.
 
     If there are none, returns the settings whose macro or field contains `name`.
 
@@ -115,7 +153,6 @@ def find_settings(name: str) -> list[Setting]:
     from stepdistill_jax.commands.gin_config import suggestion
     from stepdistill_jax.errors import InputError
 
-    known = settings()
     names = [{s.name, s.field, s.field.partition(".")[2], s.owner} for s in known]
     wanted = name.removeprefix("%").removeprefix("@").removesuffix("()").lower()
     found = [s for s, of in zip(known, names, strict=True) if wanted in {n.lower() for n in of}]

@@ -62,7 +62,7 @@ def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     rows = ("--set", "INPUT_LENGTH=32", "--set", "TARGET_LENGTH=64", "--set", "BATCH_SIZE=24")
     argv = ("demo_step_by_step", *rows, *parts, "--devices", "8", "--layout", "fsdp")
     _, whole = planned(capsys, tmp_path, *argv)
-    hbm = str(round((whole["best"]["per_device"]["total"] - 1000) / 0.75))
+    hbm = f"{round((whole['best']['per_device']['total'] - 1000) / 0.75)}B"
     out, found = planned(capsys, tmp_path, *argv, "--hbm", hbm)
     by_flags = dict(zip(found["advice"], found["remedies"], strict=False))
     line = next(line for line in by_flags if "NUM_MICROBATCHES" in line)
@@ -103,7 +103,7 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
     _, whole = planned(capsys, tmp_path, *argv)
     sizes = whole["best"]["per_device"]
     hbm = round((sizes["total"] - sizes["optimizer"] // 12) / 0.75)
-    _, found = planned(capsys, tmp_path, *argv, "--hbm", str(hbm))
+    _, found = planned(capsys, tmp_path, *argv, "--hbm", f"{hbm}B")
     lines = [line.partition(": ")[0] for line in found["advice"][:-1]]
     for part in ("optimizers/adafactor.gin", "memory/bfloat16_moment.gin", "memory/remat_full.gin"):
         assert f"--gin_file {part}" in lines
@@ -113,7 +113,7 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
     argv = (*argv, "--layout", "fsdp", "--gin_file", "memory/remat_full.gin")
     _, whole = planned(capsys, tmp_path, *argv)
     hbm = round((whole["best"]["per_device"]["total"] - 1000) / 0.75)
-    _, found = planned(capsys, tmp_path, *argv, "--hbm", str(hbm))
+    _, found = planned(capsys, tmp_path, *argv, "--hbm", f"{hbm}B")
     lines = [line.partition(": ")[0] for line in found["advice"][:-1]]
     assert "--gin_file layouts/tensor.gin" in lines
     check_typed(lines, found, ["memory/remat_full.gin"])
@@ -123,7 +123,10 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
     ("argv", "message"),
     [
         (["demo_step_by_stp"], "did you mean 'demo_step_by_step'"),
-        (["demo_step_by_step", "--hbm", "lots"], "--hbm lots: expected a size such as"),
+        (
+            ["demo_step_by_step", "--hbm", "lots"],
+            "--hbm lots: expected a size with its unit, such as",
+        ),
         (
             ["demo_step_by_step", "--devices", "0"],
             "--devices must be a whole number of at least 1, not 0",
@@ -164,13 +167,13 @@ def test_bad_usage_is_one_line_and_exit_2(capsys, tmp_path, monkeypatch, argv, m
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("80GB", 80 * 10**9), ("16GiB", 16 * 2**30), ("1.5 TB", 15 * 10**11), ("100", 100)],
+    [("80GB", 80 * 10**9), ("16GiB", 16 * 2**30), ("1.5 TB", 15 * 10**11), ("100 B", 100)],
 )
 def test_sizes_have_decimal_and_binary_units(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "12XB", "1.2.3GB", "-4GB", "0GB", "iB"])
+@pytest.mark.parametrize("text", ["", "80", "GB", "12XB", "1.2.3GB", "-4GB", "0GB", "iB"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(InputError, match="--hbm"):
         parse_size(text)

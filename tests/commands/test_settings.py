@@ -58,6 +58,18 @@ def test_a_name_filters(capsys, name, found):
     assert set(listed(capsys, name)[0]) == found
 
 
+def test_a_config_shows_its_own_values_and_what_it_still_needs(capsys):
+    found, text = listed(capsys, "finetune")
+    assert found["LEARNING_RATE"]["default"] == 5e-5 and "LEARNING_RATE = 5e-05" in text
+    assert found["OBJECTIVES"]["default"] == "@step_by_step()"
+    assert {name for name, s in found.items() if s["required"]} == {"TASK", "INIT_FROM"}
+    assert "SEED" not in found
+    assert listed(capsys, "demo_step_by_step", "rationale_weight")[0].keys() >= {
+        "step_by_step.rationale_weight"
+    }
+    assert main.main(["settings", "finetune", "SEED", "EXTRA"]) == 2
+
+
 def test_the_line_of_a_setting(capsys):
     _, text = listed(capsys, "EVAL_EVERY")
     assert text.splitlines()[1:3] == [
