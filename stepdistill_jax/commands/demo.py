@@ -79,7 +79,7 @@ def _show(summary: dict, console) -> None:
     console.print(
         "\nNext, on your own rows (JSON lines with input, label and rationale):\n"
         "  stepdistill prepare jsonl --source my_rows.jsonl --name mine\n"
-        "  stepdistill inspect mine\n"
+        "  stepdistill inspect demo_step_by_step --set TASK=mine --set INPUT_LENGTH=128 --set TARGET_LENGTH=64\n"
         "  stepdistill train demo_step_by_step --workdir runs/mine --set TASK=mine"
         " --set INPUT_LENGTH=128 --set TARGET_LENGTH=64    # longer texts are truncated\n"
         "  stepdistill evaluate runs/mine --task mine --split test\n"

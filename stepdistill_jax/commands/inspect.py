@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from stepdistill_jax.commands.terminal import console
+from stepdistill_jax.commands.terminal import console, say
 from stepdistill_jax.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Inspects a config or a task, prints the result, and returns it."""
     from stepdistill_jax.training import inspect
 
+    config = _config_or_task(args)
     result = inspect(
-        _config_or_task(args),
+        config,
         split=args.split,
         rows=args.rows,
         data_dir=args.data_dir,
@@ -48,6 +49,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         verify=args.verify,
     )
     show(result, console())
+    if isinstance(config, str):
+        say(
+            "These are the default settings. For those of a run, pass its config:"
+            f" stepdistill inspect CONFIG --set TASK={config}"
+        )
     return result
 
 

@@ -138,6 +138,10 @@ def _run(argv: list[str]) -> int:
         at = argv.index(command)
         argv = [command, *argv[:at], *argv[at + 1 :]]
     parser, sub, run = parser_of(command)
+    # before argparse asks for a required flag, which may only be mistyped
+    for flag in (a.partition("=")[0] for a in argv if a.startswith("--") and len(a) > 2):
+        if flag not in sub._option_string_actions:
+            sub.error(f"unrecognized arguments: {flag}{nearest(flag, sub._option_string_actions)}")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         sub.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -142,7 +142,9 @@ def show(result: dict[str, Any]) -> None:
     size = result["vocabulary_size"]
     made = f"vocabulary of {size} pieces, " if size else ""
     defects = sum(sum(figures["defects"].values()) for figures in result["splits"].values())
-    listed = f"{defects:,} defects listed in defects.jsonl" if defects else "no defects"
+    counts = ((result["skipped"], "skipped row"), (defects, "defect"))
+    parts = [f"{count:,} {what}{'s' * (count > 1)}" for count, what in counts if count]
+    listed = f"{' and '.join(parts)} listed in defects.jsonl" if parts else "no defects"
     screen.print(
         f"{'Found' if result['reused'] else 'Wrote'} {escape(result['directory'])}: {made}{listed}, labels"
         f" compared by {result['metric']}",

@@ -187,6 +187,8 @@ def _dataset_name(name: str, new_name: str | None, paper_exact: bool) -> str:
     if name not in NAMES and not paper_exact:
         more = "; it requires `paper_exact`" if name in prepared.PUBLISHED else nearest(name, NAMES)
         more = "; `prepare jsonl` also reads CSV and TSV" if name in ("csv", "tsv") else more
+        if name.endswith((".csv", ".tsv", ".jsonl")):
+            more = f"; for your own file, use `prepare jsonl` with `source={name}` and `new_name`"
         raise InputError(f"prepare: unknown dataset {name!r} (known: {', '.join(NAMES)}){more}")
     own = f"{name}{prepared.PAPER_SUFFIX}" if paper_exact else name
     if new_name is None:

@@ -281,9 +281,9 @@ class UniqueIds:
         """
         first = self._lines.setdefault(hash64(example_id), row.line)
         if first != row.line:
+            hint = " (a missing id becomes the row number)" if example_id.isdigit() else ""
             raise InputError(
-                f"{row.where}: the id {example_id!r} is also at {place(row.path, first)}"
-                " (a missing id becomes the row number)"
+                f"{row.where}: the id {example_id!r} is also at {place(row.path, first)}{hint}"
             )
         return example_id
 

@@ -13,6 +13,7 @@ from stepdistill_jax.batches.batch import filled_rows
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.objectives import resolve, share_encoding
 from stepdistill_jax.data.prepared import data_folder, prepared_names
+from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.models.families import FAMILIES
@@ -43,6 +44,14 @@ _HUB_SIZES = {
     "ml-ml": "ml",
 }
 _HUB_SIZES |= {"xl-xl": "xl"}
+_HUB_EXAMPLES = [
+    f"google/{family}-{size}"
+    for family in ("t5-v1_1", "flan-t5", "mt5", "byt5", "umt5")
+    for size in ("small", "base", "large", "xl", "xxl")
+]
+_HUB_EXAMPLES += [
+    f"google/t5gemma-{size}-prefixlm" for size in ("s-s", "b-b", "l-l", "ml-ml", "xl-xl")
+]
 
 
 Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length) of each group
@@ -187,6 +196,15 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
     if config.init_from is None and data is not None:
         return new_model(config, data)
     published = _published(config.init_from or "")
+    if (
+        config.init_from is not None
+        and published is None
+        and config.model_size == TrainConfig.model_size
+    ):
+        raise InputError(
+            f"`init_from` {config.init_from}: no such folder here, and not the name of a published model"
+            f"{nearest(config.init_from, _HUB_EXAMPLES)}; to plan another model, set `model_size`"
+        )
     if published is not None:
         family, size = published
         config = dataclasses.replace(config, model_family=family, model_size=size)
@@ -195,8 +213,7 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
         f"dataset {config.task!r} is not prepared here, so the plan assumes a model"
         if config.init_from is None
         else f"`init_from` {config.init_from} does not exist here, so the model is assumed to be"
-        f" {config.model_family} {config.model_size}"
-        + (" (set MODEL_SIZE to assume another size)" if published is None else " by its name,")
+        f" {config.model_family} {config.model_size}" + (" by its name," if published else "")
     )
     assumptions.append(f"{missing} with the published vocabulary of {model.vocab_size} ids")
     return model

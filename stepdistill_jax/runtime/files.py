@@ -159,7 +159,8 @@ def parse_json_line(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise InputError(f"not UTF-8{not_text(raw)}") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"broken JSON ({error.msg}){not_text(raw)}") from None
+        what = f"{error.msg.removesuffix(' at')}, column {error.colno}"
+        raise InputError(f"broken JSON ({what}){not_text(raw)}") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 10,000 brackets
         raise InputError(f"unreadable JSON ({error})") from None
     if not isinstance(row, dict):

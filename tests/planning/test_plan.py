@@ -448,7 +448,7 @@ def test_rows_are_those_that_a_run_packs(layout, slices, seed, delivery_data_dir
 
 
 def test_a_model_that_is_elsewhere_is_assumed_whatever_its_rules(delivery_data_dir):
-    given = {"init_from": "/not/here", "init_rules": [("decoder/.*", None)]}
+    given = {"init_from": "/not/here", "init_rules": [("decoder/.*", None)], "model_size": "small"}
     config = TrainConfig(task="delivery", batch_size=64, input_length=64, target_length=32, **given)
     found = workload(config, data_dir=delivery_data_dir)
     assert found.model.vocab_size == 32128
@@ -463,12 +463,16 @@ def test_a_model_that_is_elsewhere_is_assumed_whatever_its_rules(delivery_data_d
         ("google-t5/t5-3b", 1024, 32128),
         ("google/umt5-small", 512, 256384),
         ("google/t5gemma-b-b-prefixlm", 768, 256000),
-        ("me/t5-v1_1-mine", 64, 32128),  # no published size: the config's own
     ],
 )
 def test_a_name_of_the_hub_gives_family_and_size(name, emb_dim, vocab_size):
     found = workload(TrainConfig(task="absent", init_from=name, model_size="tiny")).model
     assert (found.decoder.emb_dim, found.vocab_size) == (emb_dim, vocab_size)
+
+
+def test_a_mistyped_name_of_the_hub_is_no_model():
+    with pytest.raises(InputError, match=r"`init_from` .*; did you mean 'google/t5-v1_1-base'"):
+        workload(TrainConfig(task="absent", init_from="google/t5-v1_1-bse"))
 
 
 def test_more_devices_than_the_process_has_are_refused():

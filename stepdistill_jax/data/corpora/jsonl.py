@@ -169,7 +169,7 @@ class _Rows:
 
     def _add_notes(self, found: set[str]) -> None:
         """Adds the notes on all rows. Raises InputError if no row has a field named in `more`."""
-        unread = {str(name) for name in self._seen} - set(self._names.values())
+        unread = {str(name) for name in self._seen} - {*self._names.values(), PROVENANCE}
         not_read = printable(", ".join(sorted(unread)))
         added = [f"fields that were not read: {not_read}"] if unread else []
         expected = SPLITS if self._cut else ("train", "validation")
@@ -224,7 +224,10 @@ def _checked(
             )
     # LABEL_SOURCE=llm trains on rows that only the teacher has labelled
     taught = "llm_label" in fields and row.optional_text(names["llm_label"])
-    needs = {"input": NEEDS["input"]} if taught else NEEDS
+    # a field that the user has mapped needs no hint to map it
+    needs = {name: hint if names[name] == name else "" for name, hint in NEEDS.items()}
+    if taught:
+        del needs["label"]
     example = read_example(row, needs=needs, fields=fields, more=more, names=names)
     label, llm_label = example.label, example.llm_label
     if rationales := example.rationales:
