@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shlex
 from typing import Any
 
 from stepdistill_jax.commands.terminal import console, say
@@ -250,6 +251,9 @@ def _show(output: pathlib.Path, result: dict[str, Any]) -> None:
         say(used)
     else:
         say(f"{output}: {result['rows']} rows, {used}")
+        say(
+            f"next: {shlex.join(['stepdistill', 'prepare', 'jsonl', '--source', str(output)])} --name NEW"
+        )
 
 
 def _table(result: dict[str, Any]) -> Any:
