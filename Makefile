@@ -19,6 +19,8 @@ BENCH_FLAGS ?=
 # XLA's older fusion emitters compile a decoding loop in a third of the time
 TEST_ENV := XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
   --xla_cpu_parallel_codegen_split_count=1"
+# pyright's wrapper would ask PyPI for a newer version at each run
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # parts of the slow tests, each at most 40 minutes on 2 idle cores
 SLOW_model := tests/batches tests/data tests/formats tests/models tests/parity tests/tasks tests/training
 SLOW_answers := tests/decoding tests/inference tests/serving tests/teacher
@@ -39,8 +41,8 @@ help:
 	@echo "make test-gsm     install reasoning-gym, too, and run the tests of its dataset"
 	@echo "make faults       run all fault tests (32 minutes) and rewrite the table of docs/lab/reliability.md"
 	@echo "make mutants      plant the bugs of tests/mutants.py one by one: a test must fail on each (15 minutes)"
-	@echo "make lint         check formatting and run ruff"
-	@echo "make types        run pyright"
+	@echo "make lint         check formatting and run ruff and pyright"
+	@echo "make types        run pyright only"
 	@echo "make audit        list known vulnerabilities in the pinned packages (pip-audit; needs the network)"
 	@echo "make format       format the source files"
 	@echo "make bench        compare speed with SeqIO, transformers and CTranslate2 (50 minutes on 2 quiet cores)"
@@ -121,12 +123,13 @@ mutants: $(VENV)/.installed-test
 	$(TEST_ENV) $(BIN)/python tests/mutants.py $(MUTANTS_FLAGS)
 
 lint: $(VENV)/.installed-test
-	@echo "== formatting and lint"
+	@echo "== formatting, lint and types"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/pyright
 
 types: $(VENV)/.installed-test
-	@echo "== types (pyright downloads itself from npm on its first run)"
+	@echo "== types"
 	$(BIN)/pyright
 
 audit: $(BIN)/python

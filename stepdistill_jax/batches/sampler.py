@@ -6,8 +6,8 @@ each `TokenTable`.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -131,8 +131,9 @@ def token_tables(
         for column, rows in zip(part.columns, store.rows, strict=True):
             prefix = data.decoder_prefixes[column.objective - 1]
             targets = TruncatedRows(rows["targets"], target_length - len(prefix))
+            extra = cast(Mapping[str, np.ndarray], rows)  # only the optional entries are arrays
             weights, token_weights = _loss_weights(
-                targets, rows.get("weights", store.weights), rows.get("token_weights"), loss_mean
+                targets, extra.get("weights", store.weights), extra.get("token_weights"), loss_mean
             )
             table = TokenTable(
                 store=number,

@@ -290,7 +290,8 @@ def _value(text: str) -> Any:
     try:
         parser = config_parser.ConfigParser(text, _Delegate())
         value = parser.parse_value()
-        if not parser.current_token.string:  # the text is used up
+        # an empty token: the text is used up
+        if not parser.current_token.string:  # type: ignore[union-attr]  # set when constructed
             return value
     except InputError:  # an unknown reference
         raise

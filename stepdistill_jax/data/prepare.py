@@ -233,14 +233,14 @@ def _read(
         raise InputError(f"prepare {name}: pass the folder of its files as `source`")
     if isinstance(source, str | os.PathLike):
         source = local_path(source, "`source`")
-    elif name != "jsonl":
-        raise InputError(
-            f"prepare {name}: `source` must be a folder; only `prepare jsonl` reads lists"
-        )
     if name == "jsonl":
         from stepdistill_jax.data.corpora import jsonl
 
         return jsonl.read(source, field_map=field_map or {}, more=fields, teacher=teacher)
+    if not isinstance(source, pathlib.Path):
+        raise InputError(
+            f"prepare {name}: `source` must be a folder; only `prepare jsonl` reads lists"
+        )
     if paper_exact:
         from stepdistill_jax.data.corpora import published
 

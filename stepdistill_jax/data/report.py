@@ -240,7 +240,7 @@ def _histogram(counts: Mapping[int, int]) -> str:
     axes = figure.subplots()
     low, high = min(counts), max(counts)
     width = -(-(high - low + 1) // BARS)  # whole words: other widths leave gaps
-    edges = np.arange(low, high + width + 1, width) - 0.5
+    edges = [length - 0.5 for length in range(low, high + width + 1, width)]
     axes.hist(list(counts), edges, weights=list(counts.values()), color="#0072B2", rwidth=0.9)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(4, integer=True))

@@ -1,5 +1,6 @@
 """Computes the exact log probability of each given answer, and encodes each input only once."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -126,7 +127,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
         cache = start_cache(params, encoded, config, targets.shape[-1])
         output = output_layer(params, config)
         # cast once, not in each chunk
-        output = output.replace(weights=output.weights.astype(config.dtype))
+        output = dataclasses.replace(output, weights=output.weights.astype(config.dtype))
 
         def one_decoder_row(_, of_row):
             targets, segments = of_row  # [rows, width]

@@ -309,7 +309,9 @@ def _tests(points: Sequence[Point], drawn: Mapping[RunResult, np.ndarray]) -> li
         if interval is None:
             continue
         # rows that only one arm gets right are counted over runs of the same seed
-        of_first, of_second = ({r.seed: r.right for r in p.runs} for p in (first, second))
+        of_first, of_second = (
+            {r.seed: r.right for r in p.runs if r.right is not None} for p in (first, second)
+        )
         seeds = [s for s in of_first if s in of_second]
         low, high, p = interval
         found.append(

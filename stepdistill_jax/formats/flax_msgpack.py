@@ -48,8 +48,9 @@ def read_tree(path: os.PathLike | str) -> dict[str, Any]:
             " save the model as model.safetensors, which is read by slices"
         )
     try:
-        tree = flax.serialization.msgpack_restore(data)
+        tree = flax.serialization.msgpack_restore(data)  # type: ignore[arg-type]  # reads any buffer
         flax.traverse_util.flatten_dict(tree, sep="/")  # raises unless all keys are strings
+        assert isinstance(tree, dict)  # which `flatten_dict` has checked
     except Exception as error:  # raised by msgpack, Flax or numpy, whichever finds it first
         reason = printable(f"{type(error).__name__} {error}", 200)
         raise InputError(f"{path}: not a complete msgpack file of Flax ({reason})") from None

@@ -72,7 +72,7 @@ def dense(
         dtype=config.dtype,
         kernel_init=init,
         # `kernel_product` casts the kernel, so the parameter and its gradient are float32
-        promote_dtype=lambda x, kernel, bias, *, dtype: (x.astype(dtype), kernel, bias),
+        promote_dtype=lambda x, kernel, bias, *, dtype: (x.astype(dtype), kernel, bias),  # type: ignore[arg-type]  # Flax passes only these
         dot_general=lambda x, kernel, *_, **__: kernel_product(x, kernel, float32_sums),
         name=name,
     )

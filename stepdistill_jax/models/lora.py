@@ -56,7 +56,7 @@ class LoraDense(nn.Module):
         )
         x = x.astype(self.dtype)
         # (x A) B, not x (A B); the scale is applied to x A, since that is the smallest array, [..., rank]
-        return kernel_product(x, kernel) + kernel_product(kernel_product(x, a) * self.scale, b)
+        return kernel_product(x, kernel) + kernel_product(kernel_product(x, a) * self.scale, b)  # type: ignore[operator]  # custom_vjp hides the type
 
 
 def has_adapters(params: Any) -> bool:

@@ -33,7 +33,7 @@ def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) 
 
 def _forward(x, kernel, float32_sums):
     # calls the undecorated function, since a policy of `jax.checkpoint` can only save matmuls that it sees
-    y = kernel_product.fun(x.value, kernel.value, float32_sums)
+    y = kernel_product.fun(x.value, kernel.value, float32_sums)  # type: ignore[union-attr]  # custom_vjp has it
     # An argument that needs no gradient, such as a frozen kernel, costs no matmul in the backward pass. The
     # keys of a dict record which arguments need a gradient, since a bool would become an array.
     wanted = {name: () for name, of in (("x", x), ("kernel", kernel)) if of.perturbed}

@@ -134,7 +134,7 @@ class DecoderLayer(_Layer):
             # same keys, so the keys are not copied for each beam
             queries = h.reshape(segments[1].shape[0], -1, h.shape[-1])
             if context.encoded is not None:
-                y = cross.over_states(queries, *context.encoded, segments)
+                y = cross.over_states(queries, *context.encoded, segments=segments)
             else:
                 given = cache["cross_key"], cache["cross_value"]
                 y = cross.over_cache(cross.queries(queries), *given, segments)
@@ -261,7 +261,7 @@ class Decoder(_Stack):
         causal: bool,
         query,
         key,
-        index=0,
+        index: jax.Array | int = 0,
         deterministic: bool,
     ):
         """Applies all layers to embeddings x [batch, q, embed].
@@ -283,8 +283,8 @@ class Decoder(_Stack):
             x, found = drop(x), []
             for i in range(side.num_layers):
                 layer = DecoderLayer(c, **options, name=f"layers_{i}")
-                of_layer = jax.tree.map(lambda stacked, i=i: stacked[i], (windows, cache))
-                x, new = layer(x, *of_layer, context)
+                window, kept = jax.tree.map(lambda stacked, i=i: stacked[i], (windows, cache))
+                x, new = layer(x, window, kept, context)
                 found.append(new)
             cache = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *found)
         else:

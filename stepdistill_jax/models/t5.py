@@ -105,14 +105,14 @@ _UL2 = {"tiny": _TINY, "xxl": (4096, 16, 256, 16384, 32, 32)}
 
 
 def _family(sizes: dict[str, tuple[int, ...]], vocab_size: int, **traits: Any) -> Family:
-    columns = (
+    columns = [
         "emb_dim",
         "num_heads",
         "head_dim",
         "mlp_dim",
         "num_encoder_layers",
         "num_decoder_layers",
-    )
+    ]
     of_sizes = {name: dict(zip(columns, row, strict=True)) for name, row in sizes.items()}
     return Family(T5Config, of_sizes, vocab_size, traits)
 

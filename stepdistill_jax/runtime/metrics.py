@@ -114,7 +114,7 @@ class _Board:
 
     def __init__(self, folder: pathlib.Path, start_step: int):
         _import_tensorboardx()
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # protobuf makes them at import
         from tensorboardX.record_writer import RecordWriter
 
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{start_step}"
@@ -126,8 +126,8 @@ class _Board:
         self._flushed = time.monotonic()
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[attr-defined]  # protobuf makes it at import
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]  # protobuf makes it at import
 
         values = [Summary.Value(tag=n, simple_value=v) for n, v in metrics.items()]
         self._add(Event(step=step, summary=Summary(value=values)))

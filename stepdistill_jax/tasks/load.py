@@ -89,9 +89,9 @@ def load_task(
         return load(given, task_objectives)
     check_split(task, split, found.splits)
     check_supervision(found.name, supervision)
-    vocabulary = common_vocabulary(task, [found], given, folder)
-    store = plain_store(found, split, vocabulary, folder, task_module)
-    return TaskData.of_store(task, split, PLAIN, store, vocabulary, task=found, own_inputs=True)
+    opened = common_vocabulary(task, [found], given, folder)
+    store = plain_store(found, split, opened, folder, task_module)
+    return TaskData.of_store(task, split, PLAIN, store, opened, task=found, own_inputs=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,7 @@ def groups_of(
     rates = {task.name: _rate(mixture, task) for task in tasks}
     if task_objectives == SINGLE:
         return [Group(t.name, (t,), (objectives[0],), rates[t.name]) for t in tasks]
+    assert not isinstance(task_objectives, str)  # `single` is the only text
     named = _objectives_of(mixture, tasks, objectives, task_objectives or {})
     found: dict[str, Group] = {}
     for dataset, members in _families(mixture):

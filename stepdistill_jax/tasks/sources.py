@@ -164,10 +164,11 @@ def check_source(task: str, source: Any) -> None:
 def _check_downloaded(task: str, loader: Any) -> None:
     """Raises InputError if the TFDS dataset of a `seqio.LazyTfdsLoader` is not on disk."""
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.constants import get_default_data_dir
 
     for split in loader.tfds_splits or (None,):
         name, folder = loader.get_split_params(split)
-        where = folder or tfds.core.constants.get_default_data_dir()
+        where = folder or get_default_data_dir()
         command, why = f"run `tfds build {name} --data_dir {where}`", ""
         try:
             if loader._get_builder(split).is_prepared():

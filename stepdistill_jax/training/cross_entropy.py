@@ -133,7 +133,7 @@ def _chunked(
     embed, vocab = (1, 0) if tied else (0, 1)  # axes of the weights
 
     def product(x: jax.Array, y: jax.Array, axes: tuple[int, int], dtype=None) -> jax.Array:
-        over = tuple((axis,) for axis in axes)
+        over = (axes[:1], axes[1:])
         return jax.lax.dot_general(x, y, (over, ((), ())), precision_of(states.dtype), dtype)
 
     # [batch, length, ...] -> [chunks, size, ...]; tokens that fill up the last chunk have scale 0

@@ -144,7 +144,7 @@ def objective_sums(
     product = functools.partial(jnp.einsum, precision=precision_of(weights.dtype))
     # each token's factor in the loss: its weight times the scale of its column
     of_tokens = product("blo,o->bl", weights, scale)
-    loss, nll, correct = cross_entropy(
+    loss, nll, correct = cross_entropy(  # type: ignore[misc]  # custom_vjp hides the type
         states, output.weights, targets, of_tokens, output.softcap, output.tied
     )
     sums = ObjectiveSums(

@@ -96,15 +96,14 @@ def assemble(
     tx = make_optimizer(config)  # early, since a user's function may fail
     mesh = make_mesh(config.layout)
     shards = batch_shards(mesh)
-    vocabulary, model = (
+    vocabulary, given = (
         (vocabulary_of(config), None) if config.init_from is None else _given_model(config, workdir)
     )
     if config.task == EMBEDDED:
         ensure_prepared(config.task, data_dir)
     read = {"vocabulary": vocabulary, "data_dir": data_dir}
     data = load_split(config, TRAIN, **read)
-    if model is None:
-        model = new_model(config, data)
+    model = new_model(config, data) if given is None else given
     data.check_ids(model.vocab_size)
     batches = batches_of(config, data, row_multiple=shards * config.num_microbatches)
     # process 0 decides for all, since the others may not see the same files

@@ -126,10 +126,7 @@ class _Rows:
         ids = UniqueIds()
         first_bad, bad, before = None, 0, self._good + len(self._unanswered)
         for row in file.rows():
-            try:
-                checked = row if isinstance(row, BadRow) else self._checked(row, ids)
-            except InputError as error:
-                checked = BadRow.of(row, error)
+            checked = row if isinstance(row, BadRow) else self._checked(row, ids)
             if isinstance(checked, BadRow):
                 first_bad, bad = first_bad or checked, bad + 1
             if checked is not None:
@@ -144,15 +141,18 @@ class _Rows:
         none = f"; none of its {bad:,} rows can be used" if bad > 1 else ""
         raise InputError(f"{first_bad}{header}{none}")
 
-    def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | None:
-        """Returns a row's example, or None for a row that `annotate` left without an answer."""
+    def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | BadRow | None:
+        """Returns a row's example, a bad row, or None for a row that `annotate` left without an answer."""
         self._seen |= dict.fromkeys(row.fields)
         # `annotate` leaves a row without an answer unchanged
         if PROVENANCE in row.fields and not any(map(row.fields.get, self._answers)):
             self._unanswered.append(row.where)
             return None
-        checked = _checked(row, self._fields, self._more, self._names)
-        ids.add(checked.example.id, row)
+        try:
+            checked = _checked(row, self._fields, self._more, self._names)
+            ids.add(checked.example.id, row)
+        except InputError as error:
+            return BadRow.of(row, error)
         self._good += 1
         for name in checked.example.more:
             self._having[name] += 1

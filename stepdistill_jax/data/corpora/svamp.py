@@ -13,7 +13,7 @@ from stepdistill_jax.data.defects import Defect
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rationale import parse_equation
 from stepdistill_jax.data.reading import UNLABELLED, CheckedExample, Reading
-from stepdistill_jax.data.rows import JsonRow, UniqueIds
+from stepdistill_jax.data.rows import BadRow, JsonRow, UniqueIds
 from stepdistill_jax.data.text_metrics import value_match
 from stepdistill_jax.errors import InputError
 
@@ -52,7 +52,7 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     )
     own_rows = reading.rows
 
-    def rows() -> Iterator[tuple[str, CheckedExample]]:
+    def rows() -> Iterator[tuple[str, CheckedExample | BadRow]]:
         yield from own_rows()
         extra = paper_layout.file_rows(folder, path, teachers, _extra_row, reading.notes)
         yield from ((UNLABELLED, row) for row in extra)
