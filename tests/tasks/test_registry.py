@@ -40,8 +40,8 @@ def seqio():
 
 @pytest.fixture(scope="module")
 def roads(seqio):
-    add_task("roads", source=rows, splits=["train", "validation"])
-    return "roads"
+    add_task("roads_in_code", source=rows, splits=["train", "validation"])
+    return "roads_in_code"
 
 
 def unpacked(seqio, name, lengths):
@@ -258,8 +258,8 @@ def test_a_field_that_a_source_lacks_is_named_with_task_and_source(seqio, tmp_pa
 
 
 def test_bad_arguments_are_named(roads, tmp_path):
-    with pytest.raises(InputError, match="already has a task or mixture 'roads_label'"):
-        add_task("roads", source=rows, splits=["train"])
+    with pytest.raises(InputError, match="already has a task or mixture 'roads_in_code_label'"):
+        add_task("roads_in_code", source=rows, splits=["train"])
     with pytest.raises(InputError, match=r"pass the splits of the function"):
         add_task("other", source=rows)
     with pytest.raises(InputError, match="did you mean 'text_match'"):
