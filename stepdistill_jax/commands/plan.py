@@ -6,7 +6,13 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from stepdistill_jax.commands.arguments import add_config_arguments, add_data_dir_argument
-from stepdistill_jax.commands.plan_bound import GIB, show_bound, show_collectives, show_decode
+from stepdistill_jax.commands.plan_bound import (
+    GIB,
+    share_used,
+    show_bound,
+    show_collectives,
+    show_decode,
+)
 from stepdistill_jax.commands.shipped import shipped_folder
 from stepdistill_jax.commands.terminal import console
 from stepdistill_jax.errors import InputError
@@ -219,7 +225,7 @@ def _table(result: dict[str, Any]):
 
     table = Table(
         title=f"Memory of one of {result['devices']} devices ({result['device_kind']}), in GiB;"
-        f" {result['limit'] / GIB:.1f} GiB can be used",
+        f" {result['limit'] / GIB:.1f} GiB can be used ({share_used(result)})",
         title_justify="left",
     )
     has_bounds = any(c.get("bound") for c in result["candidates"])
@@ -245,6 +251,19 @@ def _table(result: dict[str, Any]):
     return table
 
 
+def _by_chip(seconds: dict[str, float]) -> dict[str, float]:
+    """Returns {kind: seconds} without the kinds that are variants of another kind and take the same time."""
+    return {
+        kind: time
+        for kind, time in seconds.items()
+        # "NVIDIA A100-SXM4-40GB" is a variant of "NVIDIA A100"
+        if not any(
+            kind != other and kind.startswith(other) and time == same
+            for other, same in seconds.items()
+        )
+    }
+
+
 def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -> None:
     """Prints the collectives, FLOPs and times of one candidate."""
     console.print(f"Collectives per step and device, {one['name']}, remat {one['remat_policy']}:")
@@ -252,10 +271,11 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} per device; rows of padding raise the FLOPs by a factor of {one['work']:.3g}"
+        f" {flops['per_device']:.3g} per device; the step takes {one['work']:.3g} times the FLOPs of the same"
+        " examples on one device"
     )
     times = ", ".join(
-        f"{name} {seconds:.3g} s" for name, seconds in result["seconds_at_peak"].items()
+        f"{name} {seconds:.3g} s" for name, seconds in _by_chip(result["seconds_at_peak"]).items()
     )
     if one["bound"] is not None:
         show_bound(one["bound"], "step", console)

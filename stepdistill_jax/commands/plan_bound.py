@@ -42,6 +42,16 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
         )
 
 
+def share_used(result: dict[str, Any]) -> str:
+    """Returns how the usable memory follows from the device's, such as "75% of --hbm 80GB, ..."."""
+    memory = result["hbm"]
+    size = f"{memory // GIB}GiB" if memory % GIB == 0 else f"{memory / 1e9:.4g}GB"
+    of = f"--hbm {size}" if result["device_kind"] == "virtual CPU" else f"the device's {size}"
+    share = result["limit"] / memory
+    why = ", JAX's share of a GPU's memory" if share < 1 else ""
+    return f"{100 * share:.3g}% of {of}{why}"
+
+
 def show_collectives(rows: list[dict[str, Any]], console: "Console") -> None:
     """Prints a table of the collectives and the bytes that they send, by kind and dtype."""
     from rich.table import Table
@@ -67,7 +77,9 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
     )
     console.print(
         f"Per device: {sizes['params'] / GIB:.2f} GiB of parameters, {sizes['total'] / GIB:.2f} GiB in"
-        f" total, of {result['limit'] / GIB:.1f} usable: {'fits' if result['fits'] else 'does not fit'}"
+        f" total: {'fits' if result['fits'] else 'does not fit'};"
+        f" {result['limit'] / GIB:.1f} GiB can be used ({share_used(result)})",
+        soft_wrap=True,
     )
     console.print("Collectives per batch and device:")
     show_collectives(result["collectives_by_dtype"], console)

@@ -80,7 +80,10 @@ def _show(comparison: "Comparison", split: str, console) -> None:
 
     table = Table(title=Text(f"{comparison.name}: accuracy on {split}"))
     table.add_column("arm")
-    for column in ("fraction", "labels", "runs", "accuracy ± 95%", "collapsed"):
+    accuracy = "accuracy ± 95%"
+    if any(p.high is None for p in comparison.points):
+        accuracy += "\n(one run:\nno interval)"  # in short lines, so that 80 columns suffice
+    for column in ("fraction", "labels", "runs", accuracy, "collapsed"):
         table.add_column(column, justify="right")
     for p in comparison.points:
         half = " " * 9 if p.high is None else f" ± {p.high - p.accuracy:.4f}"

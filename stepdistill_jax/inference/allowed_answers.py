@@ -21,6 +21,7 @@ from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.stores import local_path
 
 ROW, LABELS = "row", "labels"
+OTHER_CHOICES = "pass `choices=labels` or a file of labels, or leave `choices` out"
 _KEPT = 2**16  # labels whose ids are cached: many rows have the same labels
 
 

@@ -104,6 +104,7 @@ class InputFile:
 
     Attributes:
         total: count of good rows.
+        with_choices: count of good rows that have choices.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class InputFile:
         check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
         field_map: Mapping[str, str] | None = None,
+        hint: str = "",
     ):
         """Reads the whole file once, and counts its good rows.
 
@@ -121,6 +123,7 @@ class InputFile:
             check_row: see `read_questions`.
             reads: names of the fields that the prompts need in addition to the input.
             field_map: {our field: the file's field}.
+            hint: what to do about a bad row, for the message.
 
         Raises:
             InputError: the file cannot be read or has no good row; a field of `reads` or `field_map` is
@@ -130,16 +133,17 @@ class InputFile:
         self._map = dict(field_map or {})
         self._stamp = self._stat()
         mapped = {name for name in KNOWN_FIELDS if name in self._map and name != "id"}
-        self.total, absent = 0, mapped.union(self._reads)
+        self.total, self.with_choices, absent = 0, 0, mapped.union(self._reads)
         first_bad, bad = None, 0
         for row in self.rows():
             if not isinstance(row, BadRow):
                 self.total += 1
+                self.with_choices += bool(row.choices)
                 absent -= {
                     n for n in absent if row.texts.get(n) or (n == "choices" and row.choices)
                 }
             elif on_error == "stop":
-                raise InputError(f"{row} (`on_error=skip` continues without such rows)")
+                raise InputError(f"{row} ({hint})" if hint else f"{row}")
             else:
                 first_bad, bad = first_bad or row, bad + 1
         if first_bad and not self.total:

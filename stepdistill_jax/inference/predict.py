@@ -18,11 +18,11 @@ from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow, check_field_map
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference.accuracy import AccuracyCounts
-from stepdistill_jax.inference.allowed_answers import Allowed, allow
+from stepdistill_jax.inference.allowed_answers import OTHER_CHOICES, Allowed, allow
 from stepdistill_jax.inference.engines import Engine, open_engine
 from stepdistill_jax.inference.input_rows import KNOWN_FIELDS, InputFile, next_window
 from stepdistill_jax.inference.labels import explain_rows, label_rows
-from stepdistill_jax.inference.options import decode_options
+from stepdistill_jax.inference.options import DecodeOptions, decode_options
 from stepdistill_jax.inference.prompting import (
     RATIONALE,
     Prompting,
@@ -106,9 +106,41 @@ def predict(
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
+    return answer_file(
+        path,
+        input,
+        output,
+        chosen,
+        task=task,
+        with_rationale=with_rationale,
+        on_error=on_error,
+        field_map=field_map,
+        data_dir=data_dir,
+        hint="`on_error=skip` continues without such rows",
+    )
+
+
+def answer_file(
+    path: os.PathLike | str,
+    input: os.PathLike | str,
+    output: os.PathLike | str,
+    chosen: DecodeOptions,
+    *,
+    task: str | None,
+    with_rationale: bool,
+    data_dir: os.PathLike | str | None,
+    on_error: str = "stop",
+    field_map: Mapping[str, str] | None = None,
+    hint: str = "",
+) -> dict[str, Any]:
+    """Does the work of `predict`, and has its arguments, result and errors.
+
+    Args:
+        hint: what to do about a bad row, for the message if `on_error` is `stop`.
+    """
     on_process_0(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
     names = dict(field_map or {})
-    source = on_all_processes(lambda: InputFile(input, on_error, field_map=names))
+    source = on_all_processes(lambda: InputFile(input, on_error, field_map=names, hint=hint))
     model = open_engine(path, chosen)
     prompting = on_all_processes(
         lambda: prompting_for(
@@ -120,7 +152,11 @@ def predict(
     allowed = on_all_processes(lambda: allow(chosen, prompting, model))
     check = allowed.check if allowed and not allowed.labels else None
     if check or prompting.reads:  # only the model tells which fields of a row it needs
-        source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads, names))
+        if check:
+            on_all_processes(lambda: _require_choices(source))
+        source = on_all_processes(
+            lambda: InputFile(input, on_error, check, prompting.reads, names, hint)
+        )
     asked = [dataclasses.asdict(prompting), chosen.num_beams, chosen.length_penalty]
     asked += [sorted(names.items())] if names else []
     # The key leaves out the batch size and the number of devices: they change a score only in its last
@@ -142,6 +178,14 @@ def predict(
         on_process_0(skipped.finish)
         shared.finish()
     return result
+
+
+def _require_choices(source: InputFile) -> None:
+    """Refuses a file in which no row has choices: to skip such rows would leave none."""
+    if source.total and not source.with_choices:
+        raise InputError(
+            f"{source.path}: no row has choices, which `choices=row` needs; {OTHER_CHOICES}"
+        )
 
 
 def _check_output(output: os.PathLike | str, *inputs: Any) -> None:

@@ -1,6 +1,7 @@
 """Shows progress on standard error: a bar with rate and remaining time on a terminal, lines elsewhere."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Protocol
 from stepdistill_jax.errors import escaped
 
 LINE_EVERY_SECS = 10.0
+RECENT_SECS = 30.0  # an update that is this old counts 1/e of a new one in the rate
 _written: Callable[[str], str] = str
 
 
@@ -41,49 +43,78 @@ def format_values(values: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
+class _Pace:
+    """Counts units and measures their rate from the first update on.
+
+    The time until the first update is left out, since it includes start-up and compilation.
+
+    Attributes:
+        done: count of finished units, including those of an earlier run.
+        updated: time of the last update that finished units, or of the start.
+    """
+
+    def __init__(self, total: int | None, done: int):
+        self.done, self.updated = done, time.monotonic()
+        self._total, self._is_first = total, True
+        # units and seconds after the first update: all of them, and those that fade with age
+        self._all = self._recent = (0.0, 0.0)
+
+    def advance(self, count: int) -> None:
+        if not count:
+            return
+        now = time.monotonic()
+        seconds, self.updated = now - self.updated, now
+        self.done += count
+        if self._is_first:
+            self._is_first = False
+            return
+        fade = math.exp(-seconds / RECENT_SECS)
+        self._all = self._all[0] + count, self._all[1] + seconds
+        self._recent = self._recent[0] * fade + count, self._recent[1] * fade + seconds
+
+    def texts(self) -> tuple[str, str]:
+        """Returns the rate and the remaining time.
+
+        The rate is the recent one, and at the end the mean. Both texts are empty until the second update. The
+        remaining time is also empty if the total is unknown.
+        """
+        units, seconds = self._all if self.done == self._total else self._recent
+        if not units:
+            return "", ""
+        each = max(seconds, 1e-9) / units
+        rate = f"{1 / each:.1f}/s" if each <= 1 else f"{each:.1f} s each"
+        left = (
+            "" if self._total is None else f"ETA {_clock(max(self._total - self.done, 0) * each)}"
+        )
+        return rate, left
+
+
 class _Lines:
     """Prints a line of progress every ten seconds and at the end, for log files."""
 
     def __init__(self, total: int | None, description: str, done: int):
-        self._total, self._description = total, description
-        self._first, self._done = done, done
-        self._start = self._last = self._advanced = time.monotonic()
+        self._total, self._description, self._first = total, description, done
+        self._pace = _Pace(total, done)
+        self._written = self._pace.updated
         self._values: dict[str, float] = {}
 
     def update(self, advance: int = 1, **values: float) -> None:
-        self._done += advance
+        pace = self._pace
+        pace.advance(advance)
         self._values |= values
-        if not advance:
-            return
-        self._advanced = time.monotonic()
         # `end` writes the last line, since values may still arrive after the last unit
-        if self._advanced - self._last >= LINE_EVERY_SECS and self._done != self._total:
-            self._last = self._advanced
+        if pace.updated - self._written >= LINE_EVERY_SECS and pace.done != self._total:
+            self._written = pace.updated
             self._write()
 
     def end(self) -> None:
-        if self._first < self._done == self._total:
+        if self._first < self._pace.done == self._total:
             self._write()
 
     def _write(self) -> None:
-        # this process's rate: it excludes the units that an earlier run finished
-        count, seconds = self._done - self._first, self._advanced - self._start
-        of, left = "", ""
-        if self._total is not None:
-            of = f"/{self._total}"
-            left = f"  ETA {_clock((self._total - self._done) * seconds / count)}"
-        log(
-            f"{self._description}: {self._done}{of}  {_rate(count, seconds)}{left}"
-            f"  {format_values(self._values)}".rstrip()
-        )
-
-
-def _rate(count: int, seconds: float) -> str:
-    """Returns a rate such as "12.3/s" or, for slow units, "4.5 s each", or "" if `count` is 0."""
-    if not count:
-        return ""
-    each = max(seconds, 1e-9) / count
-    return f"{1 / each:.1f}/s" if each <= 1 else f"{each:.1f} s each"
+        of = "" if self._total is None else f"/{self._total}"
+        parts = (f"{self._pace.done}{of}", *self._pace.texts(), format_values(self._values))
+        log(f"{self._description}: {'  '.join(filter(None, parts))}")
 
 
 def _clock(seconds: float) -> str:
@@ -112,7 +143,6 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeRemainingColumn,
     )
 
     columns = (
@@ -120,19 +150,20 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[values]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(escaped(description), total=total, completed=done, rate="", values="")
-        start, shown, count = time.monotonic(), {}, 0
+        task = bar.add_task(
+            escaped(description), total=total, completed=done, rate="", left="", values=""
+        )
+        pace, shown = _Pace(total, done), {}
 
         class Rich:
             def update(self, advance: int = 1, **values: float) -> None:
-                nonlocal count
-                count += advance
+                pace.advance(advance)
                 shown.update(values)
-                rate = _rate(count, time.monotonic() - start)
-                bar.update(task, advance=advance, rate=rate, values=format_values(shown))
+                rate, left = pace.texts()
+                bar.update(task, advance=advance, rate=rate, left=left, values=format_values(shown))
 
         yield Rich()

@@ -8,6 +8,7 @@ import pytest
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.commands.plan import parse_size
+from stepdistill_jax.commands.plan_bound import share_used
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.sharding import make_mesh
 
@@ -43,9 +44,35 @@ def test_one_layout_takes_the_configs_own_policy(capsys, tmp_path):
     argv = ("--devices", "2", "--layout", "fsdp", "--gin_file", "memory/remat_minimal.gin")
     code, out, _ = run(capsys, tmp_path, "demo_step_by_step", *SHORT, *argv, "--json")
     assert code == 0
-    (candidate,) = json.loads(out.splitlines()[-1])["candidates"]
+    found = json.loads(out.splitlines()[-1])
+    (candidate,) = found["candidates"]
     assert candidate["remat_policy"] == "minimal"
     assert candidate["layout"] == {"data": 1, "fsdp": 2, "tensor": 1}
+    assert "55.9 GiB can be used (75% of --hbm 80GB, JAX's share of a GPU's memory)" in out
+    assert f"the step takes {candidate['work']:.3g} times the FLOPs of the same examples" in out
+    (times,) = [line for line in out.splitlines() if line.startswith("Shortest time")]
+    assert times.count("A100") == 1  # its variants compute at the same rate
+    for kind in ("NVIDIA A100 ", "NVIDIA H100 ", "NVIDIA H200 ", "TPU v5 lite ", "TPU v5 "):
+        assert kind in times
+    assert len(found["seconds_at_peak"]) > times.count(" s,") + 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "hbm", "share", "text"),
+    [
+        ("virtual CPU", 16 * 2**30, 0.75, "75% of --hbm 16GiB, JAX's share of a GPU's memory"),
+        (
+            "NVIDIA H100 80GB HBM3",
+            84_942_979_072,
+            0.875,
+            "87.5% of the device's 84.94GB, JAX's share",
+        ),
+        ("TPU v5 lite", 16 * 2**30, 1.0, "100% of the device's 16GiB"),
+    ],
+)
+def test_the_usable_memory_is_explained(kind, hbm, share, text):
+    told = share_used({"device_kind": kind, "hbm": hbm, "limit": round(hbm * share)})
+    assert told.startswith(text) and ("JAX" in told) == (share < 1)
 
 
 def planned(capsys, tmp_path, *argv):

@@ -1,5 +1,6 @@
 import csv
 import json
+import shutil
 
 import pytest
 
@@ -21,11 +22,16 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
+def head_of_accuracy(lines):
+    return [line.split("┃")[5].strip() for line in lines if line.startswith("┃")]
+
+
 def test_report_prints_a_table_and_a_line_of_json(runs, tmp_path, capsys):
     argv = ["report", str(runs), "--output", str(tmp_path / "out"), "--json"]
     assert main.main([*argv, "--data-dir", str(tmp_path / "data")]) == 0
     *text, line = capsys.readouterr().out.splitlines()
     assert any("step_by_step" in x and "0.7500" in x for x in text)
+    assert "(one run:" in head_of_accuracy(text) and "no interval)" in head_of_accuracy(text)
     sentences = " ".join(x.strip() for x in text)
     assert "step_by_step reaches the accuracy that label_only has with all of the data" in sentences
     told = json.loads(line)
@@ -37,6 +43,25 @@ def test_report_prints_a_table_and_a_line_of_json(runs, tmp_path, capsys):
     ]
     assert not any("chance" in x for x in text)  # nothing is known row by row
     assert told["left_out"] == [] and comparison["tests"] == []
+
+
+def test_the_head_speaks_of_an_arm_without_an_interval_only_if_there_is_one(runs, tmp_path, capsys):
+    def head_with_another_seed_of(arm):
+        again = runs / f"{arm}_again"
+        shutil.copytree(runs / arm, again)
+        described = json.loads((again / "run.json").read_text())
+        described["config"]["seed"] += 1
+        (again / "run.json").write_text(json.dumps(described))
+        argv = ["report", str(runs), "--output", str(tmp_path / "out")]
+        assert main.main([*argv, "--data-dir", str(tmp_path / "data")]) == 0
+        return head_of_accuracy(capsys.readouterr().out.splitlines())
+
+    assert head_with_another_seed_of("label_only") == [
+        "accuracy ± 95%",
+        "(one run:",
+        "no interval)",
+    ]
+    assert head_with_another_seed_of("step_by_step") == ["accuracy ± 95%"]
 
 
 def test_the_papers_figures_stand_beside_runs_of_its_kind(runs, tmp_path):

@@ -182,6 +182,46 @@ def test_a_row_with_bad_choices_is_named_and_can_be_skipped(
     assert skipped["line"] == 2 and message in skipped["error"]
 
 
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_file_without_any_choices_is_told_the_other_ways(
+    model_dir, write_rows, tmp_path, capsys, on_error
+):
+    source = write_rows([{"input": "q"}, {"input": "r", "choices": []}])
+    argv = ["predict", model_dir, source, tmp_path / "out.jsonl", "--choices", "row"]
+    assert main([str(a) for a in (*argv, "--on-error", on_error)]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        f"{source}: no row has choices, which --choices row needs; pass --choices labels or a file of"
+        " labels, or leave --choices out"
+    )
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "with_choices, message",
+    [
+        (0, "test.jsonl: no row has choices, which --choices row needs; pass"),
+        (
+            3,
+            "test.jsonl:4: the field 'choices' is missing or empty, but --choices row needs it (pass",
+        ),
+    ],
+    ids=["none", "some"],
+)
+def test_evaluate_has_no_rows_to_skip(
+    workdir, rows, lay_out, tmp_path, capsys, with_choices, message
+):
+    rows = [row | {"id": f"{row['id']}"} for row in rows[:6]]
+    for row in rows[with_choices:]:
+        del row["choices"]
+    data_dir = lay_out(tmp_path / "data", rows)
+    argv = ["evaluate", workdir, "--task", "roads", "--data-dir", data_dir, "--choices", "row"]
+    assert main([str(a) for a in argv]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"{message} --choices labels or a file of labels, or leave --choices out" in line
+    assert "on_error" not in line
+
+
 @pytest.mark.parametrize(
     "name, text, message",
     [
