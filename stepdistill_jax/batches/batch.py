@@ -130,8 +130,8 @@ class Batches:
             `models.sharding.batch_shards` times the number of microbatches.
         data_fraction: share of the examples to use. A smaller share is a subset of a larger one.
         row_lengths: input length and target length of a packed row (see `batches/row_lengths.py`). (0, 0)
-            means `input_length` and `target_length`. With `pairs`, each of the two becomes the length of the
-            longest example if that example is longer.
+            means `input_length` and `target_length`. With `pairs`, these two lengths are then raised so that
+            every example fits into a packed row.
         pairs: whether all targets of an example are in the same row, so that a loss can compare them.
         loss_mean: `token` or `example`. `example` divides a target token's loss weight by the target's
             length.
@@ -445,7 +445,7 @@ class Batches:
     def _packed(
         self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
     ) -> Packed:
-        """Returns one group of a shard: the rows of the drawn examples, their encodings and the packing."""
+        """Packs (or pads) the rows that the drawn examples have in `tables`. The result is one group of a shard."""
         rows = self._rows(drawn, tables)
         if not rows:
             return Packed(rows)
@@ -517,5 +517,5 @@ class Batches:
 
 
 def filled_rows(batch: Batch) -> int:
-    """Returns the number of rows of all groups that have at least one input token."""
+    """Returns the number of rows with at least one input token, over all groups."""
     return sum(int((group["encoder_segment_ids"] > 0).any(1).sum()) for group in batch)

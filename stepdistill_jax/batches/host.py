@@ -23,7 +23,7 @@ class HostBatch:
     """A process's rows of a batch, and the totals of the global batch.
 
     Attributes:
-        groups: arrays with the rows of the process's shards, one block after the other.
+        groups: arrays with the rows of the process's shards, one shard after the other.
         shards: indices of these shards, from 0, ascending.
         num_shards: number of shards of the global batch.
         shapes: (rows, input length, target length) of each group of the global batch.

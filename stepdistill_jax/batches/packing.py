@@ -1,9 +1,9 @@
 """Packs many short rows into few long ones, in three steps: lengths -> packed rows -> arrays.
 
 1. `Encodings.of` groups the rows that read the same encoding of an input, and adds up their lengths.
-2. `first_fit` chooses a packed row for each encoding, or for each example if targets are paired
-   (`Encodings.of_examples`, `Packing.of_encodings`). `choose_row_counts` and `most_rows` limit the
-   number of packed rows.
+2. `first_fit` chooses a packed row for each encoding. If targets are paired, it instead chooses a packed
+   row for each example, from which `Packing.of_encodings` derives the positions of the encodings.
+   `choose_row_counts` and `most_rows` limit the number of packed rows.
 3. `scatter` writes each token into its cell of the arrays of a batch.
 """
 
@@ -39,7 +39,7 @@ class Encodings:
         offset: column of each row's target, counted from the start of its encoding's targets, [rows] int64.
         row_sizes: input length and decoder length of each row, [rows, 2] int64.
         is_first: whether a row is the first of its encoding, [rows] bool. Only this row's inputs are encoded.
-        places: place of each encoding's example in the step, [encodings] int64.
+        places: index of each encoding's example in the shard, [encodings] int64.
         sizes: input length of each encoding, and the sum of its rows' decoder lengths, [encodings, 2] int64.
     """
 
@@ -59,13 +59,13 @@ class Encodings:
         A shared input is encoded again for targets that do not fit into `target_length` together, so that
         none is truncated.
 
-        Example: an example has three shared rows of the sizes (3, 2), (3, 3) and (3, 4), and `target_length`
-        is 6. Then `of_row` is [0, 0, 1], `offset` is [0, 2, 0], and the sizes of the two encodings are (3, 5)
-        and (3, 4).
+        Example: an example has three rows that share its input. Their sizes are (3, 2), (3, 3) and (3, 4), and
+        `target_length` is 6. Then `of_row` is [0, 0, 1], `offset` is [0, 2, 0], and the sizes of the two
+        encodings are (3, 5) and (3, 4).
 
         Args:
             sizes: input length and decoder length of each row, [rows, 2] int64.
-            places: place of each row's example in the step, [rows] int64.
+            places: index of each row's example in the shard, [rows] int64.
             target_length: decoder length of a packed row.
             shared: whether all rows of an example have the same input.
         """
@@ -95,7 +95,7 @@ class Encodings:
         """Adds up the lengths of each example's encodings.
 
         Returns:
-            The examples' values of `places` in ascending order, [examples].
+            The place of each example in the step, in ascending order, [examples].
             The total input length and total target length of each example, [examples, 2].
         """
         places, of = np.unique(self.places, return_inverse=True)
@@ -123,7 +123,7 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns the positions of unpacked rows: the encoding of the example at place i fills row i."""
+        """Returns positions in rows that are not packed: encoding (or example) i is alone in row `places[i]`."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
@@ -222,9 +222,9 @@ class _Decreasing:
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the first position whose sorting length fits into `room`. All later ones fit, too.
+        """Returns the position of the first row that fits into `room`. All later rows fit, too.
 
-        The sorting length is the length by which this list is sorted.
+        Only the length by which this list is sorted is compared. The row's other length may not fit.
         """
         # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
         # target length in the input list) does not fit, no row fits, and the result is the end of the list.
@@ -262,7 +262,8 @@ def _last_two(
 ) -> list[tuple[_Decreasing, int]]:
     """Returns (list, position) of the one or two candidates that fill the packed row best, or [] if none fits.
 
-    The later position comes first, so that removing its row does not move the other row.
+    Of two candidates in one list, the later position comes first, so that taking this row does not change the
+    position of the other.
     """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists
@@ -311,7 +312,7 @@ def choose_row_counts(
         probes: numbers of packed rows that some random shards needed.
         bound: number of packed rows that no shard can exceed.
         row_multiple: every count is a multiple of this number.
-        num_shards: number of shards in a batch, whose blocks all get the fullest shard's count.
+        num_shards: number of shards in a batch. All blocks of a batch get the count of the fullest shard.
     """
     used = np.sort(np.asarray(probes, np.int64))
     # The fullest of several shards lies further above the mean. With this factor, only one batch in some
@@ -345,9 +346,9 @@ def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
     """Returns a number of packed rows that `first_fit` never exceeds for `batch_size` examples.
 
     An encoding's load is input length / input capacity + target length / target capacity, and a packed row's
-    load is the sum of its encodings' loads. `first_fit` opens a packed row only when no waiting row fits into
-    the current one. So two consecutive packed rows have a load above 1, and m packed rows have a load above
-    (m - 1) / 2. Then m < 2 * total load + 1.
+    load is the sum of its encodings' loads. `first_fit` opens a packed row only when no waiting encoding fits
+    into the current packed row. So two consecutive packed rows have a total load above 1, and m packed rows
+    have a total load above (m - 1) / 2. Then m < 2 * total load + 1.
 
     Args:
         loads: sum of the loads of each example's encodings, [examples]. An example that a batch may contain
@@ -449,9 +450,10 @@ def scatter(
 
 
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Returns, for each row, the 1-based index of its example within the packed row, [rows].
+    """Returns, for each row, the 1-based index of its example among the examples of the packed row, [rows].
 
-    Examples with several targets come first, so their indices are at most half of the target length.
+    Examples with several targets get the lowest indices. Each has at least two target tokens, so these indices
+    are at most half of the packed row's target length.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True

@@ -1,7 +1,7 @@
-"""Chooses the examples of a step and their rows, from only the data, the settings and the step.
+"""Chooses the examples of a step, and the rows of these examples.
 
-`Sampler` maps the positions 0, 1, 2, ... of a run to examples. `rows_of` finds the rows of these examples in
-each `TokenTable`.
+The choice depends only on the data, the settings and the step. `Sampler` maps the positions 0, 1, 2, ... of a run
+to examples. `rows_of` finds the rows of these examples in each `TokenTable`.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ class TokenTable:
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """Number of prefix and target tokens of each example; 0 if it has no row here, [examples] int64."""
+        """Number of prefix and target tokens of each example, [examples] int64; 0 if `present` is False."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -174,7 +174,13 @@ def _loss_weights(
 
 
 class ExampleIds(NamedTuple):
-    """The store, the index in the store and the epoch of drawn examples, each [examples] int64."""
+    """Drawn examples, identified by three numbers. All arrays are [examples] int64.
+
+    Attributes:
+        stores: index of the store that contains the example.
+        indices: index of the example in this store.
+        epochs: epoch in which the example is drawn.
+    """
 
     stores: np.ndarray
     indices: np.ndarray
@@ -265,7 +271,7 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """Cached function from (store, epoch) to the store's pool in the order of this epoch."""
+        """Cached function from (store, epoch) to the store's examples in the order of this epoch."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -275,7 +281,7 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Cached function of a block's index. It returns the store and the turn of each of the 65,536 positions.
+        """Cached function from a block's index to the store and the turn of each of its 65,536 positions.
 
         The turn of a position is the number of earlier positions of the same store, in all blocks.
         """
@@ -311,7 +317,7 @@ class Sampler:
         return shares
 
 
-# for each table: the table, the example of each row, [rows], and the place of that example in the step, [rows]
+# for each table: the table, the example of each row, [rows], and the index of that example in the shard, [rows]
 Rows = list[tuple[TokenTable, np.ndarray, np.ndarray]]
 
 

@@ -209,8 +209,8 @@ def add_config_arguments(
         default=[],
         dest="gin_files",
         metavar="FILE",
-        help="config file that overrides CONFIG; may be given several times (as in T5X,"
-        " --gin.NAME=VALUE sets a single value)",
+        help="config file that overrides CONFIG; may be given several times; to set a single"
+        " value, use --gin.NAME=VALUE, as in T5X",
     )
     # `--gin.NAME=VALUE`, rewritten by `split_gin_flags`
     parser.add_argument(

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "workdir",
         metavar="WORKDIR",
-        help="folder of a training run; with --format jax or ctranslate2, also a model directory",
+        help="folder of a training run or, with --format jax or ctranslate2, a model directory",
     )
     parser.add_argument(
         "model_dir", metavar="MODEL_DIR", type=pathlib.Path, help="new folder to write"

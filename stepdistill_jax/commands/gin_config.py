@@ -161,7 +161,7 @@ def _check_values(reached: Bindings, config: str) -> None:
 
 
 def _source(b: Binding, bindings: Bindings) -> Binding:
-    """Returns the last binding in the chain of macros that begins with `b`, from which `b` gets its value."""
+    """Follows the macros from `b`, and returns the last binding, which has the value."""
     seen = []
     while b.macro in bindings:
         if b.macro in seen:

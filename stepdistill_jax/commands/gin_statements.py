@@ -179,7 +179,8 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     - If a part contains a reference such as `@optimizer()`, earlier bindings of `optimizer` are dropped, unless
       they come from a part.
     - If two parts bind the same key, the later binding gets the earlier binding as its `rival`.
-    - A part in `paper/` is overridden by all other parts, in any order, so its rivals are only parts in `paper/`.
+    - A part in `paper/` is overridden by all other parts, in any order. So a rival of its bindings can only come
+      from another part in `paper/`.
 
     Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so a binding of `optimizer.b1` in an
     earlier config of the user is dropped. If `optimizers/adafactor.gin` is used, too, the binding of

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_or_task(args: argparse.Namespace) -> Any:
-    """Returns the `TrainConfig` that the argument names, or else the argument, if it is the name of a task."""
+    """Returns the `TrainConfig` that the arguments describe or, if they name a task, the task's name."""
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.commands.shipped import find_config, shipped_configs
     from stepdistill_jax.tasks.load import splits_of

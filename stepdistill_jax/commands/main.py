@@ -61,7 +61,7 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    A process that has joined a job of several processes ends with this code instead.
+    If the process has joined a job of several processes, it exits with this code and never returns.
     """
     typed = split_gin_flags(sys.argv[1:] if argv is None else list(argv))
     try:

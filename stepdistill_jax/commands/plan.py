@@ -214,8 +214,8 @@ def _show_advice(result: dict[str, Any], console: "Console") -> None:
         console.print("[bold]Nothing fits,[/bold] and none of the changes that were tried helps.")
     if result["device_kind"] == "virtual CPU" and result["model"]["dtype"] == "float32":
         console.print(
-            "bfloat16 activations (--gin_file memory/bfloat16.gin) may fit; pass --topology to find out, since"
-            " virtual CPU devices do not show it",
+            "with bfloat16 activations (--gin_file memory/bfloat16.gin), the config may fit; pass --topology to"
+            " find out, since virtual CPU devices do not show the saving",
             soft_wrap=True,
         )
 
@@ -252,7 +252,7 @@ def _table(result: dict[str, Any]):
 
 
 def _by_chip(seconds: dict[str, float]) -> dict[str, float]:
-    """Returns {kind: seconds} without the kinds that are variants of another kind and take the same time."""
+    """Returns {kind: seconds}. A variant of another kind is left out if both take the same time."""
     return {
         kind: time
         for kind, time in seconds.items()
@@ -285,8 +285,8 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
         )
     host = result["host_bytes"]
     console.print(
-        f"Host memory: {host['save'] / GIB:.2f} GiB to save,"
-        f" {host['restore'] / GIB:.2f} GiB to restore, per device of the host"
+        f"Host memory for each device of the host: {host['save'] / GIB:.2f} GiB to save a checkpoint,"
+        f" {host['restore'] / GIB:.2f} GiB to restore one"
     )
     if one["unknown_loops"]:
         console.print(

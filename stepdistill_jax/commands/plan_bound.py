@@ -13,7 +13,7 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
     """Prints a lower bound of the time of a step or batch, its parts, and the slowest operations."""
     console.print(
         f"[bold]At least {bound['bound_ms']:.3g} ms per {what}[/bold] on one device,"
-        f" {_rates(bound)}. For each of {bound['kernels']} operations, the longest of three times counts:"
+        f" {_rates(bound)}. Each of {bound['kernels']} operations takes the longest of three times:"
         f" products, memory, element operations. The sums of these times are {bound['products_ms']:.3g},"
         f" {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms ({bound['flops']:.4g} FLOPs,"
         f" {bound['bytes'] / 1e9:.4g} GB). Links: {bound['links_ms']:.3g} ms, assumed to overlap with the operations.",

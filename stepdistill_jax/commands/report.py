@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--baseline",
         metavar="ARM",
         help="arm with which the other arms are compared (default: label_only, or an arm"
-        " with the same objectives)",
+        " with the objectives of label_only)",
     )
     parser.add_argument(
         "--examples",

@@ -210,7 +210,7 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns ` (such as A and B, C and D)`, without `such as` if `places` has all `count` pairs of rows."""
+    """Returns places as ` (such as A and B, C and D)`, without `such as` if these pairs are all of `count` pairs."""
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""
     return f" ({such_as}{', '.join(pairs)})" if pairs else ""

@@ -32,7 +32,8 @@ class Objective:
             `prepare`.
         target_template: text of the same form. If the first objective's target has several fields, the words
             between them are used to find the label in decoded text.
-        weight: factor of this objective's mean cross-entropy in the loss, at least 0, or a `Schedule` of it.
+        weight: factor of this objective's mean cross-entropy in the loss: a number of at least 0, or a
+            `Schedule`.
         decoder_prefix: text that the decoder reads before the target, without loss. It distinguishes objectives
             that share one encoding of the input. At most 200 characters, no braces.
 

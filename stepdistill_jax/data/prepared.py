@@ -135,7 +135,8 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
 
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
-        rows: {split: sha256 of SPLIT.jsonl}. This covers changes to a reader's code under the same version.
+        rows: {split: sha256 of SPLIT.jsonl}. The hashes reveal a reader whose code gives other rows although
+            its version is unchanged.
     """
     reader = about["reader"]
     return digest(

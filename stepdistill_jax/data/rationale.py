@@ -47,9 +47,9 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the rationale
     "Beavers build." and the answer "wood".
 
-    Repairs: the text after the letter, or an answer without a letter, is compared with the choices, ignoring
-    case and a full stop. If it is a choice, this choice is the answer, even if the letter is that of another
-    choice. Otherwise the letter decides, as in `(a) lake or (d) pond`.
+    Repairs: the text after the letter (the whole answer if it has no letter) is compared with the choices,
+    ignoring case and a full stop. If the text is a choice, this choice is the answer, even if the letter is
+    that of another choice. Otherwise the letter decides, as in `(a) lake or (d) pond`.
 
     Args:
         choices: the choices of the question, for the letters a, b, ... in order.
@@ -92,7 +92,7 @@ def parse_equation(text: str) -> Parsed:
     Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84." and the
     answer "(84 / 2)".
 
-    Repairs: an equation without parentheses, or one such as `(16 * 17) * 4`, is read to its end.
+    The repaired answer is the rest of the line if that can be computed, such as `84 / 2` or `(16 * 17) * 4`.
     """
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
@@ -125,7 +125,7 @@ def split(
     """Splits a text at the marker before the answer, and ignores everything from the next question on.
 
     Returns:
-        The problems.
+        The text's problems, as keys of `defects.KINDS`.
         The rationale.
         The text between the first marker and any second one; None without a marker.
     """

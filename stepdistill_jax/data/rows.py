@@ -251,7 +251,11 @@ def read_example(
 
 
 def check_field_map(field_map: Mapping[str, str], known: Sequence[str]) -> None:
-    """Checks that each key of {our field: the file's field} is one of the `known` fields.
+    """Checks that all keys of `field_map` are `known` fields.
+
+    Args:
+        field_map: {our field: the file's field}.
+        known: names of our fields.
 
     Raises:
         InputError: a key is unknown.

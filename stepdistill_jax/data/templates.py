@@ -33,7 +33,8 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     """Splits a template at its fields into pairs (words before the field, field).
 
     The last pair is (words after the last field, None). Whitespace becomes one space. Words at the start of the
-    template get a leading space, and words at its end a trailing space, since `parse` adds both to the text.
+    template get a leading space, and words at its end a trailing space, since `parse` adds a space to either end
+    of the text.
 
     Example: `words_and_fields("{rationale} so {label}.")` is
     `(("", "rationale"), (" so ", "label"), (". ", None))`.

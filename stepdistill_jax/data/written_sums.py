@@ -1,4 +1,4 @@
-"""Finds equations in a text whose two sides differ."""
+"""Finds the wrong equations in a text: equations whose two sides differ."""
 
 import itertools
 import re
@@ -24,7 +24,7 @@ def wrong_sums(text: str) -> list[str]:
 
     Both sides must be numbers joined by `+ - * / x` and parentheses. A side attached to other text
     (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not checked. A result may be rounded to the
-    digits that it shows. A chain may continue from it: `3 + 4 = 7 + 1 = 8` is right.
+    digits that it shows. It may also begin the next sum of a chain: `3 + 4 = 7 + 1 = 8` is right.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []
@@ -39,7 +39,10 @@ def wrong_sums(text: str) -> list[str]:
 
 
 def _hangs_on(before: str) -> bool:
-    """Returns whether the text before an expression is attached to it, as `50% *` is to the 4 in `50% * 4 = 2`."""
+    """Returns whether an expression continues the text `before` it.
+
+    Example: in `50% * 4 = 2`, the expression `4` continues `50% *`.
+    """
     last = before.rstrip()[-1:]
     return before[-1:].isalnum() or before[-1:] in (".", "%", ",") or last.isdigit() or (
         last != "" and last in "+-*/x^%="

@@ -136,8 +136,8 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
     """Compiles `fn(params, arrays)` for a tree of arrays [rows, ...]. Each device gets all results.
 
     Matrices are cast to `dtype` once. If rows are sharded, each device gathers the parameters once and decodes its
-    rows independently. GSPMD alone would gather the parameters at each token. It is used only if the gathered
-    parameters would take more than a third of a device's memory.
+    rows independently. If the gathered parameters would take more than a third of a device's memory, GSPMD
+    partitions the program instead, and gathers the parameters at each token.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:

@@ -220,9 +220,9 @@ def decode_tokens(
 
 
 def _sizes(batch: Any) -> list[int]:
-    """Returns the row counts of the loop, from the whole batch down: `_sizes(64)` is [64, 16].
+    """Returns the batch sizes that the loop runs with, largest first: `_sizes(64)` is [64, 16].
 
-    For a symbolic batch size (`jax.export`), the whole batch is the only count.
+    A symbolic batch size (`jax.export`) is the only one.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:

@@ -283,7 +283,7 @@ def _point(*runs: RunResult) -> Point:
 
 
 def _drawn(runs: Sequence[RunResult]) -> dict[RunResult, np.ndarray]:
-    """Returns each run's accuracies in random draws of rows, [draws]. All runs share the draws."""
+    """Returns {run: its accuracy on each bootstrap sample of the rows, [samples]}. All runs share the samples."""
     known = [r for r in runs if r.right is not None and len(r.right)]
     if not known:
         return {}

@@ -76,7 +76,7 @@ def prepare_control(
     seed: int = 0,
     data_dir: os.PathLike | str | None = None,
 ) -> PreparedDataset:
-    """Prepares the dataset NAME_KIND_PERCENT: the dataset NAME with a train split from `spoil`.
+    """Prepares the dataset NAME_KIND_PERCENT: the dataset NAME with its train split changed by `spoil`.
 
     Raises:
         InputError: as in `spoil` or `prepare_variant`.

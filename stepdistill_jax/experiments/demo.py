@@ -67,7 +67,7 @@ def demo(
         data_dir: folder of prepared datasets, in which a missing dataset is prepared.
 
     Returns:
-        `arms`: rows of the table, as dicts.
+        `arms`: a dict for each arm, with the fields of `ArmResult`.
         `majority_baseline`: accuracy of always answering the commonest label.
         `plot`: path of the plot.
         `rows`: some test rows with the labels and rationales of the step-by-step model.

@@ -239,7 +239,7 @@ def _better(found: Sequence[Enough]) -> list[str]:
         arms = f"{', '.join(others)} and {last}" if others else last
         verb = "are" if others else "is"
         if share is None:
-            sentences.append(f"At no share {verb} {arms} significantly better (95%).")
+            sentences.append(f"{arms} {verb} not significantly better at any share (95%).")
             continue
         on = "" if share == 1 else " or more"
         sentences.append(

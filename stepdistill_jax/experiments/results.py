@@ -217,7 +217,7 @@ def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
             raise InputError(f"{path}: no such folder; pass a workdir or the folder of a sweep")
         here = list(_below(path, DEPTH))
         if not here:
-            raise InputError(f"{path}: the folder is neither a run nor a sweep, and contains none")
+            raise InputError(f"{path}: the folder is neither a run nor a sweep, and has no run")
         for run in here:
             found.setdefault(run.workdir.resolve(), run)
     return list(found.values())

@@ -83,9 +83,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     If a corrected p of at most 5 % counts as significant, the probability of any false alarm is at most 5 %.
 
-    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. The result is at least the
-    corrected value of the next smaller p value. Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06], from
-    3 x 0.01, then 2 x 0.03, then max(1 x 0.04, 0.06).
+    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. If this product is below the
+    previous corrected value, that value is used instead. Products above 1 become 1.
+
+    Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06]. In ascending order, 0.01 becomes 3 x 0.01 = 0.03,
+    0.03 becomes 2 x 0.03 = 0.06, and 0.04 becomes max(1 x 0.04, 0.06) = 0.06.
     """
     corrected, highest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):

@@ -43,7 +43,7 @@ class Cell:
     """One run of a sweep.
 
     Attributes:
-        fraction: share of the train split in the config.
+        fraction: share of the train split that the run is trained on.
         grid: {setting: value as typed} of other settings that differ between cells.
         text: gin text of the config, which is saved as `config.gin`.
     """
@@ -280,7 +280,7 @@ def _check_cells(
             ensure_prepared(task, data_dir)
         if split and not has_split(task, split, data_dir=data_dir, task_module=module):
             raise InputError(
-                f"`split` {split}: {task} has no such split; choose another split, or none to evaluate nothing"
+                f"`split` {split}: {task} has no such split; choose another, or `none` to skip the evaluation"
             )
         prepared = is_prepared(task, data_dir)
         datasets[task] = open_prepared(task, data_dir).fingerprint if prepared else None
@@ -334,7 +334,7 @@ class _Record:
             self._cells[cell.path] = {**new, **known, **names, "grid": dict(cell.grid)}
 
     def of(self, cell: Cell) -> dict[str, Any]:
-        """Returns the entry of a cell."""
+        """Returns the entry of a cell in `sweep.json`."""
         return self._cells[cell.path]
 
     def note(self, cell: Cell, **values: Any) -> None:

@@ -31,7 +31,9 @@ def share(path: pathlib.Path | str, raw: dict, name: str, default: float) -> flo
     """Returns a field that must be a number of at least 0 and below 1."""
     value = raw.get(name, default)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise InputError(f"{path}: {name} must be a number from 0 to below 1, got {value!r}")
+        raise InputError(
+            f"{path}: {name} must be a number of at least 0 and below 1, got {value!r}"
+        )
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""Writes tokenizer files from which `transformers` and `tokenizers` get the ids of training.
+"""Writes tokenizer files with which `transformers` and `tokenizers` give the same ids as in training.
 
 `T5Tokenizer` of transformers 5 gives every vocabulary T5's own unk (2) and no byte pieces. The vocabularies
 of mT5 and UMT5 have byte pieces, and UMT5's unk is 3. This module therefore builds `tokenizer.json` from the
@@ -166,8 +166,8 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
     """Returns a `tokenizers.Tokenizer` of Gemma's kind, without the special tokens.
 
     SentencePiece merges the neighbours whose joint piece has the highest score, but `tokenizers` merges pairs
-    in the order of a list. So the list goes through the pieces by descending score, and contains all pairs
-    that form each piece.
+    in the order of a list. So the list contains, for each piece in order of descending score, all pairs that
+    form this piece.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

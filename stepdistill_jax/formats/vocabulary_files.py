@@ -102,7 +102,7 @@ def _where_to_find_it(directory: pathlib.Path, name: str) -> str:
         )
     if find_t5x(directory):
         return (
-            f"; a T5X checkpoint contains none: its gin file names a sentencepiece.model, which you copy here as"
-            f' {SPIECE}; for ByT5, write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
+            f"; a T5X checkpoint contains none: copy the sentencepiece.model of its gin file into this folder"
+            f' as {SPIECE}; for ByT5, write {TOKENIZER_CONFIG} with {{"tokenizer_class": "ByT5Tokenizer"}}'
         )
     return ""

@@ -79,7 +79,7 @@ def has_own_head(weights: Weights, names: Names) -> bool:
 
 
 def _how_to_convert(directory: pathlib.Path) -> str:
-    """Returns a message part on converting TensorFlow weights to safetensors, or "" if there are none."""
+    """Returns how to convert the directory's TensorFlow weights to safetensors, or "" if it has no such weights."""
     names = (_TENSORFLOW, _TENSORFLOW + INDEX_SUFFIX)
     there = [name for name in names if (directory / name).is_file()]
     if not there:

@@ -207,7 +207,7 @@ def _evaluate_dataset(
     options: DecodeOptions,
     with_rationale: bool,
 ) -> dict[str, Any]:
-    """Returns the result for a prepared dataset, and saves the answers in a workdir."""
+    """Returns the result for a prepared dataset. If `path` is a workdir, saves the answers there."""
     source = on_all_processes(lambda: dataset.file(split))
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     name = answers_name(dataset.name, split, found, options, with_rationale)
@@ -241,7 +241,7 @@ def _evaluate_dataset(
 def _evaluate_part(
     path: os.PathLike | str, part: Part, split: str, options: DecodeOptions
 ) -> dict[str, Any]:
-    """Returns the result for a SeqIO task, and saves the answers in a workdir."""
+    """Returns the result for a SeqIO task. If `path` is a workdir, saves the answers there."""
     found = on_process_0(lambda: resolve_step(path, options.step) if is_workdir(path) else None)
     if found is not None:
         options = dataclasses.replace(options, step=found)

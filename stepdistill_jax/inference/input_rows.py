@@ -175,9 +175,9 @@ class InputFile:
         """Refuses a file that has changed since it was opened.
 
         Args:
-            rows: count of good rows that were read, to be given only after the last row; the file's bytes are
-                then always compared. With None, the bytes are compared only if the file was replaced, or if
-                its size or modification time has changed.
+            rows: number of good rows in the file, once all have been read; None before that. With a number, the
+                file's bytes are always compared. With None, they are compared only if the file was replaced, or
+                if its size or modification time has changed.
 
         Raises:
             InputError: the file was replaced, changed or removed.

@@ -16,7 +16,7 @@ class Labels(NamedTuple):
 
     Attributes:
         answers: the output fields of each row, without the row's id.
-        ids: ids of each answer.
+        ids: token ids of each answer.
         scores: natural log of each answer's probability, [rows].
         unfinished: count of answers that reached the maximum length without an end of sequence.
         unparsed: count of answers in which no label was found.

@@ -90,9 +90,11 @@ class DecodeOptions:
 def decode_options(
     function: Callable, given: Mapping[str, Any], without: Sequence[str] = ()
 ) -> DecodeOptions:
-    """Returns the `DecodeOptions` in the `**options` of a call.
+    """Returns the `DecodeOptions` that a function has received as `**options`.
 
     Args:
+        function: the function, which the TypeError names.
+        given: its `**options`.
         without: fields of `DecodeOptions` that the function does not accept.
 
     Raises:

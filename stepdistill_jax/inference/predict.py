@@ -181,7 +181,7 @@ def answer_file(
 
 
 def _require_choices(source: InputFile) -> None:
-    """Refuses a file in which no row has choices: to skip such rows would leave none."""
+    """Refuses a file in which no row has choices, since skipping such rows would leave none."""
     if source.total and not source.with_choices:
         raise InputError(
             f"{source.path}: no row has choices, which `choices=row` needs; {OTHER_CHOICES}"

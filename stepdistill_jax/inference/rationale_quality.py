@@ -121,11 +121,11 @@ class RationaleCounts:
             `mean_words`: mean word count of a rationale, split at white space.
             `references`: count of rows that have a rationale in the dataset.
             `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference; None without references.
-            Of several references, the most similar one counts.
+            If a row has several references, its F1 is the highest one.
             `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference; None without references.
             `consistent`, `inconsistent`, `names_no_label`: count of rows with each verdict of `named_answer`;
             None if the possible labels are unknown.
-            `teacher`: the same three counts for the dataset's rationales and the teacher's labels; None if
+            `teacher`: {verdict: count of rows} for the dataset's rationales and the teacher's labels; None if
             no row has a verdict.
             `disagreements`: the first rows whose verdict is `inconsistent`.
         """

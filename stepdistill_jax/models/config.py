@@ -187,7 +187,7 @@ class ModelConfig(abc.ABC):
 
     @property
     def output_scale(self) -> float:
-        """Factor of the decoder's states before the output layer."""
+        """Factor by which the decoder's states are multiplied before the output layer."""
         return 1.0
 
     @property

@@ -190,9 +190,9 @@ class EncoderDecoder(nn.Module):
         cache: Cache,
         encoder_segment_ids: jax.Array,
     ) -> jax.Array:
-        """Returns the decoder's states for given targets, with keys and values of the inputs from a cache.
+        """Returns the decoder's states for given targets.
 
-        All targets of a row read the same input.
+        All targets of a row read the same input, whose keys and values are in a cache.
 
         Args:
             decoder_input_tokens: [batch, target length] int32.

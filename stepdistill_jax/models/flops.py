@@ -6,7 +6,7 @@ from stepdistill_jax.models.config import ModelConfig, Side
 def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_length: int) -> float:
     """Returns the matmul FLOPs of a forward and a backward pass over padded rows.
 
-    The backward pass costs twice as much as the forward pass, or the same for weights frozen by LoRA.
+    The backward pass costs twice as much as the forward pass. For weights frozen by LoRA, both cost the same.
 
     Example: a row of T5 v1.1 large with 512 inputs and 114 targets takes 1.47e12 FLOPs.
 

@@ -70,8 +70,8 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 def formula_of(target: str, op_name: str) -> Formula | None:
     """Returns the formula of a custom call, or None if none is registered.
 
-    It tries the call's target, then the names in its JAX path, such as
-    `jit(f)/transpose(jvp(my_attention))/pallas_call`, from the last to the first.
+    The formula is looked up by `target`, then by the names in the JAX path `op_name`, from the last to the first.
+    An example of a path is `jit(f)/transpose(jvp(my_attention))/pallas_call`.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

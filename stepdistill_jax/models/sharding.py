@@ -110,7 +110,7 @@ def _slices(devices: list[Any]) -> int:
         found = collections.Counter(d.process_index for d in devices)
     if len(set(found.values())) > 1:
         raise InputError(
-            f"`layout`: slices must be of equal size, not of {sorted(found.values())} devices"
+            f"`layout`: slices must have equally many devices, but have {sorted(found.values())}"
         )
     return len(found)
 
@@ -204,7 +204,7 @@ def traced_device() -> Any:
 
 
 def traced_platform() -> str:
-    """Returns the platform of the traced program: `cpu`, `gpu` or `tpu`."""
+    """Returns the platform for which JAX is tracing a program: `cpu`, `gpu` or `tpu`."""
     return traced_device().platform
 
 

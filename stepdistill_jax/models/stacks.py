@@ -90,11 +90,10 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """A decoder layer, for teacher forcing and for decoding one token.
 
-    Under teacher forcing, the input's keys and values are computed from `context.encoded` or, if there is a cache,
-    read from its `cross_key` and `cross_value`.
+    Without a cache, attention to the encoder computes its keys and values from `context.encoded`. With a cache, it
+    reads the cache's `cross_key` and `cross_value` or, if `context.encoded` is given, the states in it.
 
-    To decode one token, the cache also has `key` and `value` of earlier tokens. If `context.encoded` is given,
-    attention to the encoder reads these states instead of `cross_key` and `cross_value`.
+    To decode one token, the cache also has `key` and `value` of earlier tokens.
     """
 
     causal: bool
@@ -225,7 +224,7 @@ class _Stack(nn.Module):
     config: ModelConfig
 
     def context(self, side: Side, bidirectional: bool, segments, query, key, **more) -> Context:
-        """Returns the context of all layers, for query positions [q] and key positions [k]."""
+        """Returns the inputs that all layers share, for query positions [q] and key positions [k]."""
         bias = turn = None
         if self.config.position_bias == "side":
             bias = RelativeBias(self.config, bidirectional, name="relpos_bias")(query, key)

@@ -1,4 +1,4 @@
-"""Computes what a run needs before a device is rented.
+"""Predicts, before any device is rented, what a run will need.
 
 `plan` compiles the training step on abstract arrays, and `plan_decode` compiles the decoder.
 """

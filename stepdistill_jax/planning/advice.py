@@ -53,7 +53,7 @@ class Base:
 
     @property
     def most_flops(self) -> float:
-        """Limit on the FLOPs of a step when another number of slices or devices is tried."""
+        """Limit on the FLOPs of a step with another number of slices or devices than the candidate's."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
@@ -102,7 +102,7 @@ def _single(base: Base) -> Iterator[dict[str, Any]]:
 
 
 def _slices(base: Base) -> list[int]:
-    """Returns up to two values of `num_microbatches` to try. They add few empty rows to a step."""
+    """Returns up to two values of `num_microbatches` to try, none of which adds many empty rows to a step."""
     config, work = base.config, base.target.work
     shards = row_multiple(config, base.target, base.layout) // config.num_microbatches
     most = max(rows for rows, *_ in base.found["groups"]) // shards
@@ -146,10 +146,10 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Combines all changes that save memory, and compiles the base with them.
+    """Compiles the base with all changes that save memory.
 
-    If the base's size is unknown, all changes are combined. Returns None if the result does not fit, or
-    if fewer than two settings would change.
+    These are the changes whose candidate in `tried` is smaller than the base, or all of `single` if the base's
+    size is unknown. Returns None if the result does not fit, or if fewer than two settings would change.
     """
     saving, size = single, base.found.get("per_device", {}).get("total")
     if size is not None:

@@ -122,7 +122,10 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
 def _policies(
     config: TrainConfig, target: Target, name: str, layout: Layout
 ) -> Iterator[dict[str, Any]]:
-    """Compiles one layout under one to three remat policies. Yields results by recomputation, the least first."""
+    """Compiles one layout under one to three remat policies, and yields the results.
+
+    The policy with the least recomputation comes first, the one with the most last.
+    """
     # The policy that recomputes most is compiled second. If it does not fit, no policy in between does.
     least, *between, most = REMAT_POLICIES
     first = compiled(config, target, name, layout, least)

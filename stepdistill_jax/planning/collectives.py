@@ -37,7 +37,7 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes that all runs in a step produce on one device."""
+        """Bytes that the operation produces on one device in a step, over all `count` times that it runs."""
         return self.count * self.result_bytes
 
     @property

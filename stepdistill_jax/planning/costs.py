@@ -111,8 +111,8 @@ class Costs:
     def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
         """Returns the counts of elementwise operations: (on integers, on other types).
 
-        An instruction counts once for each element of its result, a reduction once for each element of its
-        operand.
+        A reduction counts as one operation for each element of its operand. Any other instruction counts as
+        one operation for each element of its result.
         """
         totals = [0.0, 0.0]
         if instruction.opcode in ("fusion", "call"):

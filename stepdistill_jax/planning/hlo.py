@@ -167,7 +167,7 @@ class Computation:
 
 
 class Module:
-    """The computations of a module."""
+    """The computations of an optimised XLA module."""
 
     def __init__(self, text: str | None):
         """Parses the result of `compiled.as_text()`."""

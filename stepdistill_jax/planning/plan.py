@@ -60,15 +60,15 @@ def plan(
         `hbm`, `limit`: bytes of a device's memory, and the bytes of it that a step may take.
         `assumptions`: a string for each assumption.
         `model`: fields of the model's configuration.
-        `candidates`: dicts as returned by `candidates.compiled`. An uncompiled candidate has `error` instead of
-        sizes, and its `fits` is None if it needs too many FLOPs.
+        `candidates`: dicts as returned by `candidates.compiled`. A candidate that was not compiled has `error`
+        instead of sizes. Its `fits` is None if it was left out because it needs too many FLOPs.
         `best`: the cheapest candidate that fits, or None.
         `remedies`: if no candidate fits, changed candidates that fit, as returned by `advice.remedies`.
         `hbm_needed`: if no candidate fits, the bytes of memory that the smallest one needs on each device. None
         for a topology, whose memory is fixed.
         `host_bytes`: bytes of host memory to `save` and to `restore` a checkpoint, for each device of a host.
-        `seconds_at_peak`: lower bound of the best candidate's step time, for each kind of device. If no candidate
-        fits, it is that of the smallest.
+        `seconds_at_peak`: {kind of device: lower bound of the step time} of the best candidate or, if no candidate
+        fits, of the smallest candidate.
 
     Raises:
         InputError: the devices do not exist, or the layout does not fit the devices or the model.
@@ -125,7 +125,7 @@ def _total(candidate: dict[str, Any]) -> float:
 
 
 def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
-    """Returns the bytes of host memory to save and to restore the state of one device."""
+    """Returns {"save": bytes, "restore": bytes}: the host memory that each needs for the state of one device."""
     state = shown["per_device"]["params"] + shown["per_device"]["optimizer"]
     return {"save": round(SAVE_FACTOR * state), "restore": round(RESTORE_FACTOR * state)}
 

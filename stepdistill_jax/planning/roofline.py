@@ -45,7 +45,7 @@ class Operation:
 
     @property
     def seconds(self) -> float:
-        """Lower bound of the seconds of all runs."""
+        """Lower bound of the total time of the operation's runs, in seconds."""
         return self.times * max(self.products, self.memory, self.elements)
 
 
@@ -70,12 +70,12 @@ class Bound:
 
     @property
     def kernels(self) -> int:
-        """Number of kernels that a device runs: the sum of `times`."""
+        """Number of kernels that a device runs, with an operation counted each time that it runs."""
         return sum(o.times for o in self.operations)
 
     @property
     def flops(self) -> float:
-        """FLOPs of all matmuls in one run."""
+        """FLOPs of all matmuls in one run of the module."""
         return sum(o.times * o.cost.flops for o in self.operations)
 
     def to_json(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ class Run:
     """An instruction that a device runs as one operation, with its number of runs.
 
     Attributes:
-        times: runs of the instruction in one run of the module.
+        times: how many times the instruction runs in one run of the module.
         unknown_loop: name of the innermost loop of unknown length around the instruction, or None.
     """
 

@@ -1,6 +1,7 @@
 """Finds which model a config would train, and the rows of a step.
 
-Rows are counted on the prepared dataset. If the dataset is not prepared, assumptions replace what it would show.
+Rows are counted on the prepared dataset. If the dataset is not prepared, the number of rows, their lengths and the
+vocabulary size are assumed where they are not given.
 """
 
 import dataclasses
@@ -82,7 +83,7 @@ class Workload:
     """The model that a config would train, and the rows that a step would process.
 
     Attributes:
-        rows_of: returns the rows of a step for a row multiple.
+        rows_of: returns the rows of a step. Its argument is the row multiple of `StepRows`.
         assumptions: a string for each assumption; empty if everything was read from files.
     """
 
@@ -109,7 +110,7 @@ def workload(
 ) -> Workload:
     """Returns the model that a config would train, and the rows that a step would process.
 
-    Missing values are assumed if the dataset is not prepared.
+    Without the prepared dataset or `init_from`, some sizes are assumed; `Workload.assumptions` lists them.
 
     Args:
         rows: number of packed rows of a step, as shown by `stepdistill inspect`. None means the
@@ -143,7 +144,7 @@ def workload(
         assumptions.append(
             f"dataset {config.task!r} is not prepared here, so a step has "
             + (
-                "one packed row for each example; a real step has fewer, so set `rows` to their number"
+                "one packed row for each example; set `rows` to the number in a real step, which is smaller"
                 if config.pack
                 else "rows of the complete `input_length` and `target_length`"
                 + (", summed over all objectives" if config.pairs else "")
@@ -158,7 +159,7 @@ def workload(
 
 
 def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable[[int], StepRows]:
-    """Returns a function that maps a row multiple to the rows of a step on `data`."""
+    """Returns the function `rows_of` of a `Workload` that trains on `data`."""
 
     def rows_of(multiple: int) -> StepRows:
         batches = batches_of(config, data, row_multiple=multiple)

@@ -1,4 +1,4 @@
-"""Configures JAX's persistent compilation cache, so that the next start reuses programs, and limits its size."""
+"""Configures JAX's persistent compilation cache, from which the next start reuses programs. Limits its size."""
 
 import contextlib
 import os

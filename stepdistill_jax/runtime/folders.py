@@ -57,7 +57,7 @@ def sole_writer(
 
 
 def remove_leftovers(target: pathlib.Path, tag: str = "") -> None:
-    """Removes leftovers of killed writers of `target`. No writer may be alive."""
+    """Removes leftovers of killed writers of `target`. Call it only if no writer is running."""
     for work in target.parent.glob(glob.escape(_prefix(target, tag)) + "*"):
         with contextlib.suppress(
             OSError

@@ -25,11 +25,12 @@ class PeerFailed(RuntimeError):
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """Runs `action` on every process, and returns each process's own result.
 
-    If a process fails, all processes raise an error. If several fail, the one with the lowest index counts.
+    If a process fails, all processes raise an error. If several fail, the error is that of the failed process with
+    the lowest index.
 
     Raises:
         InputError: the failed process raised an InputError. The message names the process.
-        PeerFailed: another process failed with another kind of error. That process raises its own error.
+        PeerFailed: another process failed, but not with an InputError. That process raises its own error.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -97,7 +98,7 @@ def until_stopped(
         kept: function that returns the count of saved rows.
 
     Raises:
-        SystemExit: one of several processes has received a SIGTERM. All processes exit with status 75.
+        SystemExit: the job has several processes, and one of them has received a SIGTERM. All exit with status 75.
     """
     import jax
 

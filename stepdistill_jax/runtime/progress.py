@@ -75,8 +75,8 @@ class _Pace:
     def texts(self) -> tuple[str, str]:
         """Returns the rate and the remaining time.
 
-        The rate is the recent one, and at the end the mean. Both texts are empty until the second update. The
-        remaining time is also empty if the total is unknown.
+        The rate is a mean over recent updates, or over all updates once the total is reached. Both texts are
+        empty until the second update. The remaining time is also empty if the total is unknown.
         """
         units, seconds = self._all if self.done == self._total else self._recent
         if not units:

@@ -45,8 +45,8 @@ class StopSignals:
     Attributes:
         act: function that the main thread calls with the first signal's name. None means to set only
             `received`.
-        limit_secs: seconds that the process may still run after the first signal. Then it ends with the exit
-            status that `codes` has for that signal. 0 means no limit.
+        limit_secs: seconds that the process may still run after the first signal; 0 means no limit. The
+            argument `codes` gives the exit status for the case that the limit is reached.
         received: name of the first signal, or "".
     """
 
@@ -61,7 +61,7 @@ class StopSignals:
         """Prepares the context. Signals are caught only inside it.
 
         Args:
-            codes: {signal to catch: exit status if the context is still running `limit_secs` after it}.
+            codes: {signal to catch: exit status of a process that still runs `limit_secs` after this signal}.
             several: whether the job has several processes.
         """
         self.act, self.limit_secs = act, limit_secs

@@ -44,9 +44,8 @@ class _Waiting:
 class _Lane:
     """The waiting rows of one `lane_length`, in order of arrival.
 
-    `seconds` is the engine time charged to the lane. When an empty lane receives a row, `seconds` is raised to
-    what the lane served last had at the start of its batch, unless it is already higher. So a lane gets no credit
-    for having been empty.
+    `seconds` is the engine time charged to the lane. A lane gets no credit for having been empty: when it
+    receives a row again, its `seconds` is raised to the batcher's virtual time (`Batcher._time`) if it is lower.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -87,7 +86,7 @@ class Batcher:
                 error becomes the answer to all rows of the batch.
             length: returns the count of ids in a row's input.
             max_wait_secs: longest time that a row waits for other rows while the engine is idle.
-            max_queue: largest value of `rows`.
+            max_queue: largest count of unanswered rows.
             on_batch: called after each batch with its row count and its seconds.
         """
         self.max_queue = max_queue

@@ -78,8 +78,8 @@ def load_task(
         isinstance(found, PreparedDataset | TaskSpec) or not is_mixture(found)
     ):
         raise InputError(
-            f"`task_objectives`: {task} is not a mixture with tasks that need an objective; leave it"
-            " out"
+            f"`task_objectives`: {task} is not a mixture with tasks that need an objective; leave"
+            " `task_objectives` out"
         )
     if isinstance(found, PreparedDataset | TaskSpec):
         where = (folder, task_module)

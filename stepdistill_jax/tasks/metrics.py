@@ -18,7 +18,7 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 
 
 class TaskMetrics:
-    """Computes a task's `metric_fns` and `metric_objs` over all rows of a part.
+    """Computes a SeqIO task's `metric_fns` and `metric_objs` over all its rows in a split.
 
     SeqIO calls the task's `postprocess_fn` for targets and answers, with the row as the argument `example`.
     Only process 0 reads rows.
@@ -65,7 +65,7 @@ class TaskMetrics:
     def try_out(self) -> list[str]:
         """Computes the metrics once with the targets as answers, and returns the names of all values.
 
-        The score of each target is minus its token count.
+        Each target is scored with the negative of its token count.
         """
         scores = -np.array(list(map(len, self.targets)), np.float32)
         return list(self.compute(self.targets, scores, scores))

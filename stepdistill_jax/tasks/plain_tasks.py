@@ -21,8 +21,8 @@ def check_trainable(task: Any) -> None:
     if set(features) & set(FEATURES) == {"targets"}:
         raise _refused(
             task,
-            "this task has only the feature targets, but an encoder-decoder needs inputs and targets; add"
-            " a preprocessor that splits the text in two",
+            "this task has the feature targets but not inputs, and an encoder-decoder needs both; add a"
+            " preprocessor that splits the text in two",
         )
     if not set(FEATURES) <= set(features):
         raise _refused(

@@ -65,9 +65,9 @@ def common_vocabulary(
         opened = load_vocabulary(other)
         if not same_pieces(first, opened):
             raise InputError(
-                f"task {name!r}: it is tokenised with {files[0]}, but"
-                f" {'the model (`init_from`) has' if other == given else 'another of its tasks has'}"
-                f" {other}; give all tasks the same vocabulary (prepared datasets:"
+                f"task {name!r}: tokenised with {files[0]}, but"
+                f" {'the model (`init_from`)' if other == given else 'another task of the mixture'}"
+                f" uses {other}; give all tasks the same vocabulary (prepared datasets:"
                 " register_prepared(vocabulary=...))"
             )
     # Equal pieces do not imply equal normalisers, so with T5's framing the task's own file is used.

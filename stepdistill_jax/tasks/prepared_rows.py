@@ -62,7 +62,7 @@ class PreparedRows:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[str, np.ndarray]]:
-        """The rows to use, as pairs of a prepared split's name and a bool mask of its rows.
+        """The rows to use, as pairs (name of a prepared split, bool mask over the split's rows).
 
         An empty list means every row of `split`.
         """

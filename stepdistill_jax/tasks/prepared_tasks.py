@@ -134,9 +134,9 @@ def spec_of(
 
 @functools.cache
 def _source_class() -> Any:
-    """Returns a class of TFDS sources that never shuffle files, which TFDS refuses to do for ordered datasets.
+    """Returns a TFDS source class that never shuffles files.
 
-    SeqIO's own buffer still shuffles the rows.
+    TFDS refuses to shuffle the files of ordered datasets. SeqIO's own buffer still shuffles the rows.
     """
     tensorflow()
     import seqio

@@ -138,8 +138,9 @@ def add_task(
         )
     elif not isinstance(source, seqio.DataSource):
         raise InputError(
-            f"add_task({name!r}): source must be a function that takes the split's name, a list of dicts,"
-            f" a dict {{split: list of dicts}}, or a seqio.DataSource, got {type(source).__name__}"
+            f"add_task({name!r}): source must be a list of dicts,"
+            f" a dict {{split: list of dicts}}, a seqio.DataSource, or a function that takes the split's name; got"
+            f" {type(source).__name__}"
         )
     check_source(name, source)
     load_vocabulary(vocabulary)

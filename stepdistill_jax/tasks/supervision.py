@@ -125,8 +125,9 @@ def choose(dataset: Any, *, task: str, supervision: Supervision, metric: str, mo
     Examples without a selected label are dropped, and so are those whose weight the supervision sets to 0.
 
     Args:
-        most: number of rationale fields (`rationale`, `rationale.1`, `rationale.2`, ...) if the supervision
-            needs the list `rationales`; otherwise there is one. A field without a rationale is "".
+        most: number of rationale fields (`rationale`, `rationale.1`, `rationale.2`, ...) to write if the
+            supervision needs the list `rationales`. Otherwise, `most` is ignored, and only `rationale` is
+            written. A field without a rationale is "".
 
     Raises:
         InputError: the supervision needs the list `rationales`, but the rows have no such list.

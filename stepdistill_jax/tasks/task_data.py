@@ -132,13 +132,13 @@ class TaskData:
 
     @property
     def metric(self) -> str:
-        """The metric of all parts, or `text_match` if their metrics differ."""
+        """The metric that all `parts` have, or `text_match` if their metrics differ."""
         found = {part.metric for part in self.parts}
         return found.pop() if len(found) == 1 else "text_match"
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels of the part, or () if there are several parts."""
+        """The labels of the only entry of `parts`, or () if there are several entries."""
         return self.parts[0].labels if len(self.parts) == 1 else ()
 
     @property
@@ -220,7 +220,7 @@ class TaskData:
 
 
 def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for each part of a mixture, from the result of `TaskData.shares`.
+    """Formats the result of `TaskData.shares`, as one line for each part of a mixture.
 
     Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0% of the
     rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target tokens`.

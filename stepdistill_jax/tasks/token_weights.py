@@ -107,8 +107,13 @@ def begins_word(vocabulary: Vocabulary) -> np.ndarray:
 def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """Returns the weight of each id of a target, [tokens] float32.
 
-    `text` contains a number for each word of the target. A blank that is a token of its own gets the weight of
-    the word after it.
+    A blank that is a token of its own gets the weight of the word after it.
+
+    Args:
+        text: a number for each word of the target.
+        target: text of the target.
+        ids: ids of the target.
+        begins: result of `begins_word`.
 
     Raises:
         ValueError: a number is negative or malformed, or there are more or fewer numbers than words.

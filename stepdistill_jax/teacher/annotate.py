@@ -149,7 +149,7 @@ def in_words(estimate: dict[str, Any]) -> str:
 
 
 def _estimate(prompting: Prompting, input: pathlib.Path, cache: AnswerCache | None) -> Estimate:
-    """Reads the complete file, so that a bad row is found before the first answer is paid for."""
+    """Counts a file's rows and answers. Reads all rows, so that a bad one is found before any answer is paid for."""
     settings, estimate = prompting.settings, Estimate()
     rows = check_questions(input, settings.choices, label_given=settings.label_given)
     for _ in unanswered(prompting, rows, cache, estimate):

@@ -125,7 +125,7 @@ class ChatClient:
     async def ask(
         self, prompt: str, parameters: dict[str, Any], reservation: Reservation | None = None
     ) -> Answer:
-        """Returns the first answer to a prompt, which is sent again after a temporary error.
+        """Returns the answer to a prompt. After a temporary error, the prompt is sent again.
 
         Args:
             parameters: additional fields of the request.

@@ -45,8 +45,8 @@ def check_questions(
     """Checks and yields each row of a file. A run reads the whole file this way before it pays for answers.
 
     Raises:
-        InputError: a row is bad (see `read_questions`), an id is repeated, or a row lacks the label that
-            `label_given` needs.
+        InputError: a row is bad (see `read_questions`), an id is repeated, or `label_given` is set and a row
+            has no label.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())

@@ -88,7 +88,7 @@ class Run:
             teacher: the teacher to ask; None if all answers are in the cache.
             output: file for the rows.
             defects: file for the list of defects.
-            kept: number of answers in the cache, which count as usable for `max_truncated`.
+            kept: number of answers in the cache. `max_truncated` counts these answers as usable.
         """
         self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget

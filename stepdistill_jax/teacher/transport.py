@@ -19,9 +19,8 @@ def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     would then ignore the proxies that environment variables set.
 
     Args:
-        timeout: time limit of each read or write, in seconds. The limit for connecting is half as long. So a
-            failed connection, which sends nothing, is reported before the caller ends the request after
-            `timeout` seconds.
+        timeout: time limit of each read or write, in seconds. The limit for connecting is half of it, since the
+            caller ends a request after `timeout` seconds. A failed connection is reported before that.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),

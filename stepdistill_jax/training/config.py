@@ -88,7 +88,9 @@ class OptimizerConfig:
                 f"`{of}eps_before_correction` must be False for {self.name}, which has no bias correction"
             )
         if self.mu_dtype != "float32" and self.name != "adamw":
-            raise InputError(f"`{of}mu_dtype`: {self.name} has no first moment; set it to float32")
+            raise InputError(
+                f"`{of}mu_dtype` must be float32 for {self.name}, which has no first moment"
+            )
 
     @property
     def rate(self) -> LearningRate:
@@ -167,9 +169,9 @@ class TrainConfig:
             longest train target of the first objective decides.
         remat_policy: what the backward pass recomputes to save memory: `elementwise`, `minimal` or
             `full`.
-        scan_layers: whether all layers are compiled as one loop. False suits runs of many hours: on a
-            GPU, a step takes about four fifths of the time and 1.5 times the memory, and compiling takes
-            minutes.
+        scan_layers: whether all layers are compiled as one loop. On a GPU, a step with False takes about
+            four fifths of the time and 1.5 times the memory of a step with True. Compiling then takes
+            minutes, so False suits runs of many hours.
         loss_mean: how an objective's loss is averaged over the global batch. `token` takes the mean over
             all target tokens, as in the paper. `example` takes the mean over the tokens of each target,
             then the mean over the targets.
@@ -178,7 +180,7 @@ class TrainConfig:
         lora: ranks of LoRA adapters. If set, only the adapters are trained. None trains all weights.
         watchdog_medians: a step is stuck if it takes more than this many times the median of recent
             steps. The process then ends. 0 turns this off.
-        watchdog_min_secs (seconds): a step counts as stuck only after this time or longer. For the first step,
+        watchdog_min_secs (seconds): no step counts as stuck before this time has passed. For the first step,
             for a validation and for a save, the limit is 12 times this time.
         on_nonfinite: what happens if a step's loss or gradient is not finite. `skip` leaves out the
             update, counts the step and records its examples; `stop` ends the run.

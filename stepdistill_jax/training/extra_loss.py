@@ -89,7 +89,7 @@ class PairedLoss(ExtraLoss):
 
     @staticmethod
     def is_pair(group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns whether each example has targets of both objectives, [rows, examples] bool."""
+        """Returns whether each example has targets of the first two objectives, [rows, examples] bool."""
         ones = jnp.ones_like(group[EXAMPLE_IDS])
         first, second = (PairedLoss.pooled(ones, group, i) > 0 for i in (1, 2))
         return first & second

@@ -73,7 +73,7 @@ def inspect(
         `row_lengths`: [input length, target length] of a packed row.
         `candidates`: possible row lengths, each with its fill, rows per step, and `flops_per_step` (FLOPs of
             the matmuls, padding included).
-        `chosen`: the shortest candidate whose FLOPs are within 1% of the fewest.
+        `chosen`: the shortest candidate whose FLOPs are at most 1% above the minimum.
         `verified`: only with `verify`, each store's folder (`store`) and number of compared `files` and
             `bytes`.
 
@@ -126,7 +126,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns the train split's batches for one device, for which the row lengths are chosen."""
+    """Returns the train split's batches for a single device. The row lengths are chosen for these batches."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source

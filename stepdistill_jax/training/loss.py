@@ -132,7 +132,8 @@ def objective_sums(
         states: the decoder's states, [batch, length, embed].
         group: `decoder_target_tokens`, `decoder_objective_ids` (index of the objective, from 1; 0 is padding)
             and `decoder_loss_weights`, all [batch, length].
-        scale: factor of each column, [columns] float32: `loss_scale` of the global batch's counts.
+        scale: factor by which the loss of each column of `ObjectiveSums` is multiplied, [columns] float32. It
+            comes from `loss_scale`, applied to the counts of the global batch.
         num_objectives: number of objectives of each task; None means the number of columns.
 
     Returns:

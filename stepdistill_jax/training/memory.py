@@ -1,4 +1,4 @@
-"""Explains an out-of-memory error of a device by the settings that decide the memory of a step."""
+"""Explains a device's out-of-memory error: names the settings that determine how much memory a step needs."""
 
 import contextlib
 from collections.abc import Iterator

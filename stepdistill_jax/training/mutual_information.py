@@ -15,9 +15,9 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    At each token of a target, including its end of sequence, the model predicts a probability for each id v. The
-    largest probability of v is z_v over the label's tokens, and r_v over the rationale's tokens. The loss of a
-    pair is
+    At each token of a target, including its end of sequence, the model predicts a probability for each id v. Let
+    z_v be the largest probability of v over the label's tokens, and r_v the largest over the rationale's tokens. The
+    loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 

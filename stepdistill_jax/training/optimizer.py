@@ -14,7 +14,7 @@ from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule | None:
-    """Returns the learning rate as a function of the step, from 0; None if the rate is unknown."""
+    """Returns the learning rate as a function of the 0-based step; None if the rate is unknown."""
     rate = config.optimizer.rate
     return rate and rate.schedule(config.learning_rate, config.train_steps)
 

@@ -58,7 +58,7 @@ class OptimizerFunction:
         return rate if isinstance(rate, LearningRate) else None
 
     def takes(self, learning_rate: float) -> bool:
-        """Returns whether any of `arguments` is the run's `learning_rate`, or a schedule with this peak."""
+        """Returns whether an argument is the run's `learning_rate`, or a schedule with this value as its peak."""
         return any(
             x.learning_rate in (None, learning_rate)
             if isinstance(x, LearningRate)
@@ -82,7 +82,11 @@ class OptimizerFunction:
     def transformation(
         self, learning_rate: float, train_steps: int
     ) -> optax.GradientTransformation:
-        """Calls the function for a run with this peak and number of steps, and returns its transformation.
+        """Calls the function, and returns its transformation.
+
+        Args:
+            learning_rate: the run's peak learning rate.
+            train_steps: the run's number of steps.
 
         Raises:
             InputError: the function raises, or does not return a transformation. The `init` of the returned

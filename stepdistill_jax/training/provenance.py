@@ -169,7 +169,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns why a resumed run must not raise `train_steps` (a learning rate depends on it), or []."""
+    """Returns a message if a learning rate depends on `train_steps`, which a resumed run then must not raise.
+
+    The message is in a list, which is empty if no learning rate depends on `train_steps`.
+    """
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")
     rates = [{"shape": named}] if isinstance(named, str) else [named]

@@ -228,7 +228,7 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step of `path` that its weights come from.
+    """Returns whether the run has begun, and the step in `path` from which the run takes its initial weights.
 
     The step is None if `path` is not a workdir.
     """

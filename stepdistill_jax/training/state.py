@@ -138,7 +138,7 @@ def _jit_init(config: ModelConfig, tx: optax.GradientTransformation, leaves: tup
 def drawn(
     part: Callable[[Any], Any], config: ModelConfig, abstract: TrainState, *, seed: int
 ) -> Any:
-    """Returns the `part` of the parameters that `init_state` would draw, and computes only this part."""
+    """Returns `part(params)` for the parameters that `init_state` would draw, and computes no others."""
 
     def init() -> Any:
         return part(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))

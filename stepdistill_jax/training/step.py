@@ -111,8 +111,8 @@ def train_step(
     Returns:
         The new state.
         The metrics: `sums` (an `ObjectiveSums`), `loss` (nats per token), `grad_norm` (before the clip) and,
-        if any loss weight is a schedule, `weights` (this step's loss weight of each objective and, at the
-        end, of the extra loss).
+        if any loss weight is a schedule, `weights` (this step's loss weight of each objective, followed by
+        that of the extra loss).
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
     # 2 tasks with 2 objectives and an extra loss: 5 columns, 2 for task 1, 2 for task 2, 1 for the extra loss
@@ -187,7 +187,7 @@ def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
 def eval_step(
     params, batch: Batch, *, model: EncoderDecoder, num_objectives: int, num_tasks: int = 1
 ) -> ObjectiveSums:
-    """Returns a batch's totals without dropout and without an update."""
+    """Returns the totals of a batch's losses and correct tokens, computed without dropout."""
     # the scale only affects the loss, which is not used here
     scale = jnp.zeros(num_objectives * num_tasks)
     return batch_sums(model, params, batch, scale, num_objectives=num_objectives)[1]

@@ -14,7 +14,7 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
     SAVING -> STEPPING              the step is saved if it is the best so far, or if it is a multiple
                                     of `checkpoint_every`
-    any -> the same                 a step's loss or gradient is not finite: its update is skipped
+    any -> same state               a step's loss or gradient is not finite: its update is skipped
     any -> STARTING                 `max_consecutive_nonfinite` steps in a row were not finite: the
                                     run rolls back, once, to an older checkpoint's parameters
     any -> failed (1)               a step is not finite, and `on_nonfinite` is "stop"; or the run must
@@ -87,7 +87,7 @@ class _BrokenOff(Exception):
 
 
 def leave_at_start(signal_name: str) -> None:
-    """Ends the process with status 75 before there is anything to save."""
+    """Ends the process with status 75 and without a save, for a signal before the first step."""
     leave(signal_name, "stopped before the first step; there was nothing to save")
 
 
@@ -180,7 +180,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Restores the losses, non-finite steps and rollback that earlier starts recorded up to step `start`."""
+        """Restores the losses, the non-finite steps and the rollback, if any, of the steps up to `start`."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)
@@ -221,8 +221,8 @@ class Supervisor:
         """Writes the metrics of the step that `record` has kept.
 
         Args:
-            before: time when the step after the kept one had ended; None if that step has not ended. If the end
-                of the kept step was not measured, it is estimated from `before`.
+            before: current time if the step after the kept one has ended, too; else None. It helps to estimate
+                when the kept step ended, if that was not measured.
 
         Raises:
             FloatingPointError: the loss or gradient of the kept step is not finite, and the run must end.

@@ -21,7 +21,7 @@ class Throughput:
         self._peak = None if chip is None else chip.bfloat16 * jax.device_count()
 
     def pause(self) -> None:
-        """Excludes the time since the last step, such as that of a validation, from the next step's time."""
+        """Excludes the time since the last step from the next step's time, for example after a validation."""
         self._last = time.monotonic()
 
     def now(self) -> float:

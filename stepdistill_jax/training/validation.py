@@ -154,9 +154,9 @@ class Validator:
     ) -> dict[str, float]:
         """Returns the metrics of the split, named `eval/<split>/...`. All processes must call this method.
 
-        With several parts, a part's metrics are named `eval/<split>/<part>/...`, and `label_accuracy`,
-        `collapsed` and `unfinished` are means over the parts. In addition to the metrics of a part's own
-        SeqIO task, there are:
+        If the data has several parts (`TaskData.parts`), a part's metrics are named `eval/<split>/<part>/...`,
+        and `label_accuracy`, `collapsed` and `unfinished` are means over the parts. In addition to the metrics
+        of a part's own SeqIO task, there are:
 
             label_accuracy        share of decoded labels that equal the gold label, as text, or as a number
                                   for equations

@@ -179,7 +179,10 @@ CONFIG_DEFECTS = {
     "missing": ({"d_kv": "REMOVED"}, "d_kv must be a whole number above 0, but it is missing"),
     "text": ({"d_ff": "big"}, "d_ff must be a whole number above 0, got 'big'"),
     "zero": ({"num_layers": 0}, "num_layers must be a whole number above 0, got 0"),
-    "rate": ({"dropout_rate": 1.5}, "dropout_rate must be a number from 0 to below 1, got 1.5"),
+    "rate": (
+        {"dropout_rate": 1.5},
+        "dropout_rate must be a number of at least 0 and below 1, got 1.5",
+    ),
     "vocabulary": ({"vocab_size": 10}, "vocab_size 10 is below the"),
 }
 

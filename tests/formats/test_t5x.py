@@ -148,7 +148,8 @@ def test_the_vocabulary_must_lie_beside_it_and_the_error_says_which(v1_1, write_
     _, params = v1_1
     write_t5x(tmp_path, params, zarr=False)
     with pytest.raises(
-        InputError, match=r"names a sentencepiece\.model, which you copy here as spiece\.model"
+        InputError,
+        match=r"copy the sentencepiece\.model of its gin file into this folder as spiece\.model",
     ):
         read_model_files(tmp_path)
 

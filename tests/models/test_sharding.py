@@ -138,7 +138,9 @@ def test_several_processes_of_one_slice_are_one_slice():
 def test_copies_that_do_not_fit_the_slices_are_refused():
     with pytest.raises(InputError, match=r"dcn_data=2 does not fit 3 slices; .* dcn_data=3"):
         make_mesh(Layout(dcn_data=2, fsdp=-1), slices(3))
-    with pytest.raises(InputError, match=r"slices must be of equal size, not of \[4, 8\] devices"):
+    with pytest.raises(
+        InputError, match=r"slices must have equally many devices, but have \[4, 8\]"
+    ):
         make_mesh("hybrid", [d for d in slices(2) if d.slice_index == 0 or d.coords[0] == 0])
 
 

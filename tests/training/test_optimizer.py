@@ -169,7 +169,7 @@ def test_a_bfloat16_first_moment_trains_as_the_float32_one():
 
 
 def test_adafactor_has_no_first_moment_to_keep():
-    with pytest.raises(InputError, match="adafactor has no first moment"):
+    with pytest.raises(InputError, match="adafactor, which has no first moment"):
         OptimizerConfig(name="adafactor", mu_dtype="bfloat16")
     with pytest.raises(
         InputError, match="must be False for adafactor, which has no bias correction"

@@ -143,8 +143,8 @@ def _draws(
     while made < count:
         if not left:
             raise InputError(
-                f"`rows`: expected at most {made}, got {count}: the templates run out of"
-                " different questions"
+                f"`rows`: expected at most {made}, got {count}: the templates cannot make"
+                " more different questions"
             )
         for number, template in list(left.items()):
             for _ in range(MAX_REPEATS):

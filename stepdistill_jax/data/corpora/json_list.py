@@ -43,9 +43,9 @@ def read_texts(path: pathlib.Path) -> Iterator[str]:
 
 
 class _Items:
-    """Iterates over a list's items. A text is always complete.
+    """Iterates over a list's items.
 
-    A number, which `read_texts` refuses in any case, may be cut off where the buffer ends.
+    A text is never cut off. A number may be cut off where the buffer ends, but `read_texts` refuses all numbers.
     """
 
     def __init__(self, file: IO[str], path: pathlib.Path):

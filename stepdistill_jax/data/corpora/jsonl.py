@@ -168,7 +168,7 @@ class _Rows:
                 )
 
     def _add_notes(self, found: set[str]) -> None:
-        """Adds the notes on all rows. Raises InputError if no row has a field named in `more`."""
+        """Adds the notes on all rows. Raises InputError if one of the fields `more` has no text in any row."""
         unread = {str(name) for name in self._seen} - {*self._names.values(), PROVENANCE}
         not_read = printable(", ".join(sorted(unread)))
         added = [f"fields that were not read: {not_read}"] if unread else []

@@ -95,7 +95,7 @@ def read(
         for file in (*teachers.get(split, ()), path):
             sources[str(file.relative_to(source))] = digest_of(file)
     if not teacher:
-        notes.append("no teacher texts were read: rows have no teacher rationale")
+        notes.append("no teacher texts were read, so rows have no teacher rationale")
 
     def rows() -> Iterator[tuple[str, CheckedExample]]:
         for split, path in inputs.items():

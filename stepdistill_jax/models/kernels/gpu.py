@@ -88,7 +88,7 @@ def attention(
 def _is_hopper(kind: str) -> bool:
     """Returns whether matmuls on this kind of device read their factors from shared memory.
 
-    The result is also True for a CPU, which interprets programs.
+    The result is also True for a CPU, where kernels run in interpret mode.
     """
     return not kind.startswith("NVIDIA") or any(name in kind for name in _HOPPER)
 

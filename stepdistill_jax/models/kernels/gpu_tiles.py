@@ -246,7 +246,7 @@ def query_rows(call, ref, start, *row):
 
 
 def key_rows(call, ref, start, *row):
-    """Loads the `call.keys` rows of ref [*row, k, d] from `start` on, as [keys, d]."""
+    """Loads a tile of ref [*row, k, d] as [keys, d]: the `call.keys` keys from index `start` on."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
@@ -272,7 +272,8 @@ def _vector(ref, start, count, length, step, other, *row):
 def _inside(start, count, length, step):
     """Returns which of `count` positions from `start` on lie inside an array of size `length`, [count] bool.
 
-    A program has `step` positions. If `step` divides `length`, all positions lie inside, and the result is None.
+    Each program covers `step` positions of the array. If `step` divides `length`, no program reaches beyond the
+    array, and the result is None.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length

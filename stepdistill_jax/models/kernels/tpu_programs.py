@@ -158,7 +158,7 @@ def backward(
 def _each(q, some: Callable) -> None:
     """Calls `some(i, None)` for each round i of 128 queries.
 
-    None is the carry of `jax.lax.fori_loop`, which is not used.
+    None is the unused carry of `jax.lax.fori_loop`.
     """
     rounds = q.shape[1] // QUERIES
     unroll = rounds if rounds <= _UNROLLED else 1
@@ -186,9 +186,9 @@ def _scores(call, i, k, queries, bias, q_segments, columns):
 
 
 def _seeds(seeds):
-    """Returns the two seeds of each column as two arrays [1, 128] uint32, or None without dropout.
+    """Returns the two seeds of each column, or None without dropout.
 
-    The left and the right half of the 256 columns have the same seeds.
+    The result is two arrays [1, 128] uint32 for the first 128 columns. The other 128 columns have the same seeds.
     """
     if seeds is None:
         return None
@@ -239,8 +239,8 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    First, `combine` merges the two halves of x, repeatedly: within a merge, no operation waits for another one.
-    Then `reduce` reduces the remaining rows.
+    First, `combine` repeatedly merges the two halves of x. Then `reduce` reduces the remaining rows. Merging is
+    fast, since the operations of a merge do not wait for one another.
     """
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:

@@ -57,7 +57,7 @@ def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = 
     """Writes the manifest of a step that Orbax has finished.
 
     All processes must call this function, and none returns before the manifest is written. Each process reads
-    a share of the files. `channel` belongs to the calling thread.
+    a share of the files. No other thread may use `channel` at the same time.
     """
     sizes = on_process_0(lambda: _files(step_folder), channel)
     to_read = {name: sizes[name] for name in _to_read(step_folder, sizes)}
@@ -137,7 +137,7 @@ def _difference(
 
 
 def files_digest(step_folder: pathlib.Path, below: str) -> str | None:
-    """Returns a digest of an item's manifest entries, or None if the manifest cannot be read."""
+    """Returns a digest of the manifest's entries for the subfolder `below`; None if the manifest is unreadable."""
     try:
         files = _read(step_folder)["files"]
     except ValueError:
@@ -162,9 +162,9 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
     """Renames damaged and unfinished steps, so that no run resumes from them, and logs each one.
 
     All processes must call this function, and each reads a share of the bytes. Steps are read in full from
-    the newest backwards, until one is good. Of the older steps, only the names and sizes of files are
-    checked. If the newest step has no manifest, it is unfinished. An older step without a manifest is
-    damaged, since a save starts only after the previous step is sealed.
+    the newest backwards, until one is good. For all steps before that one, only the names and sizes of files
+    are checked. The newest step counts as unfinished if it has no manifest. Any other step without a manifest
+    counts as damaged, since a save starts only after the previous step is sealed.
 
     Returns:
         The newest good step, or None if no save in the folder has ever finished.
@@ -278,7 +278,7 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_manifest(body: Any) -> bool:
-    """Returns whether `body` has the form that `seal` writes, which a correct crc32 does not prove."""
+    """Returns whether `body` has the form that `seal` writes. A correct crc32 does not prove this."""
     metrics, files = body.get("metrics"), body.get("files")
     if body.keys() != {"metrics", "files"} or not all(
         isinstance(x, dict) for x in (metrics, files)
