@@ -151,7 +151,8 @@ def find_settings(name: str, known: list[Setting]) -> list[Setting]:
         InputError: there are no such settings.
     """
     from stepdistill_jax.commands.gin_config import suggestion
-    from stepdistill_jax.errors import InputError
+    from stepdistill_jax.commands.shipped import shipped_configs
+    from stepdistill_jax.errors import InputError, nearest
 
     names = [{s.name, s.field, s.field.partition(".")[2], s.owner} for s in known]
     wanted = name.removeprefix("%").removeprefix("@").removesuffix("()").lower()
@@ -159,7 +160,8 @@ def find_settings(name: str, known: list[Setting]) -> list[Setting]:
     if not found:  # `dropout` finds `train.dropout_rate`
         found = [s for s in known if wanted in s.name.lower() or wanted in s.field.lower()]
     if not found:
-        hint = suggestion(name, {n for s in known for n in (s.name, s.field)})
+        configs = nearest(name, shipped_configs())
+        hint = configs or suggestion(name, {n for s in known for n in (s.name, s.field)})
         raise InputError(f"there is no setting {name!r}{hint}; `stepdistill settings` lists all")
     return found
 

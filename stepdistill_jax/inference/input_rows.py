@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from stepdistill_jax.data.csv_rows import each_csv_row, is_csv
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow, JsonRow, each_row, read_example
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.runtime.stores import local_path
 
@@ -44,12 +44,12 @@ def question(
 
 def _rename(row: JsonRow, field_map: Mapping[str, str] | None) -> str:
     """Returns the hint at the end of the message about a row without an input."""
-    if "input" in (field_map or {}):
-        return ""
+    if field_map and "input" in field_map:
+        return nearest(field_map["input"], map(str, row.fields))
     also = "" if field_map is None else ", or pass `field_map` input=FIELD"
     if is_csv(row.path):
         return f"; its first line names the columns, and one of them must be 'input'{also}"
-    if len(row.fields) == 1:
+    if len(row.fields) == 1 and not row.fields.keys() & set(KNOWN_FIELDS):
         return f"; rename {next(iter(row.fields))!r} to 'input'{also}"
     return f"; rows need the field input, and may have the fields id, label and choices{also}"
 

@@ -10,7 +10,7 @@ import jax
 from stepdistill_jax.inference.input_rows import BadRow
 from stepdistill_jax.runtime.files import partial_of
 from stepdistill_jax.runtime.overwriting import Made
-from stepdistill_jax.runtime.progress import log
+from stepdistill_jax.runtime.progress import log, translated
 from stepdistill_jax.runtime.stores import local_path
 from stepdistill_jax.runtime.streams import StreamedFile
 
@@ -55,7 +55,7 @@ class SkippedRows:
             )
         if self._file is None:
             self._file = StreamedFile(self.path)
-        row = {"line": bad.line, "error": bad.reason[:_MOST_CHARS]}
+        row = {"line": bad.line, "error": translated(bad.reason)[:_MOST_CHARS]}
         self._file.write(json.dumps(row).encode() + b"\n")
 
     def finish(self) -> None:

@@ -117,7 +117,7 @@ def test_each_way_shows_its_rows_as_the_page_says(typed, prepared, way):
             ("rationale", "explain: sky by day", "air scatters short waves most"),
             ("label", "predict: coal", "black"),
         },
-        "seqio": {("label", "1 + 1 ", " 2"), ("label", "2 + 3 ", " 5")},
+        "seqio": {("label", "1 + 1", "2"), ("label", "2 + 3", "5")},
         "mixture": {
             ("label", "predict: whale", "mammal"),
             ("rationale", "explain: trout", "it breathes with gills"),
