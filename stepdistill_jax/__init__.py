@@ -1,7 +1,7 @@
 """Distilling Step-by-Step (Hsieh et al. 2023, arXiv:2305.02301) in JAX and Flax.
 
-`load(directory)` returns a trained model that labels texts. `curves(workdir)` returns the metrics of a run as
-columns, and `plot_curves(workdir)` plots metrics. Bad usage and bad input raise `InputError`, a `ValueError`.
+`load(directory)` returns a model that labels texts. `curves(workdir)` returns a run's metrics as columns, and
+`plot_curves(workdir)` plots them. Bad usage and bad input raise `InputError`, a `ValueError`.
 """
 
 __version__ = "0.2.0"

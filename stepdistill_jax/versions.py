@@ -28,12 +28,13 @@ LIBRARIES = (
 def version_block() -> dict[str, Any]:
     """Returns the versions of the package, Python and the libraries, and the devices.
 
-    The function starts JAX's backend, but imports no other library.
+    The function starts JAX's backend.
 
     Returns:
-        A dict: `stepdistill_jax`, `python`, `platform`, the version of each of `LIBRARIES` (None if not
-        installed), `devices` (all devices, such as `"2 x cpu (cpu)"`), `local_devices` (count of this
-        process's devices) and `process_count`.
+        `stepdistill_jax`, `python`, `platform`, and each of `LIBRARIES`: versions; None if not installed.
+        `devices`: the devices of all processes, such as `"2 x cpu (cpu)"`.
+        `local_devices`: number of this process's devices.
+        `process_count`: number of processes.
     """
     block: dict[str, Any] = {
         "stepdistill_jax": __version__,

@@ -49,9 +49,9 @@ class Packed(NamedTuple):
     """One group of a shard, packed or padded, before its arrays are made.
 
     Attributes:
-        rows: the group's rows, listed table by table; may be empty.
-        encodings: the encoded inputs that these rows read; None without rows.
-        packing: positions of the encodings in the packed rows; None without rows.
+        rows: the group's rows, table by table; may be empty.
+        encodings: the inputs that these rows read; None without rows.
+        packing: positions of the encodings; None without rows.
     """
 
     rows: Rows
@@ -71,17 +71,14 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    A step takes `batch_size` examples. In each epoch, their order is a permutation that depends only on (seed,
-    epoch). A row is an input with its target. An example has a row for each of its targets. Each rationale is a
-    target of its own. With `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
+    A row is an input with one target. Each rationale of an example is a target of its own. With
+    `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
 
-    A packed row is a row of the batch's arrays and contains the tokens of many rows. The examples of a step
-    are split into `num_shards` shards of consecutive examples, of about equal size. Each shard is packed
-    separately, into a block of packed rows. All blocks have the same row count, rounded up from that of the
-    fullest shard. The batch is the sequence of all blocks, so it does not depend on the number of processes.
-    Each process packs only the shards on its devices (`batches/host.py`).
+    A packed row is a row of the batch's arrays and contains the tokens of many rows. A shard is a range of the
+    step's examples. Each shard is packed into a block of packed rows. All blocks of a batch have the same row
+    count.
 
-    Here are two packed examples. The second has weight 0.5 and no rationale (objective 2):
+    Two packed examples; the second has weight 0.5 and no rationale (objective 2):
 
         encoder_input_tokens   20  5  1 21  5  1 20  6  1  0
         encoder_segment_ids     1  1  1  2  2  2  3  3  3  0
@@ -91,9 +88,8 @@ class Batches:
         decoder_objective_ids   1  1  2  2  2  1  1  0
         decoder_loss_weights    1  1  1  1  1 .5 .5  0
 
-    If all objectives have the same input (`share_encoding`), an example's targets read the same encoder
-    segment, which `decoder_encoder_segment_ids` gives for each target token. Here are the two examples with a
-    shared input. The target of objective 2 begins with the decoder prefix 9, a token without loss:
+    With `share_encoding`, an example's targets read the same encoder segment: `decoder_encoder_segment_ids`. Here,
+    the target of objective 2 begins with the decoder prefix 9, a token without loss:
 
         encoder_input_tokens        20  5  1 20  6  1
         encoder_segment_ids          1  1  1  2  2  2
@@ -104,12 +100,10 @@ class Batches:
         decoder_objective_ids        1  1  0  2  2  2  1  1
         decoder_loss_weights         1  1  0  1  1  1 .5 .5
 
-    If the data has several parts, `decoder_task_ids` has, for each target token, the 1-based index of its
-    part.
+    If the data has several parts, `decoder_task_ids` has each target token's part, from 1.
 
-    With `pairs`, all targets of an example are next to each other in the same row. `decoder_example_ids` has,
-    for each target token, the 1-based index of its example within the row. Examples with several targets come
-    first:
+    With `pairs`, `decoder_example_ids` has each target token's example within the packed row, from 1. Examples
+    with several targets have the lowest ids:
 
         decoder_target_tokens        7  1  7  1  8  9  1  0
         decoder_segment_ids          1  1  2  2  3  3  3  0
@@ -118,25 +112,19 @@ class Batches:
     Attributes:
         data: token stores and objectives.
         batch_size: number of examples in a step.
-        input_length: maximum number of tokens of an input. The last token of a truncated input is still the
-            end of sequence.
-        target_length: maximum number of tokens of a target with its decoder prefix, truncated in the same
-            way.
-        seed: seed of the order, and of the choice of examples for `data_fraction`.
-        pack: whether to pack the rows. If False, the rows of a group are padded to the group's longest row in
-            the data. There is a group for each objective and variant (index of a rationale) or, with `pairs`,
-            only one. Row i of a group belongs to the i-th example of the step. Encodings are not shared.
-        row_multiple: the row count of a batch is a multiple of this number. In training, it is
-            `models.sharding.batch_shards` times the number of microbatches.
-        data_fraction: share of the examples to use. A smaller share is a subset of a larger one.
-        row_lengths: input length and target length of a packed row (see `batches/row_lengths.py`). (0, 0)
-            means `input_length` and `target_length`. With `pairs`, these two lengths are then raised so that
-            every example fits into a packed row.
+        input_length: maximum number of tokens of an input. A truncated input keeps its end of sequence.
+        target_length: the same for a target with its decoder prefix.
+        seed: seed of the order, of the examples in use, and of the sampled rationales.
+        pack: if False, the rows of a group are padded, and row i of a block belongs to its shard's i-th example.
+            There is a group for each objective and variant (index of a rationale) or, with `pairs`, only one.
+        row_multiple: number that divides a batch's row count.
+        data_fraction: share of the examples to use. With the same seed, a smaller share is a subset of a larger one.
+        row_lengths: input length and target length of a packed row. (0, 0) means `input_length` and
+            `target_length` or, with `pairs`, lengths into which every example fits.
         pairs: whether all targets of an example are in the same row, so that a loss can compare them.
-        loss_mean: `token` or `example`. `example` divides a target token's loss weight by the target's
-            length.
-        shuffle: whether the order is random. If False, the batches take each example once and in order, in
-            `num_steps` steps. The last step may have fewer examples, in arrays of the same shapes.
+        loss_mean: `token` or `example`. With `example`, a target's total loss weight does not depend on its length.
+        shuffle: if False, the batches take each example once and in order, in `num_steps` steps. The last step may
+            have fewer examples.
     """
 
     data: TaskData
@@ -268,10 +256,10 @@ class Batches:
     def row_counts(self) -> tuple[int, ...]:
         """The row counts that a packed batch may have: at most four, ascending.
 
-        Each batch gets the smallest count into which it fits. Any batch of this data fits into the last. The counts
-        do not depend on the seed, nor on `data_fraction` if it leaves enough examples for a batch. So runs with other
-        seeds and fractions share their compiled steps.
+        Each batch gets the smallest count into which it fits. Any batch of this data fits into the last.
         """
+        # independent of the seed and, unless it leaves few examples, of `data_fraction`, so that runs with other
+        # seeds and fractions share their compiled steps
         loads, rows_each = [], []
         for store, usable in enumerate(self._usable):
             # A shard may hold an example once for each epoch that it touches. s consecutive draws from n
@@ -305,8 +293,7 @@ class Batches:
     def longest(self) -> tuple[int, int]:
         """Returns the lengths of the longest input and of the longest target, after truncation.
 
-        With `pairs`, these are the largest total input length and total target length of an example. If
-        rationales are sampled, only the longest rationale of an example is counted.
+        With `pairs`, an example's inputs are counted together, and so are its targets.
         """
         return self._longest
 
@@ -324,10 +311,10 @@ class Batches:
     def probe(self, count: int) -> list[int]:
         """Packs up to `count` random shards and returns the number of packed rows that each of them needs.
 
-        The shards do not depend on `data_fraction`. They depend on `seed` only if rationales are sampled. If
-        shards are large, fewer are packed to save time, but at least `count` / 16.
+        The shards do not depend on `data_fraction`, and on `seed` only if rationales are sampled.
         """
         size = self._shard_size
+        # fewer large shards, to save time
         # 128 shards of 256 examples with 3 tables: 98,304 rows <= 131,072, so all 128. Of 512 examples: 85
         most = count * PROBED_ROWS // (size * len(self._tables))
         count = min(count, max(1, count // 16, most))
@@ -419,8 +406,8 @@ class Batches:
         """Returns each group's arrays for the given shards, one block of rows after the other.
 
         Args:
-            shards: some or all shards of one step.
-            fullest: number of rows that the step's fullest shard needs, whether or not it is in `shards`.
+            shards: some or all shards of a step.
+            fullest: number of rows that the step's fullest shard needs.
         """
         count, features = self.batch_rows(fullest) // self.num_shards, self._features
         batch = tuple(empty_group(count * len(shards), *of, **features) for of in self.lengths)
@@ -474,14 +461,13 @@ class Batches:
         return Encodings.of(sizes, places, room, shared=self.shared)
 
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the places and sizes of the units to pack: examples if `pairs` is set, else encodings."""
+        """Returns the index and the size of each unit to pack: an example if `pairs` is set, else an encoding."""
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
-        """Returns the encodings of all examples of a store. `places` are the examples' indices in the store.
+        """Returns the encodings of a store's examples. `places` are the examples' indices in the store.
 
-        With `pairs` and sampled rationales, only the longest rationale of an example is included, since a step
-        draws one rationale of each example.
+        With `pairs` and sampled rationales, only an example's longest rationale is included.
         """
         groups = collections.defaultdict(list)
         for column, table in enumerate(self._tables_of(store)):

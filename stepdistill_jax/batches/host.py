@@ -1,7 +1,7 @@
-"""Prepares the part of the coming batches that a process needs: the shards on its devices.
+"""Prepares a process's shards of the coming batches.
 
-Row count and token totals of a batch depend on all shards. So each process packs its shards of the next 8
-steps, exchanges their counts with the other processes, and then makes the arrays, step by step.
+A batch's row count and token totals depend on all shards. So the processes pack 8 steps ahead and exchange their
+counts, before they make the arrays.
 """
 
 import dataclasses
@@ -25,11 +25,10 @@ class HostBatch:
     Attributes:
         groups: arrays with the rows of the process's shards, one shard after the other.
         shards: indices of these shards, from 0, ascending.
-        num_shards: number of shards of the global batch.
-        shapes: (rows, input length, target length) of each group of the global batch.
-        input_tokens: number of input tokens in the global batch.
-        target_tokens: number of target tokens in the global batch, with decoder prefixes.
-        objective_tokens: number of target tokens of each objective in the global batch, without prefixes.
+        num_shards: number of shards of the global batch; the attributes below describe it, too.
+        shapes: (rows, input length, target length) of each group.
+        target_tokens: number of target tokens, with decoder prefixes.
+        objective_tokens: number of target tokens of each objective, without prefixes.
     """
 
     groups: Batch
@@ -54,9 +53,8 @@ def iterate(
 
     Args:
         batches: the run's batches, the same in all processes.
-        shards: indices of the shards that this process makes, ascending; None means all.
-        channel: connection to the processes that make the other shards, closed at the end. None means that
-            this process makes all shards.
+        shards: indices of this process's shards, ascending; None means all.
+        channel: connection to the processes with the other shards, closed at the end; None if there are none.
         prefetch: number of batches to keep ready.
     """
     import grain

@@ -22,12 +22,11 @@ Cost = Callable[[int, int], float]  # (input length, target length) of a packed 
 
 @dataclasses.dataclass(frozen=True)
 class RowLengths:
-    """A candidate for the lengths of packed rows, and its cost.
+    """Possible lengths of packed rows, and their cost.
 
     Attributes:
-        input_length, target_length: lengths of the inputs and targets of a packed row, in tokens.
-        rows: number of packed rows of a step, rounded up to a multiple of `row_multiple`, then averaged over
-            steps.
+        input_length, target_length: lengths of a packed row, in tokens.
+        rows: mean number of packed rows of a step.
         cost: mean cost of a step: `rows` times the cost of one packed row.
     """
 
@@ -45,15 +44,15 @@ class RowLengths:
 def candidates(
     batches: Batches, cost: Cost, input_length: int | None, target_length: int | None
 ) -> list[RowLengths]:
-    """Returns candidate row lengths with their cost, shortest first. The longest example fits into each.
-
-    The candidates do not depend on the seed. They depend on `data_fraction` only if
-    `TaskData.share_is_drawn`.
+    """Returns row lengths to choose from, with their cost, shortest first.
 
     Args:
-        batches: batches of the train split. Their `row_lengths` are ignored.
+        batches: batches of the train split. Their `row_lengths`, `seed` and `data_fraction` are ignored.
         cost: function from (input length, target length) of a packed row to its cost, for instance in FLOPs.
         input_length, target_length: a fixed length, or None to try several.
+
+    Raises:
+        InputError: an example is longer than a fixed length.
     """
     found = []
     # runs that differ in these settings get the same row lengths, and so share compiled steps

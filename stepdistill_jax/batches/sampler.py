@@ -1,7 +1,7 @@
 """Chooses the examples of a step, and the rows of these examples.
 
-The choice depends only on the data, the settings and the step. `Sampler` maps the positions 0, 1, 2, ... of a run
-to examples. `rows_of` finds the rows of these examples in each `TokenTable`.
+The choice depends only on the data, the settings and the step. `Sampler` chooses the examples, and `rows_of` finds
+their rows in each `TokenTable`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ MIXTURE_BLOCK = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class TruncatedRows:
-    """Rows of ids, truncated to `most` tokens. A truncated row keeps its end of sequence (id 1).
+    """Rows of ids, truncated to `most` tokens, with the end of sequence (id 1) kept.
 
     Example: with `most` 3, the row `5 6 7 1` becomes `5 6 1`, and `5 6 7 8` becomes `5 6 7`.
     """
@@ -64,10 +64,10 @@ class TokenTable:
         store: index of the store, from 0.
         objective: index of the objective, from 1.
         variant: index of the rationale among the example's rationales, from 0.
-        inputs, targets: ids of each example's input and target. An empty target means that there is no row.
+        inputs, targets: ids of each example; an empty target means no row.
         prefix: ids of the objective's `decoder_prefix`.
         weights: loss weight of each example's target tokens, [examples] float32.
-        token_weights: a further factor of each target token's loss weight, [tokens] float32; None means 1.
+        token_weights: further factor of each token's loss weight, [tokens] float32; None means 1.
     """
 
     store: int
@@ -90,16 +90,14 @@ class TokenTable:
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Returns five arrays of the examples' tokens, one example after the other.
-
-        Tokens of a decoder prefix have objective 0 and weight 0.
+        """Returns the examples' tokens, one example after the other.
 
         Returns:
-            The input ids, [input tokens].
-            The decoder ids, [decoder tokens].
-            The task indices, [decoder tokens].
-            The objective indices, [decoder tokens].
-            The loss weights, [decoder tokens].
+            Input ids, [input tokens].
+            Decoder ids, [decoder tokens].
+            Task indices, from 1, [decoder tokens].
+            Objective indices, [decoder tokens]; 0 in a decoder prefix.
+            Loss weights, [decoder tokens]; 0 in a decoder prefix.
         """
         ids, lengths = self.targets.ids(examples), self.targets.lengths[examples]
         objectives = np.full(len(ids), self.objective)
@@ -206,8 +204,7 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
     """Returns, for each store, the sorted indices of the examples that a run uses.
 
-    The seed and the store alone decide the order in which examples are chosen. So a smaller fraction is a
-    subset of a larger one.
+    With the same seed, a smaller fraction is a subset of a larger one.
     """
     if fraction == 1:
         return list(usable)
@@ -221,18 +218,14 @@ def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> li
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Maps positions 0, 1, 2, ... of a run to examples, in two steps.
+    """Maps positions 0, 1, 2, ... of a run to examples.
 
-    1. Position -> (store, turn). Each position draws from one store. In each block of 65,536 positions, the
-       stores have shares in proportion to their rates, and their positions are shuffled. The turn is the number
-       of earlier positions that draw from the same store.
-    2. (store, turn) -> example. Turn t of a store with n examples takes the element t % n of the
-       store's permutation in epoch t // n.
+    Each position draws from one store. In each epoch, a store gives its examples in a new order. Stores have their
+    own epochs.
 
     Attributes:
-        pools: for each store, the examples in use.
-        rates: for each store, its share of the positions. Only used with `shuffle`.
-        seed: seed of all draws.
+        pools: for each store, the indices of the examples in use.
+        rates: for each store, its share of the positions. Ignored without `shuffle`.
         shuffle: if False, the positions give each example once and in order, one store after the other.
     """
 
@@ -252,7 +245,7 @@ class Sampler:
             block_stores, block_turns = self._block(int(b))
             at = position[block == b] - b * MIXTURE_BLOCK
             stores[block == b], turns[block == b] = block_stores[at], block_turns[at]
-        # (store, turn) -> example, epoch by epoch
+        # (store, turn) -> example, epoch by epoch: turn t of n examples is element t % n of epoch t // n
         indices, epochs = np.empty((2, len(position)), np.int64)
         for store, pool in enumerate(self.pools):
             mine = np.flatnonzero(stores == store)
@@ -301,10 +294,9 @@ class Sampler:
     def _shares(self) -> np.ndarray:
         """Number of positions that each store has in a block, [stores].
 
-        Each number is at least 1. The exact shares are rounded by largest remainders.
+        Each number is at least 1. Exact shares are rounded by largest remainders.
 
-        Example: for 10 positions, the rates 1 and 2 give the exact shares 3.33 and 6.67. Rounded down, these
-        are 3 and 6. The position left over goes to the larger remainder, so the result is 3 and 7.
+        Example: for 10 positions, the rates 1 and 2 give the exact shares 3.33 and 6.67, and the result 3 and 7.
         """
         exact = np.asarray(self.rates, np.float64)
         exact = exact / exact.sum() * MIXTURE_BLOCK

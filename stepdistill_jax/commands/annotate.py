@@ -231,7 +231,7 @@ def _show_batch(action: str, result: dict[str, Any]) -> None:
         return
     say(
         f"{result['results']} results: {result['kept']} saved, {result['failed']} failed,"
-        f" {result['other']} for other rows or already saved"
+        f" {result['other']} ignored (already saved, or not for these rows)"
     )
     for kind, count in result["defects"].items():
         say(f"{kind}: {count}")

@@ -26,9 +26,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Prints a table of the checkpoints, and changes nothing.
 
     Returns:
-        `checkpoints`: a dict for each checkpoint: `step`, `state`, `bytes`, `metrics`, `problem`, `folder`.
-        `best`: the best usable step, or None.
-        `last`: the last usable step, or None.
+        `checkpoints`: for each, a dict with `step`, `state`, `bytes`, `metrics`, `problem`, `folder`.
+        `best`, `last`: the best and the last usable step, or None.
         `damaged`: the damaged steps. If there are any, the command exits with status 1.
     """
     result = look(args.workdir, verify=args.verify)
@@ -46,12 +45,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def look(workdir: str, *, verify: bool) -> dict[str, Any]:
     """Returns the result of `run`.
 
-    The state of a checkpoint is one of these:
+    States of a checkpoint:
     `good`: every byte is as saved (only with `verify`).
-    `sealed`: file names and sizes are as saved; the bytes were not read.
+    `sealed`: file names and sizes are as saved.
     `damaged`: files are missing or changed.
-    `unsealed`: the save is in progress, or was interrupted.
-    `quarantined`: a run found damage and moved the checkpoint away.
+    `unsealed`: the save is in progress or was interrupted.
+    `quarantined`: a run moved the damaged checkpoint away.
 
     Raises:
         InputError: `workdir` is not a workdir.

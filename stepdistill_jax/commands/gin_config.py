@@ -49,15 +49,14 @@ def load_config(
     """Reads a config. Afterwards, gin's global state is empty.
 
     Args:
-        config: path of a config, or name of a shipped config; None if `gin_files` contain everything.
-        overrides: strings `NAME=VALUE` from `--set`. The last value of a name applies.
-        gin_files: paths of further files, from `--gin_file`. A later file overrides earlier ones, except
-            for shipped parts (`gin_statements.merged`).
-        gin_bindings: strings `NAME=VALUE` from `--gin.`, which override `overrides`.
+        config: path of a config, or name of a shipped one; None if `gin_files` contain everything.
+        overrides: `NAME=VALUE` from `--set`. The last value of a name applies.
+        gin_files: further files, from `--gin_file`, merged by `gin_statements.merged`.
+        gin_bindings: `NAME=VALUE` from `--gin.`. They override `overrides`.
 
     Returns:
         The run's config.
-        A gin text with all bindings that the config uses. Reading this text gives the same config.
+        A gin text that gives the same config.
 
     Raises:
         InputError: the config is wrong. The message names the line or the flag.
@@ -95,12 +94,10 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    Unbound parameters are bound to their defaults. If `train.seed = %SEED` and the macro `SEED` is unbound, it
-    is bound to the default of `train.seed`.
+    Unbound parameters are bound to their defaults. With `train.seed = %SEED`, so is an unbound macro `SEED`.
 
     Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, the bindings of `train`,
-    `optimizer` and `BETA` are returned. A reference with a scope, such as `@hint/Objective`, reads both
-    `hint/Objective.weight` and `Objective.weight`.
+    `optimizer` and `BETA` are returned. `@hint/Objective` reads `hint/Objective.weight` and `Objective.weight`.
     """
     found: Bindings = {}
     calls = [f"@{ROOT}"]

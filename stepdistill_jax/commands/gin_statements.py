@@ -33,11 +33,10 @@ class Binding:
     """One statement `KEY = VALUE`.
 
     Attributes:
-        key: a macro such as `SEED`, or a parameter such as `train.seed` or, in a scope,
-            `hint/Objective.weight`.
+        key: a macro such as `SEED`, or a parameter such as `train.seed` or `hint/Objective.weight`.
         where: `file:line`, or the flag as the user wrote it.
         path: path of the file; None for a flag.
-        rival: binding of the same key in another shipped part, if neither part overrides the other.
+        rival: conflicting binding of the key in another shipped part.
     """
 
     key: str
@@ -125,8 +124,7 @@ class Reader:
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
         """Returns the bindings of a gin file and its includes. The file's own bindings take precedence.
 
-        An include is looked up next to the file, then among the shipped files. `import MODULE` runs the
-        code of the module.
+        Statements `import MODULE` are executed.
 
         Args:
             parents: the files that include this file.
@@ -179,12 +177,10 @@ def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     - If a part contains a reference such as `@optimizer()`, earlier bindings of `optimizer` are dropped, unless
       they come from a part.
     - If two parts bind the same key, the later binding gets the earlier binding as its `rival`.
-    - A part in `paper/` is overridden by all other parts, in any order. So a rival of its bindings can only come
-      from another part in `paper/`.
+    - All other parts override parts in `paper/`, in any order, without a `rival`.
 
-    Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so a binding of `optimizer.b1` in an
-    earlier config of the user is dropped. If `optimizers/adafactor.gin` is used, too, the binding of
-    `train.optimizer` has a rival, and `_check_values` refuses it.
+    Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the user's earlier binding of
+    `optimizer.b1` is dropped.
     """
     found: Bindings = {}
     paper: Bindings = {}  # bindings of all parts in `paper/` so far
@@ -269,13 +265,12 @@ def _import(statement: config_parser.ImportStatement) -> None:
 
 
 def parse_override(text: str, flag: str) -> Binding:
-    """Returns the binding for `NAME=VALUE`, which the user wrote after `flag` (`--set ` or `--gin.`).
+    """Returns the binding for `NAME=VALUE`, which follows `flag` (`--set ` or `--gin.`).
 
-    VALUE is a Python literal, a reference such as `@name()`, a macro such as `%MACRO`, or a string without
-    quotes.
+    VALUE is a Python literal, `@name()`, `%MACRO`, or a string without quotes.
 
     Raises:
-        InputError: the name is missing or unknown, or the value is missing or incomplete.
+        InputError: the name or the value is missing or wrong.
     """
     name, equals, value = (part.strip() for part in text.partition("="))
     with at(f"{flag}{text}"):

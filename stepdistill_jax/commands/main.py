@@ -3,10 +3,10 @@
 Exit codes:
 0: done.
 1: the run failed.
-2: bad usage, config or input, reported in one line.
-75: stopped by a signal after a clean save; run the same command again to continue.
+2: bad usage, config or input.
+75: stopped by a signal after a clean save; run the same command again.
 130: interrupted from the keyboard.
-If JAX loses one of several processes, SIGABRT ends the others; restart all processes.
+If JAX loses a process, SIGABRT ends the others; restart all.
 """
 
 import argparse

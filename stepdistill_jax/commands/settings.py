@@ -25,11 +25,10 @@ class Setting:
     Attributes:
         name: the macro, or `field` if there is no macro.
         field: full name, such as `train.batch_size`.
-        required: whether a config must bind the setting.
-        default: the default, or the value in the given config; None for a required setting.
-        bound: whether the given config or one of its parts binds the setting.
-        unit: such as `tokens` or `steps`, or None.
-        meaning: one or two sentences.
+        required: whether a config must bind it.
+        default: the default, or the value in the given config; None if required.
+        bound: whether the given config or one of its parts binds it.
+        unit: such as `tokens`, or None.
     """
 
     name: str

@@ -80,7 +80,7 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
 def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str:
     """Returns the result of a run as a line of text.
 
-    Example: `runs/cqa: best step 300 of 400, validation accuracy 0.452 (baseline, always the commonest label: 0.211)`.
+    Example: `runs/cqa: best step 300 of 400, validation accuracy 0.452 (baseline that always gives the commonest label: 0.211)`.
     """
     best = f"{workdir}: best step {result['best_step']} of {config.train_steps}"
     if "majority_baseline" not in result:
@@ -88,7 +88,7 @@ def in_words(result: dict[str, Any], config: "TrainConfig", workdir: str) -> str
     chosen = "" if config.best_metric is None else f" by {config.best_metric}"
     accuracy, baseline = result["eval/validation/label_accuracy"], result["majority_baseline"]
     line = f"{best}{chosen}, validation accuracy {accuracy:.4g}"
-    line += f" (baseline, always the commonest label: {baseline:.4g})"
+    line += f" (baseline that always gives the commonest label: {baseline:.4g})"
     if accuracy <= baseline:
         line += "; not above the baseline yet: a larger TRAIN_STEPS may help"
     return line

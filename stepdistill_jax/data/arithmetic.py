@@ -16,8 +16,7 @@ def evaluate(text: str) -> float | None:
     `evaluate("1 / 0")` and `evaluate("2 apples")` are None.
 
     Returns:
-        A finite float. None if `text` is not an expression, divides by zero, overflows, or has more than 2,000
-        characters or 100 nested parentheses.
+        A finite float. None if `text` is not an expression, has no finite value, or is too long or too deeply nested.
     """
     if len(text) > MAX_LENGTH:
         return None

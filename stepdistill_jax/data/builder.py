@@ -133,7 +133,7 @@ def build(
         name: lower_snake_case name of the dataset and of `folder`.
         folder: folder with SPLIT.jsonl.
         splits: {split: number of its rows}.
-        more: names of the texts in `Example.more`.
+        more: keys of `Example.more`.
     """
     tf = tensorflow()
     import tensorflow_datasets as tfds
@@ -194,11 +194,11 @@ def build_in_subprocess(
 ) -> Iterator[None]:
     """Runs `build` in another process while this one runs the `with` block.
 
-    If this process ends or is killed, the other process ends, too.
+    The other process never outlives this one.
 
     Raises:
         InputError: the other process cannot use TensorFlow.
-        RuntimeError: the other process failed, with a message on standard error.
+        RuntimeError: the other process failed.
     """
     arguments = json.dumps([name, os.fspath(folder), dict(splits), list(more)])
     command = [sys.executable, "-m", "stepdistill_jax.data.builder", arguments]

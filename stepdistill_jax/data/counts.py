@@ -32,19 +32,16 @@ class SplitCounts:
 
     Attributes:
         right: {teacher metric: number of rows in which the teacher's answer is right}.
-        defects: {kind: count}.
         first_defects: {kind: `file:row`}.
-        examples: {kind: [(row id, defect), ...]}, with the first three defects of each kind.
+        examples: {kind: [(row id, defect), ...]}, at most three of each kind.
         kept: {description of a filter: number of rows that it would keep}.
         lengths: {`input`, `label` or `rationale`: {number of words: number of rows}}.
-        labelled: number of rows with a gold label. The teacher's accuracies are shares of these rows.
+        labelled: number of rows with a gold label.
         human: number of rows with an explanation written by a person.
-        texts: approximate number of texts to train a vocabulary on.
-        characters: approximate number of characters in these texts.
-        label_rows: {gold label: [number of its rows, 0-based index of the first]}. None if the labels are free text: more
-            than 1,000 labels, or a label of over 200 characters that comes after 50 others.
-        hashes: {`input`, `question`, `label` or `row`: a 64-bit hash for each row}. The question consists of
-            input, choices and further texts. The hash of a missing label is 0. The id is not part of `row`.
+        texts, characters: approximate size of the text to train a vocabulary on.
+        label_rows: {gold label: [number of its rows, 0-based index of the first]}; None for free text.
+        hashes: {`input`, `question`, `label` or `row`: a 64-bit hash for each row}; 0 for a missing label. `row`
+            leaves out the id.
     """
 
     def __init__(self):
@@ -103,6 +100,7 @@ class SplitCounts:
         if self.label_rows is None or not example.label:
             return
         self.label_rows.setdefault(example.label, [0, at])[0] += 1
+        # free text: over 1,000 labels, or a long label when there are over 50
         many = len(self.label_rows)
         if many > COUNTED_LABELS or (many > MAX_LABELS and len(example.label) > LONG_LABEL):
             self.label_rows = None

@@ -38,11 +38,10 @@ def each_csv_row(
 ) -> Iterator[JsonRow | BadRow]:
     """Yields each row below the header of a CSV or TSV file in UTF-8. A broken row gives a `BadRow`.
 
-    Cells are quoted as in Python's `csv`. Blank cells are read as null, and blank rows ignored. The line number
-    of a row is that of its first line. In a CSV file, cells are separated by semicolons if the header has
-    semicolons and no comma. A first line such as `sep=;` sets the separator.
+    Blank cells are None, and blank rows are skipped. A CSV file may use semicolons, if its header has no comma. A
+    first line such as `sep=;` sets the separator.
 
-    A row with broken quotes ends on its first line, so that an unclosed quote spoils one row only:
+    An unclosed quote spoils one row only:
 
         input,label
         "a,yes         <- bad row, line 2

@@ -42,9 +42,9 @@ class Defect:
 
     Attributes:
         kind: a key of `KINDS`.
-        file: name of the row's file; "" for a list in Python.
-        row: 1-based line of the file, or position in the list.
-        text: the affected text, truncated to 200 characters.
+        file: name of the file; "" for a list in Python.
+        row: 1-based line of the file, or index in the list.
+        text: the affected text, truncated.
     """
 
     kind: str

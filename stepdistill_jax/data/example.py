@@ -23,16 +23,15 @@ class Example:
     """A checked row. Texts are UTF-8.
 
     Attributes:
-        id: unique within a split. In `predict`, the id as the user gave it: a string or an integer.
-        input: the question, as the model reads it after the objective's prefix.
+        id: unique within a split. In `predict`, the user's id: a string or an integer.
+        input: the question, without the objective's prefix.
         label: the gold answer; empty if unknown.
-        rationale: the teacher's explanation, which is trained on; empty if there is none.
-        rationales: all explanations, with `rationale` first; empty if there is only `rationale`.
-        llm_label: the teacher's own answer; empty if there is none.
+        rationale: the teacher's explanation, which is trained on; may be empty.
+        rationales: all explanations, including `rationale`; may be empty if there is only `rationale`.
+        llm_label: the teacher's answer; may be empty.
         weight: loss weight of each target token; above 0.
         choices: the allowed answers, in order; empty if any answer is allowed.
-        more: {field: text} of the fields named in `prepare(fields=...)`. `input_pair` is a second input text;
-            the encoder reads both texts, each followed by an end of sequence.
+        more: {field: text} of the fields named in `prepare(fields=...)`. The encoder reads `input_pair` after `input`.
     """
 
     id: str

@@ -14,8 +14,7 @@ from stepdistill_jax.runtime.fingerprints import digest
 def joint_vocabulary(datasets: Sequence[PreparedDataset], folder: pathlib.Path) -> str:
     """Returns the path of a vocabulary trained on the train splits of all datasets.
 
-    The order of `datasets` does not matter. The vocabulary is trained on first use and stored in `folder`. For
-    a single dataset, the path is that of the dataset's own vocabulary.
+    The first call trains it and stores it in `folder`. A single dataset keeps its own vocabulary.
 
     Raises:
         InputError: a dataset has no train split, or a file of a dataset has changed.

@@ -19,8 +19,7 @@ _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
     """Returns {label: {split: number of rows}}, with the commonest label first; {} for free text.
 
-    Labels are free text unless there are at least five rows per label on average, and at most 1,000 labels (20
-    if most labels are numbers).
+    Free text has over 1,000 labels (20 if most are numbers), or under five rows per label.
     """
     found: dict[str, dict[str, int]] = {}
     for split, counts in splits.items():
@@ -37,11 +36,10 @@ def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]
 
 
 def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
-    """Returns the warnings: [{"kind", "count", "examples": [place, ...], "message"}].
+    """Returns the warnings: [{"kind", "count", "examples": ["file:line", ...], "message"}].
 
-    The kinds are `duplicate_rows`, `different_labels` and, unless labels are free text, `labels_alike`,
-    `numbers_among_labels` and `labels_of_one_row`. For `different_labels`, "count" is the number of inputs. For
-    the other kinds, it is the number of rows.
+    Kinds are `duplicate_rows`, `different_labels` (whose count is of inputs, not of rows) and, unless labels are free
+    text, `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -122,12 +120,7 @@ def _single(totals: Mapping[str, int], first: Mapping[str, str]) -> _Found:
 
 
 def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
-    """Yields the warnings about equal rows, and about equal inputs with different labels.
-
-    Row indices count from 0 over all splits. `firsts` has the first row of each hash, and `inverse` has each
-    row's index in `firsts`. Example: the hashes [7, 9, 7, 7] give `firsts` [0, 1] and `inverse` [0, 1, 0, 0],
-    so rows 2 and 3 repeat row 0.
-    """
+    """Yields the warnings about equal rows, and about equal inputs with different labels."""
 
     def joined(name: str) -> np.ndarray:
         return np.concatenate([np.frombuffer(t.hashes[name], np.uint64) for t in splits.values()])
@@ -135,6 +128,8 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
     if not splits:
         return
     rows, inputs, labels = joined("row"), joined("question"), joined("label")
+    # rows are counted from 0 over all splits: the hashes [7, 9, 7, 7] give `firsts` [0, 1] and `inverse`
+    # [0, 1, 0, 0], so rows 2 and 3 repeat row 0
     values, firsts, inverse = np.unique(rows, return_index=True, return_inverse=True)
     if extra := len(rows) - len(values):
         again = np.flatnonzero(firsts[inverse] != np.arange(len(rows)))

@@ -24,10 +24,8 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the rationale "A dog
     is an animal." and the answer "entailment".
 
-    Repairs: an answer such as `Entailment.` counts if it names one label and has no word such as `not` or `or`.
-
-    If another premise precedes the first answer, the problem is no_answer, although the published rule takes
-    that answer.
+    Repairs: `Entailment.` counts, unless words such as `not` or another label are in its line. An answer after another
+    premise does not count, unlike in the published rule.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()
@@ -55,12 +53,12 @@ def parse_anli(text: str) -> Parsed:
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale "He was born
     later." and the answer "contradiction".
 
-    Repairs and problems are those of `parse_esnli`. The published rule always drops the last character of an
-    answer, and finds no answer if `So the answer is` occurs twice.
+    Repairs are those of `parse_esnli`. The published rule drops an answer's last character.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:
         return Parsed(problems=problems)
+    # the published rule finds no answer if the marker occurs more than once
     answer = "" if "several_answers" in problems else answer_text[:-1]
     return _with_label(problems, rationale, answer, answer_text, text)
 

@@ -32,15 +32,14 @@ class PreparedDataset:
     """A dataset on disk.
 
     Attributes:
-        directory: `data_dir/name`, with SPLIT.jsonl, defects.jsonl, spiece.model and TFDS's 1.0.0/.
+        directory: the folder `data_dir/name`.
         metric: `text_match` or `value_match`.
-        splits: {split: number of its rows}.
+        splits: {split: number of rows}.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.
-        fields: names of further texts that rows may have (`Example.more`).
-        paper_exact: whether `prepare` read the rows as the paper's published code does. If so, training also uses
-            blank rationales and labels.
-        draws_validation: whether the published code draws validation from a run's training rows.
-        files: {path within `directory`: sha256}; empty in datasets of early versions.
+        fields: keys that `Example.more` may have.
+        paper_exact: whether rows are read, and blank texts trained on, as in the paper's published code.
+        draws_validation: whether that code draws validation from a run's training rows.
+        files: {path within `directory`: sha256}; empty in early versions.
     """
 
     name: str
@@ -135,8 +134,7 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
 
     Args:
         about: the fields `format`, `reader`, `metric`, `options` and `sources` of dataset.json.
-        rows: {split: sha256 of SPLIT.jsonl}. The hashes reveal a reader whose code gives other rows although
-            its version is unchanged.
+        rows: {split: sha256 of SPLIT.jsonl}.
     """
     reader = about["reader"]
     return digest(
@@ -145,6 +143,7 @@ def fingerprint(about: Mapping[str, Any], rows: Mapping[str, str]) -> str:
             "reader": [reader["name"], reader["version"], about["metric"]],
             "options": about["options"],
             "sources": about["sources"],
+            # reveals a reader whose code gives other rows although its version is unchanged
             "splits": dict(rows),
         }
     )

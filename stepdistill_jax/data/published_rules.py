@@ -21,11 +21,10 @@ def cqa(text: str, *, neox: bool = False) -> tuple[str, str]:
     """Reads `RATIONALE So the answer is (x) CHOICE.`; the label is the text after the letter.
 
     Args:
-        neox: whether GPT-NeoX wrote the text, which may then have no answer.
+        neox: whether GPT-NeoX wrote the text, not PaLM.
 
     Raises:
-        ValueError: in a text by PaLM, `So the answer is` does not occur exactly once. The published code fails,
-            too.
+        ValueError: `So the answer is` does not occur exactly once in a text by PaLM.
     """
     own = _own(text, NEXT_QUESTION, neox)
     if neox and own.count(CHOICE_MARKER) != 1:

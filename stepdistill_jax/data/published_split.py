@@ -14,11 +14,11 @@ def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray
     Example: `train_test_split(5, 0.4, 0)` is ([3, 0, 1], [2, 4]).
 
     Args:
-        test_size: share of the rows that become test, rounded up to whole rows.
+        test_size: share of the rows that become test, rounded up.
 
     Returns:
-        0-based indices of the train rows, [train] int64, in the order drawn.
-        0-based indices of the test rows, [test] int64, in the order drawn.
+        Indices of the train rows, [train] int64.
+        Indices of the test rows, [test] int64.
     """
     order = np.random.default_rng(seed).permutation(rows)
     test = math.ceil(test_size * rows)
@@ -30,16 +30,15 @@ def drawn_splits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of train and validation that a run of the published code uses.
 
-    The run's seed draws the rows to use. Then seed 0 draws a tenth of these rows for validation.
-
     Args:
-        fraction: share of the training file's rows to use (`subsample` in the published code).
-        seed: seed of the run (`run` in the published code).
-        validation: whether to draw validation rows. If False, the second array is empty.
+        rows: number of rows of the training file.
+        fraction: share of them to use (`subsample` in that code).
+        seed: draws the used rows (`run` in that code).
+        validation: whether seed 0 draws a tenth of the used rows for validation.
 
     Returns:
-        0-based indices of the train rows in the file, [train] int64.
-        0-based indices of the validation rows in the file, [validation] int64.
+        Indices of the train rows, [train] int64.
+        Indices of the validation rows, [validation] int64.
     """
     used = np.arange(rows)
     if fraction < 1.0:

@@ -24,12 +24,10 @@ class Parsed:
     """The parts of a teacher's text; "" if a part is missing.
 
     Attributes:
-        rationale: the text before the answer.
-        answer: the answer that the published rule finds; for a question with choices, the choice that the letter
-            stands for.
+        answer: the answer by the published rule; for a question with choices, the choice of the letter.
         answer_text: for a question with choices, the text after the letter.
         repaired: the answer after our repairs.
-        problems: the text's defects; see `defects.KINDS`.
+        problems: keys of `defects.KINDS`.
         wrong_sums: equations in the rationale whose two sides differ.
     """
 
@@ -47,12 +45,11 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the rationale
     "Beavers build." and the answer "wood".
 
-    Repairs: the text after the letter (the whole answer if it has no letter) is compared with the choices,
-    ignoring case and a full stop. If the text is a choice, this choice is the answer, even if the letter is
-    that of another choice. Otherwise the letter decides, as in `(a) lake or (d) pond`.
+    Repairs: if the text after the letter is a choice, ignoring case and a full stop, this choice is the answer.
+    Otherwise the letter decides, as in `(a) lake or (d) pond`.
 
     Args:
-        choices: the choices of the question, for the letters a, b, ... in order.
+        choices: for the letters a, b, ... in order.
     """
     problems, rationale, answer = split(text, CHOICE_MARKER)
     if answer is None:
@@ -61,6 +58,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     by_letter = ""
     if letter is None:
         problems += ("no_letter",)
+        # the repair compares the whole answer with the choices
         answer_text = _without_stop(answer)
     else:
         answer_text = _without_stop(letter[2])
@@ -92,7 +90,7 @@ def parse_equation(text: str) -> Parsed:
     Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84." and the
     answer "(84 / 2)".
 
-    The repaired answer is the rest of the line if that can be computed, such as `84 / 2` or `(16 * 17) * 4`.
+    Repairs: a line's whole rest counts if it has a value, such as `84 / 2`.
     """
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
@@ -122,12 +120,12 @@ def parse_equation(text: str) -> Parsed:
 def split(
     text: str, marker: str, next_question: str = NEXT_QUESTION
 ) -> tuple[tuple[str, ...], str, str | None]:
-    """Splits a text at the marker before the answer, and ignores everything from the next question on.
+    """Splits a text at the marker before the answer, ignoring everything from the next question on.
 
     Returns:
-        The text's problems, as keys of `defects.KINDS`.
+        Problems, keys of `defects.KINDS`.
         The rationale.
-        The text between the first marker and any second one; None without a marker.
+        The text between the first marker and any second one, or None.
     """
     own, found, _ = text.partition(next_question)
     problems = ("runs_on",) if found else ()

@@ -21,10 +21,9 @@ class CheckedExample:
     """One row of a source after its checks. A row with defects is kept.
 
     Attributes:
-        right: {teacher metric, such as `teacher_accuracy`: whether the teacher's answer is right}; {} without a
-            teacher.
-        file: name of the row's file, without folders; "" for a list.
-        line: 1-based line of the file, or position in the list; 0 if unknown.
+        right: {teacher metric, such as `teacher_accuracy`: whether the teacher is right}.
+        file: name without folders; "" for a list.
+        line: line of the file, or index in the list, from 1; 0 if unknown.
     """
 
     example: Example
@@ -36,16 +35,16 @@ class CheckedExample:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """A reader's result, which yields rows one by one to save memory.
+    """A reader's result.
 
     Attributes:
         version: increased when the same source would give different rows or defects.
-        rows: function that starts reading, and yields (split, row). The rows of a split come in the source's
-            order; different splits may alternate. A bad row's split may be "".
-        sources: {name within the source: digest} of each file that is read.
+        rows: function that yields (split, row). A split's rows keep their order, but splits may alternate. A bad
+            row's split may be "".
+        sources: {name of each file within the source: digest}.
         options: further settings that the rows depend on, as JSON values.
         notes: notes for the user, complete once all rows have been read.
-        fields: names of the texts that `Example.more` may contain.
+        fields: keys that `Example.more` may have.
     """
 
     reader: str
@@ -87,12 +86,12 @@ def tenth(example_id: str) -> int:
 
 
 def split_of(number: int, split: str, files: Container[str]) -> str:
-    """Returns the split of a row. If validation has no file, train rows whose `tenth` is 0 become validation.
+    """Returns the split of a row. If validation has no file, train rows with number 0 become validation.
 
     Args:
-        number: the row's `tenth`, from 0 to 9.
-        split: the split of the row's file.
-        files: the splits that have files.
+        number: the row's `tenth`.
+        split: the split of its file.
+        files: splits with files.
     """
     return "validation" if split == "train" and "validation" not in files and not number else split
 

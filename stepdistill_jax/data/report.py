@@ -43,15 +43,15 @@ img { max-width: 100%; height: auto; }
 
 
 def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
-    """Returns Wilson's score interval for a share, which stays within 0 and 1 even for small samples.
+    """Returns Wilson's score interval for a share.
 
     E. B. Wilson 1927, JASA 22:209: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
     Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
 
     Args:
-        rows: number of rows, at least 1.
-        z: standard normal quantile; the default gives a 95 % interval.
+        rows: at least 1.
+        z: standard normal quantile; the default gives 95 %.
     """
     share, square = right / rows, z * z / rows
     middle = (share + square / 2) / (1 + square)

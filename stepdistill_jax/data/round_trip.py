@@ -13,14 +13,11 @@ CACHED_TEXTS = 10_000  # labels, which recur
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Counts the unknown pieces of each split, and the rows that are not the same after encoding and decoding.
-
-    Args:
-        folder: folder with SPLIT.jsonl and the vocabulary.
+    """Counts each split's unknown pieces, and the rows that encoding and decoding change.
 
     Returns:
-        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. A row in which only whitespace
-        changes is counted only in `changed_whitespace_rows`.
+        {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. `changed_rows` leaves out rows in which
+        only whitespace changes.
     """
     vocabulary = SentencePieceVocabulary(folder / prepared.VOCABULARY)
 

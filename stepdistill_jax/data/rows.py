@@ -27,15 +27,14 @@ _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 
 @dataclasses.dataclass(slots=True)  # a frozen one takes twice as long to construct
 class JsonRow:
-    """A JSON object whose fields are read with a type check. Errors name the file, the line and the field.
+    """A JSON object whose fields are read with a type check.
 
-    A null field counts as absent. An integer can be read as text. Other numbers and booleans cannot, since each
-    has several spellings (1e3 or 1000.0).
+    A null field counts as absent. An integer can be read as text; other numbers and booleans cannot.
 
     Attributes:
-        where: `file:line`, with the path as the user gave it; `row 3` for a list.
-        number: 1-based index of the row in its file, not counting blank lines.
-        line: 1-based line of the file, or position in the list.
+        where: `file:line`, with the user's path; `row 3` for a list.
+        number: index in the file, from 1, without blank lines.
+        line: line of the file, or index in the list, from 1.
     """
 
     fields: Mapping[str, Any]
@@ -44,10 +43,11 @@ class JsonRow:
     line: int = 1
 
     def text(self, name: str, *, strip: bool = True, blank: bool = False, hint: str = "") -> str:
-        """Returns the text of a required field, which must not be blank unless `blank` is set.
+        """Returns the text of a required field.
 
         Args:
-            hint: what to do about an absent field; ends the message.
+            blank: whether it may be blank.
+            hint: ends the message about an absent field.
 
         Raises:
             InputError: the field is absent, blank, not text or not valid Unicode.
@@ -216,14 +216,13 @@ def read_example(
     All texts but the input are stripped.
 
     Args:
-        needs: {field that must not be absent or blank: hint that ends the error message}. `input` must always
-            be present, but may be blank if it is not in `needs`.
-        fields: fields to read, in addition to `id`, `input`, `label` and `choices`.
-        more: names of further texts to read. Rows may lack these fields.
-        names: {our field: the file's field} for fields with another name in the file.
+        needs: {field that must not be absent or blank: hint that ends the message}. `input` must always be present.
+        fields: read besides `id`, `input`, `label` and `choices`.
+        more: further, optional texts.
+        names: {our field: the file's field}.
 
     Raises:
-        InputError: a required field is missing, or a field has a wrong type.
+        InputError: a required field is missing, or a field is wrong.
     """
 
     def text(name: str) -> str:

@@ -13,9 +13,9 @@ def fields_of(template: str) -> tuple[str, ...]:
     Example: `fields_of("{rationale} so {label}")` is ("rationale", "label").
 
     Raises:
-        InputError: a brace has no partner, or braces contain more than a name. An untrusted
-            `{input:>9999999999}` would fill the memory, and `{input:{label.__class__}}` would read attributes.
+        InputError: a brace has no partner, or braces contain more than a name.
     """
+    # an untrusted `{input:>9999999999}` would fill the memory, and `{input:{label.__class__}}` read attributes
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -32,9 +32,7 @@ def fields_of(template: str) -> tuple[str, ...]:
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     """Splits a template at its fields into pairs (words before the field, field).
 
-    The last pair is (words after the last field, None). Whitespace becomes one space. Words at the start of the
-    template get a leading space, and words at its end a trailing space, since `parse` adds a space to either end
-    of the text.
+    The last pair is (words after the last field, None). Whitespace becomes one space.
 
     Example: `words_and_fields("{rationale} so {label}.")` is
     `(("", "rationale"), (" so ", "label"), (". ", None))`.
@@ -44,6 +42,7 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 
     def add(field: str | None) -> None:
         core = " ".join(words.split())
+        # words at an end of the template get a space there, since `parse` adds one to either end of the text
         before = " " if core and (not found or words[0].isspace()) else ""
         after = " " if core and (field is None or words[-1].isspace()) else ""
         found.append((f"{before}{core}{after}", field))
@@ -63,13 +62,11 @@ def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     Example: with `{rationale} so {label}`, the text "wet so slow so no" gives
     {"rationale": "wet so slow", "label": "no"}.
 
-    The value of `field` begins after the last occurrence of the words before `field`, and ends at the next
-    occurrence of the words after `field`. So the values of other fields may contain these words. Whitespace
-    counts as one space.
+    Whitespace counts as one space.
 
     Args:
-        template: a template with words between any two fields.
-        field: the field to find first, such as the label.
+        template: must have words between any two fields.
+        field: begins after the last occurrence of the words before it, and ends at the next words after it.
     """
     *pieces, (last_words, _) = words_and_fields(template)
     first_words = pieces[0][0]

@@ -112,11 +112,10 @@ def is_valid(
 ) -> bool | None:
     """Returns whether `prediction` is a valid answer, right or wrong; None if that is unknown.
 
-    Under `value_match`, any expression with a value is valid.
-
     Args:
-        labels: the labels of the task's train split; empty if there are too many to list.
-        choices: the row's allowed answers, which replace the other criteria.
+        metric: under `value_match`, any expression with a value is valid.
+        labels: the valid answers otherwise; empty if unknown.
+        choices: the row's valid answers, which replace both criteria.
     """
     matches = metric_fn(metric)
     if choices:

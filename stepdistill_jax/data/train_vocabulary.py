@@ -21,12 +21,11 @@ def train_vocabulary(
 ) -> None:
     """Trains a unigram model on `texts` and writes it to `path` (a `spiece.model`), atomically.
 
-    The same texts produce the same bytes. Every character becomes a piece. If there are more
-    different characters than `vocab_size`, only the commonest `vocab_size / 2` characters become pieces.
+    The same texts produce the same bytes. Every character becomes a piece, if they fit into `vocab_size`.
 
     Args:
         texts: inputs and targets as the model will read them, with prefixes.
-        vocab_size: largest number of pieces. If there is little text, the vocabulary has fewer pieces.
+        vocab_size: largest number of pieces.
 
     Raises:
         InputError: all texts are empty, or the trainer accepts none of them.
@@ -77,11 +76,8 @@ def _only(kept: Set[str], text: str) -> str:
 
 
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
-    """Returns each frequent word as a text of its own, and again in a text of up to 50 frequent words.
-
-    The trainer splits a word into letters if the word always has the same neighbour, as in labels and generated
-    text. These texts prevent that.
-    """
+    """Returns each frequent word as a text of its own, and again in a text of up to 50 frequent words."""
+    # the trainer splits a word into letters if it always has the same neighbour, as in labels
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)
     return words + [" ".join(words[i : i + 50]) for i in range(0, len(words), 50)]

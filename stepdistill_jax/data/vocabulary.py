@@ -30,7 +30,7 @@ class Framing:
     bos_id: int = 0
 
     def input_ids(self, *texts: Sequence[int]) -> list[int]:
-        """Returns the ids of an input of one or more texts, with eos between texts.
+        """Joins the ids of an input's texts, with eos between them.
 
         Example: `input_ids([5, 6], [7])` is [5, 6, 1, 7, 1] with T5's framing, and [2, 5, 6, 1, 7] with bos 2
         and no final eos.
@@ -88,9 +88,8 @@ class SentencePieceVocabulary:
     """A `spiece.model` or `tokenizer.model`, with the same ids as in SeqIO.
 
     Attributes:
-        framing: whether inputs get a bos and an eos. For a vocabulary of Gemma's kind (BPE with bos and byte
-            fallback), this is read from `tokenizer_config.json` in the same folder; without this file, inputs get
-            a bos, but no eos. With any other vocabulary, inputs get an eos, as in T5.
+        framing: only an eos, as in T5, unless the vocabulary is of Gemma's kind. Then `tokenizer_config.json` in its
+            folder decides; without this file, only a bos.
     """
 
     def __init__(self, path: os.PathLike | str):

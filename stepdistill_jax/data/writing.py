@@ -137,11 +137,11 @@ def check_replaceable(folder: pathlib.Path, name: pathlib.Path | None = None) ->
     """Checks that a folder contains only files that `prepare` wrote.
 
     Args:
-        folder: a folder for which `is_ours` is true, an empty folder, or a path where nothing exists.
+        folder: a folder that is empty, missing, or satisfies `is_ours`.
         name: path to show in the message; None means `folder`.
 
     Raises:
-        InputError: there is another file, which the message names, or the folder is a link.
+        InputError: there is another file, or the folder is a link.
     """
     shown = name or folder
     if folder.is_symlink():
@@ -176,12 +176,13 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
     """Returns the inputs and targets, with prefixes, that a SPLIT.jsonl gives for a step-by-step model.
 
-    Only every k-th row of a large dataset is used, since the trainer keeps all texts in memory.
+    A large number of texts or characters makes it skip rows.
 
     Args:
-        texts: approximate number of texts in all files that the vocabulary is trained on. k depends on it.
-        characters: approximate number of characters in these files. k depends on it, too.
+        texts: approximate number of texts in all of the vocabulary's files.
+        characters: approximate number of characters in these files.
     """
+    # every step-th row, since the trainer keeps all texts in memory
     step = max(-(-texts // training.MAX_TEXTS), -(-characters // MAX_VOCABULARY_CHARACTERS))
     found: list[str] = []
     for i, (_, row) in enumerate(read_jsonl(path)):

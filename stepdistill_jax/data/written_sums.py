@@ -22,9 +22,8 @@ def wrong_sums(text: str) -> list[str]:
 
     Example: `wrong_sums("So 3 + 4 = 8, and 10 / 3 = 3.33.")` is ["3 + 4 = 8"].
 
-    Both sides must be numbers joined by `+ - * / x` and parentheses. A side attached to other text
-    (`5 apples + 3 = 8`, `7 = 2x + 3`, `50% * 4 = 2`) is not checked. A result may be rounded to the
-    digits that it shows. It may also begin the next sum of a chain: `3 + 4 = 7 + 1 = 8` is right.
+    Sides are numbers, `+ - * / x` and parentheses. A side attached to other text (`5 apples + 3 = 8`, `7 = 2x + 3`)
+    is not checked. Rounded results are right, and so are chains: `3 + 4 = 7 + 1 = 8`.
     """
     text = " ".join(text[:MAX_LENGTH].translate(_TYPED).split())
     wrong = []

@@ -36,19 +36,13 @@ def beam_search(
     a token. The result equals `generate(num_beams=..., length_penalty=..., do_sample=False, early_stopping=False)`
     of transformers 5.23 (generation/utils.py, `_beam_search`).
 
-    Each step finds the 2 * num_beams best continuations of a row. If one of the first `num_beams` ends, it joins
-    the row's finished answers, of which the best `num_beams` are kept. The best `num_beams` continuations that do
-    not end are continued. A row is done when it has `num_beams` finished answers and its best unfinished answer,
-    scored at its current length, is no better than the worst finished one. At `max_decode_len`, every answer counts as
-    finished.
-
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        num_beams: 1 calls `greedy_decode`, as in Hugging Face.
-        length_penalty: a value above 0 favours long answers; 0 ignores the length.
+        num_beams: at least 1, which means `greedy_decode`.
+        length_penalty: -10 to 10. A value above 0 favours long answers; 0 ignores the length.
 
     Returns:
-        The arrays (ids, scores, finished) of `greedy_decode`. The scores have no length penalty.
+        The arrays of `greedy_decode`. The scores have no length penalty.
 
     Raises:
         InputError: `num_beams` or `length_penalty` is out of range.
@@ -103,6 +97,8 @@ def beam_search(
         )
         # each beam has only one continuation that ends, so at least `num_beams` of the candidates do not end
         go_on, places = jax.lax.top_k(jnp.where(ends, log_probs + NOTHING, log_probs), num_beams)
+        # a row is done when it has `num_beams` finished answers, and its best unfinished one, scored at its current
+        # length, is no better than the worst of them
         worst = jnp.min(ended["scores"], axis=-1)
         hopeless = go_on[:, 0] / penalties[index] <= worst
         return {
@@ -127,11 +123,10 @@ def search(num_beams: int, length_penalty: float | None = None) -> Callable:
     """Returns the decode function for these options, for `LabelDecoder`.
 
     Args:
-        num_beams: 1 means greedy decoding.
         length_penalty: as for `beam_search`; None means 1.
 
     Raises:
-        InputError: a value is out of range, or there is a length penalty but only one beam.
+        InputError: an option is out of range, or a single beam has a length penalty.
     """
     penalty = LENGTH_PENALTY if length_penalty is None else length_penalty
     _check(num_beams, penalty)

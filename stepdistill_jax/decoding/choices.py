@@ -42,12 +42,7 @@ Ids = Sequence[int]
 class ChoiceScorer:
     """Scores given answers by the sum of the log probabilities of their ids.
 
-    Each input is encoded once. Its answers are packed into decoder rows, where each answer is a segment. A decoder
-    row has at most 64 tokens, unless an answer of the batch is longer. Logits exist for at most 512 tokens at a time.
     A score does not depend on the other answers or inputs.
-
-    The scorer keeps a compiled program for each combination of input length bucket, width of the decoder rows, and
-    number of decoder rows for an input.
 
     Example: `ChoiceScorer(config)(params, [[5, 7, 1]], [[[4, 1], [6, 8, 1]]])` is `[array([-2.1, -9.8])]`.
     """
@@ -75,16 +70,16 @@ class ChoiceScorer:
         """Returns the scores of each row's answers.
 
         Args:
-            params: placed over the mesh if there is one.
-            rows: ids of each input, with its end of sequence and without padding.
-            answers: at least one answer for each row, as ids with the end of sequence.
-            on_progress: called with the number of rows of each batch when it is scored.
+            params: placed over any mesh.
+            rows: ids of each input, with end of sequence, without padding.
+            answers: ids of each row's answers, with end of sequence.
+            on_progress: called after each batch with its number of rows.
 
         Returns:
-            For each row, the natural log of the probability of each answer, [answers] float32.
+            For each row, the natural log of each answer's probability, [answers] float32.
 
         Raises:
-            ValueError: a row has no ids or no answers, or an answer has no ids.
+            ValueError: `rows` and `answers` differ in length, or a row or an answer is empty.
         """
         if len(rows) != len(answers) or not all(map(len, rows)) or not all(map(len, answers)):
             raise ValueError(
@@ -115,6 +110,7 @@ class ChoiceScorer:
 
 @functools.lru_cache(maxsize=8)  # like `greedy._jit_decode`: compiled once in a process
 def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Callable[..., jax.Array]:
+    # one program for each combination of input bucket, decoder row width, and number of decoder rows of an input
     model = EncoderDecoder(config)
     rows_of_device = batch_size // (batch_shards(mesh) if mesh else 1)
 
@@ -195,12 +191,10 @@ def _arrays(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the arrays (inputs, targets, segments, owners) of one batch, filled up with rows of zeros.
 
-    Inputs are [batch_size, bucket] int32, and the others are [batch_size, decoder rows, width] int32. In `segments`,
-    the answers of each decoder row are numbered from 1. In `owners`, all answers of an input are numbered from 1.
-    0 is padding.
+    Inputs are [batch_size, bucket] int32, and the others [batch_size, decoder rows, width] int32. 0 is padding.
 
-    Example: the answers 7 1 and 8 9 1 in one decoder row of width 8 have the targets 7 1 8 9 1 0 0 0. Both their
-    segments and their owners are 1 1 2 2 2 0 0 0. In the next decoder row, segments start with 1 and owners with 3.
+    Example: answers 7 1 and 8 9 1 in one decoder row have targets 7 1 8 9 1 0 0 0. Segments and owners are
+    1 1 2 2 2 0 0 0. In the input's next decoder row, segments start with 1 and owners with 3.
     """
     # the narrowest width into which the longest answer fits and, up to 64 tokens, all answers of an input
     longest = max(len(ids) for of_row in answers for ids in of_row)

@@ -43,15 +43,15 @@ def greedy_decode(
     """Takes the most probable token at each step, until every row has ended or has `max_decode_len` tokens.
 
     Args:
-        params: parameters of the model, unboxed.
-        encoder_input_tokens: [batch, length] int32; 0 is padding. A row of zeros only fills up the batch.
-        max_decode_len: maximum number of tokens of an answer, including the end of sequence.
-        decoder_prefix: ids that the decoder reads before the answer. They are not part of ids or scores.
+        params: unboxed.
+        encoder_input_tokens: [batch, length] int32; 0 is padding. A row of zeros has no answer.
+        max_decode_len: includes the end of sequence.
+        decoder_prefix: ids that the decoder reads before the answer.
 
     Returns:
-        ids: answers with zeros after the end of sequence, [batch, max_decode_len] int32.
-        scores: natural log of each answer's probability, including the end of sequence, [batch] float32.
-        finished: whether each answer has an end of sequence, [batch] bool. It is False for rows of zeros.
+        ids: [batch, max_decode_len] int32, 0 after the end of sequence.
+        scores: natural log of each answer's probability, [batch] float32.
+        finished: whether each answer has an end of sequence, [batch] bool.
     """
     return decode_tokens(
         params,
@@ -68,9 +68,9 @@ class Decoded:
     """Decoded answers, in the order of the input rows.
 
     Attributes:
-        ids: ids of each answer, including the end of sequence if the answer reached it.
-        scores: natural log of the probability of each answer's ids, [rows] float32.
-        finished: whether each answer reached the end of sequence, [rows] bool.
+        ids: ids of each answer, including any end of sequence.
+        scores: natural log of each answer's probability, [rows] float32.
+        finished: whether each answer has an end of sequence, [rows] bool.
     """
 
     ids: list[list[int]]
@@ -79,10 +79,8 @@ class Decoded:
 
 
 def bucket_length(length: int) -> int:
-    """Rounds a row's length up to its bucket: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...
-
-    Each bucket is a shape to compile, and there are 21 up to length 1024. Above 32, rounding adds at most 25%.
-    """
+    """Rounds a row's length up to its bucket: 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ..."""
+    # each bucket is a shape to compile: 21 up to length 1024; above 32, rounding adds at most 25%
     # four buckets between a power of 2 and the next: length 70 is above 64, so it is rounded up to a multiple
     # of 16, which gives 80
     power = SMALLEST_BUCKET
@@ -135,9 +133,7 @@ def _jit_decode(
 def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
     """Compiles `fn(params, arrays)` for a tree of arrays [rows, ...]. Each device gets all results.
 
-    Matrices are cast to `dtype` once. If rows are sharded, each device gathers the parameters once and decodes its
-    rows independently. If the gathered parameters would take more than a third of a device's memory, GSPMD
-    partitions the program instead, and gathers the parameters at each token.
+    Float32 matrices are cast to `dtype`.
     """
     cast = functools.partial(jax.tree_util.tree_map_with_path, functools.partial(_in_dtype, dtype))
     if mesh is None:
@@ -153,7 +149,7 @@ def jit_over_rows(fn: Callable, mesh: Mesh | None, dtype: str) -> Callable:
     def spread(params, arrays):
         params = cast(params)
         # With `fsdp`, rows and parameters are sharded over the same axis, so each device must gather all
-        # parameters.
+        # parameters: once if they fit, and else at each token, in the program that GSPMD partitions.
         if not own_rows or (mesh.shape["fsdp"] > 1 and not _fits(params, mesh)):
             return fn(params, arrays)
         rows = PartitionSpec(tuple(own_rows))
@@ -216,25 +212,24 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
     """Returns the number of rows to decode at once, summed over all devices.
 
-    It is `batch_size`, rounded up to a multiple of the number of devices along the batch axes of the mesh (1 without
-    a mesh). If `batch_size` is None, each of these devices has 64 rows. On a GPU, each has at least 8 rows, since
-    fewer rows are slower.
+    Each device along the batch axes of the mesh gets the same number of rows: 64 if `batch_size` is None. Otherwise
+    `batch_size` is rounded up. A GPU gets at least 8 rows.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size
     platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    # on a GPU, fewer rows take more time
     fewest = FEWEST_ON_GPU if platform == "gpu" else 1
     return max(-(-wanted // shards), fewest) * shards
 
 
 class LabelDecoder:
-    """Decodes any number of rows of ids, of any length, greedily by default.
+    """Decodes rows of ids of any length, greedily by default.
 
-    The decoder keeps a compiled program for each bucket of input lengths. A row's answer does not depend on the
-    other rows.
+    A row's answer does not depend on the other rows. Each `bucket_length` is compiled once.
 
-    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids` decodes two rows. For beam
-    search, add `decode_fn=functools.partial(beam_search, num_beams=4)`.
+    Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`. For beam search, add
+    `decode_fn=functools.partial(beam_search, num_beams=4)`.
     """
 
     def __init__(
@@ -247,17 +242,15 @@ class LabelDecoder:
         decode_fn: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] = greedy_decode,
         decoder_prefix: Sequence[int] = (),
     ):
-        """Prepares a decoder. Programs are compiled only when the decoder is called.
+        """Prepares a decoder, without compiling it.
 
         Args:
             max_decode_len: maximum number of tokens of an answer, including the end of sequence.
-            batch_size: number of rows to decode at once, rounded up by `rows_at_once`. None means 64 for each
-                device along the batch axes of the mesh.
-            mesh: mesh over which `params` are placed and the rows are sharded; None means the default device. All
-                processes must pass the same rows, and each gets all answers.
-            decode_fn: a function with the signature and the results of `greedy_decode`, traced by `jax.jit`.
-            decoder_prefix: ids that the decoder reads before the answer. If it is empty, `decode_fn` does not get
-                this argument.
+            batch_size: see `rows_at_once`.
+            mesh: mesh over which `params` are placed; None means the default device. All processes must pass the
+                same rows, and each gets all answers.
+            decode_fn: a function with the arguments and results of `greedy_decode`, traced by `jax.jit`.
+            decoder_prefix: ids that the decoder reads before the answer; passed to `decode_fn` unless empty.
         """
         self.batch_size = rows_at_once(batch_size, mesh)
         self.max_decode_len = max_decode_len
@@ -273,9 +266,9 @@ class LabelDecoder:
         """Decodes `rows`.
 
         Args:
-            params: placed over the mesh if there is one.
-            rows: ids of each input, with its end of sequence and without padding.
-            on_progress: called with the number of rows of each batch when it is decoded.
+            params: placed over any mesh.
+            rows: ids of each input, with end of sequence, without padding.
+            on_progress: called after each batch with its number of rows.
 
         Raises:
             ValueError: a row has no ids.

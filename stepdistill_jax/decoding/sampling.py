@@ -27,19 +27,19 @@ def sample_decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples an answer for each row from the model's distribution.
 
-    No command uses sampling. In Python, use `LabelDecoder(..., decode_fn=functools.partial(sample_decode,
-    rng=jax.random.key(0)))`. Equal rows get equal answers, and another draw needs another key.
+    Equal rows get equal answers, and another draw needs another `rng`.
+
+    Example: `LabelDecoder(..., decode_fn=functools.partial(sample_decode, rng=jax.random.key(0)))`.
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        temperature: divides the logits; above 0.
-        top_k: only the `top_k` likeliest tokens, and tokens tied with the last of them, can be drawn; 0 means all.
-        top_p: of the tokens that `top_k` leaves, only the smallest set of likeliest tokens whose total probability
-            reaches `top_p` can be drawn; 1 means all. The set has at least one token.
+        temperature: divisor of the logits, above 0.
+        top_k: number of likeliest tokens that can be drawn; ties are kept; 0 means all.
+        top_p: total probability, after `top_k`, that the likeliest tokens must reach; only they can be drawn. 1
+            means all.
 
     Returns:
-        The arrays (ids, scores, finished) of `greedy_decode`. The scores are at temperature 1, without `top_k` and
-        `top_p`.
+        The arrays of `greedy_decode`. The scores ignore the three options.
 
     Raises:
         InputError: `temperature`, `top_k` or `top_p` is out of range.

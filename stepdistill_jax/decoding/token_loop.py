@@ -32,13 +32,13 @@ class Start(NamedTuple):
     """The initial state of a loop over tokens.
 
     Attributes:
-        step: a function (ids of the previous position [batch * beams], cache, memory, scalar position) -> (logits
-            [batch * beams, vocab] float32, cache with the position filled in).
-        cache: keys and values of self-attention, [layers, batch * beams, ...]. The decoder prefix is filled in;
-            `max_decode_len` further positions are empty.
-        memory: the encoded inputs, or their keys and values. The loop does not change it.
-        last: ids that the decoder reads at the first position of the answer, [batch * beams] int32.
-        filler: whether each row consists of zeros and so has no answer, [batch] bool.
+        step: (previous ids [batch * beams], cache, memory, scalar position) -> (logits [batch * beams, vocab]
+            float32, cache with the position filled in).
+        cache: keys and values of self-attention, [layers, batch * beams, ...], with the decoder prefix and
+            `max_decode_len` empty positions.
+        memory: the encoded inputs, or their keys and values.
+        last: ids to read at the answer's first position, [batch * beams] int32.
+        filler: whether each row consists of zeros, [batch] bool.
     """
 
     step: Callable[[jax.Array, Cache, Memory, jax.Array], tuple[jax.Array, Cache]]
@@ -60,11 +60,8 @@ def start(
     """Encodes each input once and fills in the decoder prefix.
 
     Args:
-        params: parameters of the model, unboxed.
-        encoder_input_tokens: [batch, length] int32; 0 is padding.
-        max_decode_len: maximum number of tokens of an answer.
-        beams: number of decoder rows for each input; the beams of an input are adjacent.
-        decoder_prefix: ids that the decoder reads before the answer.
+        params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
+        beams: number of decoder rows for each input; those of an input are adjacent.
     """
     gpu = _gpu()
     if gpu:
@@ -154,12 +151,10 @@ def decode_tokens(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Decodes one token at a time until every row has ended or has `max_decode_len` tokens.
 
-    When few rows are unfinished, they continue alone in a smaller batch, since most labels are short.
-
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        choose: chooses the next ids, [rows], for the rows still in the loop. It gets the logits, [rows, vocab]
-            float32, the scalar position, and the indices of these rows in the batch, [rows].
+        choose: (logits [rows, vocab] float32, scalar position, indices of these rows in the batch [rows]) ->
+            next ids [rows].
 
     Returns:
         The arrays (ids, scores, finished) of `greedy_decode`.
@@ -199,6 +194,7 @@ def decode_tokens(
             "cache": cache,
         }
 
+    # most labels are short, so the few unfinished rows go on alone in a smaller batch
     for i, size in enumerate(sizes):
         if i > 0:
             rows = jnp.argsort(state["done"], stable=True)[:size]  # unfinished rows come first

@@ -27,10 +27,10 @@ class Point:
     Attributes:
         labels: mean number of labelled training examples.
         runs: one per seed.
-        accuracy: mean accuracy.
-        low, high: ends of the 95 % interval of the mean, by Student's t; None for a single run.
-        collapsed: number of runs that give all rows the same answer.
-        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all or none collapsed.
+        accuracy: mean of the runs.
+        low, high: its 95 % interval (Student's t); None for a single run.
+        collapsed: number of runs that always give the same answer.
+        accuracy_of_others: mean of the other runs; None if all or none collapsed.
     """
 
     arm: str
@@ -49,13 +49,12 @@ class PairTest:
     """A significance test between two arms that were trained on the same share of the data.
 
     Attributes:
-        difference: mean accuracy of the second arm minus that of the first.
-        low, high: ends of the 95 % interval of the difference; see `paired_difference`.
-        p: two-sided p value; see `paired_difference`.
-        p_holm: p value corrected for all tests of the comparison.
-        seeds: seeds for which both arms have a run.
-        only_first: rows that only the first arm answers correctly, summed over `seeds`.
-        only_second: rows that only the second arm answers correctly, summed over `seeds`.
+        difference: the second arm's mean accuracy minus the first's.
+        low, high: its 95 % interval; see `paired_difference`.
+        p: two-sided p value.
+        p_holm: `p` corrected for all tests of the comparison.
+        seeds: those that both arms have.
+        only_first, only_second: number of rows that only this arm answers correctly, summed over `seeds`.
     """
 
     fraction: float
@@ -78,14 +77,12 @@ class Enough:
     A full accuracy is the mean accuracy at the largest fraction.
 
     Attributes:
-        target: full accuracy of the baseline.
+        target: the baseline's full accuracy.
         fraction: smallest fraction at which the arm reaches `target`, or None.
-        labels: mean number of labelled examples at `fraction`, or None.
-        surely: smallest fraction from which the arm stays significantly better than the baseline's full
-            accuracy. At this and all larger fractions, the 95 % interval of the difference lies above 0. None
-            if there is no such fraction.
+        labels: mean number of labelled examples there, or None.
+        surely: smallest fraction from which on the 95 % interval of accuracy - `target` is above 0, or None.
         tested: whether answers could be compared row by row. If False, `surely` is meaningless.
-        baseline_labels: mean number of labelled examples of the baseline at its largest fraction.
+        baseline_labels: mean number of labelled examples for `target`.
         reverse: smallest fraction at which the baseline reaches the arm's full accuracy, or None.
     """
 
@@ -104,12 +101,12 @@ class Comparison:
     """A group of runs that answered the same rows and differ only in arm, fraction and seed.
 
     Attributes:
-        name: the task, and the settings that distinguish this group from others in the report.
-        baseline: name of the arm with which the other arms are compared.
-        points: sorted by arm and then by fraction.
-        enough: an `Enough` for each arm except the baseline.
-        teacher: accuracy of the teacher's labels on the same rows, or None.
-        majority: accuracy of always answering the commonest label; None if unknown.
+        name: the task, and the settings that distinguish the group.
+        baseline: arm with which the others are compared.
+        points: sorted by arm, the baseline first, then by fraction.
+        enough: one for each arm except the baseline.
+        teacher: accuracy of the teacher's labels, or None.
+        majority: accuracy of always answering the commonest label, or None.
     """
 
     name: str
@@ -144,20 +141,19 @@ def compare(
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
     """Compares the runs within each group of comparable runs.
 
-    The runs of a group answered the same rows. Runs with different values of a setting that varies within an
-    arm, such as the learning rate in a grid, are in different groups. A setting that varies only
-    between arms counts as part of the arm.
+    The runs of a group answered the same rows. A setting that varies within an arm splits the groups; one that varies
+    only between arms does not.
 
     Args:
-        baseline: arm with which the other arms are compared; None means `label_only`. A group without this arm
+        baseline: arm with which the others are compared; None means `label_only`. A group without this arm
             uses `label_only`, else an arm with the objectives of `label_only`, else its first arm.
 
     Returns:
         A comparison for each group.
-        A dict for each run that was left out: `run` is its folder, and `why` the reason.
+        {"run": folder, "why": reason} for each run that was left out.
 
     Raises:
-        InputError: no run belongs to the arm `baseline`. The message lists the arms.
+        InputError: no run belongs to the arm `baseline`.
     """
     arms = list(dict.fromkeys(r.arm for r in runs))
     if baseline is not None and baseline not in arms:
@@ -210,11 +206,10 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 
 
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Returns a run's settings as {name: value}, with all values as strings.
+    """Returns a run's settings as {name: value as a string}, without most fields in `NO_SETTING`.
 
-    A field of the config is named in capitals, like its macro. A nested field is named by its path, such as
-    `optimizer.name`. The fields in `NO_SETTING` are left out, except `INIT_FROM` and the objectives'
-    weights and input templates.
+    Names are in capitals, or paths such as `optimizer.name`. `INIT_FROM` and the objectives' weights and input
+    templates are included.
     """
     found = {}
     for name, value in config.items():

@@ -24,16 +24,14 @@ def spoil(
 ) -> list[dict[str, Any]]:
     """Returns the examples as dicts, some of them with spoilt rationales.
 
-    Inputs, labels and ids are unchanged.
-
     Args:
-        kind: the change of each chosen example:
-            `shuffled`: the rationale of another random example.
+        kind: what each chosen example gets:
+            `shuffled`: the rationale of another chosen example.
             `wrong`: the rationale of a random example with another label.
             `missing`: no rationale.
-            `teacher_errs`: as `wrong`, and the label of the random example becomes `llm_label`, the teacher's
-            label. In all examples that are not chosen, `llm_label` is set to the label.
-        share: fraction of examples to change, chosen at random. Only examples with a rationale count.
+            `teacher_errs`: as `wrong`, and that example's label as `llm_label`. In all other examples,
+            `llm_label` becomes the label.
+        share: share of the examples with a rationale to change, chosen at random.
 
     Raises:
         InputError: `kind` is unknown, or needs another label although all examples have the same label.
@@ -99,16 +97,13 @@ def prepare_variant(
 ) -> PreparedDataset:
     """Prepares a variant of a dataset with a changed train split, unless the variant exists.
 
-    Validation and test splits stay the same, so runs on both datasets may be compared. Other splits are
-    dropped.
+    Validation and test stay the same. Other splits are dropped.
 
     Args:
-        name: name of a prepared dataset, or `delivery`.
-        new_name: name of the variant.
-        change: function from the train split's examples to the rows that replace them.
-        fields: additional fields of these rows, for templates.
-        data_dir: folder of prepared datasets; None means `$STEPDISTILL_DATA_DIR` or, if unset, the user's
-            cache.
+        name: a prepared dataset, or `delivery`.
+        change: function from the train examples to the rows that replace them.
+        fields: additional fields of these rows.
+        data_dir: folder of prepared datasets; None means `default_data_dir()`.
 
     Raises:
         InputError: as in `prepare` or `open_prepared`.

@@ -38,9 +38,9 @@ class ArmResult:
 
     Attributes:
         labels: number of labelled training examples.
-        seconds: training time, including compilation and validation; None if an earlier call trained the arm.
-        test_accuracy: share of right labels on the test split.
-        tokens_per_row: mean number of tokens decoded for a label, including the end of sequence.
+        seconds: training time, with compilation and validation; None if trained earlier.
+        test_accuracy: share of right labels.
+        tokens_per_row: mean number of tokens of a decoded label.
     """
 
     arm: str
@@ -62,15 +62,15 @@ def demo(
     An arm that an earlier call trained is only decoded.
 
     Args:
-        arms: {name: (config, gin text of the config)}. All configs have the same task.
-        workdir: folder for the runs, `demo.png` and `demo.json`.
-        data_dir: folder of prepared datasets, in which a missing dataset is prepared.
+        arms: {name: (config, its gin text)}, all with the same task.
+        workdir: also gets `demo.png` and `demo.json`.
+        data_dir: folder of prepared datasets.
 
     Returns:
-        `arms`: a dict for each arm, with the fields of `ArmResult`.
-        `majority_baseline`: accuracy of always answering the commonest label.
-        `plot`: path of the plot.
-        `rows`: some test rows with the labels and rationales of the step-by-step model.
+        `arms`: a dict of `ArmResult` for each arm.
+        `majority_baseline`: accuracy of the commonest label.
+        `plot`: path of `demo.png`.
+        `rows`: some test rows with the step-by-step model's texts.
     """
     workdir = local_path(workdir, "`workdir`")
     check_folder(workdir, SUMMARY, MADE, [PLOT])

@@ -98,11 +98,10 @@ def _lines(axis, comparison: Comparison) -> None:
 def learning_figure(comparison: Comparison, stem: pathlib.Path) -> pathlib.Path | None:
     """Draws validation accuracy and label loss against the step, for each arm at its largest fraction.
 
-    A thin line is a single run, and a thick line the mean of an arm's runs.
-
     Returns:
-        The path of the SVG file; None if no run has metrics.
+        The SVG file; None if no run has metrics.
     """
+    # a thin line is a single run, and a thick line the mean of an arm's runs
     largest = {arm: comparison.of_arm(arm)[-1] for arm in comparison.arms}
     if not any(r.lines for p in largest.values() for r in p.runs):
         return None

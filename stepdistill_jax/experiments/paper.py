@@ -16,10 +16,9 @@ ACCURACY = {
 
 
 def paper_accuracy(point: Point) -> float | None:
-    """Returns the paper's accuracy for the dataset and arm of a point.
+    """Returns the paper's accuracy for a point's dataset and arm, or None if there is none.
 
-    The result is None if the paper reports none, if the runs used only a part of the data, or if the model does
-    not have the size of T5 base.
+    None also if the runs used only part of the data, or another size than T5 base.
     """
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:

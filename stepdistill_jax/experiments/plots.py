@@ -25,8 +25,8 @@ def learning_curves(
     """Draws validation accuracy and the label's training loss against the step, and writes a PNG file.
 
     Args:
-        runs: {name to show: lines of the run's `metrics.jsonl`}.
-        chance: accuracy of always answering the commonest label, drawn as a thin line unless it is None.
+        runs: {name to show: lines of `metrics.jsonl`}.
+        chance: accuracy of always answering the commonest label; None draws none.
     """
     made, accuracy, loss = learning_axes("label loss on train, nats per token")
     for i, (name, lines) in enumerate(runs.items()):
@@ -45,8 +45,7 @@ def learning_curves(
 def plot_curves(workdir: os.PathLike | str) -> Any:
     """Returns a `matplotlib.figure.Figure` with validation accuracy and each objective's loss.
 
-    Lines are training losses, averaged over 20 steps. Markers are validation losses. A notebook shows the
-    figure as the last value of a cell, and `.savefig(PATH)` writes it.
+    Lines are training losses, averaged over 20 steps. Markers are validation losses.
 
     Raises:
         InputError: the metrics cannot be read.

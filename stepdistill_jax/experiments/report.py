@@ -47,9 +47,9 @@ class Report:
     """The result of `report`.
 
     Attributes:
-        page: path of the HTML file.
-        files: paths of all written files, the page first.
-        left_out: a dict for each run that is in no table: `run` is its folder, and `why` the reason.
+        page: the HTML file.
+        files: all written files, the page first.
+        left_out: {"run": folder, "why": reason} for each run that is in no table.
     """
 
     page: pathlib.Path
@@ -69,16 +69,14 @@ def report(
 ) -> Report:
     """Compares runs, and writes the page `report.html` and a file for each plot and table.
 
-    The page contains all plots, so it needs neither a network nor other files. The same runs always give the
-    same bytes.
+    The page needs no network and no other files. The same runs give the same bytes.
 
     Args:
         runs: workdirs, folders of `sweep`, or folders that contain such folders.
-        output: folder for the files, created if missing. The files of an earlier report are replaced.
-        baseline: arm with which the other arms are compared; None means the default of `compare`.
-        examples: number of rows that the page shows with the arms' answers, spread evenly over the split.
-        data_dir: folder of prepared datasets. Without the runs' dataset, the report has neither tests nor
-            examples.
+        output: folder for the files. Those of an earlier report are replaced.
+        baseline: as for `compare`.
+        examples: number of rows to show with the arms' answers.
+        data_dir: folder of prepared datasets. Without the runs' dataset, there are no tests and no examples.
 
     Raises:
         InputError: a path contains no runs, no run has answers on the split, no run belongs to the arm

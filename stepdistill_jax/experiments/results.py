@@ -34,9 +34,9 @@ class Gold:
     """A split of a prepared dataset.
 
     Attributes:
-        key: digest of the rows' ids, inputs and labels, without rationales.
+        key: digest of the rows' ids, inputs and labels.
         metric: name of the metric that compares labels.
-        labels: labels of the task if they are a closed set; else empty.
+        labels: the task's labels if they are a closed set; else empty.
     """
 
     key: str
@@ -68,19 +68,19 @@ class RunResult:
     """A run that has answers on the split.
 
     Attributes:
-        arm: name of the arm in the sweep. Outside a sweep, see `arm_of`.
-        fraction: share of the train split that the run was trained on.
-        grid: {setting: value} of the sweep's grid; empty outside a sweep.
+        arm: name in `sweep.json`; outside a sweep, the result of `arm_of`.
+        fraction: share of the train split used in training.
+        grid: {setting: value} of the sweep's grid; {} outside a sweep.
         config: the config in `run.json`.
-        gold: the split that the run answered; None if the dataset is not prepared here.
+        gold: the answered split; None if the dataset is not prepared here.
         labels: number of labelled training examples.
-        step: step of the checkpoint that gave the answers.
+        step: step of the answering checkpoint.
         majority: accuracy of always answering the commonest label; None if not saved.
         collapsed: whether all answers are the same.
-        answers: the model's labels, in the order of the rows; None if `gold` is None.
-        right: whether each answer is right, a bool array [rows]; None if `gold` is None.
-        rationales: the model's rationales, in the order of the rows; None if not decoded.
-        explained: quality of the rationales (`RationaleCounts.summary` and `unfinished`); None if not saved.
+        answers: the model's labels, in row order; None if `gold` is None.
+        right: whether each answer is right, bool [rows]; None if `gold` is None.
+        rationales: the model's rationales, in row order; None if not decoded.
+        explained: their quality (`RationaleCounts.summary`); None if not saved.
         lines: lines of `metrics.jsonl`.
     """
 
@@ -154,7 +154,11 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A workdir and its entry in `sweep.json`, which is empty outside a sweep."""
+    """A workdir that was found.
+
+    Attributes:
+        cell: the run's entry in `sweep.json`; {} if the run was not found through a `sweep.json`.
+    """
 
     workdir: pathlib.Path
     cell: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -173,7 +177,7 @@ def read_runs(
 
     Returns:
         The runs that have answers on the split.
-        A dict for each run that is left out: `run` is its folder, and `why` the reason.
+        {`run`: folder, `why`: reason} of each run that is left out.
 
     Raises:
         InputError: a path contains no run, a file is damaged, or no run has answers on the split.
@@ -311,14 +315,12 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
     """Returns the name of the arm with these objectives, whatever their weights.
 
-    A label objective without a prompt prefix, as in `paper/exact.gin`, counts as the usual label objective.
-    If no arm has these objectives, the result joins their names.
-
-    Example: `label` and `rationale` give `step_by_step`, or `label+rationale` if a template differs.
+    Example: `label` and `rationale` give `step_by_step`, or `label+rationale` if a template differs from the arm's.
     """
 
     def shape(items) -> list[tuple]:
         fields = ("name", "input_template", "target_template", "decoder_prefix")
+        # a label without a prompt prefix, as in `paper/exact.gin`, counts as the usual label objective
         prefixed = (
             {**o, "input_template": LABEL_INPUT} if o.get("input_template") == "{input}" else o
             for o in items

@@ -11,10 +11,10 @@ CHUNK = 200  # draws at once; [CHUNK, rows] row counts are in memory
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Returns the mean, and the lower and upper end of the mean's 95 % interval by Student's t.
+    """Returns the mean, and the lower and upper end of its 95 % interval by Student's t.
 
-    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). It accounts for
-    the choice of seeds, not of rows. Both ends are None for a single value.
+    For n values with standard deviation s, the interval is mean +- t(0.975, n - 1) s / sqrt(n). Both ends are
+    None for a single value.
 
     Example: `mean_interval([0.6, 0.7, 0.8])` is (0.7, 0.452, 0.948), rounded, with s = 0.1 and t = 4.303.
     """
@@ -28,12 +28,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float |
 
 
 def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Returns the accuracy of each run in each draw of rows, [draws, runs].
+    """Returns each run's accuracy on random draws of rows with replacement, [draws, runs].
 
-    Each draw takes as many rows as `right` has, at random and with replacement. All runs share the draws.
+    All runs share the draws.
 
     Args:
-        right: whether each answer is right, a bool array [runs, rows].
+        right: whether each answer is right, bool [runs, rows].
         seed: the same seed draws the same rows.
     """
     rng, rows = np.random.default_rng(seed), right.shape[1]
@@ -51,17 +51,16 @@ def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndar
 def paired_difference(
     first: np.ndarray, second: np.ndarray, *, seed: int = 1
 ) -> tuple[float, float, float]:
-    """Tests the difference of two arms: the second arm's mean accuracy minus the first arm's.
+    """Tests the second arm's mean accuracy minus the first arm's, by a paired bootstrap over rows and seeds.
 
-    A paired bootstrap (Efron and Tibshirani 1993) draws the same rows for both arms, and draws each arm's runs
-    (seeds) separately. The interval accounts for the choice of rows and, if an arm has several runs, of seeds.
+    Reference: Efron and Tibshirani 1993.
 
     Args:
-        first: accuracies of the first arm's runs from `resample`, [draws, runs].
-        second: accuracies of the second arm's runs in the same draws, [draws, runs].
+        first: result of `resample` for the first arm's runs, [draws, runs].
+        second: the same for the second arm, with the same draws.
 
     Returns:
-        The lower end of the 95 % interval of the difference.
+        The lower end of the difference's 95 % interval.
         The upper end.
         The two-sided p value.
     """
@@ -81,10 +80,8 @@ def paired_difference(
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns p values corrected for the number of tests (Holm 1979, Scand. J. Statist. 6:65).
 
-    If a corrected p of at most 5 % counts as significant, the probability of any false alarm is at most 5 %.
-
-    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. If this product is below the
-    previous corrected value, that value is used instead. Products above 1 become 1.
+    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. It is then raised to the previous
+    corrected value if it is lower, and limited to 1.
 
     Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06]. In ascending order, 0.01 becomes 3 x 0.01 = 0.03,
     0.03 becomes 2 x 0.03 = 0.06, and 0.04 becomes max(1 x 0.04, 0.06) = 0.06.

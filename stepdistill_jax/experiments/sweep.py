@@ -44,8 +44,8 @@ class Cell:
 
     Attributes:
         fraction: share of the train split that the run is trained on.
-        grid: {setting: value as typed} of other settings that differ between cells.
-        text: gin text of the config, which is saved as `config.gin`.
+        grid: {setting: value as typed} of further settings that differ between cells.
+        text: gin text to save as `config.gin`.
     """
 
     arm: str
@@ -92,31 +92,29 @@ def sweep(
 ) -> dict[str, Any]:
     """Trains and evaluates the cells that are not done yet, in order.
 
-    A cell is done when its last step and evaluation are saved in its workdir. After any interruption, the same
-    call continues the sweep. Cells share a compiled program if they differ only in seed, fraction or
-    values that are not compiled into the program.
+    After an interruption, the same call continues the sweep.
 
     Args:
         cells: cells to train, which may have different tasks.
         workdir: folder for `sweep.json` and the cells' workdirs.
-        split: split on which the best step of each run is evaluated; None evaluates nothing. Results are in the
-            cell's workdir, in `evaluation/SPLIT.json` and `predictions/`.
-        with_rationale: whether to decode rationales, too, for arms that write them. The quality is saved
-            as `rationale` in `evaluation/SPLIT.json`.
-        retries: number of times to retry a failed cell, after all other cells.
+        split: split on which the best step of each run is evaluated; None evaluates nothing. The cell's workdir
+            gets `evaluation/SPLIT.json` and `predictions/`.
+        with_rationale: also measures the rationales of arms that write them, as `rationale` in
+            `evaluation/SPLIT.json`.
+        retries: largest number of retries of a failed cell.
         asked: the command's arguments, which are saved in `sweep.json`.
 
     Returns:
         `workdir`: folder of the sweep.
         `cells`: number of all cells.
         `done`: number of cells that are done now.
-        `skipped`: number of cells that were done before this call.
-        `failed_cells`: a dict with `cell`, `workdir` and `error` for each failed cell.
+        `skipped`: number of these that were done before.
+        `failed_cells`: a dict with `cell`, `workdir` and `error` for each.
         `seconds`: duration of this call.
 
     Raises:
-        InputError: a cell's workdir contains another run, two cells have the same workdir, or a task lacks the
-            split. It is raised before any training.
+        InputError: before any training, if there are several processes, a cell's workdir contains another run,
+            two cells have the same workdir, or a task lacks the split.
         SystemExit: a signal arrived. The exit status is 75, and finished work is saved.
     """
     if jax.process_count() > 1:

@@ -112,8 +112,8 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 def rationale_table(comparison: Comparison, name: str) -> Table:
     """Returns the quality of decoded rationales, with a row for each arm and fraction.
 
-    The last row shows the teacher's rationales if their quality is known. Values are means over an arm's runs.
-    Counts are shown as shares of the rows. The column `token accuracy` comes from validation during training.
+    Values are means over the runs, and counts are shown as shares. If known, the teacher's verdicts are the last
+    row.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
     counts = ("empty", "unfinished", *VERDICTS)

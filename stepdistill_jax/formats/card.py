@@ -132,9 +132,8 @@ def model_card(
 
     Args:
         config: configuration after merging the adapters.
-        vocabulary: vocabulary of the model. A model with a byte vocabulary is called a ByT5.
-        metrics: metrics of the checkpoint, of which the card shows the validation results.
-        lora: configuration of the adapters, if any were trained.
+        metrics: the checkpoint's metrics; the card shows the validation results.
+        lora: configuration of the adapters; None if none were trained.
     """
     facts = [f"- Task: `{task_info.task}`, labels compared by {task_info.metric}"]
     fingerprint = task_info.provenance.get("fingerprint")

@@ -33,11 +33,10 @@ _T5_SIZES = {
 def config_of(path: pathlib.Path, raw: dict[str, Any], weights: Weights | None) -> ModelConfig:
     """Returns the configuration of a `config.json`, whose content is `raw`.
 
-    If `weights` are given, they decide whether the output layer is tied to the embedding.
+    Weights, if given, decide whether the output layer is tied to the embedding.
 
     Raises:
-        InputError: a field is missing or wrong, a computation is not implemented, or the architecture is
-            unknown.
+        InputError: a field is missing, wrong or not supported.
     """
     family = _FAMILIES[choice(path, raw, "model_type", None, _FAMILIES)]
     tied = flag(path, raw, "tie_word_embeddings", True)

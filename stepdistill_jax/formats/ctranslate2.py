@@ -1,8 +1,7 @@
 """Writes and reads directories for CTranslate2, an inference engine for CPUs.
 
-Our parameters are copied into CTranslate2's model specification without torch or `transformers`.
-CTranslate2's own converter is not used: with transformers 5, it scales the logits of every T5 down, so a T5
-v1.1 gets wrong probabilities.
+CTranslate2's own converter is not used: with transformers 5, it scales the logits of every T5 down, which is
+wrong for a T5 v1.1.
 """
 
 import dataclasses
@@ -103,16 +102,14 @@ def write_ctranslate2(
     task_info: TaskInfo | None,
     quantization: str | None = None,
 ) -> int:
-    """Writes the model, vocabulary and task for CTranslate2 and `predict`, and returns the count of parameters.
+    """Writes a CTranslate2 directory, and returns the number of parameters.
 
-    During the call, two copies of the parameters are in memory.
+    The call needs memory for two copies of the parameters.
 
     Args:
         directory: a new or empty folder.
-        params: parameters of a T5, unboxed, without adapters.
-        config: configuration of any kind of T5.
-        quantization: one of `QUANTIZATIONS`; None means float32. For int8, CTranslate2 quantizes the
-            activations at run time.
+        params: unboxed parameters without adapters.
+        quantization: one of `QUANTIZATIONS`; None means float32.
 
     Raises:
         InputError: the quantization is unknown, the model is not a T5, or CTranslate2 is not installed.
@@ -202,22 +199,14 @@ def check_model(directory: os.PathLike | str, files: CTranslate2Files) -> None:
 
 
 def token_names(vocabulary: Vocabulary, size: int) -> list[str]:
-    """Returns the vocabulary's pieces, followed by a name for each further row of the embedding.
-
-    CTranslate2 looks up ids by name, so all names must differ. No piece contains a space, but the name of a
-    further row does, such as `<row 32100>`.
-    """
+    """Returns the vocabulary's pieces, and a name such as `<row 32100>` for each further row of the embedding."""
+    # CTranslate2 looks up ids by name, so all names must differ; no piece contains a space
     pieces = vocabulary.pieces()
     return [*pieces, *(f"<row {i}>" for i in range(len(pieces), size))]
 
 
 def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantizes each row of a matrix, so that its matmuls have the same result on every processor.
-
-    CTranslate2 multiplies these weights by unsigned 8-bit activations. A processor without VNNI (AMD before
-    Zen 4, Intel before Cascade Lake) adds two adjacent products in a signed 16-bit integer, which saturates
-    silently. So the scale keeps each weight, and the sum of two adjacent weights, within 127. The two
-    products then add up to at most 255 * (127 + 1) < 2 ** 15, where the 1 is for rounding.
 
     Args:
         matrix: [rows, inputs], float32.
@@ -226,6 +215,9 @@ def to_int8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         The quantized matrix, int8 [rows, inputs].
         The scale by which each row was multiplied, float32 [rows].
     """
+    # Processors without VNNI add two adjacent products of a weight and an unsigned 8-bit activation in 16 bits,
+    # which saturate silently. So two adjacent weights, too, sum to at most 127: 255 * (127 + 1) < 2 ** 15, where
+    # the 1 is for rounding.
     adjacent = matrix[:, : matrix.shape[1] // 2 * 2].reshape(len(matrix), -1, 2).sum(2)
     largest = np.full(len(matrix), 1e-30, np.float32)  # a row of zeros has a finite scale, too
     for x in (matrix, adjacent):

@@ -36,16 +36,14 @@ class TaskInfo:
 
     Attributes:
         task: name of the dataset, task or mixture.
-        objectives: training objectives with templates and weights; inference uses the first one.
-        input_length: largest count of ids in an input, the end of sequence included. Longer inputs are
-            truncated.
-        target_length: largest count of ids in a target of any objective. Longer targets are truncated.
-        max_decode_len: count of ids that is enough for every label of the train split, the end of sequence
-            included.
+        objectives: training objectives; the first one gives the label.
+        input_length: largest number of ids in an input, the end of sequence included.
+        target_length: largest number of ids in any objective's target.
+        max_decode_len: number of ids, the end of sequence included, that fits every label of the train split.
         metric: `text_match` or `value_match`.
         labels: all possible labels if they are few; else empty.
-        provenance: versions, step, data, metrics and other facts about the training.
-        input_pair: whether examples have a second input text (`data.example.Example.input_pair`).
+        provenance: facts about the training, such as versions, data and metrics.
+        input_pair: whether examples have a second input text (`Example.input_pair`).
     """
 
     task: str
@@ -124,12 +122,12 @@ def is_ctranslate2(directory: os.PathLike | str) -> bool:
 def read_model_files(directory: os.PathLike | str) -> ModelFiles:
     """Reads configuration, vocabulary and task of a model directory or workdir.
 
-    Stored weights decide whether the output layer is tied to the embedding, since transformers 5 always
-    writes true as `tie_word_embeddings`.
+    Stored weights, if there are any, decide whether the output layer is tied to the embedding.
 
     Raises:
-        InputError: a file or field is missing, wrong, or not supported. The message says which.
+        InputError: a file or field is missing, wrong, or not supported.
     """
+    # transformers 5 always writes true as `tie_word_embeddings`, so the field alone does not tell
     directory = require_directory(directory)
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
         raise InputError(f"{directory}: not a model directory or workdir (it has no {CONFIG})")

@@ -14,12 +14,11 @@ from stepdistill_jax.formats.tensors import Tensor, map_file
 def open_flax(path: pathlib.Path) -> dict[str, Tensor]:
     """Returns the tensors of a file or shard as {Hugging Face's torch name: tensor}.
 
-    In the file, a name ends in `kernel` for an [in, out] matrix, in `embedding` for a table, and in `weight`
-    for a norm's scale. Torch names all three `weight`, and stores a matrix as [out, in].
-
     Raises:
         InputError: a tensor has an unknown name, or the file cannot be read (see `read_tree`).
     """
+    # a name ends in `kernel` for an [in, out] matrix, in `embedding` for a table, and in `weight` for a norm's
+    # scale; in torch, all three end in `weight`, and a matrix is [out, in]
     tree = read_tree(path)
     if set(tree) == {"params"} and isinstance(tree["params"], dict):
         tree = tree["params"]

@@ -38,19 +38,16 @@ def load_params(
 ) -> Any:
     """Returns the parameters of a model directory as float32, whatever their stored dtype.
 
-    Each process reads the slices of its own devices, one parameter at a time. The host needs memory for one
-    slice in addition to the parameters.
+    Each process reads only the slices of its own devices.
 
     Args:
-        directory: folder with weights that `formats.weights.open_weights` reads.
+        directory: folder with weights that `open_weights` reads.
         shardings: sharding of each parameter (`sharding.param_shardings`). None means the default device.
-        sources: {name of a parameter in the result: name of the parameter in the directory that it is read
-            from}. Both names are of the form that `stored_shapes` uses, and both parameters must have the
-            same shape. None reads every parameter under its own name.
+        sources: {parameter of the result: parameter of the directory to read for it}, both named as by
+            `stored_shapes` and of the same shape. None reads every parameter under its own name.
 
     Returns:
-        The unboxed parameter tree of `models.encoder_decoder.EncoderDecoder`, restricted to `sources` if
-        given.
+        The unboxed parameter tree of `EncoderDecoder`; with `sources`, only the parameters that it names.
 
     Raises:
         InputError: tensors are missing, unknown, or of a wrong shape or dtype. The message lists them.
@@ -81,10 +78,7 @@ def load_params(
 def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns {our name: shape} of the parameters in a model directory.
 
-    If a parameter is stored as one tensor per layer, the first axis of its shape counts the layers.
-
-    Args:
-        config: configuration, which the stored parameters need not fit.
+    The first axis of a layer's parameter counts the layers. The parameters need not fit `config`.
 
     Raises:
         InputError: there are no readable weights, or layers have different shapes.
@@ -214,16 +208,15 @@ def save_params(
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> int:
-    """Writes the parameters as float32 safetensors, verifies the files, and returns the count of parameters.
+    """Writes the parameters as float32 safetensors, verifies the files, and returns the number of parameters.
 
-    If the tensors have more than `max_shard_size` bytes in total, they are written as Hugging Face's shards
-    (`model-00001-of-0000N.safetensors`) with an index. Older safetensors files in the directory are replaced.
-    The host needs memory for one tensor in addition to the parameters.
+    Older safetensors files in the directory are replaced.
 
     Args:
-        directory: folder of the model, which must exist.
-        params: parameters of a `models.encoder_decoder.EncoderDecoder`, unboxed.
-        max_shard_size: limit for the bytes of tensors in a file. A larger tensor gets its own file.
+        directory: an existing folder.
+        params: unboxed parameters of an `EncoderDecoder`.
+        max_shard_size: largest number of bytes of tensors in a file. More tensors are split into Hugging Face's
+            shards with an index. A larger tensor gets its own file.
 
     Raises:
         OSError: a file reads back differently from what was written.

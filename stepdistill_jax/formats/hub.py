@@ -19,13 +19,13 @@ _NO_OWNERS = ("models", "datasets", "spaces", "docs")
 
 
 def local_model(given: str) -> str:
-    """Returns the folder of a model. For a model on the hub, this is a local copy.
+    """Returns the folder of a model, which is downloaded if it is on the hub.
 
     Args:
         given: value of `init_from`: a folder, or `OWNER/NAME` if there is no such folder.
 
     Raises:
-        InputError: the model cannot be downloaded. The message says how to copy it from another machine.
+        InputError: the model cannot be downloaded.
     """
     owner, _, name = given.partition("/")
     named = all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in (owner, name))
@@ -71,13 +71,13 @@ def _of_hub(name: str) -> str:
 
 
 def needed_files(listed: Sequence[str], name: str) -> list[str]:
-    """Returns the files to download. If weights exist in several formats, only the preferred one is included.
+    """Returns the files to download, with the weights in only one format.
 
     >>> needed_files(["README.md", "config.json", "pytorch_model.bin", "spiece.model", "tf_model.h5"], "o/n")
     ['config.json', 'spiece.model', 'pytorch_model.bin']
 
     Args:
-        listed: names of all files of the model at the hub, including files in folders.
+        listed: names of all the model's files at the hub.
 
     Raises:
         InputError: the model has no weights in a format that we read.

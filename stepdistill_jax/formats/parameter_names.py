@@ -90,11 +90,10 @@ class Names:
     """Hugging Face's tensor names of one model family.
 
     Attributes:
-        table: function from a configuration to {our path: tensor name}. `{}` in a tensor name stands for the
-            layer's index: `decoder/layers/mlp/wo/kernel` becomes
-            `decoder.block.{}.layer.2.DenseReluDense.wo.weight`.
+        table: function from a configuration to {our path: tensor name}, where `{}` stands for the layer's
+            index: {"decoder/layers/mlp/wo/kernel": "decoder.block.{}.layer.2.DenseReluDense.wo.weight", ...}.
         head: name of the output layer.
-        embedding: name of the embedding table, which is also the output layer if the two are tied.
+        embedding: name of the embedding table.
         ignored: names of tensors that some files contain, but no model reads.
     """
 

@@ -63,16 +63,14 @@ def write_safetensors(
 ) -> None:
     """Writes float32 tensors, reads them back and compares.
 
-    The bytes equal those of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, but only one
-    tensor is in memory at a time.
-
     Args:
-        path: path of the file, which appears complete or not at all.
+        path: file to write, which appears complete or not at all.
         tensor: function that returns a named tensor as contiguous float32. It is called twice for each name.
 
     Raises:
         OSError: the file reads back differently from what was written.
     """
+    # writes the bytes of `safetensors.numpy.save_file(..., metadata={"format": "pt"})`, tensor by tensor
     names = sorted(shapes)  # the library's order when all tensors have one type
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     at = 0

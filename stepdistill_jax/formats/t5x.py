@@ -1,8 +1,8 @@
 """Opens the parameters of T5X checkpoints under Hugging Face's torch names. Ignores the optimizer state.
 
 Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`,
-with each parameter as an array, or as the TensorStore spec of a zarr folder next to it. The newer format is
-Orbax's. Layers are `encoder/layers_0/...`, or `encoder/encoder/...` if they are stacked along axis 1.
+whose entries are arrays or name zarr folders. The newer format is Orbax's. Layers are `encoder/layers_0/...`, or
+`encoder/encoder/...` if they are stacked along axis 1.
 """
 
 import functools
@@ -100,13 +100,12 @@ def open_t5x(directory: pathlib.Path) -> Weights:
 
 
 def config_from_shapes(directory: pathlib.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Config:
-    """Derives the configuration of a T5X checkpoint, which has no `config.json`, from its tensors' shapes.
-
-    A tensor named `wi` means v1.0's ReLU. `wi_0` and `wi_1` mean v1.1's gated GELU.
+    """Derives a T5X checkpoint's configuration from its tensors' names and shapes.
 
     Raises:
-        InputError: tensors that determine a T5's sizes are missing.
+        InputError: tensors that determine a T5's sizes are missing, or a size is not supported.
     """
+    # `wi` means v1.0's ReLU; `wi_0` and `wi_1` mean v1.1's gated GELU
     attention = "encoder.block.0.layer.0.SelfAttention"
     bias, gated = f"{attention}.relative_attention_bias.weight", "wi_0"
     if f"encoder.block.0.layer.1.DenseReluDense.{gated}.weight" not in shapes:

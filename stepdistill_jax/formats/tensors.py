@@ -37,8 +37,8 @@ class Weights:
 
         Args:
             tensors: {name: tensor}. A missing `shared.weight` is replaced by one of its `EMBEDDING_COPIES`.
-            stacks: {name: tensor [layers, *shape]} of tensors that store all layers together, where `{}` in a
-                name stands for the layer. Reading all layers at once decompresses each chunk only once.
+            stacks: {name with `{}` for the layer: tensor of all layers, [layers, *shape]}. `tensors` must contain
+                each of these layers, too.
         """
         self.tensors, self.stacks = dict(tensors), dict(stacks or {})
         copies = [name for name in EMBEDDING_COPIES if name in self.tensors]
@@ -59,7 +59,7 @@ class Weights:
 
     def read_layers(self, name: str, layers: range, index: Index, out: np.ndarray) -> None:
         """Fills `out` [layers, ...] with a slice of each layer's tensor. `{}` in `name` stands for the layer."""
-        if name in self.stacks:
+        if name in self.stacks:  # all layers at once: each chunk is then decompressed only once
             out[...] = self.stacks[name][(slice(layers.start, layers.stop), *index)]
             return
         for i, layer in enumerate(layers):

@@ -1,8 +1,7 @@
 """Writes tokenizer files with which `transformers` and `tokenizers` give the same ids as in training.
 
-`T5Tokenizer` of transformers 5 gives every vocabulary T5's own unk (2) and no byte pieces. The vocabularies
-of mT5 and UMT5 have byte pieces, and UMT5's unk is 3. This module therefore builds `tokenizer.json` from the
-SentencePiece model, for T5 and for Gemma.
+Builds `tokenizer.json` from the SentencePiece model. The `T5Tokenizer` of transformers 5 is not used: it gives
+wrong ids for mT5 and UMT5, since it knows no byte pieces and no unk other than 2.
 """
 
 import os
@@ -48,8 +47,7 @@ _JAMO, _SYLLABLE = "\u1100\u1161\u11a8", "\uac01"
 def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
     """Writes the tokenizer files for `transformers`, and checks that it gives our ids.
 
-    Call `formats.directory.write_model_files` first. A SentencePiece vocabulary gets a `tokenizer.json`; a byte
-    vocabulary needs none. The ids are compared on `PROBES`, which include texts unlike any training data.
+    Call `write_model_files` first. The ids are compared on `PROBES`.
 
     Raises:
         InputError: the ids differ, or the SentencePiece model is neither T5's nor Gemma's kind.
@@ -163,12 +161,7 @@ def _unigram(proto: Any, vocabulary: SentencePieceVocabulary) -> Any:
 
 
 def _bpe(proto: Any, model: pathlib.Path) -> Any:
-    """Returns a `tokenizers.Tokenizer` of Gemma's kind, without the special tokens.
-
-    SentencePiece merges the neighbours whose joint piece has the highest score, but `tokenizers` merges pairs
-    in the order of a list. So the list contains, for each piece in order of descending score, all pairs that
-    form this piece.
-    """
+    """Returns a `tokenizers.Tokenizer` of Gemma's kind, without the special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     normalizer = proto.normalizer_spec
@@ -184,6 +177,8 @@ def _bpe(proto: Any, model: pathlib.Path) -> Any:
     kinds = type(proto.pieces[0])  # NORMAL, USER_DEFINED, ...
     # special pieces and bytes are never the result or a part of a merge
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
+    # SentencePiece merges the neighbours whose joint piece has the highest score, and `tokenizers` merges pairs
+    # in the order of a list: so the list has all pairs that form a piece, by descending score of the piece
     merges = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))

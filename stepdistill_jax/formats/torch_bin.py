@@ -15,12 +15,11 @@ from stepdistill_jax.formats.tensors import Tensor
 def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
     """Returns the tensors of a file or shard as {name: tensor}.
 
-    The zip format, which torch has written since 1.6, is memory-mapped. The older format is read into memory.
-    A zip file with compressed members is refused: the map would show compressed bytes as weights, and a pickle
-    of 2 MB could unpack to 2 GB.
+    A file of torch 1.6 or later is memory-mapped. An older one is read into memory.
 
     Raises:
-        InputError: torch is not installed, the file is truncated, or it contains anything but tensors.
+        InputError: torch is not installed, the file is truncated or compressed, or it contains anything but
+            tensors.
     """
     try:
         import torch
@@ -63,6 +62,7 @@ def open_torch(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _require_plain(path: pathlib.Path) -> None:
+    # a map would show compressed bytes as weights, and a pickle of 2 MB could unpack to 2 GB
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             if member.compress_type != zipfile.ZIP_STORED:

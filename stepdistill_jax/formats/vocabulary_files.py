@@ -37,14 +37,13 @@ def write_vocabulary(
 ) -> None:
     """Writes the SentencePiece model and `tokenizer_config.json` for `read_vocabulary`.
 
-    A T5's tokenizer gets no sentinels (`extra_ids` 0). Sentinels would change the ids of texts that contain
-    strings such as `<extra_id_0>`, and a small embedding has no rows for them.
-
     Args:
-        directory: an existing folder, which may be in a store.
-        vocabulary: vocabulary to write. ByT5's bytes have no SentencePiece model.
-        model_max_length: largest count of ids in an input; None leaves the field out.
+        directory: an existing folder, which may be in a store such as `gs://`.
+        vocabulary: vocabulary to write. For ByT5's bytes, only `tokenizer_config.json` is written.
+        model_max_length: largest number of ids in an input; None leaves the field out.
     """
+    # Without sentinels (`extra_ids` 0): they would change the ids of texts that contain strings such as
+    # `<extra_id_0>`, and a small embedding has no rows for them.
     tokenizer: dict[str, Any] = {
         "tokenizer_class": "ByT5Tokenizer",
         "extra_ids": 0,

@@ -30,12 +30,11 @@ _BLOCK = 1024  # rows that are compared at once
 def open_weights(directory: os.PathLike | str) -> Weights:
     """Opens the tensors of a directory, in the first format found.
 
-    The formats are tried in this order: `model.safetensors`, `flax_model.msgpack`, `pytorch_model.bin`, a T5X
-    checkpoint. Each of the three files may be split into shards with an index. Msgpack files and torch's older
-    format are read whole, and all other formats by slices.
+    The order is `model.safetensors`, `flax_model.msgpack`, `pytorch_model.bin`, T5X checkpoint. The first three
+    may be split into shards with an index.
 
     Raises:
-        InputError: there are no weights, or they cannot be read. The message names the file.
+        InputError: there are no weights, or they cannot be read.
     """
     directory = pathlib.Path(directory)
     for name, reader in _READERS.items():

@@ -58,12 +58,12 @@ class AccuracyCounts:
         """Returns the counts and averages of all rows.
 
         Returns:
-            `rows`: count of rows.
+            `rows`: number of rows.
             `accuracy`, `majority_baseline`: over the rows with a gold label; absent if there are none.
-            `rows_with_label`: count of rows with a gold label; absent if all rows or no rows have one.
-            `invalid_labels`: count of answers that are not valid labels; None if the valid labels are unknown.
+            `rows_with_label`: number of rows with a gold label; absent if it is 0 or all rows.
+            `invalid_labels`: number of invalid answers; None if the valid labels are unknown.
             `collapsed`: whether there are at least two rows and all have the same answer.
-            The keys of `Calibration.summary` if answers were restricted to choices.
+            With choices, the keys of `Calibration.summary`.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:
@@ -80,7 +80,7 @@ class AccuracyCounts:
 def in_words(summary: dict[str, Any]) -> str:
     """Returns the summary as text: a line of counts and measures, then the task's metrics and any warnings.
 
-    Example: `500 rows  accuracy 0.986 (baseline, always the commonest label: 0.502)  invalid labels 1 (0.2%)
+    Example: `500 rows  accuracy 0.986 (baseline that always gives the commonest label: 0.502)  invalid labels 1 (0.2%)
     unfinished 0  812.4 rows/s`.
     """
     rows = summary["rows"]
@@ -88,7 +88,7 @@ def in_words(summary: dict[str, Any]) -> str:
     if "accuracy" in summary:
         parts.append(
             f"accuracy {summary['accuracy']:.4g}"
-            f" (baseline, always the commonest label: {summary['majority_baseline']:.4g})"
+            f" (baseline that always gives the commonest label: {summary['majority_baseline']:.4g})"
         )
         if "rows_with_label" in summary:
             parts[-1] += f" over the {summary['rows_with_label']} of {rows} rows that have a label"

@@ -29,8 +29,8 @@ class Allowed:
     """The allowed answers of each row, and their ids.
 
     Attributes:
-        labels: the allowed labels if they are the same for all rows; empty if each row has its own choices.
-        key: digest of the allowed answers and the temperature.
+        labels: the allowed labels; empty if each row has its own choices.
+        key: digest of the labels and the temperature.
     """
 
     def __init__(
@@ -46,17 +46,16 @@ class Allowed:
         """Reads the labels, unless each row has its own choices.
 
         Args:
-            choices: `row` for each row's field `choices`, `labels` for the task's labels, the path of a
-                file, or a list of labels. A file has one label per line, or is a JSON list if its name
-                ends in .json.
+            choices: as in `DecodeOptions`, but not None. A file has one label per line, or is a JSON list if
+                its name ends in .json.
             labels: the task's labels; empty if they are not a closed set.
             objective: objective that trains the model to write labels.
-            most_ids: largest count of ids in an answer, the end of sequence included.
-            temperature: temperature of the probabilities. The scores do not depend on it.
+            most_ids: largest number of ids in an answer, the end of sequence included.
+            temperature: temperature of the probabilities, but not of the scores.
 
         Raises:
             InputError: the model writes more than the label, the file cannot be read, or the labels are
-                unsuitable (fewer than two, blank, repeated, too long, or with the same ids).
+                unsuitable, such as repeated or too long.
         """
         if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
@@ -103,11 +102,10 @@ class Allowed:
             scores: natural log of the probability of each label in `of(row)`, [labels].
 
         Returns:
-            `label`: the label with the highest score; the first one if several have this score.
-            `score`: the highest score, rounded to 6 decimals.
-            `probability`: probability of `label`.
-            `choices`: {label: probability} over the allowed labels: the softmax of the scores at
-            `temperature`, rounded to 6 significant digits.
+            `label`: the label with the highest score; of several, the first.
+            `score`: its score, rounded to 6 decimals.
+            `probability`: its probability.
+            `choices`: {label: probability}: the softmax of scores / temperature, rounded to 6 significant digits.
         """
         labels, scores = self.of(row), np.asarray(scores, np.float64)
         best = int(scores.argmax())

@@ -46,14 +46,13 @@ class Calibration:
         """Returns the measures of calibration; {} if no row was added.
 
         Returns:
-            `expected_calibration_error`: the rows are sorted into 15 bins of equal width by the probability
-            of their answer. The error is the mean over bins of |share of right answers - mean probability|,
-            weighted by the rows per bin (Guo et al. 2017, arXiv:1706.04599, section 2).
+            `expected_calibration_error`: mean over 15 bins of |share of right answers - mean probability|,
+            weighted by the rows per bin. The answer's probability determines a row's bin (Guo et al. 2017,
+            arXiv:1706.04599, section 2).
             `log_loss`: mean of -log(probability of the gold label), in nats, over the rows whose gold
             label is allowed; None if there are none.
-            `best_temperature`: the temperature, between 0.05 and 100, with the smallest log loss on the
-            same rows (section 4.2); None if there are none.
-            `gold_not_a_choice`: count of rows whose gold label is not allowed.
+            `best_temperature`: temperature in [0.05, 100] with the smallest log loss (section 4.2), or None.
+            `gold_not_a_choice`: number of rows whose gold label is not allowed.
         """
         rows = self._count.sum()
         if not rows:

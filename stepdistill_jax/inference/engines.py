@@ -40,9 +40,9 @@ class Engine(Protocol):
     Attributes:
         task_info: contents of `stepdistill.json`; None if the directory lacks that file.
         step: step of the checkpoint; None if `path` is not a workdir.
-        batch_size: count of rows decoded at once.
-        identity: digest of everything in the model that affects its answers.
-        device: kind of device, such as `cpu`.
+        batch_size: number of rows decoded at once.
+        identity: digest of the weights, configuration and vocabulary.
+        device: such as `cpu`.
     """
 
     path: pathlib.Path
@@ -62,13 +62,13 @@ class Engine(Protocol):
         on_progress: Callable[[int], None] | None = None,
         decoder_prefix: Sequence[int] = (),
     ) -> Decoded:
-        """Returns the answers to `rows`, in the order of `rows`.
+        """Returns the answers to `rows`, in the same order.
 
         Args:
-            rows: ids of each input, with its end of sequence; no input is empty.
-            max_decode_len: largest count of tokens in an answer, the end of sequence included.
+            rows: ids of each input, at least its end of sequence.
+            max_decode_len: largest number of ids in an answer, the end of sequence included.
             on_progress: called with the row count of each finished batch.
-            decoder_prefix: ids that the decoder reads before the answer; not part of the answer or its score.
+            decoder_prefix: ids that the decoder reads before the answer. The score leaves them out.
         """
         ...
 
@@ -90,8 +90,7 @@ def open_engine(path: os.PathLike | str, options: DecodeOptions | None = None) -
         options: None means `DecodeOptions()`.
 
     Raises:
-        InputError: the engine cannot read the directory, the model is bad, or an option does not fit the
-            model.
+        InputError: the model is bad, or an option does not fit it.
     """
     options = options or DecodeOptions()
     converted = is_ctranslate2(path)

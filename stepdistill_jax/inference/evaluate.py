@@ -66,34 +66,26 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decodes the labels of a split and compares them with the gold labels.
 
-    A prepared dataset is read without TensorFlow. Any other task is tokenised through SeqIO, as for training,
-    and its own metrics are computed as well.
-
     For a workdir, the answers are saved in its `predictions/TASK-SPLIT-STEP.jsonl`. Options that are set are
     appended to STEP, in this order: `-beamsN`, `-penaltyX`, `-choices`, `-int8`, `-rationale`.
 
     Args:
         path: workdir or model directory.
-        task: name of a prepared dataset, a task registered by `add_task`, or a SeqIO task or mixture. The
-            task also determines the metric.
+        task: name of a prepared dataset, a task registered by `add_task`, or a SeqIO task or mixture.
         output: JSON file for the result; None writes no file.
-        with_rationale: also decodes the rationales of a prepared dataset and measures their quality.
+        with_rationale: also decodes rationales and measures their quality; only for a prepared dataset.
         data_dir: folder of prepared datasets and tokens; None means the default folder.
-        task_module: module that registers the task; None means the module from the model's training, if the
-            model was trained on this task.
+        task_module: module that registers the task; None means the one from the model's training on this task.
         **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`.
 
     Returns:
         The keys that `predict` returns, and `task`, `split`, `step`, `num_beams` and `length_penalty`.
-        `rationale`: the keys of `RationaleCounts.summary`, and `unfinished`, the count of rationales that
-        reached their maximum length; present only if rationales are requested.
+        `rationale`: the keys of `RationaleCounts.summary`, and `unfinished`; present only if requested.
         `metrics`: {name: value}; present only if a SeqIO task has its own metrics.
-        For a mixture whose labels come from several tasks, only `task`, `split`, `rows` (the total count)
-        and `tasks` ({task: result}).
+        For a mixture with several label tasks, only `task`, `split`, `rows` and `tasks` ({task: result}).
 
     Raises:
-        InputError: the model, step, task, split or module does not exist; an option is bad; or
-            rationales are requested from a task or model without them.
+        InputError: the model or an argument is bad, or the requested rationales do not exist.
     """
     chosen = decode_options(evaluate, options, without=("max_decode_len", "prefix"))
     if output is not None:
@@ -144,11 +136,8 @@ def evaluate(
 
 
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
-    """Refuses a dataset's validation split if the model was trained on some of its rows.
-
-    With `paper_exact`, a run with a `data_fraction` below 1 draws another validation split, so it may train on
-    rows of the dataset's own validation split.
-    """
+    """Refuses a dataset's validation split if the model was trained on some of its rows."""
+    # with `paper_exact`, a run with a `data_fraction` below 1 draws another validation split
     config = info.provenance.get("config") if info and info.task == dataset.name else None
     share = config.get("data_fraction") if isinstance(config, dict) else None
     if split in dataset.drawn[1:] and share not in (None, 1.0):
@@ -290,21 +279,19 @@ def evaluate_tokens(
 
     Args:
         path: workdir or model directory.
-        inputs: ids of each input, with its end of sequence; truncated as in training.
-        labels: gold label of each input.
+        inputs: ids of each input, with its end of sequence.
+        labels: the gold labels.
         allowed: the task's labels if they are a closed set; else empty.
-        options: any decoding options, except that `choices=row` is not allowed; None means `DecodeOptions()`.
-        keep: called before the task's metrics are computed, with a list that has one dict for each input. A
-            dict has `id` (the 1-based index, as a string), the other fields that `predict` writes, and `target`
-            (the gold label). If a metric reads target scores, the dict also has `target_score`, the natural log
-            of the target's probability.
+        keep: called before the task's metrics are computed, with a dict for each input: the fields that
+            `predict` writes, where `id` is the 1-based index, and `target`, the gold label. If a metric reads
+            target scores, `target_score` is the natural log of the target's probability.
 
     Returns:
         The keys that `predict` returns, and `step`, `num_beams` and `length_penalty`.
         `metrics`: {name: value}, with None for NaN or infinity; present only if the task has its own metrics.
 
     Raises:
-        InputError: the model or step does not exist, an option is bad, or a metric fails.
+        InputError: the model or step does not exist, an option is bad or is `choices=row`, or a metric fails.
     """
     options = options or DecodeOptions()
     if options.choices == ROW:

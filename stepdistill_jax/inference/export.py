@@ -44,26 +44,21 @@ def export(
 ) -> dict[str, Any]:
     """Writes the model of one step for other programs.
 
-    The formats are:
-        `hf`: a directory in Hugging Face's layout. With it, `predict` writes the same bytes as with the
-        workdir.
-        `jax`: the label decoder as a `jax.export` program, which needs only jax.
-        `ctranslate2`: a directory for CTranslate2, which decodes faster on CPUs. `predict` can read it.
-
     Args:
-        workdir: folder of a training run. For `jax` and `ctranslate2`, a model directory is accepted, too.
+        workdir: folder of a training run; for `jax` and `ctranslate2`, also a model directory.
         model_dir: folder to write, which must be absent or empty. A failed export leaves no folder.
         step: checkpoint of the workdir: `best`, `last` or a step number.
+        format: `hf` (Hugging Face's layout), `jax` (the label decoder as a `jax.export` program, which needs
+            only jax) or `ctranslate2` (faster on CPUs). `predict` can read `hf` and `ctranslate2`.
         quantization: type of the weights for `ctranslate2`: `int8` or `float32`; None means `float32`.
 
     Returns:
         `model_dir`, `step` and `format`.
-        `parameters`: count of parameters.
+        `parameters`: number of parameters.
         `files`: sorted names of the files and folders in `model_dir`.
 
     Raises:
-        InputError: the format, quantization, workdir or step is bad, `model_dir` is not empty, or
-            `transformers` would read the vocabulary differently.
+        InputError: an argument is bad, `model_dir` is not empty, or `transformers` would give other ids.
     """
     one_of("format", format, FORMATS)
     if quantization is not None and format != "ctranslate2":

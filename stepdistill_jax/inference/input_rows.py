@@ -24,9 +24,8 @@ def question(
     """Returns a row's fields as an `Example`. The input may be blank, and the id may be a number.
 
     Args:
-        more: names of optional fields to read for the prompt.
-        field_map: {our field: the row's field} for fields that have another name in the row; None if the
-            user cannot map fields.
+        more: names of further fields to read.
+        field_map: {our field: the row's field}, for renamed fields; None if the user has no such option.
 
     Raises:
         InputError: a field is missing or has the wrong type.
@@ -60,11 +59,11 @@ def read_questions(
     more: Sequence[str] = (),
     field_map: Mapping[str, str] | None = None,
 ) -> Iterator[Example | BadRow]:
-    """Yields each row of a file as a question, or as a `BadRow` if it is unusable.
+    """Yields each row of a file as an `Example`, or as a `BadRow` if it is unusable.
 
     Args:
         path: a .csv or .tsv file; any other file is read as JSON lines.
-        check_row: raises InputError, with the reason as its message, for an unusable row.
+        check_row: raises InputError for an unusable row.
         more, field_map: see `question`.
 
     Raises:
@@ -119,15 +118,14 @@ class InputFile:
         """Reads the whole file once, and counts its good rows.
 
         Args:
-            on_error: what to do at a bad row: `stop` or `skip`.
-            check_row: see `read_questions`.
+            on_error: `stop` or `skip` at a bad row.
+            check_row, field_map: see `read_questions`.
             reads: names of the fields that the prompts need in addition to the input.
-            field_map: {our field: the file's field}.
-            hint: what to do about a bad row, for the message.
+            hint: advice for the message about a bad row.
 
         Raises:
             InputError: the file cannot be read or has no good row; a field of `reads` or `field_map` is
-                missing or empty in all rows; or a row is bad and `on_error` is `stop`.
+                empty in all rows; or a row is bad and `on_error` is `stop`.
         """
         self.path, self._check_row, self._reads = path, check_row, tuple(reads)
         self._map = dict(field_map or {})
@@ -175,13 +173,12 @@ class InputFile:
         """Refuses a file that has changed since it was opened.
 
         Args:
-            rows: number of good rows in the file, once all have been read; None before that. With a number, the
-                file's bytes are always compared. With None, they are compared only if the file was replaced, or
-                if its size or modification time has changed.
+            rows: number of good rows that were read; None before all have been read.
 
         Raises:
-            InputError: the file was replaced, changed or removed.
+            InputError: the file has other bytes or rows, or was removed.
         """
+        # with `rows`, the bytes are always compared; before that, only if the file's stamp has changed
         stamp = self._stat()
         if rows is None and stamp == self._stamp:
             return

@@ -18,8 +18,8 @@ class Labels(NamedTuple):
         answers: the output fields of each row, without the row's id.
         ids: token ids of each answer.
         scores: natural log of each answer's probability, [rows].
-        unfinished: count of answers that reached the maximum length without an end of sequence.
-        unparsed: count of answers in which no label was found.
+        unfinished: number of answers without an end of sequence.
+        unparsed: number of answers without a label.
     """
 
     answers: list[dict[str, Any]]
@@ -40,8 +40,8 @@ def label_rows(
     """Returns the label of each row.
 
     Args:
-        allowed: result of `allow`; None decodes the label instead of choosing the likeliest allowed one.
-        inputs: ids of each question's prompt (`encode_input`).
+        allowed: answers to choose from; None decodes the label.
+        inputs: ids of each row's prompt (`encode_input`).
         on_progress: called with the row count of each finished batch.
 
     Raises:
@@ -72,15 +72,15 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Decodes answers for an objective other than the label's, such as the rationale's.
+    """Decodes each row's rationale, or its answer for another objective.
 
     Args:
-        objective: index of the objective in `prompting.objectives`.
+        objective: index in `prompting.objectives`.
         inputs: ids of each row's prompt for that objective.
 
     Returns:
-        The decoded text of each row.
-        The count of texts that reached the maximum length without an end of sequence.
+        The text of each row.
+        The number of texts without an end of sequence.
 
     Raises:
         NotFinite: the model gives NaN.
@@ -102,7 +102,7 @@ def score_targets(
     """Returns the natural log of each target's probability, [rows] float32; 0 for a target without ids.
 
     Args:
-        score: `Engine.score`, or a `ChoiceScorer` that is already bound to the parameters.
+        score: function with the arguments and result of `Engine.score`.
         inputs: ids of each row's prompt.
         targets: ids of each row's target, with its end of sequence.
         on_progress: called with the row count of each finished batch.

@@ -35,8 +35,8 @@ class LoadedModel:
     """A model with its vocabulary and task.
 
     Attributes:
-        config: configuration of the model, always with float32 activations.
-        params: parameters, with LoRA adapters merged into them.
+        config: configuration, with float32 activations.
+        params: parameters, with LoRA adapters merged in.
         task_info: contents of `stepdistill.json`; None if the directory lacks that file.
         step: step of the checkpoint; None if `path` is not a workdir.
     """
@@ -52,17 +52,15 @@ class LoadedModel:
 def load_model(
     path: os.PathLike | str, step: str | int = "best", *, mesh: Mesh | None = None
 ) -> LoadedModel:
-    """Loads a checkpoint of a workdir, or the model of a model directory.
+    """Loads a checkpoint of a workdir, or the model of a model directory. All processes must call this.
 
     Args:
-        path: a workdir, which contains `checkpoints/`, or a directory in Hugging Face's layout.
+        path: workdir, or directory in Hugging Face's layout.
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
-        mesh: devices for the parameters; None means the default device. All processes of the mesh must
-            call this function.
+        mesh: devices for the parameters; None means the default device.
 
     Raises:
-        InputError: the model or step does not exist, its files are damaged, or its weights do not fit the
-            configuration.
+        InputError: the model or step does not exist, or its files are damaged or do not fit together.
     """
     path = as_path(path)
     found = on_process_0(

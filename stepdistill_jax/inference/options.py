@@ -22,25 +22,20 @@ class DecodeOptions:
 
     Attributes:
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
-        batch_size: count of rows decoded at once, on all devices together; None means 64 for each
+        batch_size: number of rows decoded at once, on all devices together; None means 64 for each
             device that decodes separate rows.
-        layout: how the devices of all processes share the work (`sharding.LAYOUTS`). With `data`, each
-            device stores the complete model. `tensor` splits a model that does not fit on one device.
-        max_decode_len: largest count of ids in a label, its end of sequence included. None means
+        layout: how the devices of all processes share the work (`sharding.LAYOUTS`). `tensor` splits a
+            model that does not fit on one device.
+        max_decode_len: largest number of ids in a label, its end of sequence included. None means
             `max_decode_len` of `stepdistill.json`, or 64 without that file.
-        num_beams: count of beams of beam search (`inference.beam_search`). 1 means greedy decoding.
-        length_penalty: beam search divides an answer's log probability by LENGTH ** length_penalty; None
-            means 1.
-        choices: the allowed answers: `row` for each row's `choices`, `labels` for the task's labels, the
-            path of a file of labels, or a list. The label is then the likeliest of them, and nothing is
-            decoded (`inference.allowed_answers`). None allows any answer.
-        choices_temperature: temperature of the probabilities of choices. `best_temperature` of `evaluate`
-            suggests a value.
-        prefix: text that replaces the model's own prompt before the input; None keeps the model's own.
-        engine: `jax` or `ctranslate2` (`inference.engines`); None means the engine that reads the
-            directory.
-        quantization: type of the projections' kernels in the JAX engine: `int8`, with a scale for each
-            output (`models.quantized`). None means float32.
+        num_beams: number of beams; 1 means greedy decoding.
+        length_penalty: beam search divides log probabilities by LENGTH ** length_penalty; None means 1.
+        choices: the allowed answers, of which the likeliest is the label: `row` for each row's `choices`,
+            `labels` for the task's labels, the path of a file of labels, or a list. None allows any answer.
+        choices_temperature: temperature of the choices' probabilities; see `best_temperature` of `evaluate`.
+        prefix: text before the input; None keeps the model's own prompt.
+        engine: `jax` or `ctranslate2`; None means the engine that reads the directory.
+        quantization: type of the projections' kernels in the JAX engine: `int8`; None means float32.
     """
 
     step: str | int = "best"
@@ -93,12 +88,11 @@ def decode_options(
     """Returns the `DecodeOptions` that a function has received as `**options`.
 
     Args:
-        function: the function, which the TypeError names.
-        given: its `**options`.
+        given: the function's `**options`.
         without: fields of `DecodeOptions` that the function does not accept.
 
     Raises:
-        TypeError: a name is unknown; the message suggests the nearest option.
+        TypeError: a name is unknown. The message names the function.
         InputError: see `DecodeOptions`.
     """
     known = {field.name for field in dataclasses.fields(DecodeOptions)} - set(without)

@@ -63,46 +63,39 @@ def predict(
 ) -> dict[str, Any]:
     """Decodes the label of each input row, in order and in bounded memory.
 
-    Each output line has `id`, `label` and `score`, the natural log of the probability of the answer with its
-    end of sequence, rounded to 6 decimals. With `choices`, a line also has `probability` and `choices`
-    (`inference.allowed_answers`). If the model writes more than a label, the label is parsed from the answer,
-    and the other fields of the target are added (`prompting.read_answer`).
+    Each output line has `id`, `label` and `score`: the natural log of the answer's probability, rounded to 6
+    decimals. With `choices`, it also has `probability` and `choices` (`inference.allowed_answers`). If the model
+    writes more than a label, the line has those fields, too (`prompting.read_answer`).
 
-    A restarted run continues after the finished rows, and writes the same bytes. With other devices or batch
-    sizes, the labels are the same, and scores differ by at most 1e-5.
+    A restarted run continues after the finished rows, and writes the same bytes.
 
     Args:
         path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
-        input: path of a regular file. A .csv or .tsv file is read as such, any other file as JSON lines.
-            Each row has the field `input`, and optionally `id`, `label` and `choices`. For an empty
-            input, the prompt is only the prefix. An input that is too long is truncated as in training.
-        output: path of the JSON lines to write. Until the output is complete, its name ends in `.partial`.
-            Only the complete output replaces an older one.
-        task: prepared dataset that determines the metric and the possible labels; None means the model's
-            own task.
-        with_rationale: also writes `rationale`, for inspection. The label does not depend on it.
-        on_error: what to do at a bad row: `stop` or `skip`. OUTPUT.skipped.jsonl lists the skipped rows
-            with their line numbers and the reasons.
+        input: a .csv or .tsv file; any other file is read as JSON lines. Each row has the field `input`, and
+            optionally `id`, `label` and `choices`. Long inputs are truncated as in training.
+        output: JSON lines to write. Only the complete output replaces an older one.
+        task: prepared dataset that determines metric and labels; None means the model's own task.
+        with_rationale: also writes `rationale`. The label does not depend on it.
+        on_error: what to do at a bad row: `stop`, or `skip` and list the row in OUTPUT.skipped.jsonl.
         field_map: {our field: the input's field}, such as {"input": "question"}.
         data_dir: folder in which `task` is prepared.
         **options: fields of `DecodeOptions`.
 
     Returns:
         The keys of `AccuracyCounts.summary`, and:
-        `unfinished`: count of answers that reached `max_decode_len` without an end of sequence.
-        `cut_inputs`: count of truncated inputs.
-        `skipped`: count of skipped rows.
-        `rows_per_second`: rows that this call answered per second; the time includes compilation.
-        `unfinished_rationales`: count of rationales that reached their maximum length without an end of
-        sequence; present only with rationales.
-        `unparsed`: count of answers without a label; present only if the model writes more than a label.
+        `unfinished`: number of answers without an end of sequence.
+        `cut_inputs`: number of truncated inputs.
+        `skipped`: number of skipped rows.
+        `rows_per_second`: rows that this call answered per second, compilation included.
+        `unfinished_rationales`: the same as `unfinished` for rationales, if they are decoded separately.
+        `unparsed`: number of answers without a label, if the model writes more than a label.
         `reads`: names of the fields that the model reads in addition to the input; absent if none.
-        `incomplete_inputs`: count of rows that lack at least one of `reads`; absent without `reads`.
+        `incomplete_inputs`: number of rows that lack one of `reads`; absent without `reads`.
 
     Raises:
-        InputError: an option, the model or a row is bad; the input changed in the meantime; or another run
-            is writing the output. An error on one process is raised on all.
-        SystemExit: one of several processes received a SIGTERM. The status is 75, and a restart continues.
+        InputError: an option, the model or a row is bad; the input has changed; or another run is writing the
+            output. An error on one process is raised on all.
+        SystemExit: one of several processes received a SIGTERM. The status is 75.
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
@@ -281,12 +274,11 @@ def decode_window(
     update: Callable[[int], None] | None,
     allowed: Allowed | None,
 ) -> list[dict[str, Any]]:
-    """Returns the output fields of each row of a window, and updates the summary's counts.
+    """Returns the output fields of each row of a window.
 
     Args:
-        counts: {name: count} to which this function adds. `unparsed` is counted only if `counts` already
-            has this key.
-        update: called with the row count of each finished batch of labels.
+        counts: {name: count} to which this function adds. `unparsed` is counted only if the key is there.
+        update: called with the row count of each finished batch.
 
     Raises:
         NotFinite: the model gives NaN.

@@ -38,11 +38,9 @@ def load(path: os.PathLike | str, **options: Any) -> "Predictor":
 class Predictor:
     """A trained model. Threads may share it; their calls run one after another.
 
-    The first call with a new shape (count and length of rows) compiles the model.
-
     Attributes:
-        step: step of the checkpoint; None if the directory contains only one model.
-        labels: labels of the task if they are a closed set; else empty.
+        step: step of the checkpoint; None if the model is not from a workdir.
+        labels: the task's labels if they are a closed set; else empty.
     """
 
     def __init__(self, engine: Engine, options: DecodeOptions):
@@ -64,14 +62,13 @@ class Predictor:
         """Returns a dict for each row, with the fields that `inference.predict` writes (`id`, `label`, ...).
 
         Args:
-            rows: a list of strings, or of dicts with the fields that `inference.predict` reads. The id of
-                a row without `id` is its 1-based index, such as "1".
-            with_rationale: also decodes a rationale, for inspection.
-            choices: the allowed answers, as in `DecodeOptions`.
-            choices_temperature: temperature of the probabilities.
+            rows: inputs, or dicts with the fields that `inference.predict` reads. The id of a row without
+                `id` is its 1-based index, such as "1".
+            with_rationale: also decodes a rationale.
+            choices, choices_temperature: see `DecodeOptions`.
 
         Raises:
-            InputError: an option or a row is bad. The message gives the 1-based index of the row.
+            InputError: an option or a row is bad.
         """
         if isinstance(rows, str | Mapping):
             raise InputError("`rows`: expected a list of rows, but got a single row; pass [ROW]")
@@ -109,13 +106,12 @@ def checked_row(
     """Checks a row that does not come from a file, and returns it as an `Example`.
 
     Args:
-        fields: fields of the row, as in `predict`'s input.
-        number: 1-based index of the row in the call, for messages.
-        most_choices: largest count of choices; None allows any count.
+        fields: the row's fields, as in `predict`'s input.
+        number: 1-based index of the row.
+        most_choices: largest number of the row's own choices; None allows any number.
 
     Raises:
-        InputError: a field is missing or has the wrong type, or the choices are too many or cannot be
-            scored.
+        InputError: a field is missing or bad, or the choices are too many or cannot be scored.
     """
     where = f"row {number}"
     row = question(JsonRow(fields, where, number), prompting.reads)

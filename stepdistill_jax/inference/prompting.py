@@ -34,14 +34,12 @@ class Prompting:
     """Prompts and lengths of a model, and how its answers are compared.
 
     Attributes:
-        objectives: the label's objective, then the rationale's if rationales are requested.
-        prefix: the label's prompt is this text followed by the input. None means that the prompt follows the
-            objective's input template.
-        input_length: largest count of ids in an input, the end of sequence included; longer inputs are
-            truncated.
-        decode_lengths: largest count of ids in an answer, for each objective.
+        objectives: the label's objective, then the rationale's if requested.
+        prefix: text before the input in the label's prompt; None means the objective's input template.
+        input_length: number of ids to which inputs are truncated.
+        decode_lengths: largest number of ids in an answer, for each objective.
         labels: the task's labels if they are a closed set; else empty.
-        input_pair: whether a row needs a second input text.
+        input_pair: whether rows need a second input text.
     """
 
     objectives: tuple[Objective, ...]
@@ -87,9 +85,8 @@ def prompting_for(
     """Returns the prompting of the model's `stepdistill.json`, or the paper's if that file is missing.
 
     Args:
-        options: options of decoding, whose `max_decode_len` and `prefix` replace the model's own.
-        task: prepared dataset whose metric and labels replace the model's own.
-        with_rationale: whether to prompt for a rationale, too.
+        options: `max_decode_len` and `prefix` replace the model's own.
+        task: prepared dataset; its metric and labels replace the model's own.
         data_dir: folder in which `task` is prepared.
 
     Raises:
@@ -140,8 +137,8 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
     """Parses a decoded answer by the target template of the label's objective.
 
     Returns:
-        The output fields: `label` and the other fields of the template. Without a label, `label` is
-        empty, and the whole text is in `rationale`, or in `text` if the template has no rationale.
+        The fields. Without a label, `label` is empty, and `rationale` (or `text`, if the template has no
+        rationale) has the whole text.
         Whether a label was found.
     """
     if (found := objective.parse(text)) is not None:
@@ -163,9 +160,8 @@ def encode_input(
     """Returns the ids of a prompt, truncated as in training, and whether they were truncated.
 
     Args:
-        input_length: largest count of ids, the beginning and end of sequence included.
-        input_pair: the row's second input text, which follows `text` and its end of sequence; empty if
-            there is none.
+        input_length: largest number of ids, special ones included.
+        input_pair: the row's second input text; empty if there is none.
     """
     texts = [text, input_pair] if input_pair else [text]
     ids = vocabulary.framing.input_ids(*map(vocabulary.encode, texts))

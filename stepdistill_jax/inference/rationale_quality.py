@@ -18,8 +18,7 @@ _NUMBER = re.compile(r"(?<![\w.])-?[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?")
 def named_label(rationale: str, labels: Sequence[str]) -> str | None:
     """Returns the label that the rationale names last; None if it names none.
 
-    A label must match whole words, in any case and with an optional plural ending (s or es). If two labels
-    start at the same word, the longer one counts.
+    Case and a plural ending (s or es) do not matter. If two labels start at the same word, the longer one counts.
 
     Example: `named_label("Of these, only wooded areas have beavers.", ["zoo", "wooded area"])` is
     "wooded area".
@@ -43,15 +42,14 @@ def named_number(rationale: str) -> str | None:
 def named_answer(
     rationale: str, label: str, *, metric: str, labels: Sequence[str]
 ) -> tuple[str | None, str | None]:
-    """Returns the answer that a rationale names last, and whether this answer agrees with the label.
+    """Compares the answer that a rationale names last with the label.
 
     Args:
-        metric: name of the task's metric. With `value_match`, the answer is the last number in the
-            rationale; otherwise, it is one of `labels`.
-        labels: the possible labels of the row or task.
+        metric: the task's metric. With `value_match`, the answer is a number; otherwise, one of `labels`.
+        labels: the possible labels; empty if unknown.
 
     Returns:
-        The answer; None if the rationale names none.
+        The answer; None if there is none.
         One of `VERDICTS`; None if the possible labels are unknown.
     """
     if metric == "value_match":
@@ -116,17 +114,15 @@ class RationaleCounts:
         """Returns the entry `rationale` of an `evaluate` result, without `unfinished`.
 
         Returns:
-            `rows`: count of rows.
-            `empty`: count of rationales without text.
-            `mean_words`: mean word count of a rationale, split at white space.
-            `references`: count of rows that have a rationale in the dataset.
-            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over the rows with a reference; None without references.
-            If a row has several references, its F1 is the highest one.
-            `chrf`: mean sentence chrF2 (0 to 100) over the rows with a reference; None without references.
-            `consistent`, `inconsistent`, `names_no_label`: count of rows with each verdict of `named_answer`;
-            None if the possible labels are unknown.
-            `teacher`: {verdict: count of rows} for the dataset's rationales and the teacher's labels; None if
-            no row has a verdict.
+            `rows`: number of rows.
+            `empty`: number of rationales without text.
+            `mean_words`: mean number of words in a rationale.
+            `references`: number of rows that have a rationale in the dataset.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over these rows, each with its best reference; None without any.
+            `chrf`: mean sentence chrF2 (0 to 100) over these rows; None without any.
+            `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict; None without verdicts.
+            `teacher`: {verdict: number of rows}, for the dataset's own rationale and the teacher's label. None
+            without verdicts.
             `disagreements`: the first rows whose verdict is `inconsistent`.
         """
         return {

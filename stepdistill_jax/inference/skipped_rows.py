@@ -29,12 +29,9 @@ def skipped_of(output: os.PathLike | str) -> pathlib.Path:
 
 
 class SkippedRows:
-    """Counts the bad rows. Process 0 also logs them and lists them in a file, if there are any.
+    """Counts bad rows. Process 0 also logs them and lists them in a file, if there are any.
 
-    A resumed run reads the input from its start, so it writes the complete list again.
-
-    Attributes:
-        count: count of bad rows so far.
+    A resumed run writes the complete list again.
     """
 
     def __init__(self, output: os.PathLike | str):

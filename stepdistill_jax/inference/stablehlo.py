@@ -25,17 +25,16 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def export_decoder(params: Any, config: ModelConfig, *, max_decode_len: int) -> jax.export.Exported:
     """Exports the greedy decoder for any batch size and input length, and for all `PLATFORMS`.
 
-    The parameters are arguments, since a serialized program is limited to 2 GB.
-
     Args:
-        params: parameters of the model, unboxed; only their shapes and types are read.
-        max_decode_len: largest count of tokens in an answer, the end of sequence included.
+        params: unboxed; only shapes and types are read.
+        max_decode_len: largest number of tokens in an answer, the end of sequence included.
 
     Returns:
-        A program that returns ids, scores and finished, like `greedy_decode`. Its arguments are:
-        `params`: {path of the parameter with dots, such as `encoder.encoder_norm.scale`: array}.
-        `encoder_input_tokens`: [batch, length] int32.
+        A program with the results of `greedy_decode`. Its arguments are:
+        the parameters, {path with dots, such as `encoder.encoder_norm.scale`: array};
+        the input ids, [batch, length] int32.
     """
+    # the parameters are arguments, since a serialized program is limited to 2 GB
 
     def decode_labels(flat, encoder_input_tokens):
         nested = flax.traverse_util.unflatten_dict(flat, sep=".")

@@ -38,31 +38,29 @@ def attention(
 ) -> jax.Array:
     """Returns the mean of the values that each query sees, weighted by the softmax of its scores.
 
-    A query sees the keys of its own segment. Its score for a key is scale x (query . key), capped by `softcap`,
+    A query sees the keys of its own segment. Its score for a key is scale * (query . key), capped by `softcap`,
     plus the bias. The result of a query that sees no key is finite and meaningless.
 
     Args:
         q: [batch, q, heads, d].
-        k: [batch, k, kv_heads, d], where `kv_heads` divides `heads`. Query head i reads key head
-            i // (heads / kv_heads).
-        v: values, in the shape of `k`.
-        relative_bias: added to the scores, [1, heads, q, k] float32.
+        k: [batch, k, kv_heads, d]. Query head i reads key head i // (heads / kv_heads).
+        v: in the shape of `k`.
+        relative_bias: [1, heads, q, k] float32.
         query_segments: [batch or 1, q or 1] int32.
         key_segments: [batch or 1, k] int32. No query sees segment 0, which is padding.
         causal: whether a query sees only its own and earlier positions.
-        dropout_rate: share of the weights that become 0; 0 <= rate < 1.
+        dropout_rate: 0 <= rate < 1.
         dropout_rng: None turns dropout off.
-        dropout_broadcast: whether all queries that read the same key head share one dropout mask.
-        softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
+        dropout_broadcast: whether all queries that read the same key head share one mask.
+        softcap: a score s becomes softcap * tanh(s / softcap); None leaves scores unchanged.
         window: a query sees only keys less than this many positions away; None means no limit.
-        scale: factor of (query . key). It is 1 in T5, whose initial query kernel includes 1 / sqrt(d).
-        implementation: "xla" (plain operations) or "pallas" (one kernel). Plain operations
-            are always used if there are few queries, as in decoding, or if the kernel does not support an option.
-            "auto" means "xla" here; before training, `training.attention_choice` replaces it.
+        implementation: "xla" or "auto" (plain operations), or "pallas" (one kernel, if it supports the options and
+            there are not too few queries; otherwise plain operations).
 
     Returns:
         The means, [batch, q, heads, d], in the dtype of `v`.
     """
+    # before training, `training.attention_choice` replaces "auto"
     if implementation not in ATTENTIONS:
         raise ValueError(f"implementation must be one of {ATTENTIONS}, not {implementation!r}")
     if dropout_broadcast and dropout_rng is not None:
@@ -137,13 +135,11 @@ _plus_bias.defvjp(
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the softmax over the keys where `mask` is true: [batch, heads, q, k] float32.
 
-    -1e9 is added to the scores of hidden keys. With `jnp.where` instead, JAX would compute arrays as large as the
-    scores, before the loop over layers.
-
     Args:
         scores: [batch, heads, q, k].
         mask: [batch or 1, 1, q or 1, k] bool.
     """
+    # A sum, since with `jnp.where` JAX would compute arrays as large as the scores, before the loop over layers.
     hidden = (~mask).astype(jnp.float32) * NEG_INF
     return nn.softmax(scores.astype(jnp.float32) + hidden, axis=-1)
 

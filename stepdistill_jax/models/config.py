@@ -25,7 +25,7 @@ OLD_REMAT_POLICIES = {"none": "elementwise"}  # in configs and `run.json` of old
 class LoraConfig:
     """Ranks of low-rank adapters (Hu et al. 2021, arXiv:2106.09685). Rank 0 means no adapter.
 
-    The fields are named like the projections in the parameter tree, and apply to every layer.
+    The ranks apply to every layer.
 
     Attributes:
         query, key, value, out: ranks in self-attention and in attention to the encoder.
@@ -34,7 +34,7 @@ class LoraConfig:
         alpha: an adapter's output is multiplied by alpha / rank.
 
     Raises:
-        InputError: a rank is negative or not a whole number, all ranks are 0, or alpha is not above 0.
+        InputError: a value is out of bounds, or all ranks are 0.
     """
 
     query: int = 0
@@ -59,15 +59,12 @@ class Side:
 
     Attributes:
         emb_dim: model width.
-        num_kv_heads: head count of keys and values. Query head i reads head i // (num_heads / num_kv_heads).
+        num_kv_heads: divides `num_heads`.
         mlp_dim: feed-forward width.
-        score_scale: factor of (query . key).
-        score_softcap: a score s becomes softcap x tanh(s / softcap); None leaves scores unchanged.
-        windows: reach of self-attention in each layer, in tokens, as in Hugging Face (`stacks.windows_of`). 0 means
-            all tokens; None means all tokens in every layer.
+        score_scale, score_softcap: `scale` and `softcap` of `attention.attention`.
+        windows: reach of self-attention in each layer, in tokens (`stacks.windows_of`). 0 or None means all tokens.
         rope_theta: base of the rotary positions; None if there are none.
-        init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule, which depends on
-            the kernel's widths.
+        init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule.
 
     Raises:
         InputError: a size is out of bounds, or two fields do not fit together.
@@ -114,35 +111,32 @@ class Side:
 class ModelConfig(abc.ABC):
     """Configuration of a model of any family.
 
-    Code outside a family's module uses only what is declared here. A family has a subclass of this class, and entries
-    in `models.families.FAMILIES`, `formats.config_json` and `formats.parameter_names`.
+    Each family has a subclass. Code outside a family's module uses only what is declared here.
 
     Attributes:
         vocab_size: number of rows of an embedding. The vocabulary may have fewer pieces.
-        mlp_activations: `("relu",)` in T5 v1.0; `("gelu", "linear")`, the gated tanh gelu, in v1.1 and Gemma;
-            `("silu", "linear")` in UL2.
-        dropout_rate: for embeddings, attention weights, the inside of feed-forward blocks, and the output of each
-            block and stack; 0 <= rate < 1.
+        mlp_activations: `("relu",)` in T5 v1.0, `("gelu", "linear")` in v1.1 and Gemma, or
+            `("silu", "linear")` in UL2. Two names mean a gated block.
+        dropout_rate: 0 <= rate < 1.
         dropout_broadcast: whether all positions of a row share one dropout mask.
         layer_norm_epsilon: added to the mean of squares in a norm.
         logits_via_embedding: whether the decoder's embedding is also the output layer.
-        logits_softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
-        dtype: type of activations, `float32` or `bfloat16`. Parameters are always float32.
+        logits_softcap: a logit x becomes softcap * tanh(x / softcap); None leaves logits unchanged.
+        dtype: type of activations, `float32` or `bfloat16`.
         attention: `auto`, `xla` or `pallas` (`models.attention`).
-        remat_policy: what the backward pass recomputes. `elementwise` (once called `none`): norms, softmax,
-            activations and dropout masks. `minimal`: everything except the matmuls with weights. `full`: everything
-            inside a layer.
-        scan_layers: whether the layers run in a loop, whose body is compiled once. False unrolls the loop, but keeps
-            the parameters stacked.
+        remat_policy: what the backward pass recomputes. `elementwise`: norms, softmax, activations and dropout
+            masks. `minimal`: everything except the matmuls with weights. `full`: everything inside a layer.
+        scan_layers: whether the layers run in a loop. False unrolls the loop, but keeps the parameters stacked.
         lora: None for no adapters. A model with adapters cannot decode before `models.lora.merge`.
-        quantized: whether kernels are int8 with a scale for each output. Such a model can only decode.
-        unrolled_decoder: whether each decoder layer has its own parameter tree (`models.unrolled.unrolled`), for
-            decoding on a GPU. False means stacked layers.
+        quantized: whether kernels are int8. Such a model can only decode.
+        unrolled_decoder: whether each decoder layer has its own parameter tree, from `models.unrolled.unrolled`.
 
     Raises:
-        InputError: an option is unknown, a size or rate is out of bounds, or the dtype is `float16`, which
-            overflows in T5's feed-forward layers.
+        InputError: a value is not supported.
     """
+
+    # A new family also needs entries in `models.families.FAMILIES`, `formats.config_json` and
+    # `formats.parameter_names`.
 
     vocab_size: int = 32128
     mlp_activations: tuple[str, ...] = ("gelu", "linear")
@@ -211,10 +205,9 @@ class Family:
     """A family of published models, as in `models.families.FAMILIES`.
 
     Attributes:
-        sizes: for each size, the fields of `config` that depend on the size. `tiny` is not published; it is for
-            tests and demos.
+        sizes: the fields of `config` that depend on the size. The size `tiny` is for tests and demos.
         vocab_size: size of the published vocabulary.
-        traits: the fields of `config` that are the same for all sizes.
+        traits: the fields of `config` that are equal for all sizes.
     """
 
     config: type[ModelConfig]

@@ -23,14 +23,13 @@ BLOCK_TOKENS = 1024  # number of tokens whose activations fit a CPU's cache
 def keep_pages() -> bool:
     """Makes glibc keep the pages that XLA frees, if JAX will run on a CPU.
 
-    Otherwise, the operating system clears the pages of a step's buffers again in each step. This takes up to 40% of
-    the step time of a small T5. A process that keeps the pages never gives back its peak memory.
-
-    Call this before JAX starts its threads.
+    Call this before JAX starts its threads. The process then never gives back its peak memory.
 
     Returns:
-        Whether the settings were changed. False on an accelerator, and with any C library other than glibc.
+        Whether the settings were changed. False on an accelerator or with another C library.
     """
+    # Otherwise, the operating system clears the pages of a step's buffers again in each step, which takes up to 40%
+    # of the step time of a small T5.
     if not _on_cpu() or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
@@ -103,10 +102,9 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def _rows_of_block(batch: Any, length: Any) -> Any:
-    """Returns the number of rows in a block.
+    """Returns the largest divisor of `batch` with which a block fits `BLOCK_TOKENS`.
 
-    This is the largest divisor of `batch` with which a block has at most `BLOCK_TOKENS` tokens. If such a block has
-    at most half of `BLOCK_TOKENS`, or if sizes are symbolic, all rows form one block.
+    Returns `batch` if that is at most half of the rows that fit, or if sizes are symbolic.
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

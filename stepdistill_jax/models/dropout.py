@@ -1,7 +1,6 @@
 """Dropout as a function and as a Flax module.
 
-Whether an element is dropped depends only on a seed and the element's position. So a kernel's backward pass can
-draw the mask again, and sharding does not change it.
+Whether an element is dropped depends only on seeds and the element's position, not on sharding.
 """
 
 import flax.linen as nn
@@ -16,12 +15,9 @@ HALF = 64  # positions p and p + 64 share a word if bit 6 of p is 0
 def dropout(x: jax.Array, rate: float, rng: jax.Array | None, *, broadcast: bool) -> jax.Array:
     """Sets random elements to 0 and scales up the others.
 
-    The mask depends only on the rng, the shape and the rate. The rate is rounded to a multiple of 1 / 65,536, and
-    the kept elements are divided by (1 - rounded rate).
-
     Args:
         x: [..., length, features]. The result has the same shape and dtype.
-        rate: share of the elements that become 0; 0 <= rate < 1.
+        rate: share of the elements that become 0; 0 <= rate < 1. It is rounded to a multiple of 1 / 65,536.
         rng: None returns `x` unchanged.
         broadcast: whether all positions share one mask, as in T5X (`broadcast_dims=(-2,)`).
     """
@@ -55,14 +51,14 @@ def random_words(
 ) -> jax.Array:
     """Returns a random word for each element of a matrix: a hash of two seeds, the row and the column.
 
-    The hash is lowbias32 (Wellons 2018, "Prospecting for Hash Functions") with a seed XORed in before each round.
-    It takes 9 integer operations, while threefry takes 110.
+    The hash is lowbias32 (Wellons 2018, "Prospecting for Hash Functions").
 
     Args:
         first, second: the two uint32 seeds of the matrix.
-        position, feature: row and column index of each element, uint32 arrays that broadcast. At indices from 65,536
-            (`config.MAX_WIDTH`) on, words repeat.
+        position, feature: row and column indices, uint32 arrays that broadcast. From 65,536 (`config.MAX_WIDTH`)
+            on, words repeat.
     """
+    # 9 integer operations, while threefry takes 110; a seed is XORed in before each of the two rounds
     # one word of 32 bits has room for both: row 3, column 5 is 0x00030005
     x = (position << 16 | feature) ^ first
     x = (x ^ x >> 16) * np.uint32(0x7FEB352D)

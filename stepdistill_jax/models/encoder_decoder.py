@@ -108,17 +108,15 @@ class EncoderDecoder(nn.Module):
         return self._logits(self.states(batch, enable_dropout=enable_dropout))
 
     def states(self, batch: Mapping[str, jax.Array], *, enable_dropout: bool = False) -> jax.Array:
-        """Returns the decoder's states under teacher forcing, for `output_layer`.
+        """Returns the decoder's states [batch, target length, embed] under teacher forcing, for `output_layer`.
 
         Args:
-            batch: int32 arrays `encoder_input_tokens` and `encoder_segment_ids`, [batch, length], and
-                `decoder_input_tokens` and `decoder_segment_ids`, [batch, target length]. Segment 0 is padding. A
-                target token reads the encoder segment with its own segment id or, if the batch has
-                `decoder_encoder_segment_ids` [batch, target length], the segment given there.
+            batch: int32 arrays.
+                `encoder_input_tokens`, `encoder_segment_ids`: [batch, length]. Segment 0 is padding.
+                `decoder_input_tokens`, `decoder_segment_ids`: [batch, target length].
+                `decoder_encoder_segment_ids`, optional: encoder segment that each target token reads, [batch, target
+                length]. By default, it equals the token's own segment.
             enable_dropout: needs the rng collection `dropout`.
-
-        Returns:
-            The states, [batch, target length, embed].
         """
         source, target = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
         encoded = self.encode(batch["encoder_input_tokens"], source, enable_dropout=enable_dropout)
@@ -147,16 +145,15 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Decodes one token for each row.
 
-        In a beam search, `ids` and the cache's `key` and `value` have batch * beams rows. All arrays from the
-        encoder have batch rows.
+        In a beam search, `ids` and the cache's `key` and `value` have batch * beams rows, other arrays batch rows.
 
         Args:
-            ids: the previous token of each row, [batch, 1] int32; 0 at the first position.
+            ids: the previous tokens, [batch, 1] int32; 0 at the first position.
             cache: from `start_cache` or the previous step.
             encoder_segment_ids: [batch, length]; 0 is padding.
-            index: position of the decoded token, scalar int32.
-            encoded: the states from `encode`, [batch, length, embed], and their transpose, [batch, embed, length].
-                Only a cache without keys and values of the inputs needs them.
+            index: position of the decoded token.
+            encoded: the states [batch, length, embed] and their transpose [batch, embed, length], if the cache has no
+                `cross_key`.
 
         Returns:
             The logits, [batch, vocab] float32.
@@ -190,18 +187,15 @@ class EncoderDecoder(nn.Module):
         cache: Cache,
         encoder_segment_ids: jax.Array,
     ) -> jax.Array:
-        """Returns the decoder's states for given targets.
+        """Returns the decoder's states [batch, target length, embed] for given targets.
 
-        All targets of a row read the same input, whose keys and values are in a cache.
+        All targets of a row read the same input.
 
         Args:
             decoder_input_tokens: [batch, target length] int32.
-            decoder_segment_ids: [batch, target length] int32; one segment for each target, and 0 for padding.
-            cache: from `start_cache`. Its keys and values for self-attention are ignored.
+            decoder_segment_ids: [batch, target length] int32; one segment for each target, 0 for padding.
+            cache: from `start_cache`, with `cross_key` and `cross_value`.
             encoder_segment_ids: [batch, length]; 0 is padding.
-
-        Returns:
-            The states, [batch, target length, embed].
         """
         position = jnp.arange(decoder_input_tokens.shape[1])
         x, _ = self.decoder(
@@ -265,11 +259,9 @@ def start_cache(
         params: unboxed.
         encoded: states from `EncoderDecoder.encode`, [batch, length, embed].
         max_decode_len: number of target positions.
-        cross: whether the cache has the keys and values of the inputs. Without them, `decode_step` needs `encoded`.
-            Leaving them out saves work if there are few beams and few tokens (see `layers.Attention.over_states`).
+        cross: whether to include `cross_key` and `cross_value`. Without them, `decode_step` needs `encoded`.
 
     Returns:
-        A dict of arrays:
         `key`: zeros, [layers, batch, kv_heads, kv, max_decode_len].
         `value`: zeros, [layers, batch, kv_heads, max_decode_len, kv].
         `cross_key`: [layers, batch, kv_heads, kv, length].
@@ -298,7 +290,9 @@ def start_cache(
         "key": jnp.zeros((*rows, count, width, max_decode_len), config.dtype),
         "value": jnp.zeros((*rows, count, max_decode_len, width), config.dtype),
     }
-    if cross:
+    if (
+        cross
+    ):  # leaving them out saves work with few beams and few tokens (`layers.Attention.over_states`)
         cache |= {"cross_key": project("key", "nbhdl"), "cross_value": project("value", "nbhld")}
     return cache
 

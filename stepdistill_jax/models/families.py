@@ -10,7 +10,7 @@ from stepdistill_jax.models.t5gemma import T5GEMMA
 from stepdistill_jax.runtime.checks import one_of
 
 FAMILIES = {**T5_FAMILIES, "t5gemma": T5GEMMA}
-VOCAB_MULTIPLE = 128
+VOCAB_MULTIPLE = 128  # so that the rows of the embedding can be sharded
 _EOS_ID = 1  # the same in every vocabulary that `data` reads
 
 
@@ -19,14 +19,11 @@ def model_config(
 ) -> ModelConfig:
     """Returns the configuration of a published model, adapted to a vocabulary.
 
-    The vocabulary size is rounded up to a multiple of 128, so that the rows of the embedding can be sharded.
-
     Args:
         family: a name in `FAMILIES`. Flan-T5 is `t5_v1_1`.
         size: `small` to `xxl` for T5, a name such as `9b-2b` for T5Gemma, or `tiny` for tests and demos.
-        bos_id: the vocabulary's bos id, or 0 for a vocabulary without one; None takes the published models' id.
-            Without bos, a T5Gemma decoder starts with the end-of-sequence id, since `transformers` would treat
-            id 0 as padding.
+        vocab_size: rounded up to a multiple of 128.
+        bos_id: the vocabulary's bos id; 0 means no bos. None takes the published models' id.
         **overrides: fields that differ from the published model.
 
     Raises:
@@ -38,6 +35,7 @@ def model_config(
     vocab_size = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     fields: dict[str, Any] = {**found.sizes[size], **found.traits, **overrides}
     if bos_id is not None and "bos_id" in {f.name for f in dataclasses.fields(found.config)}:
+        # without bos, a T5Gemma decoder starts with the end-of-sequence id: `transformers` treats id 0 as padding
         fields["bos_id"] = bos_id or _EOS_ID
     config = found.config(**{"vocab_size": vocab_size, **fields})
     if bos_id and bos_id != config.start_id:

@@ -6,13 +6,12 @@ from stepdistill_jax.models.config import ModelConfig, Side
 def train_flops(config: ModelConfig, *, rows: int, input_length: int, target_length: int) -> float:
     """Returns the matmul FLOPs of a forward and a backward pass over padded rows.
 
-    The backward pass costs twice as much as the forward pass. For weights frozen by LoRA, both cost the same.
-
     Example: a row of T5 v1.1 large with 512 inputs and 114 targets takes 1.47e12 FLOPs.
 
     Args:
-        rows: row count, including rows that are only padding.
+        rows: number of rows, including rows of padding only.
     """
+    # The backward pass costs twice as much as the forward pass. For weights frozen by LoRA, both cost the same.
     weights, adapters, scores = _forward_flops(config, input_length, target_length)
     trained = 3 * adapters + (3 if config.lora is None else 2) * weights
     return float(rows * (trained + 3 * scores))

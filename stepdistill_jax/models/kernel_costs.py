@@ -37,10 +37,9 @@ class KernelCost:
     """Cost of one call on one device.
 
     Attributes:
-        flops: FLOPs of matmuls. A multiplication and its addition count as two.
-        bytes: bytes read from and written to the device's main memory.
-        integer: number of elementwise operations on integers.
-        other: number of elementwise operations on other types.
+        flops: in matmuls only. A multiplication and its addition count as two.
+        bytes: read from and written to main memory.
+        integer, other: number of elementwise operations on integers and on other types.
     """
 
     flops: float = 0.0
@@ -70,8 +69,8 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 def formula_of(target: str, op_name: str) -> Formula | None:
     """Returns the formula of a custom call, or None if none is registered.
 
-    The formula is looked up by `target`, then by the names in the JAX path `op_name`, from the last to the first.
-    An example of a path is `jit(f)/transpose(jvp(my_attention))/pallas_call`.
+    `op_name` is a JAX path such as `jit(f)/transpose(jvp(my_attention))/pallas_call`. Its last registered name
+    counts, if `target` is not registered.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

@@ -52,14 +52,13 @@ def dense(
 ) -> nn.Dense | LoraDense | QuantizedDense:
     """Returns a dense layer without bias: plain, with a LoRA adapter, or int8, depending on the config.
 
-    Kernels are 2-D, since `nn.DenseGeneral` with axis names raises an error inside a mesh.
-
     Args:
         axes: logical axes of the kernel.
-        stddev: standard deviation of the initial kernel.
-        projection: field of `LoraConfig` with the adapter's rank. None means no adapter.
-        float32_sums: whether the output is float32 even in bfloat16 arithmetic, as for logits.
+        stddev: of the initial kernel.
+        projection: field of `LoraConfig` with the adapter's rank; None means no adapter.
+        float32_sums: whether the output is float32 even in bfloat16 arithmetic.
     """
+    # kernels are 2-D, since `nn.DenseGeneral` with axis names raises an error inside a mesh
     if config.lora and projection and (rank := getattr(config.lora, projection)):
         scale = config.lora.alpha / rank
         return LoraDense(features, axes, stddev, rank, scale, config.dtype, name=name)
@@ -103,10 +102,8 @@ class Merged(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention.
 
-    Keys and values are computed by a separate method, so that a decoder can cache them.
-
     Attributes:
-        side: sizes of the stack (encoder or decoder) that the queries belong to.
+        side: sizes of the stack that the queries belong to.
         inputs: width of the states from which keys and values are computed.
     """
 
@@ -160,14 +157,12 @@ class Attention(nn.Module):
         window: jax.Array | None = None,
         deterministic: bool,
     ) -> jax.Array:
-        """Returns the output of attention after the output projection, [batch, q, embed].
+        """Applies attention and the output projection, and returns [batch, q, embed].
 
         Args:
             queries: [batch, q, heads, kv].
             keys, values: [batch, k, kv_heads, kv].
-            segments: segments of the queries and of the keys.
             relative_bias, causal, window: as for `attention.attention`.
-            deterministic: turns dropout off.
         """
         c, s = self.config, self.side
         off = deterministic or not c.dropout_rate
@@ -226,17 +221,15 @@ class Attention(nn.Module):
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
         """Returns attention to the encoder's states, without computing their keys and values.
 
-        Let e be a state, q a query, and K and V the kernels of keys and values. Up to rounding, a score q . (K e)
-        equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e. With as many key/value
-        heads as query heads, this is less work if each input has fewer than about `kv` queries. It needs no memory
-        for keys and values.
+        With as many key and value heads as query heads, this saves work for fewer than about `kv` queries per input.
 
         Args:
             x: the decoder's states, [batch, q, embed].
             encoded: the encoder's states, [batch, k, inputs].
-            transposed: the encoder's states as [batch, inputs, k], so that they are not transposed for each token.
-            segments: segments of the queries and of the keys.
+            transposed: the encoder's states, [batch, inputs, k].
         """
+        # For a state e, a query q, and the kernels K and V of keys and values, up to rounding: a score q . (K e)
+        # equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e.
         c = self.config
         product = functools.partial(jnp.einsum, precision=precision_of(c.dtype))
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685, section 4.1).
 
-A projection with an adapter computes y = x W + (alpha / rank) (x A) B, where W is frozen. The parameters W, A and B
-are named `kernel`, `lora_a` and `lora_b`.
+A projection computes y = x W + (alpha / rank) (x A) B. The parameters W (frozen), A and B are named `kernel`, `lora_a`
+and `lora_b`.
 """
 
 import dataclasses
@@ -23,12 +23,11 @@ LORA_A, LORA_B = "lora_a", "lora_b"
 class LoraDense(nn.Module):
     """A dense layer without bias, plus a low-rank adapter of two matrices A and B.
 
-    The product A B is never computed. B starts as zeros. A starts uniform between -1 / sqrt(inputs) and
-    1 / sqrt(inputs), as in the authors' code.
+    B starts as zeros, and A as random numbers.
 
     Attributes:
         axes: logical axes of the kernel.
-        stddev: standard deviation of the initial kernel.
+        stddev: of the initial kernel.
         scale: alpha / rank.
         dtype: type of the arithmetic. Parameters are float32.
     """
@@ -45,7 +44,8 @@ class LoraDense(nn.Module):
         """Projects x [..., inputs] to [..., features]."""
         inputs, (rows, columns) = x.shape[-1], self.axes
         named, normal = nn.with_logical_partitioning, nn.initializers.normal
-        # variance 1 / (3 inputs): that of the uniform distribution between -1 / sqrt(inputs) and 1 / sqrt(inputs)
+        # variance 1 / (3 inputs): that of the uniform distribution between -1 / sqrt(inputs) and 1 / sqrt(inputs),
+        # as in the authors' code
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         kernel: Any = self.param(
             "kernel", named(normal(self.stddev), self.axes), (inputs, self.features)
@@ -93,15 +93,14 @@ def base_of(params: Any) -> Any:
 def merge(params: Any, config: ModelConfig) -> tuple[Any, ModelConfig]:
     """Merges adapters into the kernels: W becomes W + (alpha / rank) A B, computed in float32.
 
-    Outside `jax.jit`, merged kernels keep their placement on devices, and other arrays are shared with `params`.
+    Without LoRA, returns both arguments unchanged. Outside `jax.jit`, arrays keep their placement on devices.
 
     Args:
         params: unboxed, with stacked layers.
-        config: without LoRA, both arguments are returned unchanged.
 
     Returns:
-        The parameters without adapters.
-        The configuration without adapters.
+        The parameters; unmerged arrays are shared.
+        The configuration without LoRA.
 
     Raises:
         ValueError: `params` have adapters but `config` does not, or the other way round.

@@ -14,10 +14,10 @@ Rotation = tuple[jax.Array, jax.Array]  # cosines and sines, each [length, kv / 
 def relative_buckets(
     query: jax.Array, key: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> jax.Array:
-    """Returns the bucket of each pair of a query position [q] and a key position [k]: [q, k] int32.
+    """Returns the bucket for each query position [q] and key position [k], [q, k] int32.
 
-    Half of the buckets have one distance each. The others have ranges of distances, which become wider on a
-    logarithmic scale up to `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+    Half of the buckets have one distance each. The others have ranges that grow logarithmically up to
+    `max_distance` (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
     """
     # bidirectional, 32 buckets: a key 3 places before its query has bucket 3, and a key 3 places after it has
     # bucket 16 + 3. Keys 16 and 22 places before it share bucket 10. Causal: all keys after the query have bucket 0.
@@ -84,17 +84,16 @@ class RelativeBias(nn.Module):
 
 @jax.named_scope(ROPE)
 def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
-    """Returns the cosines and sines of the angles by which `rotate` rotates features.
+    """Returns the cosines and sines of the angles for `rotate`.
 
-    At position p, the pair i of features is rotated by the angle p / theta^(2i / head_dim) (Su et al. 2021,
-    arXiv:2104.09864, equation 15). Scores then depend only on distances, so positions in packed rows may count from
-    the start of the row.
+    The angle for position p and the pair i of features is p / theta^(2i / head_dim) (Su et al. 2021,
+    arXiv:2104.09864, equation 15). Positions in packed rows may count from the start of the row.
 
     Args:
         positions: [length] int32.
         head_dim: must be even.
-        theta: base of the angles; 10,000 in Gemma 2.
     """
+    # scores depend only on distances, so the start of positions does not matter
     # float32, since pair 0 is rotated by p radians, and bfloat16 rounds whole numbers above 256
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
@@ -104,8 +103,6 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
 @jax.named_scope(ROPE)
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:
     """Rotates each pair of features of x [batch, length, heads, kv].
-
-    The rotation is computed in float32, and its result has the dtype of x.
 
     A pair is feature i of the first half and feature i of the second half, as in Hugging Face's weights.
     """

@@ -16,15 +16,14 @@ def precision_of(dtype: jax.typing.DTypeLike) -> jax.lax.Precision | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) -> jax.Array:
-    """Returns x [..., in] times kernel [in, out], computed as a matmul of two matrices in the dtype of x.
-
-    Batch and length become one axis, since XLA's CPU backend would transpose an array with more axes. The kernel's
-    gradient has the kernel's dtype, so devices need not add up parts that are rounded to bfloat16.
+    """Returns x [..., in] times kernel [in, out], computed in the dtype of x.
 
     Args:
-        kernel: of any dtype. It is cast to the dtype of x before devices gather it.
+        kernel: of any dtype, which its gradient has, too.
         float32_sums: whether the output is float32. Otherwise it has the dtype of x.
     """
+    # Batch and length become one axis, since XLA's CPU backend would transpose an array with more axes. The kernel
+    # is cast before devices gather it. Its gradient has its dtype, so devices add up no parts rounded to bfloat16.
     dtype = jnp.float32 if float32_sums else x.dtype
     rows = x.reshape(-1, x.shape[-1])
     y = _matmul(rows, kernel.astype(x.dtype), ((1,), (0,)), dtype)

@@ -1,7 +1,7 @@
-"""int8 kernels with a scale for each output, which save time where reading the weights limits decoding.
+"""int8 kernels with a scale for each output, for faster decoding.
 
 A kernel W is about W8 * scale, where W8 is from -127 to 127 and each column has its own scale (Xiao et al. 2022,
-arXiv:2211.10438, section 2, "per-channel"). Activations and all other parameters are not quantized.
+arXiv:2211.10438, section 2, "per-channel"). Nothing else is quantized.
 """
 
 import dataclasses

@@ -81,12 +81,12 @@ LAYOUTS: dict[str, Layout] = {
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of a layout.
 
-    Where possible, a copy of the parameters stays inside one slice. If devices do not know their slice, or are
-    CPUs of one machine, each process counts as a slice, and the `dcn_data` groups follow the order of the processes.
+    Where possible, a copy of the parameters stays inside one slice.
 
     Args:
-        layout: a name in `LAYOUTS`, or a `Layout`.
-        devices: None means all devices.
+        layout: a `Layout`, or a name in `LAYOUTS`.
+        devices: None means all devices. If they do not know their slice, or are CPUs of one machine, each process
+            counts as a slice.
 
     Raises:
         InputError: the layout is unknown, or its sizes do not fit the devices.
@@ -116,7 +116,7 @@ def _slices(devices: list[Any]) -> int:
 
 
 def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
-    """Returns the sizes (data, fsdp, tensor) of the mesh, where data includes the copies across slices."""
+    """Returns the sizes of the mesh axes `data`, `fsdp` and `tensor`. `data` also counts the copies on other slices."""
     # 2 slices of 4 devices: Layout(fsdp=-1, dcn_data=-1) -> (2, 4, 1); Layout(data=-1, tensor=2) -> (4, 1, 2)
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
@@ -149,9 +149,10 @@ def _nearest_layout(
 ) -> str:
     """Returns the layout of `count` devices nearest to `wanted`, as a string such as "fsdp=4, tensor=2".
 
-    The distance is the sum of |log(size / wanted size)| over (dcn_data, data, fsdp, tensor). A wanted size of -1
-    adds nothing. fsdp must divide `embed`, and tensor must divide `cut_by_tensor`; any size divides 0.
+    `wanted` is (dcn_data, data, fsdp, tensor); -1 means any size. fsdp must divide `embed`, and tensor must divide
+    `cut_by_tensor`; any size divides 0.
     """
+    # the distance is the sum of |log(size / wanted size)|
 
     def distance(layout: Sequence[int]) -> tuple[float, ...]:
         gaps = [
@@ -197,8 +198,7 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
 def traced_device() -> Any:
     """Returns an object with the `platform` and `device_kind` of the traced program's devices.
 
-    It is a device of the current mesh, or JAX's first device if there is no mesh. A mesh's device need not exist on
-    this machine.
+    The devices need not exist on this machine. Without a current mesh, it is JAX's first device.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
@@ -226,12 +226,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_blocks: int = 1) -> Any:
     """Turns a tree of host arrays [rows, ...] into global arrays, sharded over the mesh by rows.
 
-    Each process copies rows to its own devices only. Two processes may need the same rows.
+    By default, `batch` has all rows of the global batch.
 
     Args:
-        batch: the rows of this process's blocks, one block after the other. By default, these are all rows of the
-            global batch.
-        blocks: indices of this process's blocks, from `blocks_on`.
+        batch: the rows of this process's blocks, one block after the other.
+        blocks: indices of these blocks, from `blocks_on`.
         num_blocks: number of equal blocks of rows in the global batch.
     """
     sharding = batch_sharding(mesh)
@@ -253,13 +252,12 @@ def place_rows(batch: Any, mesh: Mesh, *, blocks: Sequence[int] = (0,), num_bloc
 
 
 def blocks_on(mesh: Mesh, num_blocks: int, devices: Sequence[Any] | None = None) -> tuple[int, ...]:
-    """Returns the indices of the blocks of a batch that the given devices need, ascending.
+    """Returns the ascending indices of the blocks that contain rows of the given devices.
 
-    A batch consists of `num_blocks` equal blocks of rows. A device needs each block that contains any of its rows,
-    so two processes may need the same block.
+    Two processes may need the same block.
 
     Args:
-        num_blocks: number of blocks in the global batch.
+        num_blocks: number of equal blocks of rows in the global batch.
         devices: devices of the mesh; None means this process's devices.
     """
     shards = batch_shards(mesh)
@@ -299,9 +297,9 @@ def _check_divisible(
 ) -> None:
     """Raises InputError if a mesh axis does not divide a dimension that is sharded over it.
 
-    `heads`, the number of key/value heads of each side, is checked as well. For example, a kernel [embed, 128] with
-    2 heads can have at most 2 shards, since sharding must not split a head.
+    `heads`, the number of key and value heads of each side, is checked, too: sharding must not split a head.
     """
+    # for example, a kernel [embed, 128] with 2 heads can have at most 2 shards
     wrong: dict[str, str] = {}
     # for each axis, the greatest common divisor of the dimensions that are sharded over it
     cut: dict[str, int] = dict.fromkeys(AXES, 0)

@@ -17,15 +17,14 @@ class Context(NamedTuple):
     """Inputs that all layers of a stack share.
 
     Attributes:
-        segments: segments of the queries and of the keys in self-attention.
-        query, key: positions of the queries [q] and of the keys [k] in self-attention.
-        bias: bias of self-attention, [1, heads, q, k] float32. None if each layer has its own bias, or if the model
-            has none.
+        segments: for self-attention.
+        query, key: positions [q] of the queries and [k] of the keys in self-attention.
+        bias: for self-attention, [1, heads, q, k] float32. None if each layer has its own bias or there is none.
         turn: rotation at the positions `query`; None if the model has no rotary positions.
-        encoded: the encoder's states, [batch, length, embed]. With a cache, this is instead the argument `encoded`
-            of `EncoderDecoder.decode_step`: a pair of arrays, or None. In an encoder, it is None.
-        cross_segments: segments of the queries and of the keys in attention to the encoder.
-        index: position of the decoded token, if there is a cache.
+        encoded: without a cache, the encoder's states [batch, length, embed]. With a cache, the argument `encoded`
+            of `EncoderDecoder.decode_step`. None in an encoder.
+        cross_segments: for attention to the encoder.
+        index: position of the decoded token.
     """
 
     segments: Segments
@@ -90,10 +89,8 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """A decoder layer, for teacher forcing and for decoding one token.
 
-    Without a cache, attention to the encoder computes its keys and values from `context.encoded`. With a cache, it
-    reads the cache's `cross_key` and `cross_value` or, if `context.encoded` is given, the states in it.
-
-    To decode one token, the cache also has `key` and `value` of earlier tokens.
+    With a cache, attention to the encoder reads `cross_key` and `cross_value` in it, unless `context.encoded` is
+    given. To decode one token, the cache also has `key` and `value` of earlier tokens.
     """
 
     causal: bool
@@ -172,9 +169,9 @@ def _turned(queries, keys, turn: Rotation | None):
 def windows_of(side: Side, longest: int, *, causal: bool) -> jax.Array | None:
     """Returns the window of each layer for `attention.attention`, [layers] int32.
 
-    As in Hugging Face, an encoder's position sees distances <= window, and a decoder's sees distances < window.
     None means that each window covers a whole row of length `longest`.
     """
+    # In Hugging Face, an encoder's position sees distances <= window, and a decoder's sees distances < window.
     # `attention` masks distances >= window, so the window of an encoder becomes one more. A window of 0, which
     # means all, becomes more than any length.
     reach = [w + (not causal) if w else 2 * MAX_LENGTH for w in side.windows or ()]
@@ -265,11 +262,11 @@ class Decoder(_Stack):
     ):
         """Applies all layers to embeddings x [batch, q, embed].
 
-        `cache` is that of `DecoderLayer` with an additional layer axis. For the other arguments, see `Context`.
+        `Context` describes the arguments. `cache` has the arrays of all layers, stacked.
 
         Returns:
-            States of the shape of x.
-            The keys and values of the decoded token in all layers, or None under teacher forcing.
+            States in the shape of x.
+            The decoded token's keys and values in all layers; None under teacher forcing.
         """
         c, side = self.config, self.config.decoder
         drop = _dropout(c, deterministic)

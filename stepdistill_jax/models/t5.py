@@ -16,9 +16,9 @@ class T5Config(ModelConfig):
 
     Attributes:
         emb_dim: model width (`d_model`).
-        head_dim: width of each head (`d_kv`).
+        head_dim: `d_kv`.
         mlp_dim: feed-forward width (`d_ff`).
-        num_encoder_layers: layers of the encoder (`num_layers`).
+        num_encoder_layers: `num_layers`.
         num_buckets: buckets of the relative position bias (`relative_attention_num_buckets`).
         max_distance: distances from here on share one bucket (`relative_attention_max_distance`).
         shared_relative_position_bias: whether all layers of a side share one table. False for UMT5.

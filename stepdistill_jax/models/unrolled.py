@@ -1,7 +1,6 @@
 """Rearranges the decoder's parameters for fast decoding on a GPU.
 
-At each token, a loop over stacked layers would copy each layer's matrices out of the stack and concatenate
-projections of the same input. Here, this is done once, before the first token.
+Splits stacked layers and joins projections of the same input once, instead of at each token.
 """
 
 from collections.abc import Mapping
@@ -18,12 +17,9 @@ def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
     Each layer has fewer kernels:
 
-    - `self_attention` has one kernel `query_key_value` [embed, 3, joined_kv]. If there are fewer key/value heads
-      than query heads, it keeps `query` and has one kernel `key_value` [embed, 2, features].
-    - `mlp` has one kernel `wi` [embed, 2, mlp], or [embed, 1, mlp] without a gate.
-
-    Kernels are stacked along a new axis, not joined along `features`, so a sharded kernel need not be moved
-    between devices.
+    - `self_attention` has `query_key_value` [embed, 3, joined_kv]. With fewer key/value heads than query heads, it
+      has `query` and `key_value` [embed, 2, features].
+    - `mlp` has `wi` [embed, 2, mlp], or [embed, 1, mlp] without a gate.
 
     Args:
         params: unboxed, with stacked layers. The kernels may be int8.
@@ -41,7 +37,7 @@ def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
         ):
             found = [layer[block].pop(one) for one in names]
             # axis -2 joins kernels [embed, features] to [embed, names, features], int8 scales [features] to
-            # [names, features]
+            # [names, features]. With a new axis, a sharded kernel need not be moved between devices.
             layer[block][name] = jax.tree.map(lambda *x: jnp.stack(x, axis=-2), *found)
         decoder[f"layers_{i}"] = layer
     return {**params, "decoder": decoder}

@@ -61,15 +61,12 @@ class Base:
 def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
     """Returns candidates with changed settings that fit into memory.
 
-    Changes of a single setting are tried first. If none of them fits, all changes that save memory are tried
-    together. Another layout and more devices are tried as well.
-
     Args:
         more_devices: the target's devices, followed by the devices that a remedy may add.
 
     Returns:
         The candidates, the cheapest first; a candidate on more devices comes last. Each has the entry
-        `changes`, which maps parameters to new values.
+        `changes`: {parameter: new value}.
     """
     single = list(_single(base))
     tried = [found for changes in single if (found := _with(base, changes)) is not None]
@@ -146,11 +143,12 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the base with all changes that save memory.
+    """Compiles the base with all changes of `single` that save memory.
 
-    These are the changes whose candidate in `tried` is smaller than the base, or all of `single` if the base's
-    size is unknown. Returns None if the result does not fit, or if fewer than two settings would change.
+    `tried` has the candidates that were compiled with one change each. Returns None if the result does not fit,
+    or if fewer than two settings would change.
     """
+    # if the base's size is unknown, all changes count as saving
     saving, size = single, base.found.get("per_device", {}).get("total")
     if size is not None:
         smaller = (c for c in tried if c.get("per_device", {}).get("total", math.inf) < size)

@@ -94,12 +94,10 @@ def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> i
 def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
     """Compiles the layouts of `by_work`, each under one to three remat policies.
 
-    A layout is skipped if parameters and optimizer alone do not fit, or if it takes more than twice the FLOPs
-    of the first layout that fits. If `elementwise` does not fit, `full` is compiled. If `full` then fits,
-    `minimal` is compiled, too.
-
     Yields:
-        Candidates as returned by `compiled`. A skipped layout has the entry `error` with the reason.
+        Candidates as returned by `compiled`. A layout that was not compiled has `error`, the reason. Its `fits`
+        is False if parameters and optimizer alone do not fit. It is None if the layout takes more than twice the
+        FLOPs of the first layout that fits.
     """
     least = None
     for name, layout in by_work(config, target).items():
@@ -145,9 +143,8 @@ def compiled(
     """Compiles one candidate.
 
     Returns:
-        A dict with `name`, `fits`, `work` and the entries of `Figures.to_json`. `work` is the FLOPs of the
-        step, divided by the FLOPs that the same tokens need on one device. If the TPU compiler refuses the
-        step, `error` replaces the sizes.
+        `name`, `fits`, `work` and the entries of `Figures.to_json`. `work` is the step's FLOPs divided by those
+        of the same tokens on a single device. If the TPU compiler refuses the step, `error` replaces the sizes.
 
     Raises:
         InputError: a sharded dimension is not a multiple of the size of its mesh axis.

@@ -20,12 +20,11 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        count: how many times the operation runs in a step.
+        count: number of runs in a step.
         result_bytes: bytes that one run produces on one device.
         group: number of devices that exchange data.
         shares: {dtype as in HLO: share of the result's bytes}.
-        op_name: JAX's name for the operation, such as `jit(train_step)/.../mlp/wi_0/dot_general`; "" if there is
-            none.
+        op_name: as in `Instruction`.
     """
 
     kind: str
@@ -62,12 +61,12 @@ def collectives(
     """Finds a compiled module's collectives over more than one device.
 
     Args:
-        num_devices: number of devices of the mesh. An operation that names no group runs on all of them.
+        num_devices: size of the mesh, and of the group of an operation that names none.
         unknown_trips: as for `runs`.
 
     Returns:
         The collectives, from the most to the fewest sent bytes.
-        The number of loops of unknown length that contain a collective.
+        The number of loops of unknown length that contain one.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):

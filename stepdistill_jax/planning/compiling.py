@@ -47,17 +47,17 @@ class Figures:
     Attributes:
         layout: size of each mesh axis.
         groups: (row count, input length, target length) of each group.
-        filled_rows: number of rows, over all groups, that contain tokens.
-        state: bytes of `params` and of `optimizer`, computed from their shapes.
-        arguments: bytes of parameters, optimizer state and batch, as the compiler counts them.
-        gradients: bytes of the trained parameters' float32 gradients. `temp` includes them.
-        temp: bytes of the compiler's buffers, without arguments and results.
-        total: peak bytes: arguments, buffers, and the results that do not reuse an argument's memory.
-        operations: the collectives, from the most to the fewest sent bytes.
-        unknown_loops: number of loops of unknown length that contain collectives. Each is assumed to run once.
+        filled_rows: number of rows that contain tokens.
+        state: bytes of `params` and of `optimizer`.
+        arguments: bytes of state and batch.
+        gradients: bytes of the trained parameters' float32 gradients, a part of `temp`.
+        temp: bytes of the compiler's buffers.
+        total: peak bytes: `arguments`, `temp`, and results that do not reuse an argument's memory.
+        operations: from the most to the fewest sent bytes.
+        unknown_loops: number of loops of unknown length that contain collectives. Each counts as one run.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
-        bound: lower bound of the step's time on a topology; None for virtual devices.
+        bound: lower bound of the step's time; None for virtual devices.
     """
 
     layout: dict[str, int]
@@ -208,11 +208,10 @@ def compile_for(
     """Compiles a program for the devices of a mesh, which need not exist.
 
     Args:
-        triton: whether a GPU computes matmuls with Triton instead of cuBLAS. Triton reads int8 weights without
-            a converted copy.
+        triton: whether a GPU computes matmuls with Triton, which reads int8 weights without a converted copy.
 
     Raises:
-        MemoryError: the program does not fit into memory. The error has the compiler's message.
+        MemoryError: the program does not fit into memory.
     """
     try:
         options = dict(OPTIONS.get(platform := mesh.devices.flat[0].platform, {}))
@@ -241,8 +240,8 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     """Compiles the step for one candidate and returns its figures.
 
     Args:
-        config: config of the run. Its layout and remat policy are ignored.
-        mesh: mesh of virtual devices or of a topology's devices.
+        config: its layout and remat policy are ignored.
+        mesh: of virtual devices or a topology's devices.
         remat_policy: `elementwise`, `minimal` or `full`.
 
     Raises:

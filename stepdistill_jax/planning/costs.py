@@ -36,8 +36,8 @@ class Cost:
         products: {(dtype of the factors, precision): FLOPs of the matmuls}.
         bytes: bytes read from and written to main memory.
         integer: number of elementwise operations on integers.
-        other: number of elementwise operations on all other types.
-        known: False for a custom call without a formula: only its bytes are counted.
+        other: the same for all other types.
+        known: False for a custom call of which only the bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)

@@ -50,13 +50,13 @@ def plan_decode(
     The cost assumes that each row decodes all tokens.
 
     Args:
-        config: config of the run. Its `dtype` is the type of the activations.
-        topology: name of a topology, as for `plan`; required.
-        layout: a name, such as `fsdp` or `fsdp_tensor 4x2`, or a `Layout`; None means the config's layout.
-        rows: rows to decode at once, over all devices. None means 64 rows for each shard of the batch. A GPU
-            decodes at least 8 rows in each shard.
+        config: its `dtype` is the type of the activations.
+        topology: as for `plan`, but required.
+        layout: a name or a `Layout`, as for `plan`; None means the config's layout.
+        rows: rows to decode at once, over all devices; on a GPU, at least 8 for each shard of the batch. None
+            means 64 for each shard.
         quantization: `int8` for int8 weight matrices; None for the config's `dtype`.
-        hbm: bytes of one device's memory, as for `plan`.
+        hbm: as for `plan`.
 
     Returns:
         A dict with these entries:
@@ -67,12 +67,10 @@ def plan_decode(
         `per_device`: bytes of `params`, `arguments`, `temp` and `total`.
         `fits`: whether the total is within the limit.
         `collectives_by_dtype`, `wire_bytes`: the data that devices exchange.
-        `bound`: as for `plan`, for one batch. `token_ms` and `kernels_per_token` are the milliseconds and
-        kernels that one more token adds.
+        `bound`: as for `plan`, for one batch. One more token adds `token_ms` and `kernels_per_token`.
 
     Raises:
-        InputError: `topology` is None, the decoder does not fit into memory, or `plan` would refuse an
-            argument.
+        InputError: the decoder does not fit into memory, or an argument is not allowed.
     """
     if topology is None:
         raise InputError(

@@ -68,8 +68,7 @@ def usable_share(device: Any) -> float:
 def virtual_devices(count: int, *, most: int | None = None) -> list[Any]:
     """Returns between `count` and `most` CPU devices. A `most` of None means `count`.
 
-    This function makes JAX create `most` devices, which is possible only before any code uses devices. After
-    that, the process must already have enough CPU devices.
+    Makes JAX create `most` devices if no code has used devices yet.
 
     Raises:
         InputError: JAX already has CPU devices, but fewer than `count`.

@@ -24,9 +24,9 @@ class Array:
 
     Attributes:
         dtype: type as HLO spells it: `bf16`, `f32`, `pred`, ...
-        dims: size of each dimension; () for a scalar.
+        dims: size of each dimension.
         layout: dimensions from the fastest to the slowest, tiles and memory space, such as
-            `{1,0:T(8,128)(2,1)S(1)}`; "" if HLO gives none.
+            `{1,0:T(8,128)(2,1)S(1)}`, or "".
     """
 
     dtype: str
@@ -80,11 +80,11 @@ class Instruction:
     Attributes:
         name: name without `%`.
         opcode: `fusion`, `custom-call`, `while`, ...
-        arrays: arrays of the result, with nested tuples flattened.
+        arrays: the result, with nested tuples flattened.
         operands: names of instructions of the same computation.
         inside: text between the parentheses after the opcode.
         attributes: text after the closing parenthesis.
-        is_root: whether the computation returns the instruction's result.
+        is_root: whether the computation returns the result.
     """
 
     name: str

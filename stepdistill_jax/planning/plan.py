@@ -38,37 +38,34 @@ def plan(
 ) -> dict[str, Any]:
     """Compiles the training step for devices that need not exist, and returns what the step needs.
 
-    No weights are read, and nothing runs on the devices. Without a topology, call this function before anything
-    else uses JAX, or in a process with enough CPU devices, since JAX creates virtual CPU devices only at its
-    first use.
+    Nothing runs on the devices. Without a topology, call this function before anything else uses JAX, or in a
+    process that has enough CPU devices.
 
     Args:
-        config: config of the run. If `layout` is None, its layout and remat policy are ignored.
+        config: if `layout` is None, its layout and remat policy are ignored.
         devices: number of devices; ignored if there is a topology.
-        hbm: bytes of one device's memory. None means the memory of the topology's chips; without a topology, 80e9.
-            On a GPU or a virtual device, a step may take only JAX's share of this memory.
-        layout: the only layout to plan, under the config's remat policy: a name, such as `fsdp` or
-            `fsdp_tensor 32x8`, or a `Layout`. None means all layouts that suit the model, as in `candidates`.
-        topology: name of a TPU slice, such as `v5e:8x8`, or of one host's H100s, such as `cuda:8`. TPU slices need
-            libtpu, and H100s need JAX's CUDA plugin. With a topology, candidates have a `bound`.
-        rows: number of packed rows of a step. None means that the rows are counted, as in `workload`.
+        hbm: bytes of one device's memory. None means that of the topology's chips; without a topology, 80e9.
+        layout: a name, such as `fsdp` or `fsdp_tensor 32x8`, or a `Layout`, planned under the config's remat
+            policy. None means all layouts that suit the model.
+        topology: a TPU slice, such as `v5e:8x8` (needs libtpu), or one host's H100s, such as `cuda:8` (needs
+            JAX's CUDA plugin).
+        rows: number of packed rows of a step. None means as in `workload`.
 
     Returns:
         A dict with these entries:
 
         `devices`, `device_kind`: number and kind of the devices.
-        `hbm`, `limit`: bytes of a device's memory, and the bytes of it that a step may take.
+        `hbm`, `limit`: bytes of a device's memory, and how many of them a step may take.
         `assumptions`: a string for each assumption.
         `model`: fields of the model's configuration.
-        `candidates`: dicts as returned by `candidates.compiled`. A candidate that was not compiled has `error`
-        instead of sizes. Its `fits` is None if it was left out because it needs too many FLOPs.
+        `candidates`: dicts as returned by `candidates.candidates`. With a topology, they have a `bound`.
         `best`: the cheapest candidate that fits, or None.
-        `remedies`: if no candidate fits, changed candidates that fit, as returned by `advice.remedies`.
-        `hbm_needed`: if no candidate fits, the bytes of memory that the smallest one needs on each device. None
-        for a topology, whose memory is fixed.
+        `remedies`: changed candidates that fit, from `advice.remedies`; empty if `best` is not None.
+        `hbm_needed`: bytes of a device's memory that would be enough; None for a topology, or with a `best`.
         `host_bytes`: bytes of host memory to `save` and to `restore` a checkpoint, for each device of a host.
-        `seconds_at_peak`: {kind of device: lower bound of the step time} of the best candidate or, if no candidate
-        fits, of the smallest candidate.
+        `seconds_at_peak`: {kind of device: lower bound of the step time}.
+
+        If `best` is None, the last three are for the smallest compiled candidate.
 
     Raises:
         InputError: the devices do not exist, or the layout does not fit the devices or the model.

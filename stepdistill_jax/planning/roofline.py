@@ -1,8 +1,7 @@
 """Computes a lower bound of a compiled module's time on a chip, from the costs of its operations.
 
-An operation takes the longest of three times: FLOPs / peak, bytes / bandwidth of main memory, and elementwise
-operations / rate of the vector units. The bound is the sum over all operations, which run one after the other.
-Communication between devices is not included, since it can overlap with computation.
+The bound is the sum over all operations of max(matmul time, main memory time, elementwise time). Communication
+between devices is not included, since it can overlap with computation.
 """
 
 import dataclasses
@@ -22,16 +21,15 @@ DEAREST = 12  # number of the most expensive operations that `to_json` lists
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation of a module and all its runs.
+    """One operation of a module. All attributes except `times` are for one run of the operation.
 
     Attributes:
         part: the part of the model.
-        times: runs of the operation in one run of the module.
-        cost: cost of one run.
-        products: seconds for the matmuls of one run at the chip's peak.
-        memory: seconds to read and write main memory in one run.
-        elements: seconds for the elementwise operations of one run.
-        cycles: the TPU compiler's estimate for one run; 0 if there is none.
+        times: number of runs in one run of the module.
+        products: seconds for matmuls at the chip's peak.
+        memory: seconds to read and write main memory.
+        elements: seconds for elementwise operations.
+        cycles: the TPU compiler's estimate, or 0.
     """
 
     instruction: Instruction
@@ -51,11 +49,10 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Lower bound of the time of one run of a module on one device.
+    """Lower bound of a module's time on one device.
 
     Attributes:
-        chip: the chip for which the module was compiled.
-        operations: the operations that run, the most expensive first.
+        operations: the most expensive first.
         unknown_loops: number of loops of unknown length that contain an operation.
     """
 

@@ -15,10 +15,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction that a device runs as one operation, with its number of runs.
+    """An instruction that a device runs as one operation.
 
     Attributes:
-        times: how many times the instruction runs in one run of the module.
+        times: number of runs in one run of the module.
         unknown_loop: name of the innermost loop of unknown length around the instruction, or None.
     """
 
@@ -34,9 +34,8 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
     Only the largest branch of a conditional is included.
 
     Args:
-        unknown_trips: number of runs to assume for the first loop of unknown length. The other loops of unknown
-            length are then left out, since a decoder decodes tokens in only one of its loops. None assumes one
-            run for each loop of unknown length.
+        unknown_trips: number of runs to assume for the first loop of unknown length; other such loops are then
+            left out. None assumes one run for each such loop.
     """
     seen: list[str] = []
 
@@ -48,6 +47,7 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
                 if times_here is None:
                     seen.append(instruction.name)
                     within = instruction.name
+                    # a decoder decodes tokens in only one of its loops
                     others = 1 if unknown_trips is None else 0
                     times_here = unknown_trips if unknown_trips and len(seen) == 1 else others
                 # nested loops multiply: 2 slices of 12 layers run the body of the layer 24 times
@@ -69,9 +69,8 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     """Returns how many times a `while` in the computation `around` runs, or None if this is unknown.
 
-    XLA's annotation `known_trip_count` gives the number. Without it, the number is ceil((limit - start) / step),
-    where `limit` is the constant with which the loop's condition compares a counter. If the text does not show
-    where the counter starts, `start` is 0. If it does not show the step, `step` is 1.
+    Without XLA's annotation `known_trip_count`, the number is ceil((limit - start) / step) of the loop's counter.
+    If the text does not show them, `start` is 0 and `step` is 1.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))

@@ -1,7 +1,6 @@
 """Finds which model a config would train, and the rows of a step.
 
-Rows are counted on the prepared dataset. If the dataset is not prepared, the number of rows, their lengths and the
-vocabulary size are assumed where they are not given.
+If the dataset is not prepared, sizes that are not given are assumed.
 """
 
 import dataclasses
@@ -65,8 +64,7 @@ class StepRows:
     Attributes:
         groups: (row count, input length, target length) of each group. The row count is rounded up to the row
             multiple.
-        filled: number of rows, over all groups, that contain tokens. The other rows are only padding, but a step
-            computes them, too.
+        filled: number of rows that contain tokens. The other rows are padding.
     """
 
     groups: Groups
@@ -83,8 +81,8 @@ class Workload:
     """The model that a config would train, and the rows that a step would process.
 
     Attributes:
-        rows_of: returns the rows of a step. Its argument is the row multiple of `StepRows`.
-        assumptions: a string for each assumption; empty if everything was read from files.
+        rows_of: returns the rows of a step for a row multiple.
+        assumptions: a string for each assumption.
     """
 
     model: ModelConfig
@@ -109,8 +107,6 @@ def workload(
     data_dir: os.PathLike | str | None = None,
 ) -> Workload:
     """Returns the model that a config would train, and the rows that a step would process.
-
-    Without the prepared dataset or `init_from`, some sizes are assumed; `Workload.assumptions` lists them.
 
     Args:
         rows: number of packed rows of a step, as shown by `stepdistill inspect`. None means the

@@ -37,11 +37,10 @@ class Channel:
         """Collects one value from each process, and returns `combine([value_0, value_1, ...])` on every process.
 
         All processes must call this method equally often. In a process, only one thread at a time may call it.
-        Only process 0 calls `combine`.
 
         Args:
             value: JSON value.
-            combine: function that returns a JSON value and raises no error.
+            combine: called only on process 0; returns a JSON value and raises no error.
 
         Raises:
             Closed: another thread has called `close`.

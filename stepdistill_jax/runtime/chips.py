@@ -9,17 +9,14 @@ class Chip:
 
     Attributes:
         bfloat16: rate of dense bfloat16 matmuls, FLOP/s.
-        memory: main memory, bytes. For an H100, the size that the driver reports.
-        bandwidth: bandwidth of the main memory, bytes/s.
-        link: rate at which a device sends data to devices of its slice or host in one collective, bytes/s.
-            For a TPU, the rate along one axis of its torus, which is half of the data sheet's sum over all links.
+        memory: main memory, bytes.
+        bandwidth: rate of the main memory, bytes/s.
+        link: rate at which a device sends data in a collective within its slice or host, bytes/s.
         integer: estimated rate of element-wise operations on integers, 1/s.
-        other: estimated rate of element-wise operations on all other dtypes, 1/s.
-        clock: clock rate that converts the TPU compiler's cycle counts to seconds, Hz.
-        float32: rate of float32 matmuls at default precision (TF32 on a GPU, one bfloat16 pass on a TPU),
-            FLOP/s. None means `bfloat16`.
-        exact: rate of float32 matmuls at the highest precision, FLOP/s. None means a sixth of `bfloat16`,
-            since a TPU needs six passes.
+        other: the same for all other dtypes.
+        clock: clock rate for the TPU compiler's cycle counts, Hz.
+        float32: rate of float32 matmuls at default precision, FLOP/s. None means `bfloat16`.
+        exact: rate of float32 matmuls at the highest precision, FLOP/s. None means a sixth of `bfloat16`.
     """
 
     bfloat16: float
@@ -42,13 +39,15 @@ class Chip:
         if dtype != "f32":
             return self.bfloat16
         default, exact = self.float32 or self.bfloat16, self.exact or self.bfloat16 / 6
-        # `high` is three passes on a TPU; on a GPU it is TF32, like `default`
+        # bfloat16 passes on a TPU: one for `default`, three for `high`, six for `highest`. On a GPU, `default`
+        # and `high` are TF32.
         high = default if self.float32 else self.bfloat16 / 3
         return {"highest": exact, "high": high}.get(precision, default)
 
 
 # `integer` and `other` are lanes times clock rate: 64 and 128 lanes in each of an H100's 132 multiprocessors,
-# and 4 x 8 x 128 lanes in a TPU's vector unit
+# and 4 x 8 x 128 lanes in a TPU's vector unit. An H100's `memory` is the size that the driver reports. A TPU's
+# `link` is one axis of its torus: half of the data sheet's sum over all links.
 _A100 = Chip(
     312e12, 80 * 10**9, 2.039e12, 300e9, 9.7e12, 19.5e12, 1.41e9, float32=156e12, exact=19.5e12
 )

@@ -30,11 +30,8 @@ def enable(folder: os.PathLike | str) -> None:
     """Makes JAX store compiled programs in `folder` and reuse them.
 
     Call this function before anything is compiled. JAX_COMPILATION_CACHE_DIR takes precedence over `folder`,
-    and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. Only process 0 writes, so all processes must see
-    the same folder. Programs in a read-only folder are still used.
-
-    JAX's own `jax_compilation_cache_max_size` is not used: it makes each lookup write a file, which fails in
-    read-only or shared folders.
+    and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. All processes must see the same folder, since only
+    process 0 writes. The folder may be read-only.
     """
     settings: Any = jax.config  # its attributes are created at run time
     if not settings.jax_enable_compilation_cache:
@@ -55,6 +52,8 @@ def enable(folder: os.PathLike | str) -> None:
         if not os.path.isdir(folder):
             return
     jax.config.update("jax_compilation_cache_dir", folder)
+    # JAX's own limit, `jax_compilation_cache_max_size`, makes each lookup write a file, which fails in read-only or
+    # shared folders
     if not given and "://" not in folder and first:
         prune(pathlib.Path(folder), MAX_BYTES)
 

@@ -59,9 +59,11 @@ _joined: Job | None = None
 def join() -> None:
     """Joins the other processes of the job, if there are any. A second call does not join again.
 
-    Call this function before anything starts a JAX backend. A process belongs to a job if
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, if `srun` started it as one of
-    several tasks, or if it runs on a slice of several Cloud TPU hosts.
+    Call this function before anything starts a JAX backend. These processes belong to a job:
+
+    - those with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    - the tasks of `srun`, if there are several
+    - those on a slice of several Cloud TPU hosts
 
     Raises:
         InputError: an environment variable has a bad value, or EXPECT_DEVICES is not the count of devices.
@@ -202,10 +204,7 @@ def _under_srun() -> bool:
 
 
 def _devices_of_task() -> list[int] | None:
-    """Returns the id of the GPU that this Slurm task uses, as a list, or None for all visible GPUs.
-
-    If several tasks see the same GPUs, each task uses the GPU whose id is the task's local rank.
-    """
+    """Returns [id of this Slurm task's GPU] if several tasks see the same GPUs, or None for all visible GPUs."""
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     bound = bool(visible) and "," not in visible

@@ -100,8 +100,7 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """A context that yields a file to write to, and makes it appear at `path` at the end.
 
-    On a disk, PATH.partial is written and renamed. In a store, one request writes the whole file. After an
-    error in the context, `path` is unchanged.
+    After an error in the context, `path` is unchanged. On a disk, PATH.partial is written first.
     """
     path = as_path(path)
     if is_remote(path):
@@ -182,13 +181,13 @@ def not_text(raw: bytes) -> str:
 
 
 def check_file(path: os.PathLike | str, wanted: str = "a file") -> None:
-    """Checks that `path` is a regular file that may be read. Reading a pipe or device might never end.
+    """Checks that `path` is a regular file that may be read.
 
     Args:
         wanted: kind of the expected file, for the message.
 
     Raises:
-        InputError: the file does not exist, is a folder, pipe or device, or may not be read.
+        InputError: there is no such file, or it is something else, or may not be read.
     """
     try:
         mode = os.stat(path).st_mode
@@ -262,9 +261,9 @@ def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = Fa
     """Checks that an output can be written at `path`. Call this function before the work begins.
 
     Args:
-        path: the output. Neither the output nor its folder need exist.
+        path: neither the output nor its folder need exist.
         name: parameter for messages, with backticks: "`output`".
-        folder: whether the output is a folder instead of a file.
+        folder: whether the output is a folder.
 
     Raises:
         InputError: the path is a folder instead of a file, or the reverse, or cannot be written.

@@ -17,12 +17,12 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
     """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
 
-    If `target` already exists, the caller first moves that old folder to `REPLACED`, next to the empty folder.
-    If there is no `target` at the end, the old folder is moved back.
+    The caller first moves an existing `target` to `REPLACED`, next to the empty folder. It is moved back if there
+    is no `target` at the end.
 
     Args:
-        target: path of the final folder, whose parent must exist.
-        tag: name of a group of writers. They may remove each other's leftovers (`remove_leftovers`).
+        target: the parent must exist.
+        tag: name of a group of writers, which may remove each other's leftovers (`remove_leftovers`).
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
     try:
@@ -39,15 +39,15 @@ def sole_writer(
 ) -> Iterator[None]:
     """A context in which only this process writes `target`. Removes leftovers of killed writers first.
 
-    On a disk without locks, several processes may write at once, and no leftovers are removed.
+    On a disk without locks, it keeps no other process out and removes nothing.
 
     Args:
         tag: as in `staged_folder`.
         name: name of the output in messages; None means `target`.
-        wait: whether to wait for another writer, instead of raising InputError.
+        wait: whether to wait for another writer.
 
     Raises:
-        InputError: another process is writing `target`, or its folder cannot be written.
+        InputError: another process is writing `target` and `wait` is False, or the folder cannot be written.
     """
     lock = target.with_name(f".{target.name}.lock")
     with locked(lock, name or target, wait=wait) as held:

@@ -22,7 +22,7 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
 
     Raises:
         InUse: another process has locked the file.
-        InputError: the file is a link or not a regular file, or cannot be written.
+        InputError: it is a link or no regular file, or cannot be written.
     """
     return _open(path, name, wait=False)[0]
 
@@ -31,12 +31,12 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
 def locked(
     path: pathlib.Path, name: object = None, *, note: bytes = b"", wait: bool = False
 ) -> Iterator[bool]:
-    """A context that holds a lock. Yields False if the file system, such as a network disk, has no locks.
+    """A context that holds a lock. Yields False if the file system has no locks.
 
     Args:
-        path: path of the lock file. Without `wait`, a file that contains only `note` is removed at the end.
+        path: lock file. Without `wait`, a file that contains only `note` is removed at the end.
         name: as in `open_locked`.
-        note: bytes to write to the file, for the processes that do not get the lock.
+        note: bytes to write to the file, for processes that do not get the lock.
         wait: whether to wait for the lock, instead of raising InUse.
 
     Raises:

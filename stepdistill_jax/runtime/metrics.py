@@ -42,9 +42,9 @@ class MetricsWriter:
         """Opens the files, and removes lines of steps that the resumed run will repeat.
 
         Args:
-            start_step: step from which the run continues. Lines of later steps are removed.
-            validated: False if the checkpoint of `start_step` lacks its validation results. The validation may
-                then run again, so a line from an earlier attempt is removed, too.
+            start_step: step from which the run continues.
+            validated: whether the checkpoint has its validation results. If not, the validation's line of
+                `start_step` is removed, too.
             active: False on all processes but process 0.
         """
         self._active = active
@@ -196,10 +196,10 @@ def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl`, oldest first.
 
-    An incomplete last line is left out. Other unreadable lines are left out with a warning.
+    Leaves out unreadable lines, with a warning unless it is an incomplete last line.
 
     Raises:
-        InputError: the folder has no such file, or the file is a pipe or device.
+        InputError: there is no such file, or it is not a regular file.
     """
     path = as_path(workdir) / METRICS
     if not path.exists():
@@ -211,8 +211,8 @@ def curves(workdir: os.PathLike | str) -> dict[str, np.ndarray]:
     """Returns a run's metrics as columns for `pandas.DataFrame`, with one entry per logged step.
 
     Returns:
-        {name: column}. `step` is int64 and ascending. All other columns, such as `loss` and
-        `eval/validation/label_accuracy`, are float64, with NaN where a step lacks the metric.
+        `step`: int64, ascending.
+        Other columns, such as `eval/validation/label_accuracy`: float64, NaN where a step lacks the metric.
 
     Raises:
         InputError: as for `read_metrics`.

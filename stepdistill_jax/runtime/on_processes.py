@@ -1,7 +1,7 @@
 """Runs a function on process 0 or on all processes of a job, and shares results and errors.
 
 All processes must call these functions in the same order. A thread other than the main thread must pass its
-own channel. If one process fails, all raise an error, so none waits for a process that has exited.
+own channel. If one process fails, all raise an error.
 """
 
 import contextlib
@@ -25,12 +25,11 @@ class PeerFailed(RuntimeError):
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """Runs `action` on every process, and returns each process's own result.
 
-    If a process fails, all processes raise an error. If several fail, the error is that of the failed process with
-    the lowest index.
+    If any process fails, all raise an error, for the failed process with the lowest index.
 
     Raises:
-        InputError: the failed process raised an InputError. The message names the process.
-        PeerFailed: another process failed, but not with an InputError. That process raises its own error.
+        InputError: that process raised an InputError. The message names the process.
+        PeerFailed: that process raised another error. It raises its own error instead.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -91,14 +90,14 @@ def until_stopped(
 ) -> Iterator[Callable[[int], None]]:
     """Shows the progress of work in batches, and stops all processes after the same batch on a SIGTERM.
 
-    The context yields a function, to be called after each batch with its count of rows.
+    Yields a function, which all processes must call after each batch with its count of rows.
 
     Args:
-        description: text of the progress bar on process 0.
-        kept: function that returns the count of saved rows.
+        description: text of the progress bar.
+        kept: returns the count of saved rows.
 
     Raises:
-        SystemExit: the job has several processes, and one of them has received a SIGTERM. All exit with status 75.
+        SystemExit: one of several processes has received a SIGTERM. All exit with status 75.
     """
     import jax
 

@@ -73,17 +73,17 @@ def check_outputs(
 ) -> None:
     """Checks that outputs may be overwritten. Call this function before the work begins.
 
-    Each output PATH is first written as PATH.partial, so both paths are checked.
+    For each output PATH, PATH.partial is checked, too.
 
     Args:
         outputs: {path on this machine: `Made` of the command that writes it}.
-        inputs: files and folders that are read; None is ignored.
-        name: parameter of the first output, for messages, such as "`output`".
+        inputs: files and folders; None is ignored.
+        name: the first output's parameter for messages, such as "`output`".
         known: files that may be overwritten, whatever they contain.
 
     Raises:
-        InputError: an output is an input (possibly under another name), was written by something else, is a
-            link or device, or cannot be written.
+        InputError: an output is or holds an input, was written by something else, is no regular file, or
+            cannot be written.
     """
     inputs = list(inputs)
     for path, made in outputs.items():
@@ -105,7 +105,7 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input is one of the paths in `written`, or lies below one, after links are resolved.
+        InputError: an input is, or lies below, a path in `written`, after links are resolved.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):
@@ -143,8 +143,7 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
     """Checks that the outputs in a folder replace only files of the same command.
 
     Args:
-        index: name of the file that the command writes first. If this file is missing, the command wrote none
-            of the other files.
+        index: name of the file that the command writes first. Without it, none of the other files may exist.
 
     Raises:
         InputError: as for `check_outputs`.

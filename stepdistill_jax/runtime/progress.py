@@ -46,8 +46,6 @@ def format_values(values: dict[str, float]) -> str:
 class _Pace:
     """Counts units and measures their rate from the first update on.
 
-    The time until the first update is left out, since it includes start-up and compilation.
-
     Attributes:
         done: count of finished units, including those of an earlier run.
         updated: time of the last update that finished units, or of the start.
@@ -65,7 +63,7 @@ class _Pace:
         now = time.monotonic()
         seconds, self.updated = now - self.updated, now
         self.done += count
-        if self._is_first:
+        if self._is_first:  # its time includes start-up and compilation
             self._is_first = False
             return
         fade = math.exp(-seconds / RECENT_SECS)
@@ -75,9 +73,9 @@ class _Pace:
     def texts(self) -> tuple[str, str]:
         """Returns the rate and the remaining time.
 
-        The rate is a mean over recent updates, or over all updates once the total is reached. Both texts are
-        empty until the second update. The remaining time is also empty if the total is unknown.
+        Both texts are empty until the second update. The remaining time is also empty if the total is unknown.
         """
+        # a mean over recent updates, or over all updates once the total is reached
         units, seconds = self._all if self.done == self._total else self._recent
         if not units:
             return "", ""

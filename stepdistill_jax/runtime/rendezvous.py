@@ -1,8 +1,7 @@
 """Waits for all processes of a job before JAX joins them, and reports the missing ones, which JAX does not.
 
-Process 0 listens on the coordinator's address. Every other process sends the job's token and its own index.
-Process 0 then sends all of them the order to start, or the list of missing processes. After that, JAX's
-service uses the port. A connection without the token is closed.
+Every other process sends the job's token and its own index to process 0, at the coordinator's address. Process 0
+answers with the order to start, or the list of missing processes.
 """
 
 import contextlib
@@ -46,14 +45,12 @@ def rendezvous(
     Args:
         host: host of process 0, spelled the same in all processes.
         bind: address that process 0 listens on; None means `own_address(...)`.
-        secret: the job's secret. Its hash is the token with which a process shows that it belongs to the job.
-            None means a hash of process 0's address, which keeps out other jobs, but not a person who knows
-            the address.
+        secret: the same in all processes of the job. None means the address of process 0, which keeps out
+            other jobs, but not an attacker.
 
     Raises:
         ProcessesMissing: some processes have not started in time. All others raise this error.
-        InputError: two processes have the same index or different `num_processes`, or the port cannot be
-            opened.
+        InputError: two processes have equal indices or different `num_processes`, or the port cannot be opened.
     """
     deadline = time.monotonic() + timeout_secs
     token = sha256_of(secret or f"{host}:{port}")
@@ -68,9 +65,7 @@ def rendezvous(
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
     """Returns the (IP address, port) on which process 0 must listen, so that others reach it as `host`.
 
-    If `host` is a name other than `localhost` and resolves to the loopback device, the IP address is "",
-    which means all addresses. For example, Debian resolves a machine's own name to 127.0.1.1, while other
-    hosts resolve it to the real address.
+    The IP address is "", for all addresses, if `host` is a name of the loopback device other than `localhost`.
 
     Raises:
         InputError: this machine cannot resolve `host`, even after `timeout_secs` seconds.
@@ -88,6 +83,7 @@ def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
             time.sleep(RETRY_SECS)
     # IPv4 first: every client tries it if a name has both
     address = str(min(found, key=lambda entry: entry[0])[4][0])
+    # Debian resolves a machine's own name to 127.0.1.1, other hosts resolve it to the real address
     named = host != "localhost" and host != address
     loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     return ("" if named and loopback else address), port

@@ -37,17 +37,14 @@ def agreed() -> bool:
 class StopSignals:
     """A context that handles stop signals: the first calls `act`, the second ends the process.
 
-    The second signal ends the process with status 128 + the number of that signal. A thread reads the
-    signals, since Python runs no signal handler during a long compilation. With several processes,
-    `jax.distributed` catches SIGTERM and stops all processes at the same point, so this context turns SIGINT
-    into SIGTERM and does not catch SIGTERM.
+    The second signal ends the process with status 128 + the number of that signal. With several processes,
+    SIGINT becomes SIGTERM, and only `act_if_agreed` calls `act`.
 
     Attributes:
         act: function that the main thread calls with the first signal's name. None means to set only
             `received`.
-        limit_secs: seconds that the process may still run after the first signal; 0 means no limit. The
-            argument `codes` gives the exit status for the case that the limit is reached.
-        received: name of the first signal, or "".
+        limit_secs: seconds that the process may still run after the first signal; 0 means no limit.
+        received: name of the first signal, "another process's signal", or "".
     """
 
     def __init__(
@@ -74,9 +71,11 @@ class StopSignals:
         self._reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         if threading.current_thread() is threading.main_thread():
+            # with several processes, `jax.distributed` catches SIGTERM and stops all at the same point
             caught = self._codes.keys() - ({signal.SIGTERM} if self._several else set())
             self._handlers = {s: signal.signal(s, self._handle) for s in caught}
             self._fd_before = signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
+        # a thread reads the signals, since Python runs no signal handler during a long compilation
         threading.Thread(target=self._watch, name="stop signals", daemon=True).start()
         return self
 

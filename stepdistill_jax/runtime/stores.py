@@ -34,7 +34,7 @@ def is_remote(path: os.PathLike | str) -> bool:
 
 
 def as_path(path: os.PathLike | str) -> pathlib.Path:
-    """Returns a user's path as a `pathlib.Path`, or as a `StorePath` with the same methods if it is in a store.
+    """Returns a user's path as a `pathlib.Path`, or as a `StorePath` if it is in a store.
 
     In a store, files cannot be appended to, renamed or locked, and there are no empty folders.
 
@@ -60,11 +60,11 @@ def as_path(path: os.PathLike | str) -> pathlib.Path:
 class StoreError(Exception):
     """A store did not answer, even after retries. The message is one line with the URL.
 
-    This class is not an OSError, since code that treats an unreadable file as damaged must not catch it.
-
     Attributes:
         reason: the message without the URL.
     """
+
+    # not an OSError, since code that treats an unreadable file as damaged must not catch it
 
     def __init__(self, url: os.PathLike | str, error: Exception):
         self.reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -78,7 +78,7 @@ class StoreError(Exception):
 def store_errors(path: os.PathLike | str) -> Iterator[None]:
     """A context that turns the errors of a store's client into `StoreError`, which names the URL.
 
-    Errors of a local path stay as they are, and so do "no such file", "is a folder" and "is not a folder".
+    Keeps errors of a local path, and "no such file", "is a folder" and "is not a folder".
     """
     try:
         yield
@@ -122,12 +122,10 @@ def _prepare_stores() -> None:
 
 @functools.cache
 def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
-    """Returns a local path, or a local copy of a path in a store, for libraries that read only local files.
-
-    The copy is removed when this process ends.
+    """Returns a local path, or a local copy of a path in a store. Removes the copy when this process ends.
 
     Args:
-        beside: names of files in the same folder to copy as well, if they exist.
+        beside: names of other files in the same folder to copy, if they exist.
     """
     if not is_remote(path):
         return path

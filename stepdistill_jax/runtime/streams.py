@@ -51,13 +51,11 @@ def _quarantine_path(path: pathlib.Path) -> pathlib.Path:
 
 
 class StreamedFile:
-    """Writes JSON lines to PATH.partial, which is emptied first.
-
-    The file is locked while it is open, so a second run on the same output fails.
+    """Writes JSON lines to PATH.partial, which is emptied first and locked while it is open.
 
     Attributes:
-        path: path of the complete file.
-        partial: path of the growing file.
+        path: the complete file.
+        partial: the growing file.
         state: {"rows": count of rows written so far}.
     """
 
@@ -123,13 +121,12 @@ class StreamedFile:
 class ResumableFile(StreamedFile):
     """Writes JSON lines in groups, called windows, and continues where an earlier run stopped.
 
-    A sidecar (`sidecar_of`) records how many bytes of PATH.partial are valid, the checksum of these bytes,
-    and the digests of the inputs (`key`). A run with a different key starts from scratch. All processes must
-    make the same calls. Only process 0 opens the file, and all processes raise its errors.
+    A run with a different `key` starts from scratch. All processes must make the same calls. Only process 0
+    opens the file, and all processes raise its errors.
 
     Attributes:
-        state: dict, the same on all processes: counts of `rows` and `bytes` written so far, `crc32` of the
-            bytes, `key`, and the counts of the last `append`.
+        state: content of the sidecar, the same on all processes: counts of `rows` and `bytes` written so far,
+            `crc32` of the bytes, `key`, and the counts of the last `append`.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):

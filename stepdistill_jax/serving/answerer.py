@@ -65,15 +65,15 @@ class Answerer:
         return self._explaining is not None
 
     def question(self, row: dict[str, Any], number: int) -> Question:
-        """Encodes a row of a request as a question, truncated as in training.
+        """Encodes a row of a request, truncated as in training.
 
         Args:
             row: fields that `predict` reads.
-            number: 1-based index of the row in its request, for messages.
+            number: index of the row, from 1, for messages.
 
         Raises:
-            InputError: a field is missing or has the wrong type, a choice cannot be scored, or the row has
-                `choices` although the server has fixed labels.
+            InputError: a field is missing or malformed, a choice cannot be scored, or the row has `choices`
+                although the server has fixed labels.
         """
         checked = checked_row(row, number, self._prompting, self._allowed, most_choices=MAX_CHOICES)
         if checked.choices and self._allowed and self._allowed.labels:
@@ -148,9 +148,8 @@ class Answerer:
     def warm_up(self) -> Iterator[Callable[[], Any]]:
         """Yields functions, each of which compiles the program of one shape when called.
 
-        After all of them have been called, rows of any length run without compiling, except for rows with their
-        own choices.
-        CTranslate2 compiles nothing, so at most one function is yielded; it answers one row.
+        After all calls, only rows with their own choices need compiling. With CTranslate2, at most one function
+        is yielded, which answers one row.
 
         Each function raises InputError if the model gives NaN.
         """

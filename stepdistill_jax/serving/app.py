@@ -44,7 +44,7 @@ class Limits:
     """Limits that protect the service from its clients.
 
     Attributes:
-        max_wait_secs: longest time that a row waits for other rows while the engine is idle.
+        max_wait_secs: longest wait of a row for other rows while the engine is idle.
         max_queue: largest count of unanswered rows, and also of open requests.
         timeout_secs: longest time from a request's head to its answer.
     """
@@ -55,15 +55,14 @@ class Limits:
 
 
 class Service:
-    """The application that uvicorn runs, and its state. The model is warmed up when the application starts.
+    """The application that uvicorn runs. At its start, it warms the model up.
 
     Attributes:
         state: `warming up`, `ready` or `stopping`.
         answered: count of answered rows.
         open: count of requests in progress.
         unanswered: count of requests still in progress when the grace time ended.
-        failure: the error that ended the service, in the warm-up or outside of any request; None if
-            there was none.
+        failure: the error that ended the service, or None.
         on_failure: called after such an error.
     """
 
@@ -102,9 +101,8 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or runs the service during uvicorn's lifespan.
 
-        The answer is sent after the whole body of the request has arrived. If the body is larger than
-        `MOST_READ_BYTES` or takes longer than `timeout_secs`, or if the server is stopping, the answer is
-        sent at once and the connection is closed.
+        The answer is sent after the request's body has arrived. If the body exceeds `MOST_READ_BYTES` or
+        `timeout_secs`, or if the server is stopping, the answer is sent at once and the connection is closed.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)

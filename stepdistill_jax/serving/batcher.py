@@ -16,9 +16,9 @@ SHORTEST_LANE = 32
 def lane_length(length: int) -> int:
     """Returns the smallest of 32, 64, 96, 128, 192, 256, 384, ... that is at least `length`.
 
-    Rows with the same lane length share batches, so that batches fill up and few shapes are compiled.
     Example: the lane length of 65 to 96 ids is 96.
     """
+    # rows with the same lane length share batches, so that batches fill up and few shapes are compiled
     power = SHORTEST_LANE
     while power < length:
         if power > SHORTEST_LANE and power * 3 // 2 >= length:
@@ -44,8 +44,8 @@ class _Waiting:
 class _Lane:
     """The waiting rows of one `lane_length`, in order of arrival.
 
-    `seconds` is the engine time charged to the lane. A lane gets no credit for having been empty: when it
-    receives a row again, its `seconds` is raised to the batcher's virtual time (`Batcher._time`) if it is lower.
+    `seconds` is the engine time charged to the lane. When an empty lane gets a row, `seconds` is raised to at
+    least `Batcher._time`.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -59,10 +59,9 @@ class _Lane:
 class Batcher:
     """Decodes submitted rows in batches of similar length.
 
-    An idle engine starts a batch as soon as the batch is full or a row has waited for `max_wait_secs`.
-
-    Rows with the same `lane_length` wait in the same lane. The lane that has used the least engine time is served next
-    (start-time fair queueing, Goyal et al. 1996), so a short row does not wait for hundreds of long ones.
+    An idle engine starts a batch as soon as the batch is full or a row has waited for `max_wait_secs`. Rows
+    with the same `lane_length` share batches. The length that has used the least engine time is served next
+    (start-time fair queueing, Goyal et al. 1996).
 
     Attributes:
         rows: count of rows that are neither answered nor cancelled.
@@ -81,11 +80,10 @@ class Batcher:
         """Creates an empty queue, whose rows `run` decodes.
 
         Args:
-            decode: returns the answers to rows, in the order of the rows; called from a single thread. After
-                an InputError, each row of the batch is decoded alone, and only the bad ones fail. Any other
-                error becomes the answer to all rows of the batch.
+            decode: returns the answers to rows, in order; called from a single thread. After an InputError,
+                each row of the batch is decoded alone. Any other error becomes the answer to all rows.
             length: returns the count of ids in a row's input.
-            max_wait_secs: longest time that a row waits for other rows while the engine is idle.
+            max_wait_secs: longest wait of a row for other rows while the engine is idle.
             max_queue: largest count of unanswered rows.
             on_batch: called after each batch with its row count and its seconds.
         """
@@ -105,8 +103,7 @@ class Batcher:
         """Queues all rows, or none of them if there is not enough room.
 
         Returns:
-            A future for each row, whose result is the answer or an exception. Cancelling the future removes the
-            row from the queue.
+            A future for each row, whose result is the answer or an exception. Cancelling it removes the row.
 
         Raises:
             QueueFull: there would be more than `max_queue` unanswered rows.

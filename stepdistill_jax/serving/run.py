@@ -29,28 +29,27 @@ def serve(
 ) -> dict[str, Any]:
     """Answers rows over HTTP, as `predict` does for files, until SIGTERM or Ctrl-C.
 
-    After the first signal, the server accepts no more connections, and answers the requests in progress.
-    A second signal ends the process at once, with status 128 + the signal's number. Signals are handled
-    only if `serve` is called in the main thread.
+    After the first signal, the server only answers the requests in progress. A second signal ends the process
+    at once, with status 128 + the signal's number. Signals are handled only in the main thread.
 
     Args:
         path: workdir, or model directory in Hugging Face's or CTranslate2's layout.
         port: 0 means any free port, which is logged.
-        max_wait_ms: longest time in ms that a row waits for other rows while the engine is idle.
-        max_queue: largest count of unanswered rows. Requests beyond it are refused with status 503.
-        timeout_secs: seconds after which a request ends with status 504.
-        grace_secs: seconds for which requests in progress are still answered after a signal.
+        max_wait_ms: longest wait of a row for other rows, in ms, while the engine is idle.
+        max_queue: largest count of unanswered rows. Requests beyond it get status 503.
+        timeout_secs: seconds after which a request gets status 504.
+        grace_secs: seconds for which requests are still answered after a signal.
         **options: fields of `DecodeOptions`.
 
     Returns:
         `rows`: count of answered rows.
         `unanswered`: count of requests still in progress after `grace_secs`.
-        `busy`: whether the engine is still working for a client that no longer waits.
+        `busy`: whether the engine is still working.
 
     Raises:
         InputError: an option or the model is bad, a library of the extra `[serve]` is missing, or the
             server cannot listen at the address.
-        Exception: the warm-up failed, for example because a device has too little memory.
+        Exception: the warm-up failed.
     """
     number("max_wait_ms", max_wait_ms, least=0, below=1e6)
     whole("max_queue", max_queue, 1, 10**6 - 1)

@@ -113,14 +113,12 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol, asyncio.BufferedProtocol):
-    """Parses HTTP with h11, which limits the size of an incomplete request head.
-
-    Data is read 4 KiB at a time. With asyncio's default of 256 KiB, a client that sends chunks of one
-    byte would block all other clients for seconds.
-    """
+    """Parses HTTP with h11, which limits the size of an incomplete request head."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # with asyncio's default of 256 KiB, a client that sends chunks of one byte would block all others
+        # for seconds
         self._buffer = bytearray(4096)
 
     def get_buffer(self, sizehint: int) -> bytearray:

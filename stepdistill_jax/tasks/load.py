@@ -48,27 +48,25 @@ def load_task(
     task_objectives: TaskObjectives = None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a split of a task. The first call tokenises the split and stores the tokens.
+    """Returns the tokens of a task's split. The first call tokenises the split and stores the tokens.
 
     A SeqIO task that neither `prepare` nor `add_task` made is called plain. It keeps its own inputs and
-    targets. Outside a mixture, it has the objective `label`; in a mixture, `task_objectives` sets its
-    objective. Any other task of a mixture has the objective with which it was registered.
+    targets. Its objective is `label` or, in a mixture, set by `task_objectives`.
 
     Args:
-        task: name of a prepared dataset, of a task of `add_task`, or of a SeqIO task or mixture.
+        task: name of a dataset of `prepare` or `add_task`, or of a SeqIO task or mixture.
         objectives: name of an arm, or a list of objectives. Plain tasks use only the names and weights.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets and token stores; None means the default folder.
-        task_module: module that registers the task. It is imported first.
-        supervision: None keeps each row unchanged, even a row without a label.
-        task_objectives: {name of a plain task: name of its objective}; or `single`, which gives all tasks
-            one objective.
+        task_module: module that registers the task.
+        supervision: None keeps every row, even one without a label.
+        task_objectives: {name of a plain task: name of its objective}. `single` gives all tasks one objective.
         share: (share of the rows, the run's seed). Only `paper_exact` datasets use it, for train and
             validation.
 
     Raises:
-        InputError: the task or split is unknown or cannot be read, a task of a mixture has no known objective,
-            vocabularies differ, or the rows lack fields that `supervision` needs.
+        InputError: the task or split cannot be read, a task of a mixture has no known objective, vocabularies
+            differ, or the rows lack fields that `supervision` needs.
     """
     folder = data_folder(data_dir)
     found = find_task(task, data_dir=folder, task_module=task_module)

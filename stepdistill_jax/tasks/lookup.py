@@ -27,11 +27,11 @@ from stepdistill_jax.tasks.sources import check_source, raised_at
 def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
     """Returns a `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
 
-    A task of `add_task` takes precedence over a prepared dataset of the same name, and so does a plain task if
-    `task_module` is given. A dataset of `register_prepared` is returned as a `PreparedDataset`.
+    A task of `add_task` takes precedence over a prepared dataset of the same name. If `task_module` is given, so
+    does a plain task.
 
     Raises:
-        InputError: the task is unknown, or its source cannot be read (see `check_source`).
+        InputError: the task is unknown, or `check_source` refuses its source.
     """
     if task_module is not None:
         import_task_module(task_module, data_dir)

@@ -20,8 +20,7 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 class TaskMetrics:
     """Computes a SeqIO task's `metric_fns` and `metric_objs` over all its rows in a split.
 
-    SeqIO calls the task's `postprocess_fn` for targets and answers, with the row as the argument `example`.
-    Only process 0 reads rows.
+    The task's `postprocess_fn` gets the row as `example`. Only process 0 reads rows.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.
@@ -76,18 +75,17 @@ class TaskMetrics:
         scores: Sequence[float] | np.ndarray,
         target_scores: Sequence[float] | np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Returns the values of all metrics by name. All processes must call this; process 0 computes the values.
+        """Returns the values of all metrics by name. All processes must call this.
 
         Args:
             answers: predicted ids for each of the part's `labelled_inputs`.
-            scores: natural log of each answer's probability, [rows]. A metric gets them as
-                `aux_values["scores"]`.
-            target_scores: natural log of the probability of each target in `targets`, [rows]. Required if
-                `reads_target_scores` is true.
+            scores: natural log of each answer's probability, [rows]. A metric gets `aux_values["scores"]`.
+            target_scores: natural log of each target's probability, [rows]. Required if `reads_target_scores`
+                is true.
 
         Raises:
-            InputError: a metric fails or does not return a dict of numbers, or the source has changed since its
-                rows were tokenised. Every process raises the error.
+            InputError: a metric fails or does not return a dict of numbers, or the source's rows have changed.
+                Every process raises the error.
         """
         return on_process_0(lambda: self._compute(answers, scores, target_scores))
 

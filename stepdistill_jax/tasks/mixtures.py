@@ -15,17 +15,16 @@ TaskObjectives = Mapping[str, str] | str | None
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A group of a mixture's tasks. Their rows may belong to the same examples.
+    """Tasks of a mixture, whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset. A group of plain tasks is named after the task that has the run's first
-            objective or, if there is none, after the first task. A group made by the method `each` is named after
-            its only task.
+        name: name of the dataset. Plain tasks are named after the one with the run's first objective or, without
+            such a task, after the first one. A group made by `each` has the name of its only task.
         tasks: the `seqio.Task`s.
         objectives: name of each task's objective.
         rate: rate at which examples are drawn, relative to other groups.
         dataset: name of the dataset of `add_task` or `register_prepared`; None for plain tasks.
-        alone: if the method `each` made the group, the reason why the task is on its own; otherwise "".
+        alone: why `each` put the task on its own; otherwise "".
     """
 
     name: str
@@ -46,12 +45,11 @@ def groups_of(
 ) -> list[Group]:
     """Returns the groups of a `seqio.Mixture`, sorted by the names of their first tasks.
 
-    The tasks of a dataset form one group if they have equal rates and different objectives; otherwise each task
-    forms its own group. Plain tasks are grouped by the same rule, separately for each inner mixture.
+    The tasks of a dataset form one group if their rates are equal and their objectives differ; otherwise each
+    task forms a group. The same rule holds for the plain tasks of each inner mixture.
 
     Args:
-        objectives: names of a run's objectives.
-        task_objectives: {name of a plain task: name of its objective}, or `single`.
+        task_objectives: {name of a plain task: name of its objective}. With `single`, each task forms a group.
 
     Raises:
         InputError: a rate is not above 0, a task has no objective, or `task_objectives` has a wrong entry.
@@ -90,9 +88,9 @@ def label_tasks(
     A plain task without a known objective is included.
 
     Args:
-        mixture: the `seqio.Mixture` to evaluate. The model may have been trained on another mixture.
+        mixture: the `seqio.Mixture` to evaluate.
         objectives: names of the model's objectives.
-        task_objectives: the setting that the model was trained with.
+        task_objectives: the setting of the model's training, perhaps on another mixture.
 
     Raises:
         InputError: there is no such dataset or task.

@@ -29,11 +29,11 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
 def paired(stores: Sequence[TokenStore]) -> TokenStore:
     """Returns one store in which rows with the same id form one example.
 
-    The caller must have checked the stores with `why_not`. The examples of the first store come first, and
-    only they have label texts. Token ids are not copied.
+    The caller must have checked the stores with `why_not`. The first store's examples come first, and only
+    they have label texts.
 
-    For example, a store with the row ids a and b and another store with the row ids b and c give the examples
-    a, b and c. Example a has no row from the second store, and example c has no row from the first.
+    For example, stores with the row ids [a, b] and [b, c] give the examples a, b and c. Example a has no row
+    from the second store, and example c has none from the first.
     """
     # ids are 8-byte hashes of the texts, so sorting and searching need no strings
     row_ids = [np.asarray(store.row_ids) for store in stores]

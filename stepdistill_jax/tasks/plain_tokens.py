@@ -53,8 +53,8 @@ def common_vocabulary(
 
     Args:
         name: name of the task or mixture, for messages.
-        given: vocabulary of `init_from`, or None. It must have the same pieces as the tasks' vocabularies.
-        folder: folder of prepared datasets and token stores.
+        given: vocabulary of `init_from`, or None.
+        folder: data folder, which gets copies of remote vocabularies.
 
     Raises:
         InputError: two vocabularies have different pieces, or `check_trainable` refuses a task.

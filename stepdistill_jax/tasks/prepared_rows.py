@@ -21,17 +21,16 @@ AT_ONCE = 1024  # number of examples that are tokenised together, on all cores
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
-    """Iterates over the tokens of the rows in SPLIT.jsonl.
+    """Iterates over the examples of a prepared split as token ids, with a row for each objective.
 
-    The tokens are those of `registry.joint_task`, made ten times as fast. A supervision that changes labels or
-    rationales needs SeqIO instead (`can_read`), except for `paper_exact` datasets.
+    Unless the dataset is `paper_exact`, `can_read(supervision)` must be true.
 
     Attributes:
-        objectives: the objectives to tokenise. Each example has a row for each objective.
-        vocabulary: vocabulary of inputs and targets.
-        supervision: supervision of the rows; None keeps every row unchanged.
+        supervision: None keeps every row, even one without a label.
         share: (share of the rows, seed of the draw). Only `paper_exact` datasets use it.
     """
+
+    # unless the dataset is `paper_exact`, the ids are those of `registry.joint_task`, made ten times as fast
 
     dataset: PreparedDataset
     split: str

@@ -55,17 +55,15 @@ def register_prepared(
 ) -> tuple[str, ...]:
     """Registers the SeqIO tasks NAME_label and NAME_rationale and the mixture NAME of each prepared dataset.
 
-    Afterwards, `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` makes a mixture of two
-    datasets. A task has the splits in which at least one row has the task's target. The tasks of a changed
-    dataset are replaced. The call skips `paper_exact` datasets, whose token ids SeqIO cannot make, and datasets
-    without a vocabulary.
+    Afterwards, `seqio.MixtureRegistry.add("both", ["cqa", "svamp"], default_rate=1.0)` mixes two datasets.
+    A task has the splits in which at least one row has the task's target. The tasks of a changed dataset are
+    replaced. `paper_exact` datasets are skipped, and so are datasets without a vocabulary.
 
     Args:
-        data_dir: folder of prepared datasets. None means the default folder. If a command imports the module that
-            makes this call (`task_module`), None means the data folder of that command.
-        vocabulary: path of a `spiece.model`, or `bytes`, for all tasks. None means each dataset's own;
-            a dataset without a train split has none. SeqIO reads a mixture only if all its tasks have the same
-            vocabulary.
+        data_dir: folder of prepared datasets. None means the default folder or, inside a `task_module`, the
+            data folder of the command that imports it.
+        vocabulary: path of a `spiece.model`, or `bytes`. It must be given if a mixture has several datasets with
+            different vocabularies. None means each dataset's own; a dataset without a train split has none.
 
     Returns:
         Names of the registered datasets.

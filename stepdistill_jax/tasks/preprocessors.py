@@ -27,14 +27,13 @@ def render(
     (`Objective.is_plain`), the gold label is added as the feature `LABEL_TEXT`.
 
     Args:
-        task, source: name of the task and description of its source, for messages.
-        objectives: {prefix of the features: objective}.
-        variants: {prefix of the features: index of the rationale to use}. Index 0, the default, means the field
-            `rationale`, and index 1 means `rationale.1` (see `tasks.supervision.choose`).
+        task: name for messages.
+        source: description for messages.
+        objectives: {prefix: objective}.
+        variants: {prefix: index of the rationale}, 0 by default. Index 1 means the field `rationale.1`.
 
     Raises:
-        InputError: a field other than `rationale` and `llm_label` is missing, or a field is not text. The error
-            is raised before any row is read.
+        InputError: a field other than `rationale` and `llm_label` is missing, or a field is not text.
     """
     tf = tensorflow()
     spec, first = dataset.element_spec, next(iter(objectives.values()))
@@ -148,10 +147,10 @@ def with_absent_rows(task: Any) -> Any:
 def paired_mixture() -> Any:
     """Returns the class of a `seqio.Mixture` that yields the rows of an example one after the other.
 
-    SeqIO's own sampling would mix the rows of different examples, and would stop at the end of the shortest
-    task. Inside another mixture, SeqIO's own sampling is used. With `shuffle`, the rows of an example stay
-    together only if a seed is given.
+    Inside another mixture, SeqIO's own sampling is used. With `shuffle`, the rows of an example stay together
+    only if a seed is given.
     """
+    # SeqIO's own sampling would mix the rows of different examples, and stop at the end of the shortest task
     tensorflow()
     import seqio
 

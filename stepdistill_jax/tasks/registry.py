@@ -42,15 +42,14 @@ CHECKED_ROWS = 4  # rows that `add_task` reads as a trial
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """The arguments of `add_task`, kept so that a run can use other objectives or another vocabulary.
+    """The arguments of `add_task`. A run can use other objectives or another vocabulary.
 
     Attributes:
-        name: name of the mixture. Its tasks have the names NAME_OBJECTIVE.
+        name: name of the mixture. Its tasks are named NAME_OBJECTIVE.
         source: a `seqio.DataSource`.
-        preprocessors: SeqIO preprocessors that convert rows to the fields input, label, ...
         vocabulary: path of a `spiece.model`, or `bytes`.
-        metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
-        function: the user's metric of `(targets, predictions)` or `(targets, scores)`, or None.
+        metric: name in `data.text_metrics.METRICS`.
+        function: the user's metric function, or None.
     """
 
     name: str
@@ -86,22 +85,21 @@ def add_task(
 ) -> Any:
     """Registers the SeqIO tasks NAME_label, NAME_rationale, ... and the mixture NAME, and reads the first rows.
 
-    Example: `add_task("sums", source=rows, splits=["train"])`, where the call `rows("train")` yields dicts such
-    as `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
+    Example: `add_task("sums", source=rows, splits=["train"])`, where `rows("train")` yields dicts such as
+    `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
 
     Args:
-        name: name of the mixture.
-        source: a function that takes the name of a split and returns its rows, a dict {name of a split: list of
-            its rows}, a list (the rows of `train`), or a `seqio.DataSource`. A row is a dict with `input`,
+        source: one of: a list, which is the split `train`; a dict {name of a split: list}; a `seqio.DataSource`;
+            a function that takes the name of a split and returns the split's rows. A row is a dict with `input`,
             `label` and optionally `rationale`, `llm_label`, `weight`, and text fields that `objectives` name.
-        splits: names of the splits; required for a function, and not allowed otherwise.
-        objectives: name of an arm, or a list of objectives. Each objective becomes a task. The targets lack the
-            objective's `decoder_prefix`, which is added in training.
+        splits: names of the splits; required for a function, otherwise not allowed.
+        objectives: name of an arm, or a list of objectives. Each objective becomes a task, whose targets lack
+            the `decoder_prefix`.
         vocabulary: path of a `spiece.model`, or `bytes`. The vocabulary of `init_from` takes precedence.
-        metric: how labels are compared: `text_match`, `value_match`, or a function. A function is used in
-            addition to `text_match`, and returns a dict of numbers. It takes either `(targets, predictions)`,
-            which are the gold and the predicted labels, or `(targets, scores)`, as in SeqIO.
-        preprocessors: SeqIO preprocessors to apply first, for example to rename the source's fields.
+        metric: `text_match`, `value_match`, or a function to use in addition to `text_match`. It takes
+            `(targets, predictions)`, which are labels, or `(targets, scores)`, as in SeqIO. It returns a dict
+            of numbers.
+        preprocessors: SeqIO preprocessors to apply first.
 
     Returns:
         The `seqio.Mixture`.
@@ -272,13 +270,13 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The rows of one objective in a token store: an input and a target for each example.
+    """The rows of one objective in a token store, one for each example.
 
     Attributes:
         objective: index of the objective, from 1.
-        variant: index of the rationale in an example's list, from 0.
-        name: name in the store. The column's features are `NAME_inputs` and `NAME_targets`.
-        reads_rationale: whether a template of the objective contains a rationale.
+        variant: index of the example's rationale, from 0.
+        name: name in the store. The features are `NAME_inputs` and `NAME_targets`.
+        reads_rationale: whether the objective's templates contain a rationale.
     """
 
     objective: int

@@ -1,8 +1,7 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
-The text `We hold these truths` becomes the inputs `We hold <X>` and the targets `<X> these truths`. SeqIO has
-no such preprocessor. For the same seeds, the functions here return what their namesakes in the package `t5`
-return (t5/data/preprocessors.py, version 0.9.4).
+The text `We hold these truths` becomes the inputs `We hold <X>` and the targets `<X> these truths`. For the
+same seeds, results equal those of the package `t5` (t5/data/preprocessors.py, version 0.9.4).
 """
 
 import functools
@@ -29,23 +28,21 @@ def add_span_corruption(
     mean_noise_span_length: float = MEAN_NOISE_SPAN_LENGTH,
     masks: int = 1,
 ) -> Any:
-    """Registers a SeqIO task whose rows are segments of texts, in which the model predicts masked spans.
+    """Registers a SeqIO task in which the model predicts masked spans of texts.
 
-    A segment has the same masks in every epoch (like RoBERTa's static masking, arXiv 1907.11692, section 4.1).
+    A text has the same masks in every epoch (like RoBERTa's static masking, arXiv 1907.11692, section 4.1).
 
     Args:
         files: {name of a split: file with lines `{"text": ...}`, or glob pattern of such files}.
-        vocabulary: path of a `spiece.model`, or `bytes`. The model needs 100 more ids than the vocabulary has,
-            for sentinels. The first sentinel has the highest id.
-        inputs_length: maximum number of ids in corrupted inputs, including the end of sequence. Longer texts
-            are split. The config's `input_length` must be the same.
+        vocabulary: path of a `spiece.model`, or `bytes`. The model needs 100 more ids, for sentinels. The
+            first sentinel has the highest id.
+        inputs_length: the config's `input_length`. Longer texts are split into segments.
         noise_density: share of the ids to predict, above 0 and below 1.
-        mean_noise_span_length: mean length of a span in ids, 1 or more.
-        masks: number of masks for each segment. Each mask makes one example.
+        mean_noise_span_length: mean length of a masked span in ids, 1 or more.
+        masks: count of masks for each segment. Each mask makes one example.
 
     Returns:
-        The `seqio.Task`. Its longest targets have `random_spans_helper(...)[1]` ids, which should be the
-        config's `target_length`.
+        The `seqio.Task`. The config's `target_length` should be `random_spans_helper(...)[1]`.
 
     Raises:
         InputError: a file does not exist, the name is taken, a number is out of range, or a segment has more
@@ -146,8 +143,8 @@ def corrupt_spans(
 ) -> Any:
     """SeqIO preprocessor: masks spans of `targets`, and keeps the other ids as `inputs`.
 
-    In `inputs`, a sentinel replaces each masked span. In `targets`, a sentinel replaces each span that was not
-    masked. The mask depends on the task's seed and the row's index.
+    A sentinel replaces each masked span in `inputs`, and each other span in `targets`. The mask depends on the
+    task's seed and the row's index.
     """
     import seqio
 
@@ -173,18 +170,16 @@ def random_spans_noise_mask(
 ) -> Any:
     """Returns a random mask of the ids to predict, which are called noise.
 
-    The mask has `n = max(1, round(length * noise_density))` noise ids. They form
+    There are `n = max(1, round(length * noise_density))` noise ids, in
     `max(1, round(n / mean_noise_span_length))` spans. Kept spans and noise spans alternate: the first span is
     kept, and the last span is noise. All such masks are equally likely.
 
     Args:
-        length: int32 scalar, number of ids.
-        noise_density: share of the ids that are noise.
+        length: int32 scalar, count of ids.
         seeds: two random seeds, [2, 2] int32.
-        mean_noise_span_length: mean length of a noise span in ids.
 
     Returns:
-        The mask, [length] bool: True for noise ids.
+        [length] bool: True for noise ids.
     """
     import seqio
 
@@ -230,11 +225,11 @@ def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
 
     Args:
         ids: [length] int32.
-        noise: whether each id is noise, [length] bool.
+        noise: [length] bool.
         vocab_size: size of the vocabulary with its sentinels.
 
     Returns:
-        The remaining ids with the sentinels, [at most length] int32.
+        [at most length] int32.
     """
     tf = tensorflow()
     before = tf.pad(noise[:-1], [[1, 0]])
@@ -246,10 +241,10 @@ def noise_span_to_unique_sentinel(ids: Any, noise: Any, vocab_size: int) -> Any:
 def random_spans_helper(
     inputs_length: int, noise_density: float, mean_noise_span_length: float
 ) -> tuple[int, int]:
-    """Returns (segment length, target length) for a segment whose corrupted inputs have `inputs_length` ids.
+    """Returns (segment length, target length) for a segment whose masked inputs have `inputs_length` ids.
 
-    A segment of n ids, with `noise` noise ids in `spans` spans, gives n - noise + spans + 1 input ids and noise
-    + spans + 1 target ids. Both counts include the end of sequence.
+    `noise` masked ids in `spans` spans give `length - noise + spans + 1` input ids and `noise + spans + 1`
+    target ids. The 1 is the end of sequence.
 
     Example: `random_spans_helper(512, 0.15, 3.0)` is (568, 114).
     """

@@ -18,18 +18,17 @@ from stepdistill_jax.tasks.token_store import TokenStore
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The examples of one dataset, of one plain task, or of several plain tasks whose rows are paired.
+    """The examples of one dataset, one plain task, or several plain tasks whose rows are paired.
 
     Attributes:
-        name: name of the dataset or task.
         columns: a `Column` for each entry of `store.rows`. `Column.objective` is an index in
             `TaskData.objectives`, from 1.
         rate: rate at which examples are drawn, relative to other parts.
-        metric: the metric that compares labels, a name in `data.text_metrics.METRICS`.
-        labels: the distinct labels of the dataset if there are only a few, otherwise ().
+        metric: name in `data.text_metrics.METRICS`.
+        labels: the distinct labels if there are only a few, otherwise ().
         task: the `seqio.Task` of the first column, or None. Its metrics are computed if the part has labels.
-        input_pair: whether rows have a second input text (`Example.input_pair`).
-        own_inputs: whether the inputs come from a plain task, instead of the objectives' templates.
+        input_pair: whether rows have a second input text.
+        own_inputs: whether the inputs come from a plain task, instead of templates.
         drawn: how the rows of several tasks were paired, or why they were not; "" for a single task.
     """
 
@@ -77,11 +76,10 @@ class TaskData:
     """One tokenised split of a task.
 
     Attributes:
-        name, split: names of the task and of the split.
+        name: name of the task.
         parts: one part, or several for a mixture.
-        vocabulary: vocabulary of inputs and targets.
         sample_rationales: whether a batch uses only one of an example's rationales.
-        share_is_drawn: whether `data_fraction` is already applied, so that batches use all rows.
+        share_is_drawn: whether `data_fraction` is already applied.
     """
 
     name: str
@@ -162,9 +160,13 @@ class TaskData:
     def shares(self) -> list[dict[str, Any]]:
         """Returns the expected shares of each objective in each part, before rows are truncated.
 
-        The entries of each dict are `task` (name of the part), `objective`, `examples` (the part's share of all
-        examples), `rows` (share of all rows), `target_tokens` (share of all target tokens), and `drawn` (see
-        `Part`).
+        Returns:
+            `task`: name of the part.
+            `objective`: name of the objective.
+            `examples`: the part's share of all examples.
+            `rows`: share of all rows.
+            `target_tokens`: share of all target tokens.
+            `drawn`: see `Part`.
         """
         # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
         # has the part's mean number of rows and target tokens.
@@ -220,7 +222,7 @@ class TaskData:
 
 
 def shares_in_words(shares: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Formats the result of `TaskData.shares`, as one line for each part of a mixture.
+    """Formats the result of `TaskData.shares` as one line for each part.
 
     Example: `own_label: own_label and own_rationale paired by id; 100.0% of the examples: label 50.0% of the
     rows and 12.5% of the target tokens, rationale 50.0% of the rows and 87.5% of the target tokens`.

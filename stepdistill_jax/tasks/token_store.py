@@ -1,9 +1,8 @@
 """Stores token ids on disk, once for each dataset, split and vocabulary, without TensorFlow.
 
-A store is a folder. Each feature of each objective has two files. The file `ids` contains all rows, one after
-the other. The file `offsets` is [examples + 1] int64, and row i is `ids[offsets[i] : offsets[i + 1]]`. The
-files `weights`, `labels.jsonl` and `row_ids` have one entry for each example. The file `manifest.json` contains
-digests.
+A store is a folder. Each feature of each objective has two files, `ids` and `offsets`: row i is
+`ids[offsets[i] : offsets[i + 1]]`. The files `weights`, `labels.jsonl` and `row_ids` have one entry for each
+example. The file `manifest.json` contains digests.
 """
 
 import contextlib
@@ -40,10 +39,9 @@ class TokenRows:
     absent target) and [7, 1].
 
     Attributes:
-        ids: the ids of all rows, [tokens] int32, memory-mapped. Rows include the end of sequence, and are not
-            truncated.
-        starts: index in `ids` of each row's first id, [examples] int64.
-        ends: index in `ids` after each row's last id, [examples] int64.
+        ids: ids of all rows, with the end of sequence, not truncated, [tokens] int32.
+        starts: index of each row's first id, [examples] int64.
+        ends: index after each row's last id, [examples] int64.
         known_max_id: largest id; None if unknown.
     """
 
@@ -90,10 +88,9 @@ class TokenExample:
 
     Attributes:
         rows: (input ids, target ids) for each objective. An empty target means that the row is absent.
-        weight: factor by which the loss of the example's tokens is multiplied.
-        label_text: text with which predictions are compared: the label, or else the first objective's target.
-        row_id: value of the field `id`, by which rows of several tasks are paired; None if there is no such
-            field.
+        weight: factor of the example's loss.
+        label_text: the label, or else the first objective's target. Predictions are compared with it.
+        row_id: value of the field `id`; None if there is no such field.
     """
 
     rows: Sequence[tuple[Sequence[int] | np.ndarray, Sequence[int] | np.ndarray]]
@@ -107,17 +104,15 @@ class TokenStore:
     """The examples of one split, tokenised for each objective.
 
     Attributes:
-        fingerprint: digest of the contents. Stores with equal contents have equal fingerprints.
-        objectives: names of the objectives.
+        fingerprint: digest of the contents.
         rows: a dict for each objective, with the `TokenRows` "inputs" and "targets". Row i belongs to example
-            i. Optional entries are "weights", the objective's weight for each example, [examples] float32, and
+            i. Optional entries: "weights", the objective's weight for each example, [examples] float32;
             "token_weights", the weight of each target id, [tokens] float32.
         weights: weight of each example, [examples] float32.
-        about: JSON-like description of the store's source.
-        labels: bytes of `labels.jsonl`, memory-mapped, so that an open store survives a replacement of its
-            files.
+        about: JSON-like description of the source.
+        labels: bytes of `labels.jsonl`.
         row_ids: hash of each example's id, [examples] uint64, or None if the task has no ids.
-        others: folders of the other stores that were paired with this store.
+        others: folders of the stores that were paired with this one.
     """
 
     directory: pathlib.Path
@@ -126,6 +121,7 @@ class TokenStore:
     rows: tuple[Mapping[str, TokenRows], ...]
     weights: np.ndarray
     about: Mapping[str, Any]
+    # memory-mapped, so that an open store survives a replacement of its files
     labels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
     row_ids: np.ndarray | None = None
     others: tuple[pathlib.Path, ...] = ()
@@ -157,15 +153,14 @@ def write_store(
     examples: Iterable[TokenExample],
     about: Mapping[str, Any] | None = None,
 ) -> TokenStore:
-    """Writes a store next to `directory`, then renames it to `directory`, replacing an existing store.
+    """Writes a store, replacing an existing one unless it is equal.
 
-    Several processes may write the same store at once, also on a shared disk. If another process has written an
-    equal store, that store is kept and returned, since other processes may have its files open.
+    Several processes may write the same store at once, also on a shared disk.
 
     Args:
         objectives: names of the entries of `TokenExample.rows`, in order.
-        examples: the examples, which are streamed to disk. If the iterable raises, nothing is left on disk.
-        about: JSON-like description of the source, for the manifest.
+        examples: are streamed to disk. If the iterable raises, nothing is left on disk.
+        about: JSON-like description of the source.
     """
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +220,8 @@ def _publish(new: pathlib.Path, directory: pathlib.Path) -> TokenStore:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        # another store exists: uses an equal one, and moves a different or damaged one away
+        # another store exists: uses an equal one, whose files other processes may have open, and moves a
+        # different or damaged one away
         there = open_store(directory, every_byte=True)
         if there is not None and is_same(there, store):
             return there
@@ -241,11 +237,10 @@ def is_same(a: TokenStore, b: TokenStore) -> bool:
 
 
 def open_store(directory: os.PathLike | str, *, every_byte: bool = False) -> TokenStore | None:
-    """Opens the store in a folder. Returns None if the store is missing, damaged, or of another format.
+    """Opens the store in a folder. Returns None if it is missing, damaged, or of another format.
 
-    The manifest, the sizes of the files, and at most 4 MiB of each file are checked; `every_byte` checks all
-    bytes. A damaged store is logged. The result is also None if another process replaces the store at the same
-    time.
+    The result is also None if another process replaces the store at the same time. Damage is logged.
+    At most 4 MiB of each file are checked; `every_byte` checks all bytes.
     """
     directory = pathlib.Path(directory)
     if not (directory / MANIFEST).is_file():
@@ -299,7 +294,9 @@ def verify_store(directory: pathlib.Path) -> dict[str, Any]:
     """Compares every byte of a store's files with its fingerprint.
 
     Returns:
-        {"store": folder of the store, "files": count of its files, "bytes": total size of the files}.
+        `store`: the folder.
+        `files`: count of files.
+        `bytes`: their total size.
 
     Raises:
         InputError: the files differ from the fingerprint, or cannot be read.

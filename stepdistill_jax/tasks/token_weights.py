@@ -26,20 +26,19 @@ def with_token_weights(
     data_dir: os.PathLike | str | None = None,
     task_module: str | None = None,
 ) -> TaskData:
-    """Returns the data of a train split with `token_weights` for the objectives in `fields`.
+    """Returns a copy of a train split's data, with `token_weights` for the objectives in `fields`.
 
     Example: `fields` is {"rationale": "rationale_weights"}, and a row has the rationale "a late parcel" and the
-    `rationale_weights` "0 1 2". Then all tokens of "parcel" have weight 2. The end of sequence always has
-    weight 1. If a row lacks the field, all tokens of its target have weight 1.
+    `rationale_weights` "0 1 2". Then all tokens of "parcel" have weight 2. The end of sequence has weight 1.
+    If a row lacks the field, all its weights are 1.
 
     Args:
-        data: data from `load_task`.
-        fields: {name of an objective: name of the field that contains the weights}.
-        supervision: the run's supervision, which must use the gold label and the first rationale.
+        fields: {name of an objective: name of the field with the weights}.
+        supervision: must use the gold label and the first rationale.
 
     Raises:
-        InputError: an objective is unknown, `prepare` did not write the task or field, the supervision selects
-            among rationales or labels, or a row's numbers do not match its words.
+        InputError: an objective is unknown, `prepare` did not write the task or field, `supervision` is not
+            allowed, or a row's numbers do not match its words.
     """
     dataset = find_task(data.name, data_dir=data_folder(data_dir), task_module=task_module)
     where = "`token_weights`"
@@ -110,13 +109,11 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
     A blank that is a token of its own gets the weight of the word after it.
 
     Args:
-        text: a number for each word of the target.
-        target: text of the target.
-        ids: ids of the target.
+        text: a number for each word of `target`.
         begins: result of `begins_word`.
 
     Raises:
-        ValueError: a number is negative or malformed, or there are more or fewer numbers than words.
+        ValueError: a number is negative or malformed, or the counts of numbers and words differ.
     """
     numbers = [_number(word) for word in text.split()]
     words = len(target.split())

@@ -50,20 +50,18 @@ def stored_tokens(
     data_dir: pathlib.Path,
     compare: bool,
 ) -> TokenStore:
-    """Returns the tokens of one split from disk, after tokenising the split if necessary.
+    """Returns a split's tokens from disk, after tokenising the split if necessary.
 
-    One process at a time tokenises a split, while others wait.
+    One process tokenises the split, while others wait.
 
     Args:
         make_task: returns the `seqio.Task` or the `PreparedRows`. It is called only if the rows must be read.
         name: name of the task, for the folder and messages.
-        objectives: names of the store's objectives.
-        prefixes: prefix of the features of each objective: `PREFIXinputs` and `PREFIXtargets`.
-        key: JSON-like value with everything that determines the tokens and is known before the rows are read.
-        data_dir: folder of prepared datasets. The store is a folder in `data_dir/token_store/`.
-        compare: whether to tokenise the split again if the source's rows have changed. This is needed if
-            `key` does not determine the rows. Each start then tokenises the first 32 rows. If the source does
-            not read files, each start also reads all rows (for the cost, see `sources.rows_digest`).
+        prefixes: prefix of each objective's features `PREFIXinputs` and `PREFIXtargets`.
+        key: JSON-like value that determines the tokens, except for changes of the rows if `compare` is true.
+        data_dir: the store is a folder in `data_dir/token_store/`.
+        compare: whether to tokenise the split again if the source's rows have changed. Each start then
+            tokenises the first 32 rows. If the source does not read files, each start also reads all rows.
 
     Raises:
         InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its
@@ -151,8 +149,8 @@ class Reading:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
-            " readings; draw random numbers with `seqio.map_over_dataset(num_seeds=1)` in preprocessors,"
-            " and with an argument `seed` in the source's function; or write the rows to a file once"
+            " readings; for random numbers, use `seqio.map_over_dataset(num_seeds=1)` in preprocessors and an"
+            " argument `seed` in the source's function; or read rows from a file that you write once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
@@ -230,9 +228,9 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields a dataset's rows, with the features in `names`, as dicts of NumPy arrays.
 
-    For speed, TensorFlow pads rows and returns them in batches; the padding is removed here. Rows that cannot
-    be padded are read one by one, with all features.
+    If one of these features is neither a scalar nor a vector, the rows have all features.
     """
+    # padded batches are faster than single rows; the padding is removed at the end
     spec, tf = dataset.element_spec, tensorflow()
     names = [name for name in names if name in spec]
     plain = all(isinstance(spec[n], tf.TensorSpec) and spec[n].shape.rank in (0, 1) for n in names)

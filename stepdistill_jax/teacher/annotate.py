@@ -38,36 +38,34 @@ def annotate(
 ) -> dict[str, Any]:
     """Asks a teacher about each row, and writes the rows with the teacher's rationales, in input order.
 
-    Every complete, readable answer is saved at once in an SQLite file, the cache. A second run asks only for
-    the answers that are missing from the cache.
+    Complete, readable answers are saved at once in an SQLite file, the cache. A second run asks only for the
+    missing answers.
 
     Args:
-        input: path of a file of JSON lines. Each row has `input`, and optionally `id`, `label`, `choices` and
-            other fields.
-        output: path of the file to write, in the format that `prepare jsonl` reads, with the fields
-            `rationale`, `rationales`, `llm_label` and `provenance`. The file is named OUTPUT.partial until it
-            is complete. OUTPUT.defects.jsonl lists the defects of answers.
-        read: files from which the caller read the settings. They must not be overwritten.
+        input: path of a JSON-lines file. Each row has `input`, and optionally `id`, `label`, `choices`, ...
+        output: path of the file to write, in the format that `prepare jsonl` reads. It is named
+            OUTPUT.partial until it is complete. `defects_of(output)` lists the defects of answers.
+        read: files that must not be overwritten.
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 
     Returns:
         `rows`, `rows_per_second`: count and rate of rows written.
         `with_rationale`: count of rows with a usable answer.
-        `requests`: count of requests that were answered.
+        `requests`: count of answered requests.
         `to_ask`: count of answers that were missing from the cache at the start.
         `asked_again`: count of requests that repeated a question after an unreadable answer.
         `truncated`: count of answers that were truncated at the token limit.
         `prompt_tokens`, `completion_tokens`: counts of tokens used.
         `cost`: money spent; None if the prices are unknown.
         `defects`: {defect: count of answers}.
-        `first_defects`: {defect: the first row with this defect}.
-        `stopped`: why the run ended before the last row; None if it did not.
+        `first_defects`: {defect: the first row with it}.
+        `stopped`: why the run ended before the last row, or None.
         `with_label`: count of rows with a gold label that the teacher was not given. Absent if it is 0.
         `teacher_accuracy`: share of the rows `with_label` that the teacher labelled correctly. Rows without a
         usable answer count as wrong.
-        With `dry_run`, the entries are `prompt` (the first row's prompt), `first_prompt_tokens`, `parameters`
-        and those of `estimated`.
-        With `batch_file`, the entries are those of `write_batch` or `read_batch`.
+        With `dry_run`: `prompt` (of the first row), `first_prompt_tokens`, `parameters` and the entries of
+        `estimated`.
+        With `batch_file`: the entries of `write_batch` or `read_batch`.
 
     Raises:
         InputError: a setting or row is bad, or the server refuses the request.
@@ -113,9 +111,10 @@ def estimated(prompting: Prompting, estimate: Estimate) -> dict[str, Any]:
     """Estimates the tokens and the cost of the answers that are missing from the cache.
 
     Returns:
-        `rows`, `answers`: counts of rows and of missing answers.
+        `rows`: count of rows.
+        `answers`: count of missing answers.
         `prompt_tokens`: estimate at 4 characters per token.
-        `completion_tokens`, `cost`: estimates for answers as long as the exemplars' answers.
+        `completion_tokens`, `cost`: estimates for answers as long as the exemplars'.
         `most_completion_tokens`, `most_cost`: estimates for answers of `max_tokens` tokens.
         The costs are None if the prices are unknown.
     """

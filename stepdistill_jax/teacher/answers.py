@@ -29,9 +29,9 @@ class Answer:
     """An answer of a teacher, before its rationale and label are read.
 
     Attributes:
-        finish_reason: why the answer ended, as the server reports it: `stop`, `length`, ...
-        prompt_tokens, completion_tokens: token counts of the server, or estimates if it reports none.
-        time: time of arrival in UTC, in the format of ISO 8601.
+        finish_reason: the server's reason: `stop`, `length`, ...
+        prompt_tokens, completion_tokens: the server's counts, or estimates if it reports none.
+        time: time of arrival, UTC, ISO 8601.
         parameters: fields of the request other than the model and the messages.
     """
 
@@ -48,8 +48,8 @@ class Reading:
     """The rationale and label that were read from an answer; "" if they cannot be read.
 
     Attributes:
-        problems: names of the answer's defects, which are keys of `KINDS`.
-        usable: whether the answer has both a rationale and a label.
+        problems: the answer's defects, keys of `KINDS`.
+        usable: whether both were read.
     """
 
     rationale: str = ""
@@ -67,17 +67,15 @@ def metric_name(task: str) -> str:
 
 
 def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = False) -> Reading:
-    """Reads the rationale and label of an answer according to the rules of its task.
+    """Reads the rationale and label of an answer by the rules of its task.
 
     Example: for the task `anli`, the answer "Rome is in Italy. So the answer is entailment." has the rationale
     "Rome is in Italy." and the label "entailment".
 
     Args:
         task: one of `prompts.TASKS`.
-        answer: the teacher's answer. Everything up to `</think>` in its text is ignored.
-        row: the question.
-        label_given: whether the prompt contained the gold label. If so, an answer with any other label is
-            unusable.
+        answer: its text up to `</think>` is ignored.
+        label_given: whether the prompt contained the gold label. If so, any other label is unusable.
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)

@@ -33,12 +33,13 @@ def write_batch(
     """Writes a request for each answer that is missing from the cache.
 
     Args:
-        input: path of the file of questions.
-        path: path of the first file of requests. Requests that do not fit go into further files (`numbered`).
-        inputs: files that must not be overwritten, as in `check_outputs`.
+        input: file of questions.
+        path: first file of requests. Requests that do not fit go into further files (`numbered`).
+        inputs: files that must not be overwritten.
 
     Returns:
-        `rows`, `requests`: counts of questions and requests.
+        `rows`: count of questions.
+        `requests`: count of requests.
         `files`: paths of the files written.
     """
     estimate = Estimate()
@@ -87,15 +88,15 @@ def read_batch(
     """Reads the results of a batch, and saves the usable answers in the cache.
 
     Args:
-        prompting: the prompts and parameters of `write_batch`. They determine the keys of answers.
-        input: path of the file of questions.
-        paths: paths of the files of results.
+        prompting: the same as for `write_batch`; it determines the keys of answers.
+        input: file of questions.
+        paths: files of results.
 
     Returns:
         `results`: count of results in the files.
         `failed`: count of results without an answer.
-        `kept`: count of usable answers that this call saved in the cache.
-        `other`: count of results whose question is not in the input, or is already answered in the cache.
+        `kept`: count of usable answers that this call saved.
+        `other`: count of results whose question is not in `input`, or already answered in the cache.
         `defects`: {defect: count of answers}.
     """
     failed: list[str] = []

@@ -17,15 +17,14 @@ class BudgetReached(Exception):
 class Budget:
     """The tokens and money that one run uses, and its limits.
 
-    A request first reserves the largest number of tokens that it may use. It is sent only if all used and
-    reserved tokens are within the limits. A prompt is assumed to have a token per 4 characters, or more if the
-    server has reported a higher ratio.
+    A request first reserves the most tokens that it may use. It is sent only if all used and reserved tokens
+    are within the limits.
 
     Attributes:
-        max_tokens, max_cost: limits of tokens and money; None means no limit.
-        price_input, price_output: prices of a million prompt tokens and of a million answer tokens; None if
-            unknown.
-        prompt_tokens, completion_tokens: counts of prompt tokens and of answer tokens used so far.
+        max_tokens, max_cost: limits; None means no limit.
+        price_input: price of a million prompt tokens; None if unknown.
+        price_output: price of a million answer tokens; None if unknown.
+        prompt_tokens, completion_tokens: counts of tokens used so far.
     """
 
     max_tokens: int | None = None
@@ -88,6 +87,7 @@ class Budget:
 
     def _most(self, prompt: str, longest_answer: int) -> tuple[int, int]:
         """Returns the largest number of prompt tokens and of answer tokens that a request may use."""
+        # a token per 4 characters, or more if the server has reported a higher ratio
         learned = int(self._tokens_per_character * len(prompt)) + 1
         return max(estimate_tokens(len(prompt)), learned), longest_answer
 
@@ -121,10 +121,10 @@ class Reservation:
     async def renew(self) -> None:
         """Reserves the tokens for the next attempt, unless they are still reserved.
 
-        This waits for other requests to end if the tokens are not within the limits.
+        Waits for other requests to end if a limit would be exceeded.
 
         Raises:
-            BudgetReached: the tokens are not within the limits, and no other request is in progress.
+            BudgetReached: a limit would be exceeded, and no other request is in progress.
         """
         budget = self._budget
         if (budget.max_tokens is None and budget.max_cost is None) or id(self) in budget._open:
@@ -143,13 +143,12 @@ class Reservation:
         The reservation ends, unless the attempt used no tokens.
 
         Args:
-            used: numbers of prompt tokens and of answer tokens. None means unknown: all reserved tokens are
-                counted, since the server may have written an answer that did not arrive.
+            used: (prompt tokens, answer tokens). None means unknown: all reserved tokens are counted.
         """
         budget = self._budget
         if used == (0, 0):
             return
-        if used is None:
+        if used is None:  # the server may have written an answer that did not arrive
             most = budget._open.get(id(self)) or budget._most(self._prompt, self._longest)
             budget.prompt_tokens += most[0]
             budget.completion_tokens += most[1]

@@ -53,9 +53,9 @@ class SentAgain(Exception):
     """Raised when an attempt failed and another one may succeed.
 
     Attributes:
-        status: HTTP status of the response; 0 if there was no response.
-        wait: seconds that the server asks the client to wait; None if it names no time.
-        used: counts of prompt tokens and of answer tokens that the attempt used; None if unknown.
+        status: HTTP status; 0 if there was no response.
+        wait: seconds that the server asks the client to wait, or None.
+        used: (prompt tokens, answer tokens) of the attempt; None if unknown.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class ChatClient:
 
         Args:
             parameters: additional fields of the request.
-            reservation: counts the tokens of failed attempts, and delays an attempt that might exceed a limit.
+            reservation: delays an attempt that might exceed a limit.
 
         Raises:
             BudgetReached: another attempt might exceed a limit.
-            InputError: the server refuses the request. The message quotes the server.
+            InputError: the server refuses the request.
             ServerError: all attempts failed.
         """
         start, failures = time.monotonic(), collections.Counter()

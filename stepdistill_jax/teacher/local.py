@@ -19,7 +19,7 @@ class LocalTeacher:
         """Loads the model and its tokenizer from disk.
 
         Args:
-            directory: folder with the model and the tokenizer, as `save_pretrained` writes them.
+            directory: folder written by `save_pretrained`.
             batch_size: largest number of prompts in a batch.
 
         Raises:

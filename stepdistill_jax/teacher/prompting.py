@@ -84,9 +84,8 @@ class Estimate:
     """Counts of a file's rows and answers, made before the first answer is paid for.
 
     Attributes:
-        rows: rows of the file.
-        kept: answers in the cache. An answer counts once for each row that has its prompt.
-        answers: answers that are missing from the cache.
+        kept: answers in the cache, counted once for each row with their prompt.
+        answers: answers missing from the cache.
         characters: characters in the prompts of the missing answers.
         first_prompt: prompt of the first row.
     """

@@ -30,7 +30,7 @@ class Prompter:
 
     Attributes:
         task: one of `TASKS`.
-        exemplars: rows with rationale and label, which the prompt shows before the question.
+        exemplars: answered rows, shown before the question.
         instructions: text that replaces the template's instructions; empty keeps them.
         label_given: whether the prompt contains the gold label and asks only for a rationale.
     """
@@ -91,10 +91,9 @@ def estimate_tokens(characters: int) -> int:
 
 
 def with_choices(row: Example, *, lettered: bool) -> str:
-    """Returns the row's input, followed by the list of its choices unless the input already has the list.
+    """Returns the row's input, followed by its list of choices unless the input already has a lettered list.
 
-    A `lettered` list has the form of the paper's CQA files: the line `Answer Choices:`, and a line such as
-    `(a) ...` for each choice.
+    A `lettered` list has lines such as `(a) ...`, as in the paper's CQA files.
     """
     by_letter = [f"({x}) {choice}" for x, choice in zip(LETTERS, row.choices, strict=False)]
     if not row.choices or "\n".join(by_letter) in row.input:
@@ -115,9 +114,8 @@ def load_prompter(
     """Loads the template and the exemplars of a task.
 
     Args:
-        task: one of `TASKS`.
-        exemplars: file of JSON lines that replace the task's own exemplars. Each line has `input`, `rationale`,
-            `label`, and optionally `choices`.
+        exemplars: JSON-lines file that replaces the task's own exemplars. Fields: `input`, `rationale`, `label`,
+            and optionally `choices`.
         instructions, label_given: see `Prompter`.
         choices: choices for exemplars without the field `choices`.
 

@@ -24,8 +24,8 @@ def read_questions(
 
     Args:
         choices: choices for rows without the field `choices`.
-        needs: the fields that every row must have; see `read_example`.
-        ids: refuses duplicate ids, as `prepare jsonl` does; None allows them.
+        needs: fields that every row must have; see `read_example`.
+        ids: refuses duplicate ids; None allows them.
 
     Raises:
         InputError: a row is bad, or there are no rows. The message names the file, line and field.
@@ -42,11 +42,10 @@ def read_questions(
 def check_questions(
     path: os.PathLike | str, choices: Sequence[str], *, label_given: bool
 ) -> Iterator[Example]:
-    """Checks and yields each row of a file. A run reads the whole file this way before it pays for answers.
+    """Checks and yields each row of a file.
 
     Raises:
-        InputError: a row is bad (see `read_questions`), an id is repeated, or `label_given` is set and a row
-            has no label.
+        InputError: as for `read_questions`; or an id is repeated, or a row lacks the label of `label_given`.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())

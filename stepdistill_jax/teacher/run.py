@@ -49,11 +49,11 @@ class Counts:
         with_rationale: rows with a usable answer.
         with_label: rows with a gold label that the teacher was not given.
         right: rows in `with_label` that the teacher labelled correctly.
-        requests: requests that were answered.
-        truncated: answers that were truncated at the token limit.
-        asked_again: requests that repeated a question after an unreadable answer.
-        defects: {defect: count of answers}, only for the final answers of the rows.
-        first_defects: {defect: the first row with this defect}.
+        requests: answered requests.
+        truncated: answers truncated at the token limit.
+        asked_again: repeated requests after an unreadable answer.
+        defects: {defect: number of final answers with it}.
+        first_defects: {defect: first row with it}.
     """
 
     rows: int = 0
@@ -85,10 +85,10 @@ class Run:
         """Prepares a run without sending anything.
 
         Args:
-            teacher: the teacher to ask; None if all answers are in the cache.
+            teacher: None if all answers are in the cache.
             output: file for the rows.
             defects: file for the list of defects.
-            kept: number of answers in the cache. `max_truncated` counts these answers as usable.
+            kept: number of answers in the cache, which `max_truncated` counts as usable.
         """
         self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
@@ -105,14 +105,12 @@ class Run:
     async def all(self, rows: Iterator[Example]) -> None:
         """Asks about every row, and writes the rows in order.
 
-        Up to max(64, 4 x `concurrency`) rows may be in progress at once, so that a slow answer does not block
-        other requests.
-
         Raises:
             Stopped: a limit was reached, or the server is down. At a limit, the answers to requests in progress
                 are saved first.
             InputError: the server refuses a request, or too many answers are unusable.
         """
+        # rows in progress at once: more than requests, so that a slow answer does not block the others
         most = max(64, 4 * self._settings.concurrency)
         window: collections.deque[tuple[Example, str, asyncio.Task | list[Sample]]] = (
             collections.deque()

@@ -12,13 +12,11 @@ _ALTERED = "\\%&\0"  # each encoding except plain, hex and base64 contains one o
 class Secret:
     r"""Replaces an API key in strings by ***, even in the usual encodings.
 
-    Each character of the key may appear in any of these forms:
+    Each character of the key may appear in any of these forms, also after backslashes (`\/`) or zero bytes:
     - as itself;
     - as an escape such as `\u002f` or `\x2f`;
-    - percent-encoded once or twice;
-    - as an HTML entity;
-    - in one of the forms above, preceded by backslashes (JSON may write `/` as `\/`, and `repr` doubles
-      backslashes) or by zero bytes (UTF-16).
+    - percent-encoded, also repeatedly;
+    - as an HTML entity.
 
     The complete key may also appear in hex or base64, alone or after other text (`Bearer KEY`).
 
@@ -61,5 +59,6 @@ def _spellings(c: str) -> str:
     ]
     if (entity := html.escape(c)) != c:
         ways.append(re.escape(entity))
-    # at most 8 backslashes or zero bytes, so that a long run of them does not make the match slow
+    # JSON may write `/` as `\/`, `repr` doubles backslashes, and UTF-16 has zero bytes. At most 8 of them, so
+    # that a long run of them does not make the match slow.
     return rf"[\\\0]{{0,8}}(?:{'|'.join(ways)})"

@@ -15,40 +15,35 @@ SAMPLING_TEMPERATURE = 0.7  # default with several samples
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `annotate`, whose names are those of the command's flags.
+    """The arguments of `annotate`, named like the command's flags.
 
     Attributes:
-        task: `cqa`, `svamp`, `esnli` or `anli`; or `generic` for any other rows.
+        task: `cqa`, `svamp`, `esnli` or `anli`; `generic` for any other rows.
         model: name of the model on the server; None if `teacher` is set.
         teacher: `hf:DIR`, where DIR is a local transformers directory; None asks a server.
         base_url: URL of an OpenAI-compatible server; None means $OPENAI_BASE_URL, or else OpenAI's server.
-        api_key_env: environment variable that contains the API key.
-        exemplars: file of JSON lines that replace the task's exemplars. Each line has `input`, `rationale` and
-            `label`.
+        api_key_env: environment variable with the API key.
+        exemplars: JSON-lines file that replaces the task's exemplars. Fields: `input`, `rationale`, `label`.
         instructions: text that replaces the template's instructions; empty keeps them.
         choices: allowed answers for rows without the field `choices`.
         samples: number of answers per row. The commonest label is used.
-        temperature: None means 0 for one sample and 0.7 for several; `default` leaves the field out of the
-            request.
-        max_tokens: largest number of tokens in an answer, including a model's reasoning.
-        reasoning_effort: `reasoning_effort` of each request, only for reasoning models; None leaves the field
-            out.
+        temperature: None means 0 for one sample and 0.7 for several; `default` sends none.
+        max_tokens: largest number of tokens in an answer, reasoning included.
+        reasoning_effort: only for reasoning models; None sends none.
         parameters: additional fields of the request (`{"top_p": 0.9}`).
         label_given: whether the prompt contains the gold label and asks only for a rationale.
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
-        retries: how often to ask again after an unreadable answer. While all answers of the run are unusable,
-            only the first question is asked again.
-        attempts: how often to send a request to a failing server. After that, the question has no answer.
+        retries: how often to ask again after an unreadable answer, once any answer was usable.
+        attempts: how often to send a request to a failing server before giving up its question.
         timeout: time limit of a request, in seconds.
-        max_truncated: largest share of unusable answers, truncated ones included. After 20 questions, a larger
-            share stops the run. Answers in the cache count as usable.
-        max_tokens_total, max_cost: limits of tokens and money for this run; None means no limit.
-        price_input, price_output: prices of a million prompt tokens and of a million answer tokens; None if
-            unknown.
+        max_truncated: largest share of unusable answers, truncated or not, from 20 questions on. A larger share
+            stops the run.
+        max_tokens_total, max_cost: limits for this run; None means no limit.
+        price_input, price_output: prices per million tokens of prompts and of answers; None if unknown.
         cache: SQLite file of answers; None means `teacher_cache.sqlite` next to the output.
-        batch_file: `("write", FILE)` writes requests in OpenAI's batch format, and `("read", FILE, ...)` reads
-            the results of a batch. Empty asks the server directly.
-        dry_run: whether to send nothing, and only show the first prompt and the estimated cost.
+        batch_file: `("write", FILE)` writes requests in OpenAI's batch format. `("read", FILE, ...)` reads a
+            batch's results. Empty asks the server.
+        dry_run: whether to only show the first prompt and the estimated cost.
         backoff: longest wait before the second attempt, in seconds. The wait doubles with each attempt.
     """
 

@@ -28,15 +28,13 @@ class Reply:
 
     Attributes:
         text: content of the answer.
-        status: HTTP status.
         headers: additional HTTP headers.
-        body: the complete body; None means a completion whose content is `text`.
+        body: the complete body; None means a completion with `text`.
         delay: seconds to wait before the reply.
-        cut: number of bytes of the body to send before the connection is closed; None sends all of them.
-        drip: seconds to wait after each byte of the body; 0 sends the body in one piece.
+        cut: number of the body's bytes to send before the connection is closed; None sends all.
+        drip: seconds to wait after each byte of the body; 0 sends it in one piece.
         endless: whether to repeat the body, in chunks, until the client disconnects.
-        tokens: numbers of prompt tokens and of answer tokens to report; None means a token for every 4
-            characters.
+        tokens: reported numbers of prompt and answer tokens; None means one for about 4 characters.
     """
 
     text: str = ""

@@ -12,29 +12,27 @@ UNCOMPRESSED = "identity"
 
 
 def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
-    """Returns a client with a single connection, which refuses responses that are compressed or too long.
-
-    A hook limits each response to 4 MiB, including redirects and errors, which httpx reads itself. A compressed
-    response is refused, since it could be larger in memory. A custom transport could do the same, but httpx
-    would then ignore the proxies that environment variables set.
+    """Returns a client with a single connection, which refuses responses that are compressed or over 4 MiB.
 
     Args:
-        timeout: time limit of each read or write, in seconds. The limit for connecting is half of it, since the
-            caller ends a request after `timeout` seconds. A failed connection is reported before that.
+        timeout: time limit of each read or write, in seconds; half of it for connecting.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+        # half, to report a failed connection before the caller ends the request after `timeout` seconds
         timeout=httpx.Timeout(timeout, connect=timeout / 2),
         headers={"Accept-Encoding": UNCOMPRESSED},
         follow_redirects=True,
         verify=verify,
+        # A hook also limits redirects and errors, which httpx reads itself. With a custom transport, httpx
+        # would ignore the proxies that environment variables set.
         event_hooks={"response": [_bound]},
     )
 
 
 async def _bound(response: httpx.Response) -> None:
     encoding = response.headers.get("Content-Encoding", UNCOMPRESSED).strip().lower()
-    if encoding not in ("", UNCOMPRESSED):
+    if encoding not in ("", UNCOMPRESSED):  # it could be larger in memory
         raise httpx.ReadError(
             f"the response is compressed ({encoding[:40]}), which was not requested"
         )

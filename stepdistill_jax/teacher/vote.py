@@ -12,10 +12,9 @@ Sample = tuple[Answer, Reading]
 
 
 def vote(labels: Sequence[str], metric: str) -> tuple[str, float]:
-    """Returns the commonest label, and the share of the labels that are equal to it.
+    """Returns the commonest label, and its share of the labels.
 
-    The metric decides which labels are equal. Among equal labels, the first is returned. A tie goes to the
-    label that appears first.
+    `metric` decides which labels are equal. A tie goes to the label that appears first.
 
     Example: `vote(["(84 / 2)", "(4 * 2)", "42"], "value_match")` is ("(84 / 2)", 2 / 3).
     """
@@ -40,17 +39,17 @@ def output_row(
     label_given: bool,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns a row of the generic format, with the row's own fields and `provenance`.
+    """Returns a row of the generic format, with the question's own fields and `provenance`.
 
-    A usable answer adds `rationale`, `rationales` and `llm_label`. With several samples, the row's `weight` is
-    multiplied by the share of the commonest label.
+    Usable answers add `rationale`, `rationales` and `llm_label`. With several samples, `weight` is multiplied by
+    the share of the commonest label.
 
     Args:
         row: the question.
-        samples: the answers to the question, in order.
+        samples: its answers, in order.
         source: source of the rationales.
-        label_given: whether the teacher was given the label. Then there is no vote and no new `llm_label`.
-        provenance: provenance of the row, to which the answers are added.
+        label_given: whether the teacher was given the label; if so, `llm_label` and `weight` stay the same.
+        provenance: entries to which the answers are added.
     """
     result: dict[str, Any] = {"id": row.id, "input": row.input}
     if row.label:

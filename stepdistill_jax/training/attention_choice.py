@@ -35,13 +35,15 @@ class _Call(NamedTuple):
 def settle_attention(
     model: ModelConfig, mesh: Mesh, lengths: Sequence[tuple[int, int]]
 ) -> ModelConfig:
-    """Returns the model's configuration with `attention` set to "xla" or "pallas", and logs the choice.
+    """Returns the model's configuration with `attention` set to "xla" or "pallas".
 
-    "auto" becomes "pallas" if the kernel works on the mesh's devices, otherwise "xla". `lengths` has pairs
-    (input length, target length) of the rows, in tokens.
+    "auto" becomes "pallas" if the kernel works on the mesh's devices, otherwise "xla".
+
+    Args:
+        lengths: pairs (input length, target length) of the rows, in tokens.
 
     Raises:
-        InputError: `attention` is "pallas", but no kernel supports the platform, the shapes or the model.
+        InputError: `attention` is "pallas", but no kernel can be used.
     """
     settled, problem = untried_attention(model, mesh, lengths)
     device = mesh.devices.flat[0]
@@ -66,11 +68,11 @@ def untried_attention(
 ) -> tuple[ModelConfig, str | None]:
     """Chooses the attention like `settle_attention`, but assumes that the kernel works and logs nothing.
 
-    Nothing runs on the mesh's devices, so they need not exist on this machine.
+    The mesh's devices need not exist on this machine.
 
     Returns:
         The model's configuration with the choice.
-        The reason why no kernel can be used, or None.
+        Why no kernel can be used, or None.
 
     Raises:
         InputError: as for `settle_attention`.

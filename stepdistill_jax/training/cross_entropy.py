@@ -1,7 +1,6 @@
-"""Cross-entropy over a large vocabulary, computed for one chunk of tokens at a time.
+"""Cross-entropy over a large vocabulary, with the logits of only one chunk of tokens at a time.
 
-The forward pass also computes a chunk's gradient, so only one chunk's logits exist at a time, as in Liger
-Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
+The forward pass also computes the gradient, as in Liger Kernel (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 import functools
@@ -36,15 +35,14 @@ def cross_entropy(
         states: the decoder's states, [batch, length, embed]. Matmuls are computed in their dtype.
         kernel: weights of the output layer, [embed, vocab], or [vocab, embed] if `tied`.
         targets: target ids, [batch, length] int32.
-        scale: factor of each token, [batch, length] float32. It gets no gradient.
+        scale: factor of each token, [batch, length] float32, without a gradient.
         softcap: a logit x becomes softcap x tanh(x / softcap); None leaves logits unchanged.
-        tied: whether `kernel` is the embedding itself. It is used without a transpose, which saves memory
-            and time.
+        tied: whether `kernel` is the embedding itself.
 
     Returns:
         The scaled loss, a float32 scalar; only this output has a gradient.
-        The negative log probability of each token in nats, [batch, length] float32.
-        For each token, 1 if no id is likelier than the target, otherwise 0, [batch, length] float32.
+        The negative log probabilities of the targets in nats, [batch, length] float32.
+        1 where no id is likelier than the target, otherwise 0, [batch, length] float32.
     """
     nll, correct, _, _ = _on_own_rows(states, kernel, targets, scale, softcap, tied, False, False)
     return _total(scale, nll), nll, correct

@@ -44,13 +44,13 @@ def load_split(
 ) -> TaskData:
     """Returns the tokens of a split as a run of `config` reads them.
 
-    The config's supervision and token weights apply to the train split. The validation split has the
-    supervision `Supervision.held_out()`. The rows of other splits stay unchanged.
+    The config's supervision and token weights apply to the train split, `Supervision.held_out()` to the validation
+    split.
 
     Args:
-        vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
-        data_dir: folder of prepared datasets; None means the default folder.
-        objectives: objectives of the train split; None means the config's.
+        vocabulary: path of a `spiece.model`, or `bytes`; None means the task's.
+        data_dir: folder of prepared datasets; None means the default.
+        objectives: objectives for training; None means the config's.
 
     Raises:
         InputError: as for `load_task` and `with_token_weights`.

@@ -18,15 +18,13 @@ from stepdistill_jax.runtime.checks import snake_case
 class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
 
-    A subclass is a frozen dataclass whose fields are its settings. `count` and `total` are traced, so no
-    Python branch may depend on values in their arguments. The step calls them for each group of rows in each
-    slice of the batch. A call must return a sum over its rows, so that the result does not depend on devices
-    or microbatches. In a packed row, segment ids distinguish the examples.
+    A subclass is a frozen dataclass whose fields are its settings. `count` and `total` must return sums over
+    the rows that they get, which are only some of the batch. They are traced, so no Python branch may depend
+    on values in their arguments. In a packed row, segment ids distinguish the examples.
 
     Attributes:
-        name: name in lower_snake_case. The metric `loss/<name>` is (sum of `total`) / (sum of `count`).
-        weight: factor of the term, a number of at least 0 or a `Schedule`. For a `Schedule`, the metric
-            `loss_weight/<name>` is the step's factor.
+        name: name in lower_snake_case, as in the metric `loss/<name>`.
+        weight: number of at least 0, or a `Schedule`, whose value is the metric `loss_weight/<name>`.
 
     Raises:
         InputError: the name or the weight is invalid.
@@ -57,12 +55,10 @@ class ExtraLoss(abc.ABC):
 
         Args:
             states: the decoder's states after its last norm, [rows, length, embed] in the run's dtype.
-            output: `output.logits(states)` returns float32 logits, which can be the step's largest array.
-                `output.kernel` is [embed, vocab] float32.
-            group: arrays [rows, length] (see `batches.batch`): `decoder_target_tokens`,
-                `decoder_segment_ids`, `decoder_objective_ids` (index of the objective, from 1; 0 is padding),
-                `decoder_loss_weights`, the encoder's arrays, `decoder_task_ids` for a mixture, and
-                `decoder_example_ids` for a `PairedLoss`.
+            output: `output.logits(states)` returns float32 logits; `output.kernel` is [embed, vocab] float32.
+            group: arrays [rows, length] of `batches.batch`, such as `decoder_target_tokens`,
+                `decoder_segment_ids`, `decoder_loss_weights` and `decoder_objective_ids` (index of the
+                objective, from 1; 0 is padding). A `PairedLoss` also gets `decoder_example_ids`.
         """
 
     def to_json(self) -> dict[str, Any]:
@@ -77,10 +73,9 @@ class PairedLoss(ExtraLoss):
     A subclass defines `total`. An example with several rationales is one pair. An example that lacks one of
     the two targets is no pair.
 
-    All targets of an example are in the same row. `decoder_example_ids` has, for each target token, the
-    1-based index of its example within the row; 0 is padding. Examples with several targets come first, so
-    the index of a pair is at most `length // 2`, where `length` is the target length of a row. The axis
-    `examples` in the methods therefore has the size `length // 2`.
+    All targets of an example are in the same row. `decoder_example_ids` has the 1-based index of each target
+    token's example in its row; 0 is padding. The axis `examples` in the methods has the size `length // 2`,
+    and contains all pairs.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
@@ -106,16 +101,17 @@ class PairedLoss(ExtraLoss):
         Args:
             values: a value for each target token, [rows, length, ...].
             group: the argument of `total`.
-            objective: index of the objective, from 1: 1 for the label, 2 for the rationale.
-            by: the reduction, a function of `jax.ops`.
+            objective: 1 for the first objective, 2 for the second.
+            by: a segment reduction of `jax.ops`.
 
         Returns:
-            The reduced values, [rows, examples, ...]. An example without such tokens gets 0, or what `by`
-            returns for an empty segment.
+            The reduced values, [rows, examples, ...]; for an example without such tokens, what `by` returns
+            for an empty segment (`segment_sum`: 0).
         """
         # Example ids 1 1 1 2 2 2 0 0 with objectives 1 2 2 1 2 2 0 0: for objective 2, `numbers` is
         # 0 1 1 0 2 2 0 0. Segment 0 collects all other tokens and is dropped.
         numbers = jnp.where(group["decoder_objective_ids"] == objective, group[EXAMPLE_IDS], 0)
+        # enough for all pairs: examples with several targets come first, and a pair has at least 2 tokens
         places = numbers.shape[1] // 2 + 1
 
         def of_row(values: jax.Array, numbers: jax.Array) -> jax.Array:

@@ -25,9 +25,9 @@ class InitialWeights:
     """A run's initial parameters, which come from `init_from`.
 
     Attributes:
-        path: path of a model directory or of another run's workdir.
+        path: a model directory or another run's workdir.
         step: step to load from that workdir; None for a model directory.
-        rules: `TrainConfig.init_rules`; None loads every parameter under its own name.
+        rules: `TrainConfig.init_rules`; None loads each parameter under its own name.
         abstract: shapes and shardings of the run's state.
     """
 
@@ -131,9 +131,8 @@ def sources_of(
 ) -> dict[str, str | None]:
     r"""Returns the stored name of each parameter of a run, chosen by rules as in T5X.
 
-    The first rule whose expression matches the parameter's complete name decides. Its replacement, in which
-    `\1` stands for a group, is the stored name. None means that the parameter is not loaded. Without a
-    matching rule, the stored name is the parameter's own name.
+    The first rule whose expression matches the complete name decides. Its replacement, in which `\1` stands for a
+    group, is the stored name; None means not loaded. Without a matching rule, the name stays the same.
 
     >>> rules = [(r"decoder/layers/self_(.*)", r"encoder/layers/\1"), ("logits_dense/.*", None)]
     >>> names = ["decoder/layers/self_attention/out/kernel", "logits_dense/kernel", "token_embedder"]
@@ -146,8 +145,8 @@ def sources_of(
     token_embedder <- token_embedder
 
     Args:
-        wanted: shape of each parameter of the run.
-        stored: shape of each stored parameter.
+        wanted: shapes of the run's parameters, by name.
+        stored: shapes of the stored parameters, by name.
         rules: `TrainConfig.init_rules`.
         where: path of the stored parameters, for messages.
 

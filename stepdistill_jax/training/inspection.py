@@ -50,32 +50,30 @@ def inspect(
 
     Args:
         config: a run's config, or the name of a task, which is then measured with the default lengths.
-        rows: number of rows of step 0 to show. If rows are not packed, this many are shown for each
-            objective.
+        rows: number of rows of step 0 to show; for each objective if rows are not packed.
         data_dir: folder of prepared datasets; None means the default folder.
         task_module: replaces the config's `task_module`.
-        verify: whether to compare every byte of the split's token stores with their manifests.
+        verify: whether to compare the split's token files with their manifests, byte for byte.
 
     Returns:
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`, `vocabulary_size`.
-        `objectives`: {name: {"weight" (a number, or a schedule in words), "rows" (count of rows with a
-            target), "absent" (count of examples without a target), "inputs", "targets"}}. "inputs" and
-            "targets" give lengths in tokens before truncation: "min", "mean", "median", "p99", "max" and
-            "histogram" (list of {"from", "to", "rows"}). Target lengths include the decoder prefix.
+        `objectives`: {name: {"weight", "rows", "absent", "inputs", "targets"}}.
+            "weight": a number, or a schedule in words.
+            "rows", "absent": number of rows with a target, and number of examples without one.
+            "inputs", "targets": lengths in tokens before truncation: "min", "mean", "median", "p99", "max"
+                and "histogram" (list of {"from", "to", "rows"}). Targets include the decoder prefix.
         `shares`: only for a mixture, the result of `TaskData.shares`.
-        `cut`: {name: {"inputs", "targets"}}, the counts of truncated inputs and targets.
+        `cut`: {name: {"inputs", "targets"}}, the number of truncated inputs and targets.
         `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token.
-        `rows_per_step`: mean row count of a step.
-        `row_counts`: the row counts that a packed step can have.
+        `rows_per_step`: mean number of rows in a step.
+        `row_counts`: the numbers of rows that a packed step can have.
         `shown`: list of rows, each a list of targets: {"objective", "input", "target", "input_tokens",
-            "target_tokens", "weight" (of the last target token)}. A target that shares the previous target's
-            encoding has the input "" with 0 tokens.
-        `row_lengths`: [input length, target length] of a packed row.
-        `candidates`: possible row lengths, each with its fill, rows per step, and `flops_per_step` (FLOPs of
-            the matmuls, padding included).
-        `chosen`: the shortest candidate whose FLOPs are at most 1% above the minimum.
-        `verified`: only with `verify`, each store's folder (`store`) and number of compared `files` and
-            `bytes`.
+            "target_tokens", "weight" (of the last target token)}. The "input" is "" if it is shared with the
+            previous target.
+        `row_lengths`: [input length, target length] of a packed row; empty if rows are not packed.
+        `candidates`: possible lengths of packed rows, each with `flops_per_step` (matmuls only).
+        `chosen`: the shortest candidate with at most 1% more FLOPs than the minimum.
+        `verified`: only with `verify`, each `store` (a folder) and its numbers of `files` and `bytes`.
 
     Raises:
         InputError: the task or split is unknown, `rows` is negative, or a store is damaged.

@@ -42,20 +42,19 @@ def train(
         workdir: folder of checkpoints, metrics and model files; created if absent.
         data_dir: folder of prepared datasets; None means the default folder.
         config_text: gin text to write as `config.gin`.
-        began: value of `time.monotonic()` at the start of the command; None means now. The time from then to
-            the end of the first step is logged.
+        began: `time.monotonic()` at the start of the command, for the logged start-up time; None means now.
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ...
-        `examples_per_second`: the mean since this start of the run, or 0 if no step was left.
-        `best_step`, and the metrics `eval/validation/...` of the best step.
-        `majority_baseline`, only with a validation split: the label accuracy of always answering the most
-            frequent label.
+        `examples_per_second`: mean of this start, or 0 if no step was left.
+        `best_step`, and its metrics `eval/validation/...`.
+        `majority_baseline`: accuracy of always answering the most frequent label; only with a validation
+            split.
 
     Raises:
         InputError: a setting, the dataset or the workdir cannot be used. Raised before a step is compiled.
         SystemExit: status 75, after a signal has stopped the run and its last step is saved.
-        FloatingPointError: non-finite steps ended the run (see `on_nonfinite`). The message names the step.
+        FloatingPointError: non-finite steps ended the run (see `on_nonfinite`).
         MemoryError: a step does not fit into a device's memory. The message names settings that reduce it.
     """
     startup = StartUp(began)

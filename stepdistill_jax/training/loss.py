@@ -20,14 +20,13 @@ Columns = TypeVar("Columns", jax.Array, np.ndarray)
 
 
 class ObjectiveSums(struct.PyTreeNode):
-    """Totals of each objective, as arrays [columns] float32. Totals are divided only once, at the end.
+    """Totals of each objective, as arrays [columns] float32.
 
-    The columns are all objectives of the first task, then those of the second, and so on. An extra loss has
-    the last column.
+    The columns are the first task's objectives, then the second task's, and so on. An extra loss comes last.
 
     Attributes:
-        loss: sum over target tokens of weight x cross-entropy, in nats.
-        correct: sum of the weights of the target tokens that are the model's likeliest token.
+        loss: sum of weight x cross-entropy over target tokens, in nats.
+        correct: sum of the weights of correctly predicted target tokens.
         count: sum of the weights of all target tokens.
     """
 
@@ -121,9 +120,8 @@ def objective_sums(
 ) -> tuple[jax.Array, ObjectiveSums]:
     """Returns what a group of rows adds to the loss, and the group's totals.
 
-    Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale, where each term is a
-    mean of cross-entropies over target tokens. Each mean is over the global batch, and this group adds
-    its part.
+    Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale. Each term is a mean
+    cross-entropy over the target tokens of the global batch.
 
     With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4). With
     the weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
@@ -132,13 +130,12 @@ def objective_sums(
         states: the decoder's states, [batch, length, embed].
         group: `decoder_target_tokens`, `decoder_objective_ids` (index of the objective, from 1; 0 is padding)
             and `decoder_loss_weights`, all [batch, length].
-        scale: factor by which the loss of each column of `ObjectiveSums` is multiplied, [columns] float32. It
-            comes from `loss_scale`, applied to the counts of the global batch.
+        scale: `loss_scale` of the global batch, [columns] float32.
         num_objectives: number of objectives of each task; None means the number of columns.
 
     Returns:
         The sum of scale x loss over all columns, a scalar with a gradient.
-        The totals of the group, without a gradient.
+        The group's totals, without a gradient.
     """
     weights = token_weights(group, len(scale), num_objectives or len(scale))
     targets = group["decoder_target_tokens"]

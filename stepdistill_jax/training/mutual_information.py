@@ -15,24 +15,22 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    At each token of a target, including its end of sequence, the model predicts a probability for each id v. Let
-    z_v be the largest probability of v over the label's tokens, and r_v the largest over the rationale's tokens. The
+    It moves a rationale towards the words that the label predicts. Let z_v be the largest probability of the id
+    v at the label's tokens, and r_v the largest at the rationale's tokens, both with the end of sequence. The
     loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
-    where z gets no gradient. So the rationale moves towards the words that the label predicts. In the paper, CE is a
-    bound of the mutual information. The training loss gets `weight` times the mean of CE over the pairs of the
-    global batch.
+    where z gets no gradient. The training loss gets `weight` times the mean of CE over the pairs of the global
+    batch.
 
-    The probabilities r are the logits of a second softmax, and z does not sum to 1, as in the paper's code
-    (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033, `model_utils.py`). One thing differs: the
-    paper's code also takes the maxima over padding, so its loss depends on the other rows of a batch.
+    The formula is that of the paper's code (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033,
+    `model_utils.py`), but that code also takes the maxima over padding.
 
     Example with 2 ids: if the label's tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), z is (0.9,
     0.8). If r is (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.
 
-    The float32 logits of a whole slice exist at once. They are the largest array of the step.
+    A step needs memory for the float32 logits of a whole slice.
 
     Attributes:
         weight: factor of the term, a number of at least 0 or a `Schedule`. The paper's code uses 0.1

@@ -53,8 +53,7 @@ def weight_schedule(s: Schedule) -> Callable[[Any], jax.Array]:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Returns a config's optimizer: clipping followed by AdamW or Adafactor, or a user's transformation.
 
-    Adafactor has T5X's settings. Equal settings return the same object, so runs in one process share compiled
-    programs.
+    Adafactor has T5X's settings. Equal settings return the same object.
 
     Raises:
         InputError: the user's function raises, or does not return a transformation.

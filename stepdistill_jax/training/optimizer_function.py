@@ -21,11 +21,11 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 class OptimizerFunction:
     """A user's complete update rule: a function that returns an optax transformation, and its arguments.
 
-    No clip, weight decay or learning rate is added. A `LearningRate` argument is passed as an optax schedule.
+    No clip, weight decay or learning rate is added.
 
     Attributes:
-        function: the function, called when a run is assembled.
-        arguments: the function's arguments by name, each a `LearningRate` or a plain value for `run.json`.
+        function: called when a run is assembled.
+        arguments: plain values by name, or a `LearningRate`, which is passed as an optax schedule.
 
     Raises:
         InputError: an argument is unknown, missing, or not a plain value.
@@ -84,13 +84,13 @@ class OptimizerFunction:
     ) -> optax.GradientTransformation:
         """Calls the function, and returns its transformation.
 
+        The transformation's `init` raises InputError if a training step could not call `update`.
+
         Args:
             learning_rate: the run's peak learning rate.
-            train_steps: the run's number of steps.
 
         Raises:
-            InputError: the function raises, or does not return a transformation. The `init` of the returned
-                transformation raises an InputError if a training step could not call `update`.
+            InputError: the function raises, or does not return a transformation.
         """
         arguments = {
             name: value.schedule(learning_rate, train_steps)

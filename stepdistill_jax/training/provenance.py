@@ -104,8 +104,8 @@ def _count(tree: Any) -> int:
 def _weights_digest(initial: InitialWeights) -> str | None:
     """Returns a digest of `init_from`, or None if its directory or step is gone.
 
-    For a workdir, the digest covers the manifest entries of the step's parameters. For a model directory,
-    it covers config.json and the sizes of the files, but not the weights.
+    For a workdir, it covers the manifest of the step's parameters. For a model directory, it covers config.json
+    and the file sizes, but not the weights.
     """
     directory = initial.path
     if initial.step is not None and is_workdir(directory):
@@ -192,8 +192,8 @@ def claim_workdir(run: Run, described: dict[str, Any], config_text: str | None) 
     """Compares the run with its earlier starts, and writes `run.json`, `config.gin` and the model files.
 
     Raises:
-        InputError: the workdir has a run with other settings or cannot be written, or processes see different
-            configs, data or workdirs. Raised on every process.
+        InputError: the workdir has a run with other settings or cannot be written, or processes disagree. Raised
+            on every process.
     """
     _agree(described)
     path = run.workdir / RUN

@@ -240,9 +240,8 @@ def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]
 def max_decode_len(data: TaskData, config: TrainConfig) -> int:
     """Returns the maximum length of a decoded answer, in tokens.
 
-    If answers contain only a label and the config's `max_decode_len` is set, the result is `max_decode_len`.
-    Otherwise it is the length of the first objective's longest target, at most `target_length`, rounded up to a
-    multiple of 8.
+    This is the config's `max_decode_len`, if it is set and answers contain only a label. Otherwise it is the
+    length of the first objective's longest target, at most `target_length`, rounded up to a multiple of 8.
     """
     if config.max_decode_len is not None and not data.objectives[0].writes_more:
         return config.max_decode_len

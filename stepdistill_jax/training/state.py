@@ -22,10 +22,10 @@ class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint saves.
 
     Attributes:
-        step: number of updates so far, scalar int32; also the position in the data.
+        step: number of steps so far, skipped updates included; scalar int32.
         params: float32 parameters of `models.encoder_decoder`.
         opt_state: optimizer state of the trained parameters (`models.lora.split`).
-        rng: typed random key; the dropout of step k uses fold_in(rng, k).
+        rng: typed random key of dropout.
     """
 
     step: jax.Array
@@ -63,10 +63,8 @@ def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> A
     """Returns the shardings of an optimizer state.
 
     A leaf of the state is a moment of a parameter if its path ends with the parameter's path.
-
-    `optax.tree_map_params` is not used: it calls `init` on a placeholder, so it fails for some users'
-    transformations.
     """
+    # `optax.tree_map_params` calls `init` on a placeholder, so it fails for some users' transformations
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     placed = zip(leaves, jax.tree.leaves(shardings), strict=True)
     known = {path: (param, sharding) for (path, param), sharding in placed}
@@ -138,7 +136,7 @@ def _jit_init(config: ModelConfig, tx: optax.GradientTransformation, leaves: tup
 def drawn(
     part: Callable[[Any], Any], config: ModelConfig, abstract: TrainState, *, seed: int
 ) -> Any:
-    """Returns `part(params)` for the parameters that `init_state` would draw, and computes no others."""
+    """Returns `part(params)` of the parameters that `init_state` would draw. Only this part is computed."""
 
     def init() -> Any:
         return part(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))

@@ -96,23 +96,18 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Computes the loss and the gradient of the global batch and makes one update.
 
-    The result does not depend on slices, devices or packing. Adapters, if there are any, are the only
-    parameters that change. If the loss or the gradient is not finite, only the step number changes.
+    The result does not depend on slices, devices or packing. If there are adapters, no other parameters change.
+    If the loss or the gradient is not finite, only the step number changes.
 
     Args:
-        state: the state before the step. The compiled function reuses its memory (donation).
         batch: groups of rows, see `batches.batch`.
-        objective_weights: a weight for each objective; a `Schedule` is computed from the state's step.
-        num_microbatches: number of slices, which must divide the row count of each group.
-        extra_loss: a further term of the loss, with its own weight.
-        num_tasks: number of `TaskData.parts`. An objective still has one loss: the mean over the tokens of all
-            parts.
+        num_microbatches: number of slices; must divide the number of rows of each group.
+        num_tasks: number of `TaskData.parts`. An objective's loss is the mean over the tokens of all parts.
 
     Returns:
         The new state.
         The metrics: `sums` (an `ObjectiveSums`), `loss` (nats per token), `grad_norm` (before the clip) and,
-        if any loss weight is a schedule, `weights` (this step's loss weight of each objective, followed by
-        that of the extra loss).
+        if any weight is a schedule, `weights` (of the objectives, then of the extra loss, at this step).
     """
     all_weights = (*objective_weights, *([extra_loss.weight] if extra_loss is not None else []))
     # 2 tasks with 2 objectives and an extra loss: 5 columns, 2 for task 1, 2 for task 2, 1 for the extra loss
@@ -207,8 +202,7 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
     """Returns `train_step` with explicit shardings, compiled once for each batch shape.
 
-    The compiled function reuses the memory of its argument `state` (donation). Equal arguments return the
-    same function, so runs that differ only in seed or data compile once.
+    A call reuses the memory of its argument `state` (donation). Equal arguments return the same function.
     """
     return _jit_train_step(*hashable(abstract), mesh, tuple(static.items()))
 

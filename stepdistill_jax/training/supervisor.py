@@ -1,14 +1,19 @@
 """Supervises a run: records steps, saves, stops on signals, rolls back, and ends a stuck run.
 
-The loop passes each step to `record` and `save`. The run is in one of four states:
+Every process has a supervisor, and all supervisors make the same decisions. The loop passes each step to
+`record` and `save`.
 
-    state       duration                   time limit        effect of a stop signal
-    STARTING    until the first step ends  12 x min_secs     the process ends without saving
-    STEPPING    until the next step ends   medians x median  the step ends and is saved
-    SAVING      between two steps          12 x min_secs     one more step runs and is saved
-    VALIDATING  during SAVING, or during   12 x min_secs     the validation is interrupted, the step
-                STARTING if a stop                           is saved, and the next start validates
-                postponed the validation                     the step
+    min_secs  the setting `watchdog_min_secs`
+    usual     `watchdog_medians` times the median time of recent steps
+
+    state       duration                   time limit             effect of a stop signal
+    STARTING    until the first step ends  12 x min_secs          the process ends without saving
+    STEPPING    until the next step ends   max(usual, min_secs),  the step ends and is saved
+                                           at first 12 x min_secs
+    SAVING      between two steps          12 x min_secs          one more step runs and is saved
+    VALIDATING  during SAVING, or during   12 x min_secs          the validation is interrupted, the
+                STARTING if a stop                                step is saved, and the next start
+                postponed the validation                          validates it
 
     STARTING, STEPPING -> SAVING    a step has ended
     SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
@@ -17,17 +22,13 @@ The loop passes each step to `record` and `save`. The run is in one of four stat
     any -> same state               a step's loss or gradient is not finite: its update is skipped
     any -> STARTING                 `max_consecutive_nonfinite` steps in a row were not finite: the
                                     run rolls back, once, to an older checkpoint's parameters
-    any -> failed (1)               a step is not finite, and `on_nonfinite` is "stop"; or the run must
-                                    roll back for the second time, or has no checkpoint to roll back to
-    any -> stuck (134)              the state lasts too long
-    any -> stopped                  `grace_secs` after a signal (75), or at a second signal (128 + the
-                                    signal's number)
-    SAVING -> stopped (75)          the step that was running at a signal is saved
-    SAVING -> done (0)              the last step is saved
-
-A number in parentheses is the exit status. `min_secs` and `medians` are the settings `watchdog_min_secs` and
-`watchdog_medians`. `median` is the median time of recent steps. STEPPING has a time limit of at least
-`min_secs`. Every process has a supervisor, and all supervisors make the same decisions.
+    any -> failed (exit 1)          a step is not finite, and `on_nonfinite` is "stop"
+    any -> failed (exit 1)          a second rollback is due, or there is no checkpoint for the first
+    any -> stuck (exit 134)         the state lasts too long
+    any -> stopped (exit 75)        `grace_secs` have passed since a signal
+    any -> stopped (exit 128 + n)   a second signal arrives; its number is n
+    SAVING -> stopped (exit 75)     the step that was running at a signal is saved
+    SAVING -> done (exit 0)         the last step is saved
 """
 
 import collections
@@ -221,11 +222,10 @@ class Supervisor:
         """Writes the metrics of the step that `record` has kept.
 
         Args:
-            before: current time if the step after the kept one has ended, too; else None. It helps to estimate
-                when the kept step ended, if that was not measured.
+            before: current time if the next step has ended, too; otherwise None.
 
         Raises:
-            FloatingPointError: the loss or gradient of the kept step is not finite, and the run must end.
+            FloatingPointError: the step's loss or gradient is not finite, and the run must end.
         """
         if self._pending is None:
             return
@@ -431,13 +431,15 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 
 
 def _roll_back(run: Run, step: int) -> None:
-    """Saves step `step` with the parameters and optimizer of the last good checkpoint.
+    """Saves step `step` with the parameters and optimizer of a checkpoint from before the non-finite steps.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1), since they would fail again.
-    Only checkpoints at multiples of `checkpoint_every` count as good: a stop signal may save any other step, and the
-    result must not depend on signals.
+    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1).
+
+    Raises:
+        FloatingPointError: there is no such checkpoint.
     """
     in_a_row, every = run.config.max_consecutive_nonfinite, run.config.checkpoint_every
+    # only multiples of `every`: a stop signal may save any other step, and must not change the result
     # steps 96 to 100 were not finite (5 in a row), saved every 10: 94 // 10 * 10 = 90. With bad steps 91 to
     # 95 it is 80: step 91 started from the parameters of step 90, which may be the fault.
     good = (step - in_a_row - 1) // every * every

@@ -89,8 +89,7 @@ class Validator:
     def try_out(self) -> list[str]:
         """Returns the names of the metrics by which the best step can be chosen, without the prefix `eval/<split>/`.
 
-        The tasks' own metrics are computed once, with the targets as answers, so that a broken metric fails
-        before the first step.
+        The tasks' own metrics are computed once, with the targets as answers, to find broken ones.
 
         Raises:
             InputError: a metric fails, or has the name of a metric that every validation computes.
@@ -122,11 +121,11 @@ class Validator:
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
         """Returns two numbers that rank a step: the value of `best_metric` and, for ties, minus the label loss.
 
-        The value is also negated if the metric is a loss. So larger numbers are better.
+        A loss is negated, so larger numbers are better.
 
         Args:
             found: the result of `compute`.
-            best_metric: name of a metric without `eval/<split>/`; None means `label_accuracy`.
+            best_metric: name without `eval/<split>/`; None means `label_accuracy`.
 
         Raises:
             InputError: this validation has no such metric.
@@ -154,9 +153,7 @@ class Validator:
     ) -> dict[str, float]:
         """Returns the metrics of the split, named `eval/<split>/...`. All processes must call this method.
 
-        If the data has several parts (`TaskData.parts`), a part's metrics are named `eval/<split>/<part>/...`,
-        and `label_accuracy`, `collapsed` and `unfinished` are means over the parts. In addition to the metrics
-        of a part's own SeqIO task, there are:
+        The metrics of a part's own SeqIO task, and:
 
             label_accuracy        share of decoded labels that equal the gold label, as text, or as a number
                                   for equations
@@ -169,9 +166,12 @@ class Validator:
                                   forcing, weighted as in the loss
             loss                  weighted sum of the objectives' losses, with the final weights of schedules
 
+        With several parts (`TaskData.parts`), a part's metrics are named `eval/<split>/<part>/...`. For the
+        whole split there are then `loss`, `loss/...`, `accuracy/...`, and the first three as means over the parts.
+
         Args:
-            params: parameters of a step; adapters are merged.
-            on_batch: called after each batch whose losses or answers are computed; may raise an exception.
+            params: parameters of a step, with or without adapters.
+            on_batch: called after each batch of losses or answers; may raise an exception.
             keep: called with each answer: `id` (1-based index of its row), `label`, `score` (natural log of
                 its probability), `target`, and, with several parts, `task`.
 

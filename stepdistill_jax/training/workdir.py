@@ -41,9 +41,7 @@ _LATER_FIELDS = {"model": dict, "fingerprint": dict, "lives": list, "row_lengths
 
 @contextlib.contextmanager
 def locked_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """A context in which process 0 holds the lock of a workdir.
-
-    Nothing is locked in an object store or on a network disk without locks.
+    """A context in which process 0 holds the lock of a workdir, if its storage has locks.
 
     Raises:
         InputError: another run holds the lock, or the lock file cannot be written. Raised on every process.

@@ -64,7 +64,7 @@ def test_train_ends_with_the_best_step_and_the_next_command(called, tmp_path, ca
     made, following = capsys.readouterr().out.splitlines()
     assert made == (
         f"{workdir}: best step 300 of 400, validation accuracy 0.452"
-        " (baseline, always the commonest label: 0.211)"
+        " (baseline that always gives the commonest label: 0.211)"
     )
     evaluation = ["evaluate", workdir, "--task", "delivery", "--split", "test"]
     word, *command = shlex.split(following)

@@ -168,7 +168,7 @@ def test_templates_without_further_questions_leave_their_turns_to_others(package
     templates, *rest = gsm_symbolic._templates()
     monkeypatch.setattr(gsm_symbolic, "_templates", lambda: ({30: templates[30]}, *rest))
     with pytest.raises(
-        InputError, match=r"`rows`: expected at most 0, got 1000: .* different questions"
+        InputError, match=r"`rows`: expected at most 0, got 1000: .* distinct questions"
     ):
         examples(gsm_symbolic.read(rows=4))
 

@@ -32,7 +32,10 @@ def test_predict_prints_words_and_then_one_json_object(
     code, out, _ = run(capsys, "predict", workdir, source, tmp_path / "o.jsonl", "--json")
     assert code == 0
     assert json.loads(out[-1]).keys() >= LABELLED
-    assert "5 rows  accuracy" in out[0] and "(baseline, always the commonest label: 0.6)" in out[0]
+    assert (
+        "5 rows  accuracy" in out[0]
+        and "(baseline that always gives the commonest label: 0.6)" in out[0]
+    )
     source = write_rows([{"input": "a"}])
     code, out, _ = run(capsys, "predict", workdir, source, tmp_path / "o.jsonl", "--json")
     assert json.loads(out[-1]).keys() >= KEYS

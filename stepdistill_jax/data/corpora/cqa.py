@@ -23,9 +23,8 @@ def question_with_choices(question: str, choices: tuple[str, ...]) -> str:
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads cqa_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"id"?, "question", "choices": [...], "answer", "abstractive_explanation"?}. In an export, a row is
-    {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}. People wrote the explanation
-    (CoS-E).
+    A row is {"id"?, "question", "choices": [...], "answer", "abstractive_explanation"?} or, in an export,
+    {"id", "question", "choices": {"label": [...], "text": [...]}, "answerKey"}.
 
     In the answer `(b) bank`, `teacher_accuracy` judges `(b)`, and `teacher_accuracy_by_text` judges `bank`.
     """

@@ -34,7 +34,7 @@ def report(weather: str, vehicle: str, road: str) -> str:
 def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
     """Returns the label and the rationale that the hidden rule gives.
 
-    The weather is `wet` or `dry`, the vehicle `heavy` or `light`, and the road `narrow` or `wide`.
+    Weather: `wet` or `dry`. Vehicle: `heavy` or `light`. Road: `narrow` or `wide`.
 
     Example: `conclusion("wet", "light", "narrow")` is ("smooth", "slow pace on a narrow road , since a light
     vehicle hates wet weather .").

@@ -45,20 +45,19 @@ def read(
 ) -> Reading:
     """Makes `rows` examples for train, 500 for validation, 1,000 for test and 500 for unseen.
 
-    Ten templates are used only in `unseen`. The other splits share the remaining templates, with different
-    numbers (`split_of_numbers`). No question occurs twice.
+    Ten templates are used only in `unseen`. The other splits share templates, but with different numbers. No
+    question occurs twice. Only train depends on `rows`.
 
-    The same `rows`, `seed` and package version give the same examples. Only train depends on `rows`. The id
-    `t17-3` means template 17 of the package, third example of the split.
+    The id `t17-3` means template 17 of the package, third example of the split.
 
     Args:
         rows: number of train rows; None means 20,000.
         seed: seed of all names and numbers; None means 0.
-        held_out_rows: {split: number of its rows} for the splits other than train. A missing split is not made.
+        held_out_rows: {split: number of its rows}, without train. A missing split is not made.
 
     Raises:
         InputError: the package is not installed, or `rows` or `seed` is out of range. Iterating over the rows
-            raises InputError if the templates give too few different questions.
+            also raises it, if the templates give too few different questions.
     """
     rows = whole("rows", ROWS if rows is None else rows, 1)
     seed = whole("seed", 0 if seed is None else seed, 0)
@@ -144,7 +143,7 @@ def _draws(
         if not left:
             raise InputError(
                 f"`rows`: expected at most {made}, got {count}: the templates cannot make"
-                " more different questions"
+                " more distinct questions"
             )
         for number, template in list(left.items()):
             for _ in range(MAX_REPEATS):

@@ -42,22 +42,21 @@ def read(
 ) -> Reading:
     """Reads a file, the files of a folder (one for each split), or lists of dicts.
 
-    Files with the suffix .csv or .tsv are tables, and all others JSON lines. `data.rows` describes a row. Each
-    row needs a `label` or an `llm_label`. Training uses `rationale`, or else the first of `rationales`. A bad
-    row is yielded as a `BadRow`.
+    Files with the suffix .csv or .tsv are tables, and all others JSON lines. Each row needs a `label` or an
+    `llm_label`. Training uses `rationale`, or else the first of `rationales`.
 
-    A hash of the id splits a single file or list: about 80 % of the rows become train, 10 % validation and 10 %
-    test. In a folder without a validation file, a tenth of train becomes validation.
+    A hash of the id splits a single file or list: 80 % train, 10 % validation, 10 % test. Without a validation
+    split, a tenth of train becomes validation.
 
     Args:
         source: file or folder, a list of dicts, or {split: list of dicts}.
         field_map: {name in Example: name in the source}, e.g. {"input": "question"}.
-        more: names of further text fields to keep, for objectives. Rows may lack these fields.
+        more: names of further text fields to keep. Rows may lack these fields.
         teacher: whether to keep rationales and the teacher's labels.
 
     Raises:
-        InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows
-            raises InputError if `more` or `field_map` names a field that no row has, or a file has no good row.
+        InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows also
+            raises it, if no row has a field that they name, or a file has no good row.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)

@@ -20,8 +20,7 @@ def question(row: JsonRow) -> str:
 def gold(row: JsonRow) -> str:
     """Returns the gold label as a word; "" if the row has none.
 
-    The field `label` (`gold_label` in TFDS) contains 0, 1 or 2 (entailment, neutral, contradiction), one of
-    these words, or its first letter.
+    The field `label` or `gold_label` has 0, 1, 2, the word (entailment, neutral, contradiction) or its first letter.
 
     Raises:
         InputError: the field is missing or has another value.

@@ -66,15 +66,15 @@ def read(
 ) -> Reading:
     """Finds the files of all splits, and reads each row with its teacher text.
 
-    The first split, usually train, must have teacher texts. Any other split without them gets a note.
+    With `teacher`, the first split found must have teacher texts. Other splits may lack them.
 
     Args:
         source: see `input_files`.
         prefix: prefix of the file names, such as `cqa` for cqa_train.json; None means `name`.
 
     Raises:
-        InputError: there are no files or no teacher texts. Iterating over the rows raises InputError for
-            invalid JSON, or if the counts of texts and rows differ.
+        InputError: required files are missing. Iterating over the rows raises it for invalid JSON, or if the
+            counts of texts and rows differ.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)
@@ -144,10 +144,9 @@ def judged(
     """Adds the teacher's text and people's explanations to `example`, and judges the teacher's answer.
 
     Args:
-        example: id, input, label and choices.
         right: function that returns whether an answer is the gold label.
-        by_text: whether to judge `Parsed.answer_text`, too (`teacher_accuracy_by_text`).
-        human: explanations of the gold label by people.
+        by_text: whether to judge `Parsed.answer_text`, too.
+        human: people's explanations of the gold label.
     """
     explained = tuple(Rationale(text, HUMAN, example.label) for text in human)
     if completion is None:
@@ -212,13 +211,13 @@ def input_files(
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
     """Returns the folder of the files, and {split: file}.
 
-    These are the paper's files or, if none of them is found, `train.jsonl` and the like (`EXPORT_STEMS`).
+    These are the paper's files or, if there are none, `train.jsonl` and the like (`EXPORT_STEMS`).
 
     Args:
-        source: the folder of the files, or the parent of a folder named `prefix` or `name`.
+        source: the folder of the files, or its parent if it is named `prefix` or `name`.
 
     Raises:
-        InputError: there is no such folder, or none of the files is in it.
+        InputError: none of the files is found.
     """
     if not os.path.isdir(source):  # pathlib's `is_dir` raises for a name that is too long
         raise InputError(f"`source` {source}: no such folder")
@@ -245,11 +244,11 @@ def input_files(
 def paired(
     source: pathlib.Path, path: pathlib.Path, teachers: list[pathlib.Path] | None
 ) -> Iterator[tuple[JsonRow, Completion]]:
-    """Yields (row, its teacher text). The n-th text belongs to the n-th row.
+    """Yields each row with its teacher text.
 
     Args:
-        source: folder to which the names of teacher files are relative.
-        teachers: files that together have one text for each row. If None or empty, all texts are None.
+        source: folder to which `TeacherText.file` is relative.
+        teachers: files that together have one text for each row, in order. Without files, all texts are None.
 
     Raises:
         InputError: the counts of rows and texts differ.

@@ -73,17 +73,16 @@ _CORPORA = {
 def read(name: str, source: pathlib.Path) -> Reading:
     """Reads a dataset's files and the teacher's texts without repairs or stripping.
 
-    For e-SNLI and ANLI, `input` is the premise, and `input_pair` the hypothesis. If the published code reads no
-    validation file, `published_split` draws validation from train and sets the order of the two splits.
+    For e-SNLI and ANLI, `input` is the premise, and `input_pair` the hypothesis. The other datasets draw
+    validation from train.
 
     Args:
         name: one of `prepared.PUBLISHED`.
-        source: see `paper_layout.input_files`. If it is the folder `gpt-neox`, GPT-NeoX's texts
-            are read instead of PaLM's.
+        source: see `paper_layout.input_files`. The folder `gpt-neox` gives GPT-NeoX's texts instead of PaLM's.
 
     Raises:
-        InputError: files that the published code requires are missing. Iterating over the rows raises
-            InputError for the reasons given in `paper_layout.read`, or if the published rule cannot parse a text.
+        InputError: a required file is missing. Iterating over the rows raises it as in `paper_layout.read`, or if
+            the published rule cannot parse a text.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []
@@ -150,7 +149,7 @@ class _File:
 
 
 def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File]:
-    """Returns {split: file}, with validation only if the published code reads its file."""
+    """Returns {split: file}. The split `validation` is left out if the published code reads no file for it."""
     corpus, neox = _CORPORA[name], source.name == NEOX
     folder, inputs = paper_layout.input_files(
         source.parent if neox else source, corpus.prefix, name

@@ -25,8 +25,8 @@ class RowSource:
     """The rows of one split, or of a file that is still to be split.
 
     Attributes:
-        name: name for messages: the path of the file, or `the list`.
-        key: name of the source in the dataset's fingerprint.
+        name: name for messages.
+        key: name in the dataset's fingerprint.
         rows: function that yields the rows from the start.
     """
 
@@ -39,13 +39,11 @@ class RowSource:
 def find_sources(
     source: Source, notes: list[str], numbers: Sequence[str] = ()
 ) -> tuple[dict[str, RowSource], bool]:
-    """Returns {split: source}, and whether the rows must still be split by their ids.
-
-    In that case, the only key is `train`.
+    """Returns {split: source}, and whether the rows of its only key, `train`, must still be split by ids.
 
     Args:
-        notes: list to which notes on missing splits and unread files are added.
-        numbers: names of the CSV columns whose cells are numbers.
+        notes: list to which notes for the user are added.
+        numbers: names of the CSV columns with numbers.
 
     Raises:
         InputError: there are no rows to read.

@@ -24,11 +24,10 @@ EXTRA = "asdiv"
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads svamp_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"input", "label"} in the paper's files, else {"ID", "Body", "Question", "Equation"}. The id of a
-    row without "ID" is its 1-based index.
+    A row is {"input", "label"} in the paper's files, else {"ID", "Body", "Question", "Equation"}.
 
-    The rows of ASDiv, in asdiv/asdiv_train.json (see `extra_folder`), have the same form. They become the split
-    `unlabelled`, with the teacher's texts in asdiv/llm/train_CoT_I.json.
+    The questions in asdiv/asdiv_train.json (see `extra_folder`) become the split `unlabelled`, with the teacher's
+    texts in asdiv/llm/.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
@@ -61,14 +60,14 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
 
 
 def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | None:
-    """Returns the folder `asdiv`, inside `folder` or next to it (as in the paper's archive), or None.
+    """Returns the folder `asdiv`, inside `folder` or next to it, or None.
 
     Args:
         folder: folder of SVAMP's files.
-        source: `folder` or its parent, as the user gave it.
+        source: `folder` or its parent.
 
     Raises:
-        InputError: ASDiv's rows lie directly in `folder` or `source`.
+        InputError: ASDiv's rows lie in `folder` or `source`.
     """
     name = f"{EXTRA}_train.json"
     for found in (folder / EXTRA, folder.resolve().parent / EXTRA):

@@ -6,11 +6,10 @@ Each module has two functions. `reason_against` returns why the kernel does not 
     q                                 [rows, q, heads, d]
     k, v                              [rows, k, heads, d]
     bias                              [heads, q, k] float32, added to the scores; None adds nothing
-    query_segments, key_segments      [rows, q] and [rows, k] int32; a query sees the keys of its own
-                                      segment; no query sees segment 0
+    query_segments, key_segments      [rows, q] and [rows, k] int32; as for `attention.attention`
     seeds                             [2, rows, heads] uint32 from `dropout_seeds`; None turns dropout off
     causal                            whether a query sees only its own and earlier positions
-    kept                              dropout keeps a weight if its random draw (0 to `DRAWS` - 1) is below `kept`
+    kept                              from `dropout.kept_draws`
     interpret                         whether a CPU runs the programs, for tests
 
 The result, [rows, q, heads, d] in the dtype of v, is that of `attention.attention`. A query

@@ -1,11 +1,7 @@
 """T5's attention for NVIDIA GPUs from the A100 on, in Pallas (Triton).
 
-Scores, weights, masks and random numbers are never written to main memory. The forward kernel loops over the keys
-with a running softmax (FlashAttention). It stores the logarithm of each softmax's denominator, from which the
-backward kernels recompute the weights.
-
-A program of a backward kernel loops over the axis over which its gradient is summed. So no two programs add to the
-same output, and results are repeatable:
+The forward kernel (FlashAttention) stores the logarithm of each softmax's denominator. From it, the backward
+kernels recompute the weights. No two programs add to the same output, so results are repeatable:
 
     queries' gradient           a program has 128 queries of one row and head, and loops over keys
     keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries
@@ -163,10 +159,7 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each array that a program sees: one head, and one row or, if `all_rows`, every row.
-
-    The head is the last grid axis, so that programs that run at the same time share its cached bias and keys.
-    """
+    """The part of each array that a program sees: one head, and one row or, if `all_rows`, every row."""
 
     def __init__(self, arrays, all_rows: bool = False):
         q, k, _, bias, _, _, seeds = arrays
@@ -175,7 +168,8 @@ class _Specs:
         row = rows if all_rows else None  # None drops the axis from the program's reference
 
         def spec(shape, index):
-            # the grid is (tile, row, head); with all rows it is (tile of keys, queries, head)
+            # The grid is (tile, row, head); with all rows it is (tile of keys, queries, head). The head is last, so
+            # programs that run at the same time share its cached bias and keys.
             def place(part, r, head):
                 return index(0 if all_rows else r, head)
 

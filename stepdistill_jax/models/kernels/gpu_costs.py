@@ -1,8 +1,7 @@
-"""The costs of the attention kernels for NVIDIA GPUs, computed from the sizes of their arguments.
+"""The costs of the attention kernels for NVIDIA GPUs.
 
-Lengths are rounded up to complete tiles. Tiles that a causal mask hides are not counted. Tiles that a kernel skips
-because of segments are counted, since a plan does not know the segments. Outside matmuls, a fused multiplication
-and addition counts as one operation.
+Tiles that a causal mask hides are not counted. Tiles that a kernel skips because of segments are counted. Outside
+matmuls, a fused multiplication and addition counts as one operation.
 """
 
 import math

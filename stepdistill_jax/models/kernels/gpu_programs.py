@@ -2,16 +2,16 @@
 
 A program's references point to one row of the batch and one head:
 
-    q, out      [q, d]; queries and output
-    slope       [q, d]; gradient of the loss with respect to the output
+    q, out      [q, d]
+    slope       [q, d]; gradient of the loss with respect to `out`
     k, v        [k, d]
     bias        [q, k]
     segments    [q] and [k]
     seeds       [2]
-    sums        [q]; base-2 logarithm of the denominator of each query's softmax
-    dots        [q]; dot product of each query's slope and output
+    sums        [q]; base-2 logarithm of each softmax's denominator
+    dots        [q]; slope . out of each query
 
-In `bias_gradient`, all references except the bias have all rows, for example q [rows, q, d] and seeds [2, rows].
+In `bias_gradient`, all references except the bias have all rows, such as q [rows, q, d] and seeds [2, rows].
 """
 
 import jax

@@ -1,8 +1,7 @@
 """Loads, computes and stores tiles of attention for the NVIDIA kernels.
 
-A program computes one or two blocks of 64 queries, which the code calls halves. The queries p and p + 64 take their
-dropout bits from one random number. Keys come in tiles of 64 or 32. Positions after the end of an array are never
-read and count as padding (segment 0).
+A program computes one or two blocks of 64 queries, which the code calls halves. Positions after the end of an array
+count as padding (segment 0).
 """
 
 import dataclasses
@@ -98,7 +97,7 @@ def queries(call, q_ref, segments, start, *row):
 
     Args:
         start: position of the program's first query.
-        row: index of the row, if the references have all rows of the batch; otherwise left out.
+        row: index of the row; left out if the references have one row.
     """
     starts = [start + half * HALF for half in range(call.halves)]
     return [
@@ -139,9 +138,9 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 
 
 def words(call, seeds, queries, keys, *row, keys_first=False):
-    """Returns a random word for each pair of a key and one of the first 64 queries, or None without dropout.
+    """Returns a random word for each key and each of the first 64 queries, or None without dropout.
 
-    The low 16 bits are the draw for this query. The high 16 bits are the draw for the query 64 positions later.
+    The low 16 bits are this query's draw, the high 16 bits that of the query 64 positions later.
     """
     if call.kept == DRAWS:
         return None
@@ -157,12 +156,11 @@ def weights(scores, top):
 
 
 def dropped(call, x, words, half):
-    """Applies dropout to `x`: sets the dropped elements to 0, and does not scale up the others.
+    """Applies dropout to the tile `x`, but does not scale up the kept elements.
 
     Args:
-        x: a tile of one half of the queries.
-        words: result of the function `words`; None returns `x` unchanged.
-        half: index of the half, 0 or 1.
+        words: from the function `words`; None returns `x` unchanged.
+        half: index of the half of the queries, 0 or 1.
     """
     if words is None:
         return x
@@ -175,9 +173,8 @@ def softmax_gradient(call, weight, of_weights, dot, words, half):
 
     Args:
         weight: softmax weights, before dropout.
-        of_weights: gradient of the weights after dropout. For each query and key, it is the dot product of the
-            output's gradient and the value.
-        dot: for each query, the dot product of the output's gradient and the output, broadcast over the keys.
+        of_weights: gradient of the weights after dropout, slope . value.
+        dot: slope . output of each query, broadcast over the keys.
         words, half: as in `dropped`.
     """
     # y = softmax(s), z = m y, where m is 0 or dropout's scale:  ds = y (m dz - sum over keys of y m dz)
@@ -206,11 +203,12 @@ def query_tiles(call, keys, segments):
 def _span(own, others, tile):
     """Returns the range (first, end) of the tiles of `others` in which a segment of `own` may occur.
 
-    Only the smallest and the largest segment of `own` are compared, so unordered segments give a longer range.
+    If none occurs, a loop over the range is empty.
 
     Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3),
-    which covers the positions 2 to 5. If no segment of `own` occurs, a loop over the range is empty.
+    which covers the positions 2 to 5.
     """
+    # only the smallest and the largest segment of `own` are compared, so unordered segments give a longer range
     # if `own` has only padding, `low` stays _EVERY and `high` 0, so no segment is in between
     low, high = jnp.int32(_EVERY), jnp.int32(0)
     for segments in own:
@@ -272,8 +270,7 @@ def _vector(ref, start, count, length, step, other, *row):
 def _inside(start, count, length, step):
     """Returns which of `count` positions from `start` on lie inside an array of size `length`, [count] bool.
 
-    Each program covers `step` positions of the array. If `step` divides `length`, no program reaches beyond the
-    array, and the result is None.
+    None if `step`, the number of positions of a program, divides `length`: no program then reaches beyond the array.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length
@@ -309,9 +306,9 @@ def store_bias(call, ref, query, key, x):
 
 
 def _bias_tile(call, ref, query, key):
-    """Returns the part of ref [q, k] for 64 queries and a tile of keys, and a mask of the places inside ref.
+    """Returns a tile of ref [q, k] and its mask.
 
-    The mask is [64, keys] bool, or None if no tile reaches beyond the end of ref.
+    The mask [64, keys] is True inside ref. It is None if no tile reaches beyond ref.
     """
     at = ref.at[pl.ds(query, HALF), pl.ds(key, call.keys)]
     if call.q_len % call.queries == 0 and call.k_len % call.keys == 0:

@@ -1,8 +1,7 @@
 """T5's attention for TPUs from v5e on, in Pallas.
 
-Scores, weights, masks and random bits stay in the chip's vector memory. At T5's lengths, all queries and keys
-of a row stay there, too. The grid is (pair of heads, row of the batch), and rows are the inner loop. So the bias of a
-pair of heads is fetched once, and its gradient is summed over rows on the chip.
+The grid is (pair of heads, row of the batch), and rows are the inner loop. So the bias of a pair of heads is fetched
+once, and its gradient is summed over rows on the chip.
 """
 
 import functools

@@ -1,21 +1,15 @@
 """The programs of the attention kernels for TPUs.
 
-In an array of scores, keys are rows and queries are columns. So a sum over keys adds whole rows, and its result is
-one row. A program has one row of the batch and two heads. In each round of its loop, it processes 128 queries as
-256 columns:
+A program has one row of the batch and two heads. In an array of scores, keys are rows and queries are columns. In
+each round of its loop, a program processes 128 queries as 256 columns:
 
     column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
     head          first       second        first       second
 
-The left and the right half of the columns use the same random words, since the queries p and p + 64 share a word.
-`_per_head` gives each head separate rows, with zeros for the other head's features, so that one matmul computes the
-scores of both heads:
+The left and the right half of the columns use the same random words. One matmul computes the scores of both heads:
 
     k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
-
-In the backward program, `slope` is the gradient of the loss with respect to the output, and `q_slope` is the gradient
-with respect to q.
 """
 
 import math
@@ -61,15 +55,15 @@ def forward(
     """Writes each query's output, and the logarithm of the query's softmax denominator.
 
     Args:
-        seeds: seeds of dropout, [1, 2, heads], or None.
-        q, out: queries and output, [1, queries, 2 d].
+        seeds: [1, 2, heads], or None without dropout.
+        q, out: [1, queries, 2 d].
         k, v: [1, keys, 2 d].
-        bias: in column order, [1, rounds, keys, 256], or None.
+        bias: [1, rounds, keys, 256], or None.
         q_segments: [1, rounds, 256].
         k_segments: [1, 1, keys].
-        log_sums: logarithms of the denominators, [1, 1, rounds, 256].
-        columns: scratch memory for `k_segments` as a column, repeated 128 times, [keys, 128].
-        turned: scratch memory for the transposed values, [2 d, keys].
+        log_sums: [1, 1, rounds, 256].
+        columns: scratch memory for `k_segments`, [keys, 128].
+        turned: scratch memory for transposed values, [2 d, keys].
     """
     seeds = _seeds(seeds)
     _turn(k_segments, columns)
@@ -101,21 +95,15 @@ def backward(
 ):  # fmt: skip
     """Writes the gradients of q, k and v, and adds this row's part to the gradient of the bias.
 
-    Let w be a softmax weight, m the dropout mask (0 or the scale s), and g the gradient of the weight after
-    dropout. Then the gradient of the score is
-
-        w (m g - sum over keys of w m g),
-
-    where the sum equals out . slope. The code computes s w (g' - out . slope / s), where g' is g if dropout keeps
-    the weight, and 0 otherwise.
-
     Args:
-        slope: gradient of `out`.
-        q_slope, k_slope, v_slope, bias_slope: gradients in the shapes of q, k, v and bias.
+        slope, q_slope, k_slope, v_slope, bias_slope: gradients in the shapes of out, q, k, v and bias.
         turned: scratch memory for the transposed keys, [2 d, keys].
         k_sum, v_sum: scratch memory for the sums of the gradients of k and v, [keys, 2 d] float32.
         others: as in `forward`.
     """
+    # For a softmax weight w, a mask m (0 or the scale s) and the gradient g of the weight after dropout, the score's
+    # gradient is w (m g - sum over keys of w m g). The sum equals out . slope. The code computes
+    # s w (g' - out . slope / s), where g' is g if dropout keeps the weight, and 0 otherwise.
     seeds = _seeds(seeds)
     _turn(k_segments, columns)
     turned[...] = k[0].T
@@ -215,8 +203,7 @@ def _keep(call, i, seeds, keys):
 def _per_head(call, x):
     """Separates the two heads of x, [128, 2 d] -> [256, 2 d].
 
-    Each row of the result has the features of one head, and zeros for the other head. The rows are ordered by
-    (half of the queries, head, query).
+    Each row has the features of one head, and zeros for the other head. Rows are ordered like the columns of scores.
     """
     wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
@@ -239,9 +226,9 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    First, `combine` repeatedly merges the two halves of x. Then `reduce` reduces the remaining rows. Merging is
-    fast, since the operations of a merge do not wait for one another.
+    `combine` merges two halves of x, and `reduce` reduces the remaining rows.
     """
+    # merging is fast, since the operations of a merge do not wait for one another;
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24
     while x.shape[0] % 16 == 0:
         x = combine(*jnp.split(x, 2))

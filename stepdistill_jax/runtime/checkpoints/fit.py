@@ -13,14 +13,12 @@ from stepdistill_jax.errors import InputError
 def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
     """Checks that a checkpoint's arrays have the names, shapes and dtypes of the tree to restore.
 
-    Orbax would silently cast an array to another dtype.
-
     Args:
         item_folder: `STEP/params` or `STEP/state`.
-        fits: what the checkpoint should fit, for the message, such as "the model's config.json".
+        fits: name of the tree for the message, such as "the model's config.json".
 
     Raises:
-        InputError: an array differs (the message names the first), or Orbax cannot read the checkpoint.
+        InputError: an array differs, or Orbax cannot read the checkpoint.
     """
     try:
         saved = _leaves(ocp.StandardCheckpointHandler().metadata(epath.Path(item_folder)).tree)
@@ -30,6 +28,7 @@ def require_fit(item_folder: pathlib.Path, abstract: Any, fits: str) -> None:
             f"{item_folder}: is not a checkpoint that Orbax can read ({reason})"
         ) from error
     wanted = _leaves(ocp.tree.serialize_tree(abstract, keep_empty_nodes=True))
+    # Orbax would silently cast an array to another dtype
     problems = [
         f"{name}: expected {wanted.get(name, 'no such leaf')}, got {saved.get(name, 'no such leaf')}"
         for name in sorted(saved.keys() | wanted.keys())

@@ -44,16 +44,16 @@ KEPT_LATEST = 2
 def rank(metrics: dict[str, Any]) -> Any:
     """Returns the sort key of a step from its metrics. A better step has a larger key.
 
-    - Validated steps are compared by the two numbers in `rank` (larger is better). On a tie, the earlier step wins.
-    - Steps without validation rank below all validated steps. Among them, the later step wins.
-    - Metrics without `rank`, from older versions, are compared by label accuracy, then by label loss.
+    - Validated steps are compared by `rank`, and the earlier step wins a tie.
+    - All other steps rank below them, and the later step wins.
 
-    For example, a validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400
-    without validation has the key (False, 0.0, 0.0, 400).
+    A validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400 without validation
+    has the key (False, 0.0, 0.0, 400).
     """
     step = float(metrics["step"])
     if not metrics.get("validated"):
         return (False, 0.0, 0.0, step)
+    # older versions wrote no `rank`
     first, second = metrics.get("rank") or (metrics["label_accuracy"], -metrics["label_loss"])
     return (True, first, second, -step)
 
@@ -80,8 +80,7 @@ class Checkpoints:
     def __init__(self, workdir: os.PathLike | str):
         """Opens or creates the folder of checkpoints, and removes Orbax's temporary folders.
 
-        Damaged and incomplete steps are renamed (`manifest.quarantine_damaged`). The newest good step is
-        verified, and `latest_step` returns it.
+        Renames damaged and incomplete steps (`manifest.quarantine_damaged`).
 
         Raises:
             CheckpointError: there are damaged steps, and no good one.
@@ -125,8 +124,8 @@ class Checkpoints:
         Args:
             step: count of updates.
             rest: the train state without its parameters.
-            metrics: `step` and `validated`. Validated steps also need `label_accuracy`, `label_loss` and
-                `rank` (two numbers, larger is better).
+            metrics: `step` and `validated`; if validated, also `label_accuracy`, `label_loss` and `rank` (two
+                numbers, larger is better).
 
         Raises:
             CheckpointError: this save or the previous one failed. The message names the newest saved step.
@@ -153,11 +152,11 @@ class Checkpoints:
             self._manager.delete(old)
 
     def restore(self, step: int, params: Any, rest: Any) -> tuple[Any, Any]:
-        """Returns the parameters and the rest of the train state of a step, sharded like `params` and `rest`.
+        """Returns a step's parameters and the rest of its train state, sharded like `params` and `rest`.
 
         Args:
             params: tree with the shape, dtype and sharding of each parameter.
-            rest: the same for the rest of the train state.
+            rest: the same for the rest.
 
         Raises:
             InputError: saved arrays have other names, shapes or dtypes.
@@ -271,17 +270,15 @@ def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
 
 
 def resolve_step(workdir: os.PathLike | str, step: str | int, *, read: str | None = None) -> int:
-    """Returns the selected step of a run.
+    """Returns the selected step of a run. Changes nothing.
 
     Args:
-        workdir: folder of the run, which is not changed.
         step: `best`, `last` or a number.
         read: item whose bytes are verified, such as `params`. None means to check only names and sizes of
             files.
 
     Raises:
-        InputError: there is no such step (the message lists the steps), or it is damaged (the message names a
-            good step).
+        InputError: there is no such step, or it is damaged. The message names other steps.
     """
     # a step without a manifest is being saved, or its save was interrupted
     steps = {s.number: s for s in saved(checkpoints_folder(workdir)) if s.problem != UNSEALED}

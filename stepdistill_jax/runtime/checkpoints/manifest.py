@@ -1,7 +1,7 @@
 """Writes and checks the manifest of a saved step: its metrics, and the sizes and digests of its files.
 
-The manifest is written last, so a step without one is incomplete. A step is damaged if its files do not match
-the manifest, or if its folder is named after another step.
+A step without a manifest is incomplete. A step is damaged if its files do not match the manifest, or if its folder
+is named after another step.
 """
 
 import json
@@ -42,8 +42,8 @@ class SavedStep(NamedTuple):
     Attributes:
         number: count of updates.
         metrics: None if the manifest cannot be read.
-        size: total size of the files in bytes.
-        problem: message on the first defect, such as `UNSEALED` or "FILE: missing"; None if none was found.
+        size: bytes of all files.
+        problem: the first defect, such as `UNSEALED` or "FILE: missing", or None.
     """
 
     number: int
@@ -56,8 +56,8 @@ class SavedStep(NamedTuple):
 def seal(step_folder: pathlib.Path, metrics: dict[str, Any], channel: Channel = MAIN) -> None:
     """Writes the manifest of a step that Orbax has finished.
 
-    All processes must call this function, and none returns before the manifest is written. Each process reads
-    a share of the files. No other thread may use `channel` at the same time.
+    All processes must call this function, and none returns before the manifest is written. No other thread may
+    use `channel` at the same time.
     """
     sizes = on_process_0(lambda: _files(step_folder), channel)
     to_read = {name: sizes[name] for name in _to_read(step_folder, sizes)}
@@ -161,13 +161,11 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
     """Renames damaged and unfinished steps, so that no run resumes from them, and logs each one.
 
-    All processes must call this function, and each reads a share of the bytes. Steps are read in full from
-    the newest backwards, until one is good. For all steps before that one, only the names and sizes of files
-    are checked. The newest step counts as unfinished if it has no manifest. Any other step without a manifest
-    counts as damaged, since a save starts only after the previous step is sealed.
+    All processes must call this function. Of steps older than the newest good one, only the names and sizes of
+    files are checked. A step without a manifest is unfinished if it is the newest, and otherwise damaged.
 
     Returns:
-        The newest good step, or None if no save in the folder has ever finished.
+        The newest good step, or None if no save has ever finished.
 
     Raises:
         CheckpointError: there are damaged steps, and no good one.
@@ -199,6 +197,7 @@ def _quarantine(folder: pathlib.Path, problems: Mapping[int, str | None], good: 
     newest = max((s.number for s in saved(folder)), default=None)
     for number, problem in reversed(list(problems.items())):
         if problem is not None:
+            # a save starts only after the previous step is sealed
             cut_off = problem == UNSEALED and number == newest
             target = _move(folder / str(number), UNFINISHED if cut_off else DAMAGED)
             log(f"warning: checkpoint {folder / str(number)}: {problem}; renamed to {target.name}")

@@ -1,7 +1,6 @@
 """Computes digests of a step's files. Each process reads a share of about equal size in bytes.
 
-The shares do not depend on which process wrote a file, so every process should be able to read all files.
-Process 0 reads the files that another process cannot read.
+Every process should be able to read all files. Process 0 reads those that another process cannot read.
 """
 
 import heapq
@@ -27,8 +26,8 @@ def digests_by_all(
     Files that a process could not read in full are missing. With one process, the result is empty.
 
     Args:
-        sizes: {name of a file: its size in bytes}, the same on all processes.
-        channel: channel of the calling thread.
+        sizes: {name of a file: bytes}, the same on all processes.
+        channel: that of the calling thread.
     """
     import jax
 
@@ -45,10 +44,10 @@ def digests_by_all(
 def balanced_shares(sizes: Mapping[str, int], count: int) -> list[list[str]]:
     """Divides file names into `count` lists of about equal total size.
 
-    From the largest to the smallest, each file goes to the list with the fewest bytes so far:
     `balanced_shares({"a": 3, "b": 5, "c": 2, "d": 4}, 2)` is [["b", "c"], ["d", "a"]].
     """
     parts: list[list[str]] = [[] for _ in range(count)]
+    # The largest file comes first, and each goes to the list with the fewest bytes so far.
     # A heap of (bytes so far, index of the list). Ties go to the lower index, and names are sorted, so that
     # every process computes the same lists.
     least = [(0, number) for number in range(count)]
