@@ -19,7 +19,7 @@ _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
     """Returns {label: {split: number of rows}}, with the commonest label first; {} for free text.
 
-    Free text has over 1,000 labels (20 if most are numbers), or under five rows per label.
+    Free text has over 1,000 labels (20 if most are numbers), or under five rows per label on average.
     """
     found: dict[str, dict[str, int]] = {}
     for split, counts in splits.items():

@@ -45,8 +45,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Reads a dataset's original files, checks every row, and writes the dataset for training.
 
-    Writes the folder `data_dir/NAME` completely or not at all. An existing folder is kept if it has the same
-    fingerprint, and replaced if not.
+    Writes the folder `data_dir/NAME` completely or not at all: SPLIT.jsonl, defects.jsonl, dataset.json, the TFDS
+    dataset and a vocabulary trained on train. An existing folder is kept if it has the same fingerprint, and replaced
+    if not.
 
     Args:
         name: `cqa`, `svamp`, `esnli`, `anli` (the paper's files, or exports), `jsonl` (your own rows),

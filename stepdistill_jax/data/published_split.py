@@ -17,8 +17,8 @@ def train_test_split(rows: int, test_size: float, seed: int) -> tuple[np.ndarray
         test_size: share of the rows that become test, rounded up.
 
     Returns:
-        Indices of the train rows, [train] int64.
-        Indices of the test rows, [test] int64.
+        Indices of the train rows, in the order drawn, [train] int64.
+        Indices of the test rows, in the order drawn, [test] int64.
     """
     order = np.random.default_rng(seed).permutation(rows)
     test = math.ceil(test_size * rows)
@@ -37,8 +37,8 @@ def drawn_splits(
         validation: whether seed 0 draws a tenth of the used rows for validation.
 
     Returns:
-        Indices of the train rows, [train] int64.
-        Indices of the validation rows, [validation] int64.
+        Indices of the train rows, in the order drawn, [train] int64.
+        Indices of the validation rows, in the order drawn, [validation] int64; empty without `validation`.
     """
     used = np.arange(rows)
     if fraction < 1.0:

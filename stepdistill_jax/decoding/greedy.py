@@ -46,11 +46,11 @@ def greedy_decode(
         params: unboxed.
         encoder_input_tokens: [batch, length] int32; 0 is padding. A row of zeros has no answer.
         max_decode_len: includes the end of sequence.
-        decoder_prefix: ids that the decoder reads before the answer.
+        decoder_prefix: ids that the decoder reads before the answer; not part of ids or scores.
 
     Returns:
         ids: [batch, max_decode_len] int32, 0 after the end of sequence.
-        scores: natural log of each answer's probability, [batch] float32.
+        scores: natural log of each answer's probability, with any end of sequence, [batch] float32.
         finished: whether each answer has an end of sequence, [batch] bool.
     """
     return decode_tokens(

@@ -34,7 +34,7 @@ class LoraConfig:
         alpha: an adapter's output is multiplied by alpha / rank.
 
     Raises:
-        InputError: a value is out of bounds, or all ranks are 0.
+        InputError: a rank is negative or not a whole number, all ranks are 0, or alpha is not above 0.
     """
 
     query: int = 0

@@ -290,9 +290,8 @@ def start_cache(
         "key": jnp.zeros((*rows, count, width, max_decode_len), config.dtype),
         "value": jnp.zeros((*rows, count, max_decode_len, width), config.dtype),
     }
-    if (
-        cross
-    ):  # leaving them out saves work with few beams and few tokens (`layers.Attention.over_states`)
+    # leaving them out saves work with few beams and few tokens (`layers.Attention.over_states`)
+    if cross:
         cache |= {"cross_key": project("key", "nbhdl"), "cross_value": project("value", "nbhld")}
     return cache
 

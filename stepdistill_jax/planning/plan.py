@@ -61,11 +61,13 @@ def plan(
         `candidates`: dicts as returned by `candidates.candidates`. With a topology, they have a `bound`.
         `best`: the cheapest candidate that fits, or None.
         `remedies`: changed candidates that fit, from `advice.remedies`; empty if `best` is not None.
-        `hbm_needed`: bytes of a device's memory that would be enough; None for a topology, or with a `best`.
+        `hbm_needed`: bytes of a device's memory that would be enough; None for a topology, with a `best`, or if
+        nothing was compiled.
         `host_bytes`: bytes of host memory to `save` and to `restore` a checkpoint, for each device of a host.
         `seconds_at_peak`: {kind of device: lower bound of the step time}.
 
-        If `best` is None, the last three are for the smallest compiled candidate.
+        The last two are for `best`. If it is None, the last three are for the smallest compiled candidate; if nothing
+        was compiled, the last two are {}.
 
     Raises:
         InputError: the devices do not exist, or the layout does not fit the devices or the model.

@@ -51,7 +51,8 @@ def load_task(
     """Returns the tokens of a task's split. The first call tokenises the split and stores the tokens.
 
     A SeqIO task that neither `prepare` nor `add_task` made is called plain. It keeps its own inputs and
-    targets. Its objective is `label` or, in a mixture, set by `task_objectives`.
+    targets. Its objective is `label` or, in a mixture, set by `task_objectives`. Any other task of a mixture keeps
+    the objective with which it was registered, unless `task_objectives` is `single`.
 
     Args:
         task: name of a dataset of `prepare` or `add_task`, or of a SeqIO task or mixture.

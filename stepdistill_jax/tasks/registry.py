@@ -94,7 +94,7 @@ def add_task(
             `label` and optionally `rationale`, `llm_label`, `weight`, and text fields that `objectives` name.
         splits: names of the splits; required for a function, otherwise not allowed.
         objectives: name of an arm, or a list of objectives. Each objective becomes a task, whose targets lack
-            the `decoder_prefix`.
+            the `decoder_prefix`; training adds it.
         vocabulary: path of a `spiece.model`, or `bytes`. The vocabulary of `init_from` takes precedence.
         metric: `text_match`, `value_match`, or a function to use in addition to `text_match`. It takes
             `(targets, predictions)`, which are labels, or `(targets, scores)`, as in SeqIO. It returns a dict

@@ -43,8 +43,9 @@ def annotate(
 
     Args:
         input: path of a JSON-lines file. Each row has `input`, and optionally `id`, `label`, `choices`, ...
-        output: path of the file to write, in the format that `prepare jsonl` reads. It is named
-            OUTPUT.partial until it is complete. `defects_of(output)` lists the defects of answers.
+        output: path of the file to write, in the format that `prepare jsonl` reads, with the fields `rationale`,
+            `rationales`, `llm_label` and `provenance`. It is named OUTPUT.partial until it is complete.
+            `defects_of(output)` lists the defects of answers.
         read: files that must not be overwritten.
         settings: fields of `Settings`, among them `task`, and `model` or `teacher`.
 

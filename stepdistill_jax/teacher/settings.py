@@ -33,7 +33,8 @@ class Settings:
         parameters: additional fields of the request (`{"top_p": 0.9}`).
         label_given: whether the prompt contains the gold label and asks only for a rationale.
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
-        retries: how often to ask again after an unreadable answer, once any answer was usable.
+        retries: how often to ask again after an unreadable answer. While all answers of the run are unusable,
+            only the first question is asked again.
         attempts: how often to send a request to a failing server before giving up its question.
         timeout: time limit of a request, in seconds.
         max_truncated: largest share of unusable answers, truncated or not, from 20 questions on. A larger share

@@ -45,7 +45,7 @@ def load_split(
     """Returns the tokens of a split as a run of `config` reads them.
 
     The config's supervision and token weights apply to the train split, `Supervision.held_out()` to the validation
-    split.
+    split. The rows of other splits stay unchanged.
 
     Args:
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's.

@@ -22,7 +22,7 @@ class TrainState(struct.PyTreeNode):
     """Everything that a checkpoint saves.
 
     Attributes:
-        step: number of steps so far, skipped updates included; scalar int32.
+        step: number of steps so far, skipped updates included; also the position in the data; scalar int32.
         params: float32 parameters of `models.encoder_decoder`.
         opt_state: optimizer state of the trained parameters (`models.lora.split`).
         rng: typed random key of dropout.

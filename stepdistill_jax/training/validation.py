@@ -167,7 +167,8 @@ class Validator:
             loss                  weighted sum of the objectives' losses, with the final weights of schedules
 
         With several parts (`TaskData.parts`), a part's metrics are named `eval/<split>/<part>/...`. For the
-        whole split there are then `loss`, `loss/...`, `accuracy/...`, and the first three as means over the parts.
+        whole split there are then `loss`, `loss/...`, `accuracy/...`, and the means of `label_accuracy`, `collapsed`
+        and `unfinished` over the parts.
 
         Args:
             params: parameters of a step, with or without adapters.

@@ -214,7 +214,7 @@ def input_files(
     These are the paper's files or, if there are none, `train.jsonl` and the like (`EXPORT_STEMS`).
 
     Args:
-        source: the folder of the files, or its parent if it is named `prefix` or `name`.
+        source: the folder of the files, or the parent of a folder `prefix` or `name` with the files.
 
     Raises:
         InputError: none of the files is found.

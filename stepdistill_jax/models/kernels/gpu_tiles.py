@@ -203,7 +203,7 @@ def query_tiles(call, keys, segments):
 def _span(own, others, tile):
     """Returns the range (first, end) of the tiles of `others` in which a segment of `own` may occur.
 
-    If none occurs, a loop over the range is empty.
+    If no segment of `own` occurs, a loop over the range is empty.
 
     Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3),
     which covers the positions 2 to 5.

@@ -44,7 +44,8 @@ KEPT_LATEST = 2
 def rank(metrics: dict[str, Any]) -> Any:
     """Returns the sort key of a step from its metrics. A better step has a larger key.
 
-    - Validated steps are compared by `rank`, and the earlier step wins a tie.
+    - Validated steps are compared by `rank` or, without it, by label accuracy, then by (lower) label loss. The
+      earlier step wins a tie.
     - All other steps rank below them, and the later step wins.
 
     A validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400 without validation
