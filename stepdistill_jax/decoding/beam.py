@@ -38,7 +38,7 @@ def beam_search(
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        num_beams: at least 1, which means `greedy_decode`.
+        num_beams: at least 1; 1 means `greedy_decode`.
         length_penalty: -10 to 10. A value above 0 favours long answers; 0 ignores the length.
 
     Returns:
