@@ -78,7 +78,8 @@ class Batches:
     step's examples. Each shard is packed into a block of packed rows. All blocks of a batch have the same row
     count.
 
-    Two packed examples; the second has weight 0.5 and no rationale (objective 2):
+    Two packed examples, where objective 1 is the label and objective 2 the rationale. The second example has weight
+    0.5 and no rationale:
 
         encoder_input_tokens   20  5  1 21  5  1 20  6  1  0
         encoder_segment_ids     1  1  1  2  2  2  3  3  3  0
@@ -193,7 +194,7 @@ class Batches:
 
     @property
     def shared(self) -> bool:
-        """Whether all targets of an example read one encoding of its input."""
+        """Whether the targets of an example share an encoding of its input."""
         return self.pack and self.data.shares_encoding
 
     @functools.cached_property
@@ -218,7 +219,7 @@ class Batches:
         return Sampler(pools, self.data.rates, self.seed, self.shuffle)
 
     def _has_pairs(self) -> bool:
-        """Returns whether any example in use has targets for the objectives 1 and 2."""
+        """Returns whether any example in use has targets for both objective 1 and objective 2."""
         # two tables of one store, for objectives 1 and 2, and an example in use that has a row in each
         pairs = itertools.product(self._tables, self._tables)
         return any(
@@ -229,7 +230,7 @@ class Batches:
 
     @property
     def num_examples(self) -> int:
-        """Number of examples in use, in all stores."""
+        """Number of examples that the batches are drawn from, in all stores together."""
         return sum(len(pool) for pool in self._sampler.pools)
 
     @property
@@ -279,7 +280,7 @@ class Batches:
     def _block_multiple(self) -> int:
         """Number that must divide a block's row count, so that `row_multiple` divides the batch's row count.
 
-        Example: 3 for 4 shards and a `row_multiple` of 6, so the row count of 4 blocks is a multiple of 12.
+        Example: with 4 shards and a `row_multiple` of 6, it is 3: 4 blocks of 3 rows have 12 rows, a multiple of 6.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
@@ -311,7 +312,7 @@ class Batches:
     def probe(self, count: int) -> list[int]:
         """Packs up to `count` random shards and returns the number of packed rows that each of them needs.
 
-        The shards do not depend on `data_fraction`, and on `seed` only if rationales are sampled.
+        The shards do not depend on `data_fraction`. They depend on `seed` only if rationales are sampled.
         """
         size = self._shard_size
         # fewer large shards, to save time
@@ -403,7 +404,7 @@ class Batches:
         return next(c for c in self.row_counts if c >= self.num_shards * fullest)
 
     def arrays(self, shards: Sequence[Shard], fullest: int) -> Batch:
-        """Returns each group's arrays for the given shards, one block of rows after the other.
+        """Returns each group's arrays, with one block of rows for each given shard, in order.
 
         Args:
             shards: some or all shards of a step.
@@ -452,7 +453,8 @@ class Batches:
     def _encodings_of(self, rows: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Encodings:
         """Returns the encodings of the given rows.
 
-        `rows` has (input lengths, decoder lengths, places) for each table. `Encodings.of` explains them.
+        Args:
+            rows: for each token table, arrays [rows]: input lengths, decoder lengths and example indices.
         """
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
@@ -485,7 +487,7 @@ class Batches:
     def sizes(self) -> np.ndarray:
         """Returns the input and target lengths of all units to pack, [units, 2].
 
-        With `pairs`, a unit is a complete example. Otherwise, it is an input with the targets that read it.
+        With `pairs`, a unit is a complete example. Otherwise, a unit is an encoded input with its targets.
         """
         stores = range(len(self.data.stores))
         return np.concatenate([self._units(self._all_encodings(store))[1] for store in stores])

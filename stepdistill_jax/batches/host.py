@@ -25,7 +25,7 @@ class HostBatch:
     Attributes:
         groups: arrays with the rows of the process's shards, one shard after the other.
         shards: indices of these shards, from 0, ascending.
-        num_shards: number of shards of the global batch; the attributes below describe it, too.
+        num_shards: number of shards of the global batch. The attributes below also describe the global batch.
         shapes: (rows, input length, target length) of each group.
         target_tokens: number of target tokens, with decoder prefixes.
         objective_tokens: number of target tokens of each objective, without prefixes.

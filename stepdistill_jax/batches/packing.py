@@ -37,7 +37,7 @@ class Encodings:
         of_row: index of each row's encoding, [rows] int64.
         offset: column of each row's target within its encoding's targets, [rows] int64.
         row_sizes: input length and decoder length of each row, [rows, 2] int64.
-        is_first: whether a row is the first of its encoding, [rows] bool.
+        is_first: whether a row is the first row that reads its encoding, [rows] bool.
         places: index of each encoding's example in the shard, [encodings] int64.
         sizes: input length and total decoder length of each encoding, [encodings, 2] int64.
     """
@@ -55,10 +55,10 @@ class Encodings:
     ) -> "Encodings":
         """Returns one encoding for each row or, if `shared`, one for all rows of an example.
 
-        A shared input is encoded again for targets that do not fit into `target_length` together.
+        If an example's targets do not fit into `target_length` together, its shared input is encoded several times.
 
         Example: three rows share an input. Their sizes are (3, 2), (3, 3) and (3, 4), and `target_length` is 6.
-        Then `of_row` is [0, 0, 1], `offset` is [0, 2, 0], and `sizes` is [[3, 5], [3, 4]].
+        The result has `of_row` [0, 0, 1], `offset` [0, 2, 0], and `sizes` [[3, 5], [3, 4]].
 
         Args:
             sizes: input length and decoder length of each row, [rows, 2] int64.
@@ -91,8 +91,8 @@ class Encodings:
         """Adds up the lengths of each example's encodings.
 
         Returns:
-            The place of each example in the step, in ascending order, [examples].
-            The total input length and total target length of each example, [examples, 2].
+            The distinct values of `places` in ascending order, one for each example, [examples].
+            The total input length and total decoder length of each example, [examples, 2].
         """
         places, of = np.unique(self.places, return_inverse=True)
         sums = [np.bincount(of, lengths, minlength=len(places)) for lengths in self.sizes.T]
@@ -118,17 +118,17 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns positions in rows that are not packed: encoding (or example) i is alone in row `places[i]`."""
+        """Returns positions without packing: row `places[i]` contains only encoding (or example) i."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Returns the positions of `encodings`; this object has the positions of their examples.
+        """Returns the positions of `encodings`, computed from the positions of their examples in `self`.
 
         The examples are in the order of `Encodings.of_examples`.
 
         Example: if an example starts at the columns (input 5, target 2) and its encodings have the sizes (3, 1)
-        and (3, 4), they start at (5, 2) and (8, 3).
+        and (3, 4), the encodings start at (5, 2) and (8, 3).
         """
         _, of = np.unique(encodings.places, return_inverse=True)
         order = np.argsort(of, kind="stable")
@@ -151,7 +151,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
         capacity: input length and target length of a packed row.
 
     Returns:
-        The position of each row, in the order of `sizes`.
+        For each row, in the order of `sizes`, its packed row and its place there.
 
     Raises:
         ValueError: a row is longer than the capacity.
@@ -199,7 +199,7 @@ def first_fit(sizes: np.ndarray, capacity: tuple[int, int]) -> Packing:
 
 
 class _Decreasing:
-    """A list of waiting rows in `first_fit`, the longest first.
+    """A list of the rows that `first_fit` has not packed yet, the longest first.
 
     The list is sorted by input length if `side` is 0, and by target length if `side` is 1.
     """
@@ -213,9 +213,10 @@ class _Decreasing:
         self._least_other = min(self._lengths[1 - side], default=0)
 
     def _from(self, room: list[int]) -> int:
-        """Returns the position of the first row that fits into `room`. All later rows fit, too.
+        """Returns the position of the first row that may fit into `room`.
 
-        Only the length by which this list is sorted is compared. The row's other length may not fit.
+        Only the length by which this list is sorted is compared: it fits for this row and for all later rows. The
+        other length may not fit.
         """
         # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
         # target length in the input list) does not fit, no row fits, and the result is the end of the list.
@@ -251,9 +252,10 @@ class _Decreasing:
 def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
-    """Returns (list, index) of the one or two rows of `some` that fill the packed row best, or [] if none fits.
+    """Returns (list, index) of the one or two rows that fill the packed row best, or [] if none fits.
 
-    Of two rows in one list, the higher index comes first, so that both can be taken in order.
+    Considers only the rows that `_Decreasing.some` returns. Of two rows in one list, the higher index comes first,
+    so that both can be taken in order.
     """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists
@@ -439,7 +441,8 @@ def scatter(
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Returns, for each row, the 1-based index of its example within the packed row, [rows].
 
-    Examples with several targets get the lowest indices, at most half of the packed row's target length.
+    Examples with several targets get the lowest indices, so these indices are at most half of the target length of
+    a packed row.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True

@@ -41,7 +41,7 @@ class TruncatedRows:
         return self.rows.lengths > self.most
 
     def used(self, examples: np.ndarray) -> np.ndarray:
-        """Returns the indices in `rows.ids` of the tokens that the examples keep, [tokens]."""
+        """Returns the indices in `rows.ids` of the examples' tokens after truncation, [tokens]."""
         return ranges(self.rows.starts[examples], self.lengths[examples])
 
     def ids(self, examples: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ def draws(drawn: ExampleIds, seed: int) -> np.ndarray:
 def nested_pools(usable: Sequence[np.ndarray], fraction: float, seed: int) -> list[np.ndarray]:
     """Returns, for each store, the sorted indices of the examples that a run uses.
 
-    With the same seed, a smaller fraction is a subset of a larger one.
+    With the same seed, the examples for a smaller fraction are a subset of those for a larger one.
     """
     if fraction == 1:
         return list(usable)
@@ -274,7 +274,7 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Cached function from a block's index to the store and the turn of each of its 65,536 positions.
+        """Cached function that takes a block's index and returns its positions' stores and turns, each [65,536].
 
         The turn of a position is the number of earlier positions of the same store, in all blocks.
         """

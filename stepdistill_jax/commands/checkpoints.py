@@ -36,9 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for row in rows:
         say("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
     if any(entry["state"] == "sealed" for entry in result["checkpoints"]):
-        say(
-            "sealed: all files have their saved names and sizes; --verify also compares their bytes"
-        )
+        say("sealed: file names and sizes are as saved; --verify also checks every byte")
     return result
 
 

@@ -94,7 +94,8 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    Unbound parameters are bound to their defaults. With `train.seed = %SEED`, so is an unbound macro `SEED`.
+    Unbound parameters get their defaults. With `train.seed = %SEED`, an unbound macro `SEED` gets the default
+    of `train.seed`.
 
     Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, the bindings of `train`,
     `optimizer` and `BETA` are returned. `@hint/Objective` reads `hint/Objective.weight` and `Objective.weight`.

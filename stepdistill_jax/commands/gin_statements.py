@@ -101,7 +101,7 @@ def shown(path: pathlib.Path) -> str:
 
 
 class _Delegate(gin_internals.ParserDelegate):
-    """Replaces gin's message for an unknown configurable by our own."""
+    """Raises our own error for an unknown configurable, before gin raises its error."""
 
     def configurable_reference(self, scoped_selector, evaluate):
         selector_of(scoped_selector.rpartition("/")[2])

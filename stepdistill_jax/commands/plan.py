@@ -252,7 +252,7 @@ def _table(result: dict[str, Any]):
 
 
 def _by_chip(seconds: dict[str, float]) -> dict[str, float]:
-    """Returns {kind: seconds}. A variant of another kind is left out if both take the same time."""
+    """Returns {device kind: seconds}, without the variants that take as long as their base kind."""
     return {
         kind: time
         for kind, time in seconds.items()

@@ -43,7 +43,7 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
 
 
 def share_used(result: dict[str, Any]) -> str:
-    """Returns how the usable memory follows from the device's, such as "75% of --hbm 80GB, ..."."""
+    """Returns the usable share of the device's memory as text, such as "75% of --hbm 80GB, ..."."""
     memory = result["hbm"]
     size = f"{memory // GIB}GiB" if memory % GIB == 0 else f"{memory / 1e9:.4g}GB"
     of = f"--hbm {size}" if result["device_kind"] == "virtual CPU" else f"the device's {size}"

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "output",
         metavar="OUTPUT.jsonl",
-        help='file to write, of rows {"id", "label", "score"} (--choices adds "probability"'
+        help='file to write, with rows {"id", "label", "score"} (--choices adds "probability"'
         ' and "choices"); after a stop, run the same command again to continue',
     )
     parser.add_argument(

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[CONFIG] [NAME]",
         help="CONFIG: path or name of a config, whose values are shown instead of the defaults; NAME: a macro"
         " (BATCH_SIZE), a field (train.remat_policy or remat_policy), a class or function (optimizer), or part of a"
-        " name (dropout); without NAME, all settings are listed, or those that CONFIG binds",
+        " name (dropout); without NAME, the settings that CONFIG binds are listed; without both, all settings",
     )
 
 

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=A,B",
-        help="a setting, as in --set, and values to try in separate cells; may be given several times",
+        help="setting, named as in --set, and the values to try; may be given several times",
     )
     parser.add_argument(
         "--evaluate",

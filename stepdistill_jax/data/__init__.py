@@ -1,7 +1,7 @@
 """Reads original files, prepares datasets and opens prepared ones.
 
-Importing this package does not load TensorFlow. Here `data.prepare` is the function, which hides the module
-`prepare`. Import other names of the module with `from stepdistill_jax.data.prepare import ...`.
+Importing this package does not load TensorFlow. The attribute `data.prepare` is the function `prepare`, not the
+module. Import other names of the module with `from stepdistill_jax.data.prepare import ...`.
 """
 
 from stepdistill_jax.data.prepare import ensure_prepared, prepare

@@ -16,7 +16,7 @@ from stepdistill_jax.data.rows import place
 from stepdistill_jax.runtime.fingerprints import hash64
 
 TEACHER_METRICS = {
-    "teacher_accuracy": "as published: without repairs; an answer that cannot be parsed is wrong",
+    "teacher_accuracy": "as published: without repairs; unreadable answers count as wrong",
     "teacher_accuracy_by_text": "judged by the text after the letter",
     "teacher_accuracy_repaired": "after our repairs",
 }
@@ -38,7 +38,7 @@ class SplitCounts:
         lengths: {`input`, `label` or `rationale`: {number of words: number of rows}}.
         labelled: number of rows with a gold label.
         human: number of rows with an explanation written by a person.
-        texts, characters: approximate size of the text to train a vocabulary on.
+        texts, characters: approximate number of texts, and of characters, to train a vocabulary on.
         label_rows: {gold label: [number of its rows, 0-based index of the first]}; None for free text.
         hashes: {`input`, `question`, `label` or `row`: a 64-bit hash for each row}; 0 for a missing label. `row`
             leaves out the id.

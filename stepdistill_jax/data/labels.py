@@ -19,7 +19,8 @@ _NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?%?")
 def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]:
     """Returns {label: {split: number of rows}}, with the commonest label first; {} for free text.
 
-    Free text has over 1,000 labels (20 if most are numbers), or under five rows per label on average.
+    Labels count as free text if there are over 1,000 different labels (over 20 if most of them are numbers), or
+    under five rows per label on average.
     """
     found: dict[str, dict[str, int]] = {}
     for split, counts in splits.items():
@@ -38,8 +39,8 @@ def label_counts(splits: Mapping[str, SplitCounts]) -> dict[str, dict[str, int]]
 def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": ["file:line", ...], "message"}].
 
-    Kinds are `duplicate_rows`, `different_labels` (whose count is of inputs, not of rows) and, unless labels are free
-    text, `labels_alike`, `numbers_among_labels` and `labels_of_one_row`.
+    Kinds are `duplicate_rows`, `different_labels` and, unless labels are free text, `labels_alike`,
+    `numbers_among_labels` and `labels_of_one_row`. `count` is a number of rows; for `different_labels`, of inputs.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -205,7 +206,7 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns places as ` (such as A and B, C and D)`, without `such as` if these pairs are all of `count` pairs."""
+    """Returns places as ` (such as A and B, C and D)`. Omits `such as` if all `count` pairs are listed."""
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""
     return f" ({such_as}{', '.join(pairs)})" if pairs else ""

@@ -24,8 +24,8 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the rationale "A dog
     is an animal." and the answer "entailment".
 
-    Repairs: `Entailment.` counts, unless words such as `not` or another label are in its line. An answer after another
-    premise does not count, unlike in the published rule.
+    Repairs: a label such as `Entailment.` counts, unless its line also has another label or a word such as `not`. An
+    answer after another premise does not count, unlike in the published rule.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()
@@ -53,7 +53,8 @@ def parse_anli(text: str) -> Parsed:
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale "He was born
     later." and the answer "contradiction".
 
-    Repairs are those of `parse_esnli`. The published rule drops an answer's last character.
+    Labels are repaired as in `parse_esnli`. The published rule drops an answer's last character, even if it
+    is not a full stop.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:
@@ -66,11 +67,11 @@ def parse_anli(text: str) -> Parsed:
 def _with_label(
     problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """Returns the parts of `text`, and adds the problems of its label to `problems`.
+    """Returns the parts of a teacher's text, with the problems of the label added to `problems`.
 
     Args:
-        answer: the answer that the published rule finds.
-        answer_text: the first answer of `text`, from which the repaired label is read.
+        answer: the answer that the paper's published code finds in `text`.
+        answer_text: the text between the first marker and the next one. The repaired label is read from it.
     """
     repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:

@@ -201,7 +201,7 @@ def single_task(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
 
 
 def rationale_input(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
-    """The input contains the rationale, so the teacher must write rationales at test time, too."""
+    """Prediction of the label from the input and a rationale. At test time, too, the teacher must write rationales."""
     return (Objective("label", f"{LABEL_INPUT} rationale: {{rationale}}", "{label}", label_weight),)
 
 
@@ -228,7 +228,8 @@ def shared_encoder(
 ) -> tuple[Objective, ...]:
     """Step-by-step with one encoding of the input for both targets: our variant, not in the paper.
 
-    Both objectives have the label's input of `step_by_step`. A decoder prefix asks for the rationale.
+    Both objectives have the input template that `step_by_step` has for the label. A decoder prefix asks for the
+    rationale.
     """
     return (
         Objective("label", LABEL_INPUT, "{label}", label_weight),
@@ -257,7 +258,7 @@ ARMS: dict[str, Callable[..., tuple[Objective, ...]]] = {
 def share_encoding(objectives: Sequence[Objective]) -> bool:
     """Returns whether all objectives have the same input, which is then encoded only once.
 
-    An input with the rationale is never shared, since an example may have several rationales.
+    Returns False if the input contains the rationale: each rationale of an example gives a different input.
     """
     templates = {o.input_template for o in objectives}
     return (

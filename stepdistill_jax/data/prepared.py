@@ -37,8 +37,8 @@ class PreparedDataset:
         splits: {split: number of rows}.
         labels: sorted labels of train; empty if there are over 50, or if rows have choices.
         fields: keys that `Example.more` may have.
-        paper_exact: whether rows are read, and blank texts trained on, as in the paper's published code.
-        draws_validation: whether that code draws validation from a run's training rows.
+        paper_exact: whether rows are read as in the paper's published code, which also trains on blank texts.
+        draws_validation: whether the published code draws validation from a run's training rows.
         files: {path within `directory`: sha256}; empty in early versions.
     """
 

@@ -24,7 +24,7 @@ class Parsed:
     """The parts of a teacher's text; "" if a part is missing.
 
     Attributes:
-        answer: the answer by the published rule; for a question with choices, the choice of the letter.
+        answer: the answer by the published rule; for a question with choices, the choice that the letter names.
         answer_text: for a question with choices, the text after the letter.
         repaired: the answer after our repairs.
         problems: keys of `defects.KINDS`.
@@ -49,7 +49,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Otherwise the letter decides, as in `(a) lake or (d) pond`.
 
     Args:
-        choices: for the letters a, b, ... in order.
+        choices: the choices with the letters a, b, ..., in this order.
     """
     problems, rationale, answer = split(text, CHOICE_MARKER)
     if answer is None:
@@ -90,7 +90,7 @@ def parse_equation(text: str) -> Parsed:
     Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84." and the
     answer "(84 / 2)".
 
-    Repairs: a line's whole rest counts if it has a value, such as `84 / 2`.
+    Repairs: if the whole rest of the line after `The answer is` has a value, such as `84 / 2`, it is the answer.
     """
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
@@ -120,12 +120,12 @@ def parse_equation(text: str) -> Parsed:
 def split(
     text: str, marker: str, next_question: str = NEXT_QUESTION
 ) -> tuple[tuple[str, ...], str, str | None]:
-    """Splits a text at the marker before the answer, ignoring everything from the next question on.
+    """Splits a text at the marker before the answer, and ignores everything from `next_question` on.
 
     Returns:
-        Problems, keys of `defects.KINDS`.
+        The problems of the text, as keys of `defects.KINDS`.
         The rationale.
-        The text between the first marker and any second one, or None.
+        The answer: the text from the first marker to the second marker or the end; None without a marker.
     """
     own, found, _ = text.partition(next_question)
     problems = ("runs_on",) if found else ()

@@ -89,7 +89,7 @@ def split_of(number: int, split: str, files: Container[str]) -> str:
     """Returns the split of a row. If validation has no file, train rows with number 0 become validation.
 
     Args:
-        number: the row's `tenth`.
+        number: result of `tenth` for the row's id.
         split: the split of its file.
         files: splits with files.
     """

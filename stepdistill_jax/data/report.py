@@ -45,7 +45,8 @@ img { max-width: 100%; height: auto; }
 def wilson(right: int, rows: int, z: float = Z_95) -> tuple[float, float]:
     """Returns Wilson's score interval for a share.
 
-    E. B. Wilson 1927, JASA 22:209: (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+    With p = right / rows and n = rows (E. B. Wilson 1927, JASA 22:209):
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
 
     Example: `wilson(74, 100)` is (0.646, 0.816), rounded.
 
@@ -105,7 +106,7 @@ def _list(notes: Sequence[str]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    """Returns an HTML table of HTML cells, with the columns at the indices `numbers` right-aligned."""
+    """Returns an HTML table. Cells are HTML, and columns whose index is in `numbers` are right-aligned."""
 
     def cells(tag: str, row: Sequence[str]) -> str:
         classes = [' class="n"' if i in numbers else "" for i in range(len(row))]
@@ -227,7 +228,7 @@ def _lengths(split: str, counts: SplitCounts) -> str:
 def _quantiles(counts: Mapping[int, int]) -> str:
     values, rows = zip(*counts.items(), strict=True)
     middle, most = np.quantile(values, [0.5, 0.95], weights=rows, method="inverted_cdf")
-    return f"median {middle:g}, 95 % up to {most:g}, greatest {max(values)}"
+    return f"median {middle:g}, at most {most:g} in 95 % of rows, greatest {max(values)}"
 
 
 def _histogram(counts: Mapping[int, int]) -> str:

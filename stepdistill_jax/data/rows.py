@@ -32,9 +32,9 @@ class JsonRow:
     A null field counts as absent. An integer can be read as text; other numbers and booleans cannot.
 
     Attributes:
-        where: `file:line`, with the user's path; `row 3` for a list.
-        number: index in the file, from 1, without blank lines.
-        line: line of the file, or index in the list, from 1.
+        where: place to show in messages: `file:line` with the user's path, or such as `row 3` for a list.
+        number: 1-based index of the row. Blank lines are not counted.
+        line: 1-based line number in the file; for a list, the same as `number`.
     """
 
     fields: Mapping[str, Any]
@@ -46,8 +46,8 @@ class JsonRow:
         """Returns the text of a required field.
 
         Args:
-            blank: whether it may be blank.
-            hint: ends the message about an absent field.
+            blank: whether the text may be blank.
+            hint: text to append to the error message if the field is absent.
 
         Raises:
             InputError: the field is absent, blank, not text or not valid Unicode.
@@ -135,7 +135,7 @@ class BadRow(InputError):
 
     @classmethod
     def of(cls, row: JsonRow, error: InputError) -> "BadRow":
-        """Returns the bad row for an error that reading `row` raised."""
+        """Returns a `BadRow` for `row`. `error` is what reading the row raised."""
         return cls(row.path, row.line, str(error).removeprefix(f"{row.where}: "))
 
 
@@ -217,8 +217,8 @@ def read_example(
 
     Args:
         needs: {field that must not be absent or blank: hint that ends the message}. `input` must always be present.
-        fields: read besides `id`, `input`, `label` and `choices`.
-        more: further, optional texts.
+        fields: fields to read in addition to `id`, `input`, `label` and `choices`, which are always read.
+        more: optional text fields to read into `Example.more`.
         names: {our field: the file's field}.
 
     Raises:

@@ -48,7 +48,7 @@ class Schedule:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Schedule":
-        """Returns the schedule that `dataclasses.asdict` converted to `raw`.
+        """Returns the schedule with the given fields, as `dataclasses.asdict` returns them.
 
         Raises:
             InputError: fields are missing or unknown.

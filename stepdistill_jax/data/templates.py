@@ -59,14 +59,15 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 def parse(template: str, text: str, field: str) -> dict[str, str] | None:
     """Returns the fields of a text that was written with the template, or None if the text does not match.
 
-    Example: with `{rationale} so {label}`, the text "wet so slow so no" gives
+    Example: with the template `{rationale} so {label}` and the field "label", the text "wet so slow so no" gives
     {"rationale": "wet so slow", "label": "no"}.
 
     Whitespace counts as one space.
 
     Args:
         template: must have words between any two fields.
-        field: begins after the last occurrence of the words before it, and ends at the next words after it.
+        field: name of the field that is found first. In the text, it begins after the last occurrence of the
+            template's words before it, and ends at the next occurrence of the words after it.
     """
     *pieces, (last_words, _) = words_and_fields(template)
     first_words = pieces[0][0]

@@ -114,8 +114,8 @@ def is_valid(
 
     Args:
         metric: under `value_match`, any expression with a value is valid.
-        labels: the valid answers otherwise; empty if unknown.
-        choices: the row's valid answers, which replace both criteria.
+        labels: the valid answers under other metrics; empty if unknown.
+        choices: the row's choices. If there are any, only they are valid, whatever the metric and labels.
     """
     matches = metric_fn(metric)
     if choices:

@@ -49,7 +49,7 @@ def train_vocabulary(
 
 
 def _train(texts: Sequence[str], vocab_size: int) -> bytes:
-    """Returns the bytes of the model's file."""
+    """Trains a SentencePiece model, and returns the bytes of its file."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -76,7 +76,7 @@ def _only(kept: Set[str], text: str) -> str:
 
 
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
-    """Returns each frequent word as a text of its own, and again in a text of up to 50 frequent words."""
+    """Returns texts made of the frequent words: first each word alone, then up to 50 words in each text."""
     # the trainer splits a word into letters if it always has the same neighbour, as in labels
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)

@@ -88,8 +88,8 @@ class SentencePieceVocabulary:
     """A `spiece.model` or `tokenizer.model`, with the same ids as in SeqIO.
 
     Attributes:
-        framing: only an eos, as in T5, unless the vocabulary is of Gemma's kind. Then `tokenizer_config.json` in its
-            folder decides; without this file, only a bos.
+        framing: special ids to add to a text. A vocabulary of Gemma's kind adds those that `tokenizer_config.json`
+            in its folder selects, or only a bos without this file. Any other vocabulary adds only an eos, as in T5.
     """
 
     def __init__(self, path: os.PathLike | str):
@@ -152,7 +152,7 @@ class SentencePieceVocabulary:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the file, and of the framing if it differs from T5's."""
+        """Digest of the file, combined with `framing` if that differs from T5's."""
         return self._digest
 
     @functools.cached_property

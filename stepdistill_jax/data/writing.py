@@ -74,7 +74,7 @@ def write_rows(
 
 
 def describe(reading: Reading) -> dict[str, Any]:
-    """Returns the fields of dataset.json that the fingerprint covers, besides the rows."""
+    """Returns the fields of dataset.json that the fingerprint covers. It also covers the rows."""
     return {
         "metric": reading.metric,
         "reader": {"name": reading.reader, "version": reading.version},
@@ -176,7 +176,7 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
     """Returns the inputs and targets, with prefixes, that a SPLIT.jsonl gives for a step-by-step model.
 
-    A large number of texts or characters makes it skip rows.
+    If `texts` or `characters` is large, only some of the rows, evenly spread, are used.
 
     Args:
         texts: approximate number of texts in all of the vocabulary's files.

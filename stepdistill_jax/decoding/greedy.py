@@ -45,7 +45,7 @@ def greedy_decode(
     Args:
         params: unboxed.
         encoder_input_tokens: [batch, length] int32; 0 is padding. A row of zeros has no answer.
-        max_decode_len: includes the end of sequence.
+        max_decode_len: largest number of answer tokens, the end of sequence included.
         decoder_prefix: ids that the decoder reads before the answer; not part of ids or scores.
 
     Returns:
@@ -196,7 +196,7 @@ def call_over_rows(fn: Callable, mesh: Mesh | None, params: Any, arrays: Any) ->
 
 
 def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
-    """Yields the items of an iterator in order, each after the next `ahead` items have been taken.
+    """Yields the items of an iterator in order, but takes `ahead` further items before it yields one.
 
     Taking an item starts its computation, so the device need not wait for the host.
     """
@@ -226,7 +226,8 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
 class LabelDecoder:
     """Decodes rows of ids of any length, greedily by default.
 
-    A row's answer does not depend on the other rows. Each `bucket_length` is compiled once.
+    A row's answer does not depend on the other rows. Rows are padded to a few lengths (see `bucket_length`), and
+    the program is compiled once for each of these lengths.
 
     Example: `LabelDecoder(config, max_decode_len=8)(params, [[5, 7, 1], [9, 1]]).ids`. For beam search, add
     `decode_fn=functools.partial(beam_search, num_beams=4)`.

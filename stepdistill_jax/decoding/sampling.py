@@ -35,8 +35,8 @@ def sample_decode(
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         temperature: divisor of the logits, above 0.
         top_k: number of likeliest tokens that can be drawn; ties are kept; 0 means all.
-        top_p: after `top_k`, only the fewest likeliest tokens with a total probability of at least `top_p` can be
-            drawn, and at least one; 1 means all.
+        top_p: a probability. After `top_k`, only the fewest likeliest tokens whose total probability is at
+            least `top_p` can be drawn, and at least one. 1 means all.
 
     Returns:
         The arrays of `greedy_decode`. The scores ignore the three options.

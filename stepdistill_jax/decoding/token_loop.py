@@ -218,7 +218,7 @@ def decode_tokens(
 def _sizes(batch: Any) -> list[int]:
     """Returns the batch sizes that the loop runs with, largest first: `_sizes(64)` is [64, 16].
 
-    A symbolic batch size (`jax.export`) is the only one.
+    For a symbolic batch size (`jax.export`), the list has only that size.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:

@@ -27,10 +27,10 @@ class Point:
     Attributes:
         labels: mean number of labelled training examples.
         runs: one per seed.
-        accuracy: mean of the runs.
-        low, high: its 95 % interval (Student's t); None for a single run.
-        collapsed: number of runs that always give the same answer.
-        accuracy_of_others: mean of the other runs; None if all or none collapsed.
+        accuracy: mean accuracy of the runs.
+        low, high: 95 % interval of `accuracy` (Student's t); None for a single run.
+        collapsed: number of collapsed runs, which always give the same answer.
+        accuracy_of_others: mean accuracy of the runs that did not collapse; None if all or none collapsed.
     """
 
     arm: str
@@ -50,11 +50,12 @@ class PairTest:
 
     Attributes:
         difference: the second arm's mean accuracy minus the first's.
-        low, high: its 95 % interval; see `paired_difference`.
+        low, high: 95 % interval of `difference`; see `paired_difference`.
         p: two-sided p value.
         p_holm: `p` corrected for all tests of the comparison.
-        seeds: those that both arms have.
-        only_first, only_second: number of rows that only this arm answers correctly, summed over `seeds`.
+        seeds: the seeds that both arms have.
+        only_first: number of rows that only the first arm answers correctly, summed over `seeds`.
+        only_second: number of rows that only the second arm answers correctly, summed over `seeds`.
     """
 
     fraction: float
@@ -74,15 +75,16 @@ class PairTest:
 class Enough:
     """How much data an arm needs to reach the baseline's full accuracy.
 
-    A full accuracy is the mean accuracy at the largest fraction.
+    An arm's full accuracy is its mean accuracy at the largest fraction.
 
     Attributes:
         target: the baseline's full accuracy.
         fraction: smallest fraction at which the arm reaches `target`, or None.
-        labels: mean number of labelled examples there, or None.
-        surely: smallest fraction from which on the 95 % interval of accuracy - `target` is above 0, or None.
+        labels: mean number of labelled examples at `fraction`, or None.
+        surely: smallest fraction such that, there and at all larger fractions, the 95 % interval of
+            accuracy - `target` is above 0; or None.
         tested: whether answers could be compared row by row. If False, `surely` is meaningless.
-        baseline_labels: mean number of labelled examples for `target`.
+        baseline_labels: mean number of labelled examples at the baseline's largest fraction.
         reverse: smallest fraction at which the baseline reaches the arm's full accuracy, or None.
     """
 
@@ -104,7 +106,7 @@ class Comparison:
         name: the task, and the settings that distinguish the group.
         baseline: arm with which the others are compared.
         points: sorted by arm, the baseline first, then by fraction.
-        enough: one for each arm except the baseline.
+        enough: an `Enough` for each arm except the baseline.
         teacher: accuracy of the teacher's labels, or None.
         majority: accuracy of always answering the commonest label, or None.
     """
@@ -206,10 +208,10 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 
 
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Returns a run's settings as {name: value as a string}, without most fields in `NO_SETTING`.
+    """Returns a run's settings as {name: value as a string}.
 
-    Names are in capitals, or paths such as `optimizer.name`. `INIT_FROM` and the objectives' weights and input
-    templates are included.
+    Names are in capitals, or paths such as `optimizer.name`. Fields in `NO_SETTING` are left out, except
+    `init_from` and the objectives' weights and input templates.
     """
     found = {}
     for name, value in config.items():

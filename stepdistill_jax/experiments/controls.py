@@ -29,12 +29,12 @@ def spoil(
             `shuffled`: the rationale of another chosen example.
             `wrong`: the rationale of a random example with another label.
             `missing`: no rationale.
-            `teacher_errs`: as `wrong`, and that example's label as `llm_label`. In all other examples,
-            `llm_label` becomes the label.
-        share: share of the examples with a rationale to change, chosen at random.
+            `teacher_errs`: the rationale of a random example with another label, and that label as `llm_label`.
+            Examples that are not chosen get their own label as `llm_label`.
+        share: share of examples to choose at random, from those with a rationale.
 
     Raises:
-        InputError: `kind` is unknown, or needs another label although all examples have the same label.
+        InputError: `kind` is unknown, or it needs an example with another label and there is none.
     """
     one_of("kind", kind, KINDS)
     rng = np.random.default_rng(seed)

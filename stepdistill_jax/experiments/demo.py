@@ -38,7 +38,7 @@ class ArmResult:
 
     Attributes:
         labels: number of labelled training examples.
-        seconds: training time, with compilation and validation; None if trained earlier.
+        seconds: training time, with compilation and validation; None if an earlier call trained the arm.
         test_accuracy: share of right labels.
         tokens_per_row: mean number of tokens of a decoded label.
     """

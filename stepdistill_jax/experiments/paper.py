@@ -16,9 +16,9 @@ ACCURACY = {
 
 
 def paper_accuracy(point: Point) -> float | None:
-    """Returns the paper's accuracy for a point's dataset and arm, or None if there is none.
+    """Returns the paper's accuracy for a point's dataset and arm, or None if the paper reports none.
 
-    None also if the runs used only part of the data, or another size than T5 base.
+    Also returns None if the runs used only part of the data, or a model of another size than T5 base.
     """
     run = point.runs[0]
     if point.fraction != 1 or run.parameters != BASE_PARAMETERS:

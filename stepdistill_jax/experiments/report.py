@@ -157,7 +157,7 @@ def _write_comparison(
         "accuracy_figure": _embedded(accuracy),
         "learning_figure": learning and _embedded(learning),
         "collapsed": [
-            f"{r.arm} {r.fraction:g} seed {r.seed}: accuracy {r.accuracy:.4f}, always"
+            f"{r.arm} {r.fraction:g} seed {r.seed}: accuracy {r.accuracy:.4f}, every answer is"
             f" {r.answers[0]!r}"
             if r.answers
             else f"{r.arm} {r.fraction:g} seed {r.seed}: accuracy {r.accuracy:.4f}"
@@ -186,7 +186,7 @@ def headline(comparison: Comparison) -> list[str]:
         sentences.append(
             f"{base}, trained on {data} ({point.labels:.0f} labels), has an accuracy of"
             f" {point.accuracy:.4f}. The runs do not show that this is better than always answering the"
-            f" commonest label ({comparison.majority:.4f}), so another arm proves nothing by reaching it."
+            f" commonest label ({comparison.majority:.4f}), so an arm that reaches this accuracy proves nothing."
         )
         sentences += _better(comparison.enough)
     else:
@@ -202,7 +202,11 @@ def headline(comparison: Comparison) -> list[str]:
 
 
 def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
-    """Returns sentences about the data that an arm needs to reach the baseline, which was trained on `data`."""
+    """Returns sentences on how much data an arm needs to reach the baseline's accuracy.
+
+    Args:
+        data: the baseline's share of the data, in words.
+    """
     base, full = comparison.baseline, comparison.of_arm(comparison.baseline)[-1].fraction
     theirs = (
         f"the accuracy that {base} has with {data} ({enough.target:.4f}, with"
@@ -226,7 +230,7 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
 
 
 def _better(found: Sequence[Enough]) -> list[str]:
-    """Returns sentences that say with how much data each arm is significantly better than the baseline."""
+    """Returns sentences that say how much data each arm needs to be significantly better than the baseline."""
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
         if enough.tested:

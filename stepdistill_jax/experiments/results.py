@@ -72,7 +72,7 @@ class RunResult:
         fraction: share of the train split used in training.
         grid: {setting: value} of the sweep's grid; {} outside a sweep.
         config: the config in `run.json`.
-        gold: the answered split; None if the dataset is not prepared here.
+        gold: the split with its gold labels; None if the dataset is not prepared here.
         labels: number of labelled training examples.
         step: step of the answering checkpoint.
         majority: accuracy of always answering the commonest label; None if not saved.
@@ -80,7 +80,7 @@ class RunResult:
         answers: the model's labels, in row order; None if `gold` is None.
         right: whether each answer is right, bool [rows]; None if `gold` is None.
         rationales: the model's rationales, in row order; None if not decoded.
-        explained: their quality (`RationaleCounts.summary`); None if not saved.
+        explained: quality of the rationales (`RationaleCounts.summary`); None if not saved.
         lines: lines of `metrics.jsonl`.
     """
 
@@ -111,7 +111,7 @@ class RunResult:
 
     @property
     def gold_key(self) -> str:
-        """Key of the answered rows. Only runs with the same key can be compared."""
+        """Key that identifies the answered rows. Only runs with the same key can be compared."""
         return self.task if self.gold is None else self.gold.key
 
     @property
@@ -221,7 +221,9 @@ def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
             raise InputError(f"{path}: no such folder; pass a workdir or the folder of a sweep")
         here = list(_below(path, DEPTH))
         if not here:
-            raise InputError(f"{path}: the folder is neither a run nor a sweep, and has no run")
+            raise InputError(
+                f"{path}: the folder is neither a run nor a sweep, and contains no run"
+            )
         for run in here:
             found.setdefault(run.workdir.resolve(), run)
     return list(found.values())

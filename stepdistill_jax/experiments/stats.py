@@ -51,9 +51,9 @@ def resample(right: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndar
 def paired_difference(
     first: np.ndarray, second: np.ndarray, *, seed: int = 1
 ) -> tuple[float, float, float]:
-    """Tests the second arm's mean accuracy minus the first arm's, by a paired bootstrap over rows and seeds.
+    """Tests the difference between two arms' mean accuracies by a paired bootstrap over rows and seeds.
 
-    Reference: Efron and Tibshirani 1993.
+    The difference is the second arm's accuracy minus the first's. Reference: Efron and Tibshirani 1993.
 
     Args:
         first: result of `resample` for the first arm's runs, [draws, runs].
@@ -80,8 +80,8 @@ def paired_difference(
 def holm(p_values: Sequence[float]) -> list[float]:
     """Returns p values corrected for the number of tests (Holm 1979, Scand. J. Statist. 6:65).
 
-    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k. It is then raised to the previous
-    corrected value if it is lower, and limited to 1.
+    Of n values, the k-th smallest (k counts from 0) is multiplied by n - k, and the product is limited to 1. If the
+    previous corrected value is larger, it replaces the product.
 
     Example: `holm([0.01, 0.04, 0.03])` is [0.03, 0.06, 0.06]. In ascending order, 0.01 becomes 3 x 0.01 = 0.03,
     0.03 becomes 2 x 0.03 = 0.06, and 0.04 becomes max(1 x 0.04, 0.06) = 0.06.

@@ -43,8 +43,8 @@ def load_params(
     Args:
         directory: folder with weights that `open_weights` reads.
         shardings: sharding of each parameter (`sharding.param_shardings`). None means the default device.
-        sources: {parameter of the result: parameter of the directory to read for it}, both named as by
-            `stored_shapes` and of the same shape. None reads every parameter under its own name.
+        sources: {name of a parameter in the result: its name in the directory}, as in `stored_shapes`. The shapes
+            must be equal. None means that all parameters have the same names in both.
 
     Returns:
         The unboxed parameter tree of `EncoderDecoder`; with `sources`, only the parameters that it names.
@@ -78,7 +78,7 @@ def load_params(
 def stored_shapes(directory: os.PathLike | str, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns {our name: shape} of the parameters in a model directory.
 
-    The first axis of a layer's parameter counts the layers. The parameters need not fit `config`.
+    Parameters of layers are stacked along their first axis. The shapes need not fit `config`.
 
     Raises:
         InputError: there are no readable weights, or layers have different shapes.
@@ -215,8 +215,8 @@ def save_params(
     Args:
         directory: an existing folder.
         params: unboxed parameters of an `EncoderDecoder`.
-        max_shard_size: largest number of bytes of tensors in a file. More tensors are split into Hugging Face's
-            shards with an index. A larger tensor gets its own file.
+        max_shard_size: largest number of bytes of tensors in a file. If all tensors together have more, they are
+            split into Hugging Face's shards with an index. A single tensor with more bytes gets its own file.
 
     Raises:
         OSError: a file reads back differently from what was written.

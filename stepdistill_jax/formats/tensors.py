@@ -18,7 +18,7 @@ MAX_JSON = 64 << 20  # bytes; the index of the largest models has 1 MB
 
 
 class Tensor(Protocol):
-    """A numpy view of a mapped file, or another object that loads only slices."""
+    """A NumPy view of a mapped file, or another object that loads only the requested slices."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -37,8 +37,8 @@ class Weights:
 
         Args:
             tensors: {name: tensor}. A missing `shared.weight` is replaced by one of its `EMBEDDING_COPIES`.
-            stacks: {name with `{}` for the layer: tensor of all layers, [layers, *shape]}. `tensors` must contain
-                each of these layers, too.
+            stacks: {name with `{}` in place of the layer: tensor of all layers, [layers, *shape]}. `tensors` must
+                also contain the tensor of each layer.
         """
         self.tensors, self.stacks = dict(tensors), dict(stacks or {})
         copies = [name for name in EMBEDDING_COPIES if name in self.tensors]

@@ -45,7 +45,7 @@ _JAMO, _SYLLABLE = "\u1100\u1161\u11a8", "\uac01"
 
 
 def write_tokenizer(directory: os.PathLike | str, vocabulary: Vocabulary) -> None:
-    """Writes the tokenizer files for `transformers`, and checks that it gives our ids.
+    """Writes the tokenizer files for `transformers`, and checks that its tokenizer gives the same ids as ours.
 
     Call `write_model_files` first. The ids are compared on `PROBES`.
 

@@ -36,7 +36,7 @@ class AccuracyCounts:
         Args:
             label: the gold label; empty if unknown.
             choices: the row's own choices.
-            probabilities: {answer: probability} over the allowed answers; None if any answer was allowed.
+            probabilities: {allowed answer: its probability}; None if answers were not restricted.
         """
         self.rows += 1
         if label:
@@ -60,10 +60,10 @@ class AccuracyCounts:
         Returns:
             `rows`: number of rows.
             `accuracy`, `majority_baseline`: over the rows with a gold label; absent if there are none.
-            `rows_with_label`: number of rows with a gold label; absent if it is 0 or all rows.
+            `rows_with_label`: number of rows with a gold label; absent if all rows or no rows have one.
             `invalid_labels`: number of invalid answers; None if the valid labels are unknown.
             `collapsed`: whether there are at least two rows and all have the same answer.
-            With choices, the keys of `Calibration.summary`.
+            The entries of `Calibration.summary`, if answers were chosen from a closed set.
         """
         result: dict[str, Any] = {"rows": self.rows}
         if labelled := self._labels.rows:

@@ -26,7 +26,7 @@ _KEPT = 2**16  # labels whose ids are cached: many rows have the same labels
 
 
 class Allowed:
-    """The allowed answers of each row, and their ids.
+    """The allowed answers of each row, and their token ids.
 
     Attributes:
         labels: the allowed labels; empty if each row has its own choices.
@@ -102,7 +102,7 @@ class Allowed:
             scores: natural log of the probability of each label in `of(row)`, [labels].
 
         Returns:
-            `label`: the label with the highest score; of several, the first.
+            `label`: the first label with the highest score.
             `score`: its score, rounded to 6 decimals.
             `probability`: its probability.
             `choices`: {label: probability}: the softmax of scores / temperature, rounded to 6 significant digits.

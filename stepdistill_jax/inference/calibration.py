@@ -15,7 +15,11 @@ class Calibration:
     """Adds up the sums from which the calibration is computed."""
 
     def __init__(self, temperature: float = 1.0):
-        """Starts all sums at zero. `add` then receives probabilities that were computed at `temperature`."""
+        """Starts all sums at zero.
+
+        Args:
+            temperature: temperature of the probabilities that will be passed to `add`.
+        """
         self._temperature = temperature
         self._count, self._sure, self._right = np.zeros((3, BINS))
         self._losses = np.zeros(len(TEMPERATURES))

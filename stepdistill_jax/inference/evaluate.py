@@ -75,7 +75,8 @@ def evaluate(
         output: JSON file for the result; None writes no file.
         with_rationale: also decodes rationales and measures their quality; only for a prepared dataset.
         data_dir: folder of prepared datasets and tokens; None means the default folder.
-        task_module: module that registers the task; None means the one from the model's training on this task.
+        task_module: module that registers the task. None means the run's `task_module`, if the model was trained
+            on this task.
         **options: fields of `DecodeOptions` except `max_decode_len` and `prefix`.
 
     Returns:
@@ -282,8 +283,8 @@ def evaluate_tokens(
         inputs: ids of each input, with its end of sequence.
         labels: the gold labels.
         allowed: the task's labels if they are a closed set; else empty.
-        keep: called before the task's metrics are computed, with a dict for each input: the fields that
-            `predict` writes, where `id` is the 1-based index, and `target`, the gold label. If a metric reads
+        keep: called with one dict for each input, before the task's metrics are computed. A dict has the fields
+            that `predict` writes (`id` is the 1-based index), and the gold label as `target`. If a metric reads
             target scores, `target_score` is the natural log of the target's probability.
 
     Returns:
@@ -291,7 +292,7 @@ def evaluate_tokens(
         `metrics`: {name: value}, with None for NaN or infinity; present only if the task has its own metrics.
 
     Raises:
-        InputError: the model or step does not exist, an option is bad or is `choices=row`, or a metric fails.
+        InputError: the model or step does not exist, an option is bad, `choices` is `row`, or a metric fails.
     """
     options = options or DecodeOptions()
     if options.choices == ROW:

@@ -25,7 +25,8 @@ def question(
 
     Args:
         more: names of further fields to read.
-        field_map: {our field: the row's field}, for renamed fields; None if the user has no such option.
+        field_map: {our field: the row's field}, for renamed fields. None means that the user cannot set
+            `field_map`, so messages do not suggest it.
 
     Raises:
         InputError: a field is missing or has the wrong type.

@@ -104,9 +104,9 @@ def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> Model
 
 
 def _weights(path: pathlib.Path, found: int | None) -> str:
-    """Returns a digest of the weights, which must be the same on all processes.
+    """Returns a digest of the weights, for a check that all processes read the same weights.
 
-    The digest is empty for a single process or a remote path.
+    Returns "" for a single process or a remote path.
     """
     if jax.process_count() == 1 or is_remote(path):
         return ""

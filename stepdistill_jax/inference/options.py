@@ -30,8 +30,9 @@ class DecodeOptions:
             `max_decode_len` of `stepdistill.json`, or 64 without that file.
         num_beams: number of beams; 1 means greedy decoding.
         length_penalty: beam search divides log probabilities by LENGTH ** length_penalty; None means 1.
-        choices: the allowed answers, of which the likeliest is the label: `row` for each row's `choices`,
-            `labels` for the task's labels, the path of a file of labels, or a list. None allows any answer.
+        choices: the allowed answers; the likeliest one becomes the label. `row` means each row's `choices`,
+            and `labels` the task's labels. May also be a list, or the path of a file of labels. None allows
+            any answer.
         choices_temperature: temperature of the choices' probabilities; see `best_temperature` of `evaluate`.
         prefix: text before the input; None keeps the model's own prompt.
         engine: `jax` or `ctranslate2`; None means the engine that reads the directory.

@@ -65,8 +65,8 @@ def predict(
 
     Each output line has `id`, `label` and `score`: the natural log of the probability of the answer with its end of
     sequence, rounded to 6 decimals. With `choices`, it also has `probability` and `choices`
-    (`inference.allowed_answers`). If the model writes more than a label, the line also has the target's other fields
-    (`prompting.read_answer`).
+    (`inference.allowed_answers`). If the model writes more than a label, the line also has the other fields that it
+    writes (`prompting.read_answer`).
 
     A restarted run continues after the finished rows, and writes the same bytes. With other devices or batch sizes,
     the labels are the same, and scores differ by at most 1e-5.
@@ -176,7 +176,7 @@ def answer_file(
 
 
 def _require_choices(source: InputFile) -> None:
-    """Refuses a file in which no row has choices, since skipping such rows would leave none."""
+    """Raises InputError if none of a file's rows has choices, since all rows would be skipped."""
     if source.total and not source.with_choices:
         raise InputError(
             f"{source.path}: no row has choices, which `choices=row` needs; {OTHER_CHOICES}"
@@ -279,7 +279,7 @@ def decode_window(
     """Returns the output fields of each row of a window.
 
     Args:
-        counts: {name: count} to which this function adds. `unparsed` is counted only if the key is there.
+        counts: {name: count}, which this function increases. It counts `unparsed` only if `counts` has this key.
         update: called with the row count of each finished batch.
 
     Raises:

@@ -82,11 +82,11 @@ def prompting_for(
     with_rationale: bool = False,
     data_dir: os.PathLike | str | None = None,
 ) -> Prompting:
-    """Returns the prompting of the model's `stepdistill.json`, or the paper's if that file is missing.
+    """Returns the prompting that the model's `stepdistill.json` describes, or the paper's without that file.
 
     Args:
-        options: `max_decode_len` and `prefix` replace the model's own.
-        task: prepared dataset; its metric and labels replace the model's own.
+        options: `max_decode_len` and `prefix` replace those of the model.
+        task: prepared dataset, whose metric and labels replace those of the model.
         data_dir: folder in which `task` is prepared.
 
     Raises:
@@ -134,10 +134,10 @@ def rationale_prompting_for(
 
 
 def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
-    """Parses a decoded answer by the target template of the label's objective.
+    """Parses a decoded answer with the objective's target template.
 
     Returns:
-        The fields. Without a label, `label` is empty, and `rationale` (or `text`, if the template has no
+        The fields. If no label is found, `label` is empty, and `rationale` (or `text`, if the template has no
         rationale) has the whole text.
         Whether a label was found.
     """

@@ -118,11 +118,12 @@ class RationaleCounts:
             `empty`: number of rationales without text.
             `mean_words`: mean number of words in a rationale.
             `references`: number of rows that have a rationale in the dataset.
-            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over these rows, each with its best reference; None without any.
-            `chrf`: mean sentence chrF2 (0 to 100) over these rows; None without any.
-            `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict; None without verdicts.
-            `teacher`: {verdict: number of rows}, for the dataset's own rationale and the teacher's label. None
-            without verdicts.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over these rows, each with its best reference.
+            `chrf`: mean sentence chrF2 (0 to 100) over these rows. Both are None if there are no such rows.
+            `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of `named_answer`;
+            None if no row has a verdict.
+            `teacher`: {verdict: number of rows}, for the dataset's own rationale and the teacher's label; None
+            if no row has a verdict.
             `disagreements`: the first rows whose verdict is `inconsistent`.
         """
         return {
@@ -147,7 +148,7 @@ def _counts(verdicts: Counter[str | None]) -> dict[str, int] | None:
 def in_words(figures: dict[str, Any]) -> str:
     """Returns the results as readable lines, followed by the first disagreements.
 
-    Example of the first line: `rationales: ROUGE-L 0.412  chrF 38.2  (1221 rows with a reference)
+    Example of the first line, wrapped here: `rationales: ROUGE-L 0.412  chrF 38.2  (1221 rows with a reference)
     24.1 words on average  empty 0  unfinished 3`.
     """
     parts = []

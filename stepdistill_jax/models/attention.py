@@ -55,7 +55,7 @@ def attention(
         softcap: a score s becomes softcap * tanh(s / softcap); None leaves scores unchanged.
         window: a query sees only keys less than this many positions away; None means no limit.
         implementation: "xla" or "auto" (plain operations), or "pallas" (one kernel, if it supports the options and
-            there are not too few queries; otherwise plain operations).
+            there are enough queries; otherwise plain operations).
 
     Returns:
         The means, [batch, q, heads, d], in the dtype of `v`.
@@ -101,7 +101,7 @@ def shaped_scores(scores: jax.Array, scale: float, softcap: float | None) -> jax
 
 
 def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
-    """Returns softcap x tanh(x / softcap), or x if `softcap` is None.
+    """Returns softcap * tanh(x / softcap), or x if `softcap` is None.
 
     See Gemma Team 2024 (arXiv:2408.00118, section 2).
     """

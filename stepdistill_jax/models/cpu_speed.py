@@ -102,9 +102,9 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def _rows_of_block(batch: Any, length: Any) -> Any:
-    """Returns the largest divisor of `batch` with which a block fits `BLOCK_TOKENS`.
+    """Returns the number of rows of a block: the largest divisor of `batch` that fits `BLOCK_TOKENS`.
 
-    Returns `batch` if that is at most half of the rows that fit, or if sizes are symbolic.
+    Returns `batch` (a single block) if this divisor is at most half of the rows that fit, or if a size is symbolic.
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

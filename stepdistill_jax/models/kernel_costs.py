@@ -69,8 +69,8 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 def formula_of(target: str, op_name: str) -> Formula | None:
     """Returns the formula of a custom call, or None if none is registered.
 
-    `op_name` is a JAX path such as `jit(f)/transpose(jvp(my_attention))/pallas_call`. Its last registered name
-    counts, if `target` is not registered.
+    If `target` is not registered, the last registered name in `op_name` is used. `op_name` is a JAX path such as
+    `jit(f)/transpose(jvp(my_attention))/pallas_call`.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

@@ -221,7 +221,8 @@ class Attention(nn.Module):
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
         """Returns attention to the encoder's states, without computing their keys and values.
 
-        With as many key and value heads as query heads, this saves work for fewer than about `kv` queries per input.
+        If every query head has its own key and value head, this saves work as long as an input has fewer queries
+        than about the size of a head.
 
         Args:
             x: the decoder's states, [batch, q, embed].

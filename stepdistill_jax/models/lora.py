@@ -27,7 +27,7 @@ class LoraDense(nn.Module):
 
     Attributes:
         axes: logical axes of the kernel.
-        stddev: of the initial kernel.
+        stddev: standard deviation of the initial kernel.
         scale: alpha / rank.
         dtype: type of the arithmetic. Parameters are float32.
     """
@@ -67,7 +67,7 @@ def has_adapters(params: Any) -> bool:
 def split(params: Any) -> tuple[Any, Any]:
     """Splits parameters into (trained, frozen).
 
-    Only adapters are trained. Without adapters, all parameters are trained, and the frozen tree is {}.
+    If there are adapters, only they are trained. Otherwise, all parameters are trained, and the frozen tree is {}.
     """
     if not has_adapters(params):
         return params, {}

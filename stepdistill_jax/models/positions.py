@@ -87,7 +87,7 @@ def rotation(positions: jax.Array, head_dim: int, theta: float) -> Rotation:
     """Returns the cosines and sines of the angles for `rotate`.
 
     The angle for position p and the pair i of features is p / theta^(2i / head_dim) (Su et al. 2021,
-    arXiv:2104.09864, equation 15). Positions in packed rows may count from the start of the row.
+    arXiv:2104.09864, equation 15). Positions may start at any number, since only their differences matter.
 
     Args:
         positions: [length] int32.

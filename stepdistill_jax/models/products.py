@@ -19,7 +19,7 @@ def kernel_product(x: jax.Array, kernel: jax.Array, float32_sums: bool = False) 
     """Returns x [..., in] times kernel [in, out], computed in the dtype of x.
 
     Args:
-        kernel: of any dtype, which its gradient has, too.
+        kernel: of any dtype. Its gradient has the dtype of the kernel.
         float32_sums: whether the output is float32. Otherwise it has the dtype of x.
     """
     # Batch and length become one axis, since XLA's CPU backend would transpose an array with more axes. The kernel

@@ -85,8 +85,8 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
 
     Args:
         layout: a `Layout`, or a name in `LAYOUTS`.
-        devices: None means all devices. If they do not know their slice, or are CPUs of one machine, each process
-            counts as a slice.
+        devices: None means all devices. If the devices have no slice index, or are CPUs of one machine, each
+            process counts as a slice.
 
     Raises:
         InputError: the layout is unknown, or its sizes do not fit the devices.
@@ -116,7 +116,7 @@ def _slices(devices: list[Any]) -> int:
 
 
 def _sizes(layout: Layout, devices: list[Any]) -> tuple[int, int, int]:
-    """Returns the sizes of the mesh axes `data`, `fsdp` and `tensor`. `data` also counts the copies on other slices."""
+    """Returns the sizes of the mesh axes `data`, `fsdp` and `tensor`. The first is a multiple of `dcn_data`."""
     # 2 slices of 4 devices: Layout(fsdp=-1, dcn_data=-1) -> (2, 4, 1); Layout(data=-1, tensor=2) -> (4, 1, 2)
     count, copies = len(devices), layout.dcn_data
     if copies == -1 and (copies := _slices(devices)) == 1:
@@ -198,7 +198,7 @@ def _arranged(sizes: tuple[int, int, int], devices: list[Any]) -> np.ndarray:
 def traced_device() -> Any:
     """Returns an object with the `platform` and `device_kind` of the traced program's devices.
 
-    The devices need not exist on this machine. Without a current mesh, it is JAX's first device.
+    The devices need not exist on this machine. Without a current mesh, the result is JAX's first device.
     """
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 

@@ -89,8 +89,8 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """A decoder layer, for teacher forcing and for decoding one token.
 
-    With a cache, attention to the encoder reads `cross_key` and `cross_value` in it, unless `context.encoded` is
-    given. To decode one token, the cache also has `key` and `value` of earlier tokens.
+    With a cache, attention to the encoder reads the cache's `cross_key` and `cross_value`, unless
+    `context.encoded` is given. To decode one token, the cache also has `key` and `value` of earlier tokens.
     """
 
     causal: bool

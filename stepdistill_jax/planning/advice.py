@@ -53,7 +53,7 @@ class Base:
 
     @property
     def most_flops(self) -> float:
-        """Limit on the FLOPs of a step with another number of slices or devices than the candidate's."""
+        """Limit on the FLOPs of a step, for remedies that change the number of microbatches or devices."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
@@ -116,7 +116,10 @@ def _slices(base: Base) -> list[int]:
 
 
 def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Compiles the base with changes. Returns None if parameters and optimizer alone do not fit."""
+    """Compiles the base candidate with changed settings.
+
+    Returns None if the parameters and the optimizer state alone do not fit into memory.
+    """
     config, policy = _changed(base.config, changes), changes.get("remat_policy", base.policy)
     target = base.target
     if "dtype" in changes:
@@ -143,10 +146,10 @@ def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
 def _together(
     base: Base, single: list[dict[str, Any]], tried: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """Compiles the base with all changes of `single` that save memory.
+    """Compiles the base with all changes in `single` that save memory, and returns the candidate.
 
-    `tried` has the candidates that were compiled with one change each. Returns None if the result does not fit,
-    or if fewer than two settings would change.
+    Returns None if the candidate does not fit, or if fewer than two settings would change. `tried` has the
+    candidates that were compiled with a single change.
     """
     # if the base's size is unknown, all changes count as saving
     saving, size = single, base.found.get("per_device", {}).get("total")
@@ -164,9 +167,9 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles another layout: the one with the fewest FLOPs and, among equals, the smallest state on a device.
+    """Compiles the other layout with the fewest FLOPs. The smallest state on a device breaks ties.
 
-    Returns [the candidate], or [] if it does not fit.
+    Returns [the candidate], or [] if it does not fit or there is no other layout.
     """
     config, target = base.config, base.target
 

@@ -95,8 +95,8 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
     """Compiles the layouts of `by_work`, each under one to three remat policies.
 
     Yields:
-        Candidates as returned by `compiled`. A layout that was not compiled has `error`, the reason. Its `fits`
-        is False if parameters and optimizer alone do not fit. It is None if the layout takes more than twice the
+        Candidates as returned by `compiled`. For a layout that was not compiled, `error` is the reason, and `fits`
+        is False if parameters and optimizer alone do not fit, or None if the layout takes more than twice the
         FLOPs of the first layout that fits.
     """
     least = None
@@ -143,8 +143,9 @@ def compiled(
     """Compiles one candidate.
 
     Returns:
-        `name`, `fits`, `work` and the entries of `Figures.to_json`. `work` is the step's FLOPs divided by those
-        of the same tokens on a single device. If the TPU compiler refuses the step, `error` replaces the sizes.
+        `name`, `fits`, `work` and the entries of `Figures.to_json`. `work` is the step's FLOPs divided by the
+        FLOPs that a single device would need for the same tokens. If the TPU compiler refuses the step, `error`
+        replaces the entries of `Figures.to_json`.
 
     Raises:
         InputError: a sharded dimension is not a multiple of the size of its mesh axis.

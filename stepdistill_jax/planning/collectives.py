@@ -61,12 +61,12 @@ def collectives(
     """Finds a compiled module's collectives over more than one device.
 
     Args:
-        num_devices: size of the mesh, and of the group of an operation that names none.
+        num_devices: size of the mesh. An operation without a named group runs on the whole mesh.
         unknown_trips: as for `runs`.
 
     Returns:
         The collectives, from the most to the fewest sent bytes.
-        The number of loops of unknown length that contain one.
+        The number of loops of unknown length that contain a collective.
     """
     operations, unknown = [], set()
     for run in runs(module, unknown_trips):

@@ -53,7 +53,7 @@ class Figures:
         gradients: bytes of the trained parameters' float32 gradients, a part of `temp`.
         temp: bytes of the compiler's buffers.
         total: peak bytes: `arguments`, `temp`, and results that do not reuse an argument's memory.
-        operations: from the most to the fewest sent bytes.
+        operations: the collectives, sorted from the most to the fewest sent bytes.
         unknown_loops: number of loops of unknown length that contain collectives. Each counts as one run.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
@@ -241,7 +241,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
 
     Args:
         config: its layout and remat policy are ignored.
-        mesh: of virtual devices or a topology's devices.
+        mesh: mesh of virtual devices, or of a topology's devices.
         remat_policy: `elementwise`, `minimal` or `full`.
 
     Raises:

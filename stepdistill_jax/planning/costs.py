@@ -35,8 +35,7 @@ class Cost:
     Attributes:
         products: {(dtype of the factors, precision): FLOPs of the matmuls}.
         bytes: bytes read from and written to main memory.
-        integer: number of elementwise operations on integers.
-        other: the same for all other types.
+        integer, other: number of elementwise operations on integers and on other types.
         known: False for a custom call of which only the bytes are counted.
     """
 
@@ -109,7 +108,7 @@ class Costs:
     # elementwise operations
 
     def _elements(self, computation: Computation, instruction: Instruction) -> tuple[float, float]:
-        """Returns the counts of elementwise operations: (on integers, on other types).
+        """Returns (number of elementwise operations on integers, number of those on other types).
 
         A reduction counts as one operation for each element of its operand. Any other instruction counts as
         one operation for each element of its result.
@@ -177,7 +176,10 @@ class Costs:
         return total
 
     def _read(self, inner: Computation, parameter: Instruction) -> float:
-        """Returns how many bytes of an operand a fusion reads. If it reads only slices, only these are counted."""
+        """Returns how many bytes of an operand a fusion reads.
+
+        If the fusion uses only slices of the operand, only the slices' bytes are counted.
+        """
         whole, total = sum(array.bytes for array in parameter.arrays), 0.0
         uses = list(_uses(inner, parameter.name))
         for user, place in uses:
@@ -260,7 +262,10 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> fl
     pairs, axes = 1, [label for label in of_out if label.isdigit()]
 
     def number(field: str, axis: int, default: int) -> int:
-        """Returns a window field's value for an axis. For axis 1, `size=1x16` gives 16 and `pad=0_0x15_14` gives 15."""
+        """Returns a window field's value for an axis; for `pad`, the padding at the start.
+
+        Example: for axis 1, `size=1x16` gives 16, and `pad=0_0x15_14` gives 15.
+        """
         return int(fields[field].split("x")[axis].partition("_")[0]) if field in fields else default
 
     for i, label in enumerate(axes):

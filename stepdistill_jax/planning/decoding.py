@@ -67,7 +67,8 @@ def plan_decode(
         `per_device`: bytes of `params`, `arguments`, `temp` and `total`.
         `fits`: whether the total is within the limit.
         `collectives_by_dtype`, `wire_bytes`: the data that devices exchange.
-        `bound`: as for `plan`, for one batch. One more token adds `token_ms` and `kernels_per_token`.
+        `bound`: as for `plan`, for one batch. Its entries `token_ms` and `kernels_per_token` are the time and the
+            number of kernels that one more token adds.
 
     Raises:
         InputError: the decoder does not fit into memory, or an argument is not allowed.

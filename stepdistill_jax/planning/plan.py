@@ -66,8 +66,8 @@ def plan(
         `host_bytes`: bytes of host memory to `save` and to `restore` a checkpoint, for each device of a host.
         `seconds_at_peak`: {kind of device: lower bound of the step time}.
 
-        The last two are for `best`. If it is None, the last three are for the smallest compiled candidate; if nothing
-        was compiled, the last two are {}.
+        If `best` is None, `hbm_needed`, `host_bytes` and `seconds_at_peak` are for the smallest compiled candidate. If
+        nothing was compiled, they are None, {} and {}.
 
     Raises:
         InputError: the devices do not exist, or the layout does not fit the devices or the model.
@@ -124,7 +124,7 @@ def _total(candidate: dict[str, Any]) -> float:
 
 
 def _host_bytes(shown: dict[str, Any]) -> dict[str, int]:
-    """Returns {"save": bytes, "restore": bytes}: the host memory that each needs for the state of one device."""
+    """Returns {"save": bytes, "restore": bytes}: host memory for saving and restoring one device's state."""
     state = shown["per_device"]["params"] + shown["per_device"]["optimizer"]
     return {"save": round(SAVE_FACTOR * state), "restore": round(RESTORE_FACTOR * state)}
 

@@ -62,7 +62,7 @@ class Bound:
 
     @property
     def seconds(self) -> float:
-        """Lower bound of the seconds of one run."""
+        """Lower bound of the time of one run of the module, in seconds."""
         return sum(o.seconds for o in self.operations)
 
     @property
@@ -105,7 +105,7 @@ def bound(module: Module, chip: Chip, *, on_tpu: bool, unknown_trips: int | None
     """Returns the lower bound of a module's time.
 
     Args:
-        on_tpu: whether memory spaces other than 0 are on the chip.
+        on_tpu: whether the chip is a TPU, where all memory spaces except 0 are on-chip memory.
         unknown_trips: as for `runs`.
     """
     costs, operations, unknown = Costs(module, spaces_on_chip=on_tpu), [], set()

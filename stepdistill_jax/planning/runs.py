@@ -18,7 +18,7 @@ class Run:
     """An instruction that a device runs as one operation.
 
     Attributes:
-        times: number of runs in one run of the module.
+        times: how often the instruction runs when the module runs once.
         unknown_loop: name of the innermost loop of unknown length around the instruction, or None.
     """
 
@@ -34,8 +34,8 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
     Only the largest branch of a conditional is included.
 
     Args:
-        unknown_trips: number of runs to assume for the first loop of unknown length; other such loops are then
-            left out. None assumes one run for each such loop.
+        unknown_trips: number of iterations to assume for the first loop of unknown length. Other loops of unknown
+            length are then left out. None assumes one iteration for every loop of unknown length.
     """
     seen: list[str] = []
 

@@ -1,6 +1,6 @@
 """Finds which model a config would train, and the rows of a step.
 
-If the dataset is not prepared, sizes that are not given are assumed.
+If the dataset is not prepared, unknown sizes are assumed. `Workload.assumptions` lists the assumptions.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Workload:
     """The model that a config would train, and the rows that a step would process.
 
     Attributes:
-        rows_of: returns the rows of a step for a row multiple.
+        rows_of: function from `Batches.row_multiple` to the rows of a step.
         assumptions: a string for each assumption.
     """
 

@@ -13,7 +13,7 @@ class Chip:
         bandwidth: rate of the main memory, bytes/s.
         link: rate at which a device sends data in a collective within its slice or host, bytes/s.
         integer: estimated rate of element-wise operations on integers, 1/s.
-        other: the same for all other dtypes.
+        other: estimated rate of element-wise operations on all other dtypes, 1/s.
         clock: clock rate for the TPU compiler's cycle counts, Hz.
         float32: rate of float32 matmuls at default precision, FLOP/s. None means `bfloat16`.
         exact: rate of float32 matmuls at the highest precision, FLOP/s. None means a sixth of `bfloat16`.

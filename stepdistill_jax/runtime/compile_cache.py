@@ -1,4 +1,4 @@
-"""Configures JAX's persistent compilation cache, from which the next start reuses programs. Limits its size."""
+"""Configures JAX's persistent compilation cache, and limits its size. The next start reuses its programs."""
 
 import contextlib
 import os

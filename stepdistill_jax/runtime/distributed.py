@@ -204,7 +204,7 @@ def _under_srun() -> bool:
 
 
 def _devices_of_task() -> list[int] | None:
-    """Returns [id of this Slurm task's GPU] if several tasks see the same GPUs, or None for all visible GPUs."""
+    """Returns [id of this Slurm task's GPU] if several tasks see the same GPUs. None means all visible GPUs."""
     alone = os.environ.get("SLURM_STEP_NUM_NODES") == os.environ["SLURM_NTASKS"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     bound = bool(visible) and "," not in visible

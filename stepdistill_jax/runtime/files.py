@@ -261,12 +261,12 @@ def check_writable(path: os.PathLike | str, name: str = "", *, folder: bool = Fa
     """Checks that an output can be written at `path`. Call this function before the work begins.
 
     Args:
-        path: neither the output nor its folder need exist.
-        name: parameter for messages, with backticks: "`output`".
+        path: where the output will be written. The output and its folder need not exist yet.
+        name: name of the parameter in messages, with backticks: "`output`".
         folder: whether the output is a folder.
 
     Raises:
-        InputError: the path is a folder instead of a file, or the reverse, or cannot be written.
+        InputError: the path cannot be written, or is a folder where a file is expected, or the reverse.
     """
     path, name = local_path(path, name or "output"), f"{name} {path}" if name else f"{path}"
     path = path.absolute()

@@ -23,7 +23,7 @@ def sha256_of(data: bytes | str) -> str:
 
 
 def digest(value: Any) -> str:
-    """Returns the hex digest of a JSON-like value. The order of its keys does not matter."""
+    """Returns the hex digest of a JSON-like value. The order of a dict's keys does not matter."""
     return sha256_of(json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 

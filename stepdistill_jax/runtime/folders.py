@@ -17,12 +17,12 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
     """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
 
-    The caller first moves an existing `target` to `REPLACED`, next to the empty folder. It is moved back if there
-    is no `target` at the end.
+    If `target` exists, the caller first renames it to `REPLACED`, next to the empty folder. If `target` is missing
+    at the end, the old folder is moved back.
 
     Args:
-        target: the parent must exist.
-        tag: name of a group of writers, which may remove each other's leftovers (`remove_leftovers`).
+        target: final path. Its parent must exist.
+        tag: part of the temporary folder's name, by which `remove_leftovers` finds it.
     """
     work = pathlib.Path(tempfile.mkdtemp(prefix=_prefix(target, tag), dir=target.parent))
     try:
@@ -39,7 +39,7 @@ def sole_writer(
 ) -> Iterator[None]:
     """A context in which only this process writes `target`. Removes leftovers of killed writers first.
 
-    On a disk without locks, it keeps no other process out and removes nothing.
+    On a disk without locks, other processes are not kept out, and nothing is removed.
 
     Args:
         tag: as in `staged_folder`.

@@ -22,7 +22,7 @@ def open_locked(path: pathlib.Path, name: object = None) -> IO[bytes]:
 
     Raises:
         InUse: another process has locked the file.
-        InputError: it is a link or no regular file, or cannot be written.
+        InputError: the file is a link, is not a regular file, or cannot be written.
     """
     return _open(path, name, wait=False)[0]
 

@@ -43,8 +43,8 @@ class MetricsWriter:
 
         Args:
             start_step: step from which the run continues.
-            validated: whether the checkpoint has its validation results. If not, the validation's line of
-                `start_step` is removed, too.
+            validated: whether the checkpoint has its validation results. If not, the line with the
+                validation results of `start_step` is removed, too.
             active: False on all processes but process 0.
         """
         self._active = active
@@ -196,7 +196,7 @@ def last_step_metrics(workdir: os.PathLike | str) -> dict[str, Any]:
 def read_metrics(workdir: os.PathLike | str) -> list[dict[str, Any]]:
     """Returns the lines of a run's `metrics.jsonl`, oldest first.
 
-    Leaves out unreadable lines, with a warning unless it is an incomplete last line.
+    Unreadable lines are left out with a warning. An incomplete last line is left out without a warning.
 
     Raises:
         InputError: there is no such file, or it is not a regular file.

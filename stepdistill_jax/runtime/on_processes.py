@@ -25,11 +25,11 @@ class PeerFailed(RuntimeError):
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """Runs `action` on every process, and returns each process's own result.
 
-    If any process fails, all raise an error, for the failed process with the lowest index.
+    If processes fail, all processes raise the error of one of them: the one with the lowest index.
 
     Raises:
-        InputError: that process raised an InputError. The message names the process.
-        PeerFailed: that process raised another error. It raises its own error instead.
+        InputError: the error is an InputError. The message names the failed process.
+        PeerFailed: the error is of another type. The failed process itself raises the original error.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)
@@ -90,14 +90,14 @@ def until_stopped(
 ) -> Iterator[Callable[[int], None]]:
     """Shows the progress of work in batches, and stops all processes after the same batch on a SIGTERM.
 
-    Yields a function, which all processes must call after each batch with its count of rows.
+    Yields a function. All processes must call it after each batch, with the number of rows in the batch.
 
     Args:
         description: text of the progress bar.
-        kept: returns the count of saved rows.
+        kept: returns the number of saved rows.
 
     Raises:
-        SystemExit: one of several processes has received a SIGTERM. All exit with status 75.
+        SystemExit: the job has several processes, and one has received a SIGTERM. All exit with status 75.
     """
     import jax
 

@@ -37,7 +37,7 @@ class Made:
     keys: Sequence[str] = ()
 
     def begins(self, path: _Path) -> bool:
-        """Returns whether a file is empty, or was written by the command, completely or in part."""
+        """Returns whether a file is empty, or is a complete or partial output of the command."""
         return self._matches(path, whole=False)
 
     def wrote(self, path: _Path) -> bool:
@@ -78,7 +78,7 @@ def check_outputs(
     Args:
         outputs: {path on this machine: `Made` of the command that writes it}.
         inputs: files and folders; None is ignored.
-        name: the first output's parameter for messages, such as "`output`".
+        name: parameter with which the user named the first output, such as "`output`". Messages contain it.
         known: files that may be overwritten, whatever they contain.
 
     Raises:
@@ -143,7 +143,8 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
     """Checks that the outputs in a folder replace only files of the same command.
 
     Args:
-        index: name of the file that the command writes first. Without it, none of the other files may exist.
+        index: name of the file that the command writes first. If it is absent, none of the files `names` may
+            exist.
 
     Raises:
         InputError: as for `check_outputs`.

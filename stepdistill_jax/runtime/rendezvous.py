@@ -45,11 +45,11 @@ def rendezvous(
     Args:
         host: host of process 0, spelled the same in all processes.
         bind: address that process 0 listens on; None means `own_address(...)`.
-        secret: the same in all processes of the job. None means the address of process 0, which keeps out
-            other jobs, but not an attacker.
+        secret: string that all processes of the job share. None means the address of process 0, which keeps
+            out other jobs, but not an attacker.
 
     Raises:
-        ProcessesMissing: some processes have not started in time. All others raise this error.
+        ProcessesMissing: some processes have not started in time. All processes that have started raise this error.
         InputError: two processes have equal indices or different `num_processes`, or the port cannot be opened.
     """
     deadline = time.monotonic() + timeout_secs
@@ -65,7 +65,8 @@ def rendezvous(
 def own_address(host: str, port: int, timeout_secs: float) -> tuple[str, int]:
     """Returns the (IP address, port) on which process 0 must listen, so that others reach it as `host`.
 
-    The IP address is "", for all addresses, if `host` is a name of the loopback device other than `localhost`.
+    If `host` is a name other than `localhost` that resolves to a loopback address here, the IP address is "",
+    which means all addresses.
 
     Raises:
         InputError: this machine cannot resolve `host`, even after `timeout_secs` seconds.

@@ -58,7 +58,8 @@ class StopSignals:
         """Prepares the context. Signals are caught only inside it.
 
         Args:
-            codes: {signal to catch: exit status of a process that still runs `limit_secs` after this signal}.
+            act, limit_secs: see the class.
+            codes: {signal to catch: exit status if the process is ended because `limit_secs` have passed}.
             several: whether the job has several processes.
         """
         self.act, self.limit_secs = act, limit_secs

@@ -78,7 +78,7 @@ class StoreError(Exception):
 def store_errors(path: os.PathLike | str) -> Iterator[None]:
     """A context that turns the errors of a store's client into `StoreError`, which names the URL.
 
-    Keeps errors of a local path, and "no such file", "is a folder" and "is not a folder".
+    FileNotFoundError, IsADirectoryError, NotADirectoryError and all errors of a local path stay as they are.
     """
     try:
         yield
@@ -94,7 +94,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
     """Returns the path of a file or folder that must be on this machine.
 
     Args:
-        name: parameter for messages, with backticks: "`data_dir`".
+        name: name of the parameter in messages, with backticks: "`data_dir`".
 
     Raises:
         InputError: the path is a URL.
@@ -122,7 +122,9 @@ def _prepare_stores() -> None:
 
 @functools.cache
 def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
-    """Returns a local path, or a local copy of a path in a store. Removes the copy when this process ends.
+    """Returns the path itself if it is local, otherwise the path of a local copy.
+
+    The copy is removed when this process ends.
 
     Args:
         beside: names of other files in the same folder to copy, if they exist.

@@ -29,8 +29,8 @@ def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
     """Returns the arguments `outputs` and `known` of `check_outputs` for a `ResumableFile`.
 
-    If PATH.partial or its sidecar is recognised, `known` contains both, since the other file may be damaged.
-    Otherwise, `known` is empty.
+    If at least one of PATH.partial and its sidecar is recognised as ours, `known` contains both paths, so that a
+    damaged other file may be overwritten, too. Otherwise, `known` is empty.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
     # an empty file does not prove that the other file is ours
@@ -125,12 +125,13 @@ class ResumableFile(StreamedFile):
     opens the file, and all processes raise its errors.
 
     Attributes:
-        state: content of the sidecar, the same on all processes: counts of `rows` and `bytes` written so far,
-            `crc32` of the bytes, `key`, and the counts of the last `append`.
+        state: content of the JSON file next to PATH.partial, the same on all processes. It has the numbers of
+            `rows` and `bytes` written so far, the `crc32` of these bytes, the `key`, and the `counts` that the
+            last call of `append` was given.
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):
-        """Opens PATH.partial and truncates it to its last complete window.
+        """Opens PATH.partial and truncates it after the last complete window (the rows of one `append`).
 
         Args:
             path: path of the output.
@@ -194,7 +195,7 @@ class ResumableFile(StreamedFile):
                 yield from map(json.loads, f)
 
     def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
-        """Writes one window, which survives a power loss once this method has returned.
+        """Appends rows as one window. They survive a power loss once this method has returned.
 
         Args:
             counts: integers that are saved in `state` for the next run.

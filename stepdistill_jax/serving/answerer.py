@@ -148,8 +148,8 @@ class Answerer:
     def warm_up(self) -> Iterator[Callable[[], Any]]:
         """Yields functions, each of which compiles the program of one shape when called.
 
-        After all calls, only rows with their own choices need compiling. With CTranslate2, at most one function
-        is yielded, which answers one row.
+        After all of them have been called, no row needs compiling, except rows with the field `choices`. With
+        CTranslate2, yields at most one function, which answers one row.
 
         Each function raises InputError if the model gives NaN.
         """

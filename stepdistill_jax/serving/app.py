@@ -45,7 +45,7 @@ class Limits:
 
     Attributes:
         max_wait_secs: longest wait of a row for other rows while the engine is idle.
-        max_queue: largest count of unanswered rows, and also of open requests.
+        max_queue: largest number of unanswered rows. The number of open requests has the same limit.
         timeout_secs: longest time from a request's head to its answer.
     """
 
@@ -101,8 +101,9 @@ class Service:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, or runs the service during uvicorn's lifespan.
 
-        The answer is sent after the request's body has arrived. If the body exceeds `MOST_READ_BYTES` or
-        `timeout_secs`, or if the server is stopping, the answer is sent at once and the connection is closed.
+        The answer is sent after the request's body has arrived. If the body is longer than `MOST_READ_BYTES`,
+        if `timeout_secs` have passed, or if the server is stopping, the answer is sent at once and the
+        connection is closed.
         """
         if scope["type"] != "http":
             return await self._routes(scope, receive, send)

@@ -70,7 +70,7 @@ def rows_of(body: dict[str, Any]) -> tuple[list[dict[str, Any]], bool]:
 
 
 async def unless_left(request: Request, answered: asyncio.Future) -> Any:
-    """Returns the result of `answered`, or cancels it if the client disconnects.
+    """Returns the result of `answered`. Cancels `answered` if the client disconnects.
 
     Raises:
         ClientDisconnect: the client has disconnected.

@@ -61,7 +61,8 @@ def load_task(
         data_dir: folder of prepared datasets and token stores; None means the default folder.
         task_module: module that registers the task.
         supervision: None keeps every row, even one without a label.
-        task_objectives: {name of a plain task: name of its objective}. `single` gives all tasks one objective.
+        task_objectives: {name of a plain task: name of its objective}, or the string `single`, which gives all
+            tasks the same objective.
         share: (share of the rows, the run's seed). Only `paper_exact` datasets use it, for train and
             validation.
 
@@ -95,7 +96,7 @@ def load_task(
 
 @dataclasses.dataclass(frozen=True)
 class _MixtureLoader:
-    """Loads a SeqIO mixture. Each group of its tasks becomes a `Part`."""
+    """Loads a SeqIO mixture. Each group of tasks (`mixtures.Group`) becomes one or more `Part`s."""
 
     mixture: Any
     split: str
@@ -105,7 +106,7 @@ class _MixtureLoader:
     supervision: Supervision | None
 
     def __call__(self, given: str | None, task_objectives: TaskObjectives) -> TaskData:
-        """Returns the data of the mixture. `given` is the vocabulary of `init_from`, or None."""
+        """Returns the data of the mixture. `given` is the vocabulary of `init_from`; None means the tasks' own."""
         name = self.mixture.name
         single = task_objectives == SINGLE
         names = [PLAIN[0].name] if single else [o.name for o in self.objectives]
@@ -160,7 +161,7 @@ class _MixtureLoader:
                 if not same_pieces(opened[0], other):
                     raise InputError(
                         f"mixture {self.mixture.name!r}: its tasks have different vocabularies,"
-                        f" {' and '.join([next(iter(files)), file])}; pass the same one to add_task"
+                        f" {' and '.join([next(iter(files)), file])}; pass one vocabulary to every add_task"
                     )
             return opened[0]
         return load_vocabulary(joint_vocabulary(prepared, self.folder / FOLDER))

@@ -27,8 +27,8 @@ from stepdistill_jax.tasks.sources import check_source, raised_at
 def find_task(task: str, *, data_dir: pathlib.Path, task_module: str | None) -> Any:
     """Returns a `PreparedDataset`, a `TaskSpec`, or a plain `seqio.Task` or `seqio.Mixture`.
 
-    A task of `add_task` takes precedence over a prepared dataset of the same name. If `task_module` is given, so
-    does a plain task.
+    A task of `add_task` takes precedence over a prepared dataset of the same name. A plain task takes precedence
+    only if `task_module` is given.
 
     Raises:
         InputError: the task is unknown, or `check_source` refuses its source.

@@ -39,8 +39,8 @@ class TaskMetrics:
         kinds = {metric.model_output_type for _, metric in self._metrics}
         if ModelOutputType.SCORE_WITH_INTERMEDIATES in kinds:
             raise InputError(
-                f"task {self._task.name!r}: a metric needs intermediate values of the model, but it can only"
-                " get answers and scores; use a metric of (targets, scores)"
+                f"task {self._task.name!r}: a metric needs intermediate values of the model, but metrics get"
+                " only answers and scores; use a metric of (targets, scores)"
             )
         self.reads_target_scores = ModelOutputType.SCORE in kinds
         name = part.columns[part.label_column or 0].name
@@ -79,7 +79,7 @@ class TaskMetrics:
 
         Args:
             answers: predicted ids for each of the part's `labelled_inputs`.
-            scores: natural log of each answer's probability, [rows]. A metric gets `aux_values["scores"]`.
+            scores: natural log of each answer's probability, [rows]. Metrics see it as `aux_values["scores"]`.
             target_scores: natural log of each target's probability, [rows]. Required if `reads_target_scores`
                 is true.
 

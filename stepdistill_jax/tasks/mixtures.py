@@ -18,13 +18,14 @@ class Group:
     """Tasks of a mixture, whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset. Plain tasks are named after the one with the run's first objective or, without
-            such a task, after the first one. A group made by `each` has the name of its only task.
+        name: name of the dataset. A group of plain tasks has the name of the task that has the run's first
+            objective; if there is none, the name of its first task. A group of a single task that the method
+            `each` returned has the name of that task.
         tasks: the `seqio.Task`s.
         objectives: name of each task's objective.
         rate: rate at which examples are drawn, relative to other groups.
         dataset: name of the dataset of `add_task` or `register_prepared`; None for plain tasks.
-        alone: why `each` put the task on its own; otherwise "".
+        alone: why the method `each` put the task into a group of its own; "" for other groups.
     """
 
     name: str
@@ -49,7 +50,8 @@ def groups_of(
     task forms a group. The same rule holds for the plain tasks of each inner mixture.
 
     Args:
-        task_objectives: {name of a plain task: name of its objective}. With `single`, each task forms a group.
+        task_objectives: {name of a plain task: name of its objective}; or "single": each task forms a group, and
+            has the first objective.
 
     Raises:
         InputError: a rate is not above 0, a task has no objective, or `task_objectives` has a wrong entry.
@@ -90,7 +92,7 @@ def label_tasks(
     Args:
         mixture: the `seqio.Mixture` to evaluate.
         objectives: names of the model's objectives.
-        task_objectives: the setting of the model's training, perhaps on another mixture.
+        task_objectives: the `task_objectives` of the model's training run, which may have used another mixture.
 
     Raises:
         InputError: there is no such dataset or task.

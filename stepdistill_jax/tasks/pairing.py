@@ -22,7 +22,7 @@ def why_not(stores: Sequence[TokenStore], names: Sequence[str]) -> str | None:
     first, *others = (np.asarray(store.row_ids) for store in stores)
     for other, name in zip(others, names[1:], strict=True):
         if not np.isin(first, other).any():
-            return f"no row of {name} has the id of a row of {names[0]}"
+            return f"no row of {name} has the same id as a row of {names[0]}"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Loads the tokens of plain SeqIO tasks, which neither `add_task` nor `prepare` made."""
+"""Loads the tokens of plain SeqIO tasks: tasks that neither `add_task` nor `prepare` made."""
 
 import os
 import pathlib
@@ -118,11 +118,11 @@ def check_one_rationale(task: str, supervision: Supervision | None) -> None:
 
 
 def check_published(dataset: PreparedDataset, supervision: Supervision) -> None:
-    """Raises InputError if a `paper_exact` dataset is used with a supervision unknown to the published code."""
+    """Raises InputError if a `paper_exact` dataset is used with a supervision that the published code lacks."""
     if dataset.paper_exact and (supervision.needs_list or supervision.label_source == "agree"):
         raise InputError(
-            f"dataset {dataset.name!r}: the paper's published code uses gold labels or the teacher's, and"
-            " one rationale of the teacher per row; leave out `label_source=agree`, `rationales` and"
+            f"dataset {dataset.name!r}: the paper's published code uses gold labels or teacher labels, and"
+            " one teacher rationale per row; leave out `label_source=agree`, `rationales` and"
             " `rationale_source`, or prepare the dataset without `paper_exact`"
         )
 

@@ -26,7 +26,7 @@ class PreparedRows:
     Unless the dataset is `paper_exact`, `can_read(supervision)` must be true.
 
     Attributes:
-        supervision: None keeps every row, even one without a label.
+        supervision: if set, rows without a label are skipped, except in `paper_exact` datasets. None keeps all rows.
         share: (share of the rows, seed of the draw). Only `paper_exact` datasets use it.
     """
 
@@ -41,7 +41,7 @@ class PreparedRows:
 
     @staticmethod
     def can_read(supervision: Supervision | None) -> bool:
-        """Returns whether a supervision uses labels and rationales unchanged."""
+        """Returns whether this class supports a supervision, which must be None or the default `Supervision()`."""
         return supervision is None or supervision == Supervision()
 
     def __len__(self) -> int:

@@ -63,7 +63,8 @@ def register_prepared(
         data_dir: folder of prepared datasets. None means the default folder or, inside a `task_module`, the
             data folder of the command that imports it.
         vocabulary: path of a `spiece.model`, or `bytes`. It must be given if a mixture has several datasets with
-            different vocabularies. None means each dataset's own; a dataset without a train split has none.
+            different vocabularies. None means each dataset's own vocabulary, which a dataset without a train split
+            does not have.
 
     Returns:
         Names of the registered datasets.

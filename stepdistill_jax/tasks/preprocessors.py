@@ -21,16 +21,17 @@ def render(
     objectives: Mapping[str, Objective],
     variants: Mapping[str, int] | None = None,
 ) -> Any:
-    """SeqIO preprocessor: renders an example's fields as `PREFIXinputs`, `PREFIXtargets` and `weight`.
+    """Renders each example's fields as the features `PREFIXinputs`, `PREFIXtargets` and `weight`.
 
-    This is `Objective.render` in TensorFlow. If the first objective has a label but is not plain
-    (`Objective.is_plain`), the gold label is added as the feature `LABEL_TEXT`.
+    This SeqIO preprocessor is `Objective.render` in TensorFlow. If the first objective's target contains a label
+    and the objective is not plain (`Objective.is_plain`), the gold label is added as the feature `LABEL_TEXT`.
 
     Args:
-        task: name for messages.
-        source: description for messages.
+        task: name of the task, for messages.
+        source: description of the task's source, for messages.
         objectives: {prefix: objective}.
-        variants: {prefix: index of the rationale}, 0 by default. Index 1 means the field `rationale.1`.
+        variants: {prefix: index of the rationale to use}. Index 0, the default, means the field `rationale`, and 1
+            means `rationale.1`.
 
     Raises:
         InputError: a field other than `rationale` and `llm_label` is missing, or a field is not text.

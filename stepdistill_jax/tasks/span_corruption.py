@@ -198,7 +198,7 @@ def random_spans_noise_mask(
     def segment_lengths(ids: Any, seed: Any) -> Any:
         """Returns the random lengths of segments, [spans] int32, each at least 1.
 
-        Their sum is `ids`, the number of ids to split into segments.
+        `ids` is a count, the sum of the lengths.
         """
         # The first id starts a segment, and so do `spans - 1` of the other ids. Example for 5 ids: `starts` of
         # the other ids is [0, 1, 0, 1], so the segment of each id is [0, 0, 1, 1, 2] and the lengths [2, 2, 1]

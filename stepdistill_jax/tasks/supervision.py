@@ -29,10 +29,10 @@ class Supervision:
     """Decides which label and which rationales of an example are used in training.
 
     Attributes:
-        label_source: which label is used: `gold`; `llm`, the teacher's label (standard distillation);
-            `gold_else_llm`, the gold label, or the teacher's if there is no gold label; or `agree`, the gold
-            label if the task's metric finds the teacher's label equal (for other examples, see `disagree_weight`).
-            Examples without the selected label are left out.
+        label_source: `gold` uses the gold label. `llm` uses the teacher's label (standard distillation).
+            `gold_else_llm` uses the gold label, or the teacher's label if there is no gold label. `agree` uses
+            the gold label if the teacher's label equals it by the task's metric; for other examples, see
+            `disagree_weight`. Examples without the selected label are left out.
         disagree_weight: if `label_source` is `agree`, factor for the weight of an example whose teacher's label
             is missing or differs from the gold label. 0 leaves the example out.
         rationales: `first` uses the example's `rationale`. `all` makes a row from each rationale in the

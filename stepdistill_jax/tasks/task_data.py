@@ -50,11 +50,11 @@ class Part:
 
     @property
     def label_column(self) -> int | None:
-        """Index of the first objective's column, or None if this part has no such column."""
+        """Index in `columns` of the first objective's column, or None if there is none."""
         return next((i for i, c in enumerate(self.columns) if c.objective == 1), None)
 
     def labelled_inputs(self) -> tuple[list[list[int]], list[str]]:
-        """Returns (input ids, gold labels) of the examples that have a row of the first objective: two lists."""
+        """Returns two lists: input ids and gold labels of the examples that have a row of the first objective."""
         if (column := self.label_column) is None:
             return [], []
         inputs = self.store.rows[column]["inputs"]
@@ -77,7 +77,7 @@ class TaskData:
 
     Attributes:
         name: name of the task.
-        parts: one part, or several for a mixture.
+        parts: only one, unless the task is a mixture.
         sample_rationales: whether a batch uses only one of an example's rationales.
         share_is_drawn: whether `data_fraction` is already applied.
     """
@@ -104,7 +104,7 @@ class TaskData:
         share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
-        """Returns data with a single part, the examples of `store`.
+        """Returns data with a single part, which has the examples of `store`.
 
         The store must have `most_rationales` columns for each objective that reads a rationale.
         """
@@ -161,6 +161,7 @@ class TaskData:
         """Returns the expected shares of each objective in each part, before rows are truncated.
 
         Returns:
+            A dict for each objective in each part, with these entries.
             `task`: name of the part.
             `objective`: name of the objective.
             `examples`: the part's share of all examples.

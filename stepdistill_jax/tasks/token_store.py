@@ -89,7 +89,7 @@ class TokenExample:
     Attributes:
         rows: (input ids, target ids) for each objective. An empty target means that the row is absent.
         weight: factor of the example's loss.
-        label_text: the label, or else the first objective's target. Predictions are compared with it.
+        label_text: text to compare predictions with: the label or, without one, the first objective's target.
         row_id: value of the field `id`; None if there is no such field.
     """
 
@@ -153,13 +153,13 @@ def write_store(
     examples: Iterable[TokenExample],
     about: Mapping[str, Any] | None = None,
 ) -> TokenStore:
-    """Writes a store, replacing an existing one unless it is equal.
+    """Writes a store. An existing store is replaced if it is damaged, or has other contents or another `about`.
 
     Several processes may write the same store at once, also on a shared disk.
 
     Args:
         objectives: names of the entries of `TokenExample.rows`, in order.
-        examples: are streamed to disk. If the iterable raises, nothing is left on disk.
+        examples: the examples, which are streamed to disk. If the iterable raises, nothing is left on disk.
         about: JSON-like description of the source.
     """
     directory = pathlib.Path(directory)

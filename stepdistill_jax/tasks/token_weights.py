@@ -60,7 +60,7 @@ def with_token_weights(
             raise InputError(
                 f"{where}: dataset {data.name!r} has no field {field!r} (it has"
                 f" {', '.join(dataset.fields) or 'none'}){nearest(field, dataset.fields)};"
-                f" `stepdistill prepare jsonl --fields {field}` keeps a field"
+                f" `stepdistill prepare jsonl --fields {field}` keeps this field"
             )
     (store,) = data.stores
     targets_of = {name: store.rows[names.index(name)]["targets"] for name in fields}

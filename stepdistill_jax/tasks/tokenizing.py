@@ -58,10 +58,10 @@ def stored_tokens(
         make_task: returns the `seqio.Task` or the `PreparedRows`. It is called only if the rows must be read.
         name: name of the task, for the folder and messages.
         prefixes: prefix of each objective's features `PREFIXinputs` and `PREFIXtargets`.
-        key: JSON-like value that determines the tokens, except for changes of the rows if `compare` is true.
+        key: JSON-like value that determines the tokens. If `compare` is true, it need not cover the rows.
         data_dir: the store is a folder in `data_dir/token_store/`.
-        compare: whether to tokenise the split again if the source's rows have changed. Each start then
-            tokenises the first 32 rows. If the source does not read files, each start also reads all rows.
+        compare: whether to tokenise the split again if the source's rows have changed. Each call then
+            tokenises the first 32 rows. If the source does not read files, each call also reads all rows.
 
     Raises:
         InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its
@@ -143,14 +143,14 @@ class Reading:
         With random rows, a resumed run would train on different rows.
 
         Raises:
-            InputError: two readings differ in the source's rows or in the first tokens.
+            InputError: two readings give different source rows, or different tokens for the first rows.
         """
         if self._repeats:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
-            " readings; for random numbers, use `seqio.map_over_dataset(num_seeds=1)` in preprocessors and an"
-            " argument `seed` in the source's function; or read rows from a file that you write once"
+            " readings; if they are random, take the seeds from `seqio.map_over_dataset(num_seeds=1)` in preprocessors"
+            " and from an argument `seed` in the source's function, or write the rows to a file once"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
@@ -226,9 +226,9 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields a dataset's rows, with the features in `names`, as dicts of NumPy arrays.
+    """Yields a dataset's rows as dicts of NumPy arrays, with at least the features in `names`.
 
-    If one of these features is neither a scalar nor a vector, the rows have all features.
+    The rows have only these features if all of them are scalars or vectors.
     """
     # padded batches are faster than single rows; the padding is removed at the end
     spec, tf = dataset.element_spec, tensorflow()

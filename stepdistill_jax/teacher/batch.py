@@ -96,7 +96,7 @@ def read_batch(
         `results`: count of results in the files.
         `failed`: count of results without an answer.
         `kept`: count of usable answers that this call saved.
-        `other`: count of results whose question is not in `input`, or already answered in the cache.
+        `other`: count of results whose question is not in `input`, or already has an answer in the cache.
         `defects`: {defect: count of answers}.
     """
     failed: list[str] = []

@@ -61,12 +61,12 @@ class Budget:
 
     @contextlib.asynccontextmanager
     async def request(self, prompt: str, longest_answer: int) -> AsyncIterator["Reservation"]:
-        """An async context that reserves the largest number of tokens that a request may use.
+        """An async context that reserves as many tokens as a request may use.
 
-        Entering the context waits as `Reservation.renew` does.
+        On entry, waits for other requests to end if a limit would be exceeded.
 
         Raises:
-            BudgetReached: the tokens are not within the limits, and no other request is in progress.
+            BudgetReached: a limit would be exceeded, and no other request is in progress.
         """
         reservation = Reservation(self, prompt, longest_answer)
         await reservation.renew()
@@ -140,7 +140,7 @@ class Reservation:
     async def lose(self, used: tuple[int, int] | None) -> None:
         """Counts the tokens of an attempt that gave no answer.
 
-        The reservation ends, unless the attempt used no tokens.
+        Also ends the reservation, unless `used` is (0, 0).
 
         Args:
             used: (prompt tokens, answer tokens). None means unknown: all reserved tokens are counted.

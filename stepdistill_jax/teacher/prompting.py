@@ -84,9 +84,9 @@ class Estimate:
     """Counts of a file's rows and answers, made before the first answer is paid for.
 
     Attributes:
-        kept: answers in the cache, counted once for each row with their prompt.
-        answers: answers missing from the cache.
-        characters: characters in the prompts of the missing answers.
+        kept: number of answers in the cache. An answer that several rows share counts once for each row.
+        answers: number of answers missing from the cache.
+        characters: number of characters in the prompts for the missing answers.
         first_prompt: prompt of the first row.
     """
 

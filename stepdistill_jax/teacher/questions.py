@@ -45,7 +45,7 @@ def check_questions(
     """Checks and yields each row of a file.
 
     Raises:
-        InputError: as for `read_questions`; or an id is repeated, or a row lacks the label of `label_given`.
+        InputError: as for `read_questions`; or an id is repeated, or `label_given` is true and a row has no label.
     """
     needs = LABEL_GIVEN if label_given else ASKED
     return read_questions(path, choices, needs=needs, ids=UniqueIds())

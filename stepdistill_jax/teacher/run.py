@@ -88,7 +88,7 @@ class Run:
             teacher: None if all answers are in the cache.
             output: file for the rows.
             defects: file for the list of defects.
-            kept: number of answers in the cache, which `max_truncated` counts as usable.
+            kept: number of answers already in the cache. They count as usable for `max_truncated`.
         """
         self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
@@ -249,7 +249,7 @@ class Run:
     def _failed(self, error: ServerError) -> None:
         self._failures += 1
         if self._failures >= FAILURES_IN_A_ROW:
-            reason = f"{self._failures} requests in a row failed; the last: {error}"
+            reason = f"{self._failures} consecutive requests failed; the last: {error}"
             self._end(Stopped(reason, hopeless=True))
 
     def _count_unusable(self, row: Example, answer: Answer, reading: Reading) -> None:

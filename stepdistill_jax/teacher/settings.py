@@ -33,12 +33,12 @@ class Settings:
         parameters: additional fields of the request (`{"top_p": 0.9}`).
         label_given: whether the prompt contains the gold label and asks only for a rationale.
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
-        retries: how often to ask again after an unreadable answer. While all answers of the run are unusable,
-            only the first question is asked again.
+        retries: how often to ask again after an unreadable answer. Until the first usable answer, every question
+            but the first is asked only once.
         attempts: how often to send a request to a failing server before giving up its question.
         timeout: time limit of a request, in seconds.
-        max_truncated: largest share of unusable answers, truncated or not, from 20 questions on. A larger share
-            stops the run.
+        max_truncated: largest share of unusable answers, whether truncated or unusable for another reason. After
+            20 questions, a larger share stops the run.
         max_tokens_total, max_cost: limits for this run; None means no limit.
         price_input, price_output: prices per million tokens of prompts and of answers; None if unknown.
         cache: SQLite file of answers; None means `teacher_cache.sqlite` next to the output.

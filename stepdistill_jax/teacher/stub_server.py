@@ -34,7 +34,7 @@ class Reply:
         cut: number of the body's bytes to send before the connection is closed; None sends all.
         drip: seconds to wait after each byte of the body; 0 sends it in one piece.
         endless: whether to repeat the body, in chunks, until the client disconnects.
-        tokens: reported numbers of prompt and answer tokens; None means one for about 4 characters.
+        tokens: reported numbers of prompt and answer tokens; None means about one token for 4 characters.
     """
 
     text: str = ""

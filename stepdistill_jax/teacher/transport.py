@@ -15,7 +15,7 @@ def bounded_client(timeout: float, verify: ssl.SSLContext) -> httpx.AsyncClient:
     """Returns a client with a single connection, which refuses responses that are compressed or over 4 MiB.
 
     Args:
-        timeout: time limit of each read or write, in seconds; half of it for connecting.
+        timeout: time limit of each read or write, in seconds. The limit for connecting is half of it.
     """
     return httpx.AsyncClient(
         limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),

@@ -39,17 +39,17 @@ def output_row(
     label_given: bool,
     provenance: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns a row of the generic format, with the question's own fields and `provenance`.
+    """Returns a question and its answers as a row of the generic format.
 
-    Usable answers add `rationale`, `rationales` and `llm_label`. With several samples, `weight` is multiplied by
-    the share of the commonest label.
+    Usable answers add `rationale` and `rationales`. If the teacher was not given the label, they also set
+    `llm_label`, and with several samples, `weight` is multiplied by the share of the commonest label.
 
     Args:
         row: the question.
         samples: its answers, in order.
         source: source of the rationales.
-        label_given: whether the teacher was given the label; if so, `llm_label` and `weight` stay the same.
-        provenance: entries to which the answers are added.
+        label_given: whether the teacher was given the label.
+        provenance: entries of the field `provenance`, which also contains the answers.
     """
     result: dict[str, Any] = {"id": row.id, "input": row.input}
     if row.label:

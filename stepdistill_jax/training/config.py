@@ -38,7 +38,7 @@ class OptimizerConfig:
 
     Attributes:
         name: the update rule, `adamw` or `adafactor`.
-        schedule: a `LearningRate`, or its name (`linear`, `cosine`, `rsqrt`, `constant`).
+        schedule: a `LearningRate`, or the name of one (`linear`, `cosine`, `rsqrt`, `constant`).
         warmup_steps (steps): number of steps until the learning rate reaches its peak. Used only if
             `schedule` is a name.
         b1, b2: AdamW's decay rates: `b1` for the mean of the gradients, `b2` for the mean of their squares.
@@ -115,9 +115,9 @@ class TrainConfig:
         init_from: where the initial weights come from: a model directory, another run's workdir (its
             best step), or a model of the Hugging Face hub, `OWNER/NAME`. None means random weights.
         init_rules: pairs (regular expression, name in `init_from` or None). The first expression that
-            matches a parameter's complete name decides. The parameter is loaded from the given name, or
-            drawn from the seed if that is None. A parameter without a matching rule is loaded under its own
-            name.
+            matches a parameter's complete name decides. If its pair has a name, the parameter is loaded
+            under that name. If its pair has None, the parameter is drawn from the seed. A parameter that
+            no expression matches is loaded under its own name.
         objectives: name of a predefined set (an arm), such as `step_by_step`, or your own objectives.
         task_objectives: maps each plain SeqIO task of a mixture to the objective that it trains, for
             instance {"own_label": "label", "own_rationale": "rationale"}. The value `single` trains all
@@ -328,7 +328,7 @@ class TrainConfig:
 
     @property
     def pairs(self) -> bool:
-        """Whether the extra loss needs all targets of an example in one row."""
+        """Whether the extra loss needs all targets of an example in the same row of a batch."""
         return isinstance(self.extra_loss, PairedLoss)
 
     def to_json(self) -> dict[str, Any]:

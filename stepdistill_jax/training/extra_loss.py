@@ -16,11 +16,12 @@ from stepdistill_jax.runtime.checks import snake_case
 
 @dataclasses.dataclass(frozen=True)
 class ExtraLoss(abc.ABC):
-    """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss, with sums over the global batch.
+    """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss.
 
-    A subclass is a frozen dataclass whose fields are its settings. `count` and `total` must return sums over
-    the rows that they get, which are only some of the batch. They are traced, so no Python branch may depend
-    on values in their arguments. In a packed row, segment ids distinguish the examples.
+    Both sums are over the global batch. A subclass is a frozen dataclass whose fields are its settings. `count`
+    and `total` must return sums over the rows that they get, which are only a part of the batch. They are
+    traced, so no Python branch may depend on values in their arguments. In a packed row, segment ids distinguish
+    the examples.
 
     Attributes:
         name: name in lower_snake_case, as in the metric `loss/<name>`.
@@ -70,16 +71,16 @@ class ExtraLoss(abc.ABC):
 class PairedLoss(ExtraLoss):
     """An `ExtraLoss` over pairs: the targets of the first two objectives of one example.
 
-    A subclass defines `total`. An example with several rationales is one pair. An example that lacks one of
-    the two targets is no pair.
+    A subclass defines `total`. An example with several rationales is one pair. An example with only one of
+    the two targets is not a pair.
 
     All targets of an example are in the same row. `decoder_example_ids` has the 1-based index of each target
-    token's example in its row; 0 is padding. The axis `examples` in the methods has the size `length // 2`,
-    and contains all pairs.
+    token's example in its row; 0 is padding. In the methods, the axis `examples` is half as long as the axis
+    `length`, rounded down. This is enough for all pairs of a row.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns the number of pairs in these rows, a scalar."""
+        """Returns the number of pairs in the rows of `group`, a scalar."""
         return self.is_pair(group).sum()
 
     @staticmethod

@@ -39,7 +39,7 @@ class InitialWeights:
 
     @functools.cached_property
     def sources(self) -> dict[str, str | None]:
-        """For each parameter of the run, its name in `path`, or None if it starts from scratch.
+        """{parameter of the run: its name in `path`}, with None for a parameter that is not loaded.
 
         Raises:
             InputError: as for `sources_of`.

@@ -50,7 +50,7 @@ def inspect(
 
     Args:
         config: a run's config, or the name of a task, which is then measured with the default lengths.
-        rows: number of rows of step 0 to show; for each objective if rows are not packed.
+        rows: number of rows of step 0 to show. If rows are not packed, so many are shown for each objective.
         data_dir: folder of prepared datasets; None means the default folder.
         task_module: replaces the config's `task_module`.
         verify: whether to compare the split's token files with their manifests, byte for byte.
@@ -73,7 +73,7 @@ def inspect(
         `row_lengths`: [input length, target length] of a packed row; empty if rows are not packed.
         `candidates`: possible lengths of packed rows, each with `flops_per_step` (matmuls only).
         `chosen`: the shortest candidate with at most 1% more FLOPs than the minimum.
-        `verified`: only with `verify`, each `store` (a folder) and its numbers of `files` and `bytes`.
+        `verified`: only with `verify`, a list of {"store" (folder), "files" (their number), "bytes"}.
 
     Raises:
         InputError: the task or split is unknown, `rows` is negative, or a store is damaged.
@@ -134,7 +134,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """Returns the configuration of the model to train, from which the costs of row lengths are computed."""
+    """Returns the model's configuration, which determines the costs of row lengths."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))

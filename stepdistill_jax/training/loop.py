@@ -46,7 +46,7 @@ def train(
 
     Returns:
         The last step's metrics: `step`, `loss`, `loss/<objective>`, ...
-        `examples_per_second`: mean of this start, or 0 if no step was left.
+        `examples_per_second`: mean over the steps of this call, or 0 if all steps were already done.
         `best_step`, and its metrics `eval/validation/...`.
         `majority_baseline`: accuracy of always answering the most frequent label; only with a validation
             split.
@@ -130,8 +130,9 @@ def _introduce(run: Run, described: dict[str, Any]) -> None:
             log("warning: `learning_rate` has no effect, since the optimizer does not take it")
     elif (rate := optimizer.rate).shape != "rsqrt" and rate.warmup_steps >= run.config.train_steps:
         log(
-            f"warning: the learning rate never reaches its peak, since its warm-up takes {rate.warmup_steps} steps and the"
-            f" run has {run.config.train_steps} steps; set fewer warm-up steps (`stepdistill settings warmup_steps`)"
+            f"warning: the learning rate never reaches its peak, since its warm-up takes {rate.warmup_steps} steps and"
+            f" the run has {run.config.train_steps} steps; set fewer warm-up steps"
+            " (see `stepdistill settings warmup_steps`)"
         )
     if described["trained_parameters"] != described["parameters"]:
         log(

@@ -72,7 +72,7 @@ def means_of_tasks(
 
 
 def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
-    """Returns each objective's weight / count, or 0 without tokens, [objectives] float32."""
+    """Returns each objective's weight / count, [objectives] float32; 0 for an objective whose count is 0."""
     # Inside `where` both sides are computed, so the divisor must not be 0. A count is a sum of loss weights
     # and may be below 1.
     return jnp.where(counts > 0, objective_weights / jnp.maximum(counts, 1e-9), 0.0)
@@ -101,7 +101,7 @@ def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Arr
 def token_weights(group: Group, columns: int, num_objectives: int) -> jax.Array:
     """Returns the loss weights of the tokens, [batch, length, columns] float32.
 
-    A token's weight is in the column that the token has in `ObjectiveSums`; the other columns are 0.
+    A token's weight is in the column of `ObjectiveSums` that counts the token; the other columns are 0.
     """
     # 2 objectives: objective 1 of task 3 is column 1 + 2 * (3 - 1) = 5, counted from 1; padding stays 0
     ids = group["decoder_objective_ids"]

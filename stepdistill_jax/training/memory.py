@@ -10,7 +10,7 @@ from stepdistill_jax.training.config import TrainConfig
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
-    """A context that replaces a device's out-of-memory error by one line that names the settings to change.
+    """A context that replaces a device's out-of-memory error with one line that names the settings to change.
 
     Raises:
         MemoryError: JAX raised RESOURCE_EXHAUSTED.

@@ -15,9 +15,9 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    It moves a rationale towards the words that the label predicts. Let z_v be the largest probability of the id
-    v at the label's tokens, and r_v the largest at the rationale's tokens, both with the end of sequence. The
-    loss of a pair is
+    The loss moves a rationale towards the words that the label predicts. For each id v, z_v is its largest
+    probability over the positions of the label, and r_v its largest probability over the positions of the
+    rationale. The end of sequence counts as a position. The loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
@@ -30,10 +30,10 @@ class MutualInformation(PairedLoss):
     Example with 2 ids: if the label's tokens have the probabilities (0.9, 0.1) and (0.2, 0.8), z is (0.9,
     0.8). If r is (0.5, 0.5), the loss is 1.7 ln 2 = 1.178.
 
-    A step needs memory for the float32 logits of a whole slice.
+    A step needs memory for the float32 logits of a whole microbatch.
 
     Attributes:
-        weight: factor of the term, a number of at least 0 or a `Schedule`. The paper's code uses 0.1
+        weight: factor of this loss, a number of at least 0 or a `Schedule`. The paper's code uses 0.1
             (`beta`), together with weights of 0.5 for label and rationale.
     """
 
@@ -43,7 +43,7 @@ class MutualInformation(PairedLoss):
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of CE(z, r) over the pairs of these rows, in nats."""
+        """Returns the sum of the losses CE(z, r) of all pairs in these rows, in nats."""
         probabilities = jax.nn.softmax(output.logits(states))
         pairs = self.is_pair(group)[..., None]
 

@@ -58,7 +58,7 @@ class OptimizerFunction:
         return rate if isinstance(rate, LearningRate) else None
 
     def takes(self, learning_rate: float) -> bool:
-        """Returns whether an argument is the run's `learning_rate`, or a schedule with this value as its peak."""
+        """Returns whether an argument equals the run's `learning_rate`, or is a schedule with that peak."""
         return any(
             x.learning_rate in (None, learning_rate)
             if isinstance(x, LearningRate)

@@ -169,9 +169,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns a message if a learning rate depends on `train_steps`, which a resumed run then must not raise.
+    """Returns [the reason] if a resumed run must not increase `train_steps`, and [] if it may.
 
-    The message is in a list, which is empty if no learning rate depends on `train_steps`.
+    The reason is a learning rate that depends on `train_steps`.
     """
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")

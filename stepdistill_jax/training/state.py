@@ -136,7 +136,7 @@ def _jit_init(config: ModelConfig, tx: optax.GradientTransformation, leaves: tup
 def drawn(
     part: Callable[[Any], Any], config: ModelConfig, abstract: TrainState, *, seed: int
 ) -> Any:
-    """Returns `part(params)` of the parameters that `init_state` would draw. Only this part is computed."""
+    """Returns `part(params)` for the parameters that `init_state` would draw, and computes only this part."""
 
     def init() -> Any:
         return part(init_params(config, jax.random.fold_in(jax.random.key(seed), 0)))
@@ -145,7 +145,7 @@ def drawn(
 
 
 def with_new_adapters(base: Any, config: ModelConfig, abstract: TrainState, *, seed: int) -> Any:
-    """Combines plain weights on the devices with the adapters that `init_state` would draw."""
+    """Returns the weights `base` with the adapters that `init_state` would draw from `seed`."""
     return combine(drawn(lambda params: split(params)[0], config, abstract, seed=seed), base)
 
 

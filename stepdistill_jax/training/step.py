@@ -96,12 +96,12 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """Computes the loss and the gradient of the global batch and makes one update.
 
-    The result does not depend on slices, devices or packing. If there are adapters, no other parameters change.
+    The result does not depend on microbatches, devices or packing. If there are adapters, no other parameters change.
     If the loss or the gradient is not finite, only the step number changes.
 
     Args:
         batch: groups of rows, see `batches.batch`.
-        num_microbatches: number of slices; must divide the number of rows of each group.
+        num_microbatches: number of microbatches of the batch; must divide the number of rows of each group.
         num_tasks: number of `TaskData.parts`. An objective's loss is the mean over the tokens of all parts.
 
     Returns:
@@ -165,7 +165,7 @@ def _if_finite(loss: jax.Array, grad_norm: jax.Array, updated: Any, before: Any)
 
 
 def _scheduled_at(opt_state: Any, step: jax.Array) -> Any:
-    """Sets the counts of schedules to the step, so that skipped updates do not delay the learning rate.
+    """Sets the step counters of schedules to `step`, so that skipped updates do not delay the learning rate.
 
     A state whose only field is `count` belongs to a schedule.
     """
@@ -202,7 +202,8 @@ def in_mesh(function: Callable, mesh: Mesh) -> Callable:
 def jit_train_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
     """Returns `train_step` with explicit shardings, compiled once for each batch shape.
 
-    A call reuses the memory of its argument `state` (donation). Equal arguments return the same function.
+    The compiled function reuses the memory of its argument `state` (donation). Calls of `jit_train_step` with equal
+    arguments return the same function.
     """
     return _jit_train_step(*hashable(abstract), mesh, tuple(static.items()))
 
@@ -223,8 +224,8 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
     """Returns `eval_step`, compiled once for each batch shape.
 
-    The compiled function takes plain parameters, into which any adapters are merged. Equal arguments return the
-    same function.
+    The compiled function takes plain parameters, into which any adapters are merged. Calls of `jit_eval_step` with
+    equal arguments return the same function.
     """
     return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
 

@@ -88,7 +88,7 @@ class _BrokenOff(Exception):
 
 
 def leave_at_start(signal_name: str) -> None:
-    """Ends the process with status 75 and without a save, for a signal before the first step."""
+    """Ends the process with status 75 after a signal before the first step. Saves nothing."""
     leave(signal_name, "stopped before the first step; there was nothing to save")
 
 
@@ -222,7 +222,8 @@ class Supervisor:
         """Writes the metrics of the step that `record` has kept.
 
         Args:
-            before: current time if the next step has ended, too; otherwise None.
+            before: current time if the following step has already ended; otherwise None. It is used to estimate
+                when the kept step ended.
 
         Raises:
             FloatingPointError: the step's loss or gradient is not finite, and the run must end.
@@ -284,7 +285,7 @@ class Supervisor:
             if silent == SILENT_STEPS:
                 log(
                     f"warning: objective {name} had no target token in {SILENT_STEPS} steps;"
-                    " does the dataset have its target field?"
+                    " check that the dataset has the objective's target field"
                 )
 
     def _look_for_spike(self, step: int, metrics: dict[str, float]) -> None:
@@ -323,7 +324,8 @@ class Supervisor:
         if self._in_a_row >= config.max_consecutive_nonfinite:
             if self._gone_back:
                 raise FloatingPointError(
-                    f"{what}; it is the second time that {self._in_a_row} steps in a row are not finite"
+                    f"{what}; for the second time, {self._in_a_row} steps in a row have a loss or gradient that"
+                    " is not finite"
                 )
             raise _TooManyBadSteps(step)
 

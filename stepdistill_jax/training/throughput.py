@@ -29,7 +29,7 @@ class Throughput:
         return time.monotonic()
 
     def halfway(self, ended: float) -> float:
-        """Returns an estimate of a step's end: the midpoint between the last known end and `ended`."""
+        """Estimates when a step ended: halfway between the end of the previous step and the time `ended`."""
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:

@@ -121,7 +121,7 @@ class Validator:
     def ranking(self, found: Mapping[str, float], best_metric: str | None) -> list[float]:
         """Returns two numbers that rank a step: the value of `best_metric` and, for ties, minus the label loss.
 
-        A loss is negated, so larger numbers are better.
+        If `best_metric` is a loss, its value is negated, too, so larger numbers are always better.
 
         Args:
             found: the result of `compute`.
@@ -153,7 +153,7 @@ class Validator:
     ) -> dict[str, float]:
         """Returns the metrics of the split, named `eval/<split>/...`. All processes must call this method.
 
-        The metrics of a part's own SeqIO task, and:
+        They are the metrics that a part's own SeqIO task defines, and:
 
             label_accuracy        share of decoded labels that equal the gold label, as text, or as a number
                                   for equations
@@ -166,9 +166,9 @@ class Validator:
                                   forcing, weighted as in the loss
             loss                  weighted sum of the objectives' losses, with the final weights of schedules
 
-        With several parts (`TaskData.parts`), a part's metrics are named `eval/<split>/<part>/...`. For the
-        whole split there are then `loss`, `loss/...`, `accuracy/...`, and the means of `label_accuracy`, `collapsed`
-        and `unfinished` over the parts.
+        With several parts (`TaskData.parts`), a part's metrics are named `eval/<split>/<part>/...`. The whole
+        split then has `loss`, `loss/...` and `accuracy/...`, and the means of `label_accuracy`, `collapsed` and
+        `unfinished` over the parts.
 
         Args:
             params: parameters of a step, with or without adapters.

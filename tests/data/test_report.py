@@ -128,7 +128,7 @@ def test_histograms_hold_every_row_with_its_quantiles_and_the_same_bytes():
         for i in range(counts[n])
     ]
     text = page(RESULT, {"train": _count(rows)})
-    assert "train: words of an input (median 1, 95 % up to 9, greatest 9)" in text
+    assert "train: words of an input (median 1, at most 9 in 95 % of rows, greatest 9)" in text
     picture = base64.b64decode(_parsed(text).links[0].partition(",")[2]).decode()
     corner = r"[\d.]+ ([\d.]+) \n"
     bars = re.findall(f'M {corner}L {corner}L {corner}L {corner}z\n" clip-path', picture)

@@ -66,7 +66,7 @@ def test_a_collapsed_run_is_counted_named_and_set_apart(made):
     assert first.collapsed == 1 and first.accuracy_of_others == pytest.approx(0.62)
     assert sum(p.collapsed for p in comparison.points) == 1
     page = (output / "report.html").read_text()
-    assert "label_only 0.25 seed 0: accuracy 0.5000, always &#39;smooth&#39;" in page
+    assert "label_only 0.25 seed 0: accuracy 0.5000, every answer is &#39;smooth&#39;" in page
 
 
 def test_the_smallest_fraction_that_is_enough(made):
@@ -90,7 +90,7 @@ def test_a_baseline_at_chance_is_no_mark_to_reach(made):
     chance = dataclasses.replace(comparison, majority=low)
     sentence, better = headline(chance)
     assert "times fewer" not in sentence and sentence.endswith(
-        "so another arm proves nothing by reaching it."
+        "so an arm that reaches this accuracy proves nothing."
     )
     assert better == "With all of the data, step_by_step is significantly better (95%)."
     (enough,) = comparison.enough

@@ -169,7 +169,7 @@ def test_the_second_time_the_run_stops_and_so_it_does_when_started_again(
         for _ in range(2):
             with pytest.raises(
                 FloatingPointError,
-                match=r"step 12: loss nan.*second time that 3 steps in a row are not finite",
+                match=r"step 12: loss nan.*second time, 3 steps in a row have a loss or gradient that is not finite",
             ):
                 trained(tmp_path, bad)
             assert flags(tmp_path).count((9, "rolled_back")) == 1

@@ -28,7 +28,7 @@ def test_an_example_has_the_rows_of_its_id(label, rationale, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores")
     stores = [stored(folder, "label", label), stored(folder, "rationale", rationale)]
     if not label.keys() & rationale.keys():
-        assert "has the id of a row" in why_not(stores, ["label", "rationale"])
+        assert "has the same id as a row" in why_not(stores, ["label", "rationale"])
         return
     assert why_not(stores, ["label", "rationale"]) is None
     data = paired(stores)

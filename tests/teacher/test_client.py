@@ -76,7 +76,7 @@ def test_a_row_that_the_server_never_answers_is_a_defect_and_the_others_go_on(an
 
 def test_a_server_that_is_down_stops_the_run_before_all_rows_have_failed(annotating):
     result, out = annotating(questions(500), lambda _: BROKEN["500"], attempts=2, concurrency=4)
-    assert "10 requests in a row failed; the last: HTTP 500: inner" in result["stopped"]
+    assert "10 consecutive requests failed; the last: HTTP 500: inner" in result["stopped"]
     assert annotating.server.requests <= 2 * (10 + 4)
     assert out is None
 

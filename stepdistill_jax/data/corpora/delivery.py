@@ -51,7 +51,7 @@ def conclusion(weather: str, vehicle: str, road: str) -> tuple[str, str]:
 def every_example() -> dict[str, list[Example]]:
     """Returns {label: 6,912 examples} for each of the two labels. Every `id` is empty.
 
-    Examples are sorted by a hash of the input, so the order is the same for all versions of libraries.
+    Examples are sorted by a hash of the input, so the order does not depend on library versions.
     """
     words = itertools.product(
         *(

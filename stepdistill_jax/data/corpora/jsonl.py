@@ -55,8 +55,8 @@ def read(
         teacher: whether to keep rationales and the teacher's labels.
 
     Raises:
-        InputError: a file is missing, or `more` or `field_map` has an invalid name. Iterating over the rows also
-            raises it, if no row has a field that they name, or a file has no good row.
+        InputError: a file is missing, or `more` or `field_map` has an invalid name. Or, later, while the rows are
+            read: a field named in `more` or `field_map` is in no row, or a file has no good row.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
@@ -83,7 +83,7 @@ def read(
 
 
 class _Rows:
-    """Reads all rows once, and collects the counts for the notes."""
+    """Reads all rows once, and adds notes about them to `notes`."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class _Rows:
                 )
 
     def _add_notes(self, found: set[str]) -> None:
-        """Adds the notes on all rows. Raises InputError if one of the fields `more` has no text in any row."""
+        """Adds notes about all rows. Raises InputError if a field in `more` is empty in every row."""
         unread = {str(name) for name in self._seen} - {*self._names.values(), PROVENANCE}
         not_read = printable(", ".join(sorted(unread)))
         added = [f"fields that were not read: {not_read}"] if unread else []

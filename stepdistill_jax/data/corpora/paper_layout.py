@@ -171,7 +171,11 @@ def judged(
 
 
 def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
-    """Returns a `Defect` with the wrong equations, the end of a truncated completion, or the whole completion."""
+    """Returns a `Defect` of a teacher's text.
+
+    `Defect.text` contains the wrong equations for `arithmetic_wrong`, the end of the completion for `truncated`,
+    and otherwise the complete completion.
+    """
     text = completion.text
     if kind == "arithmetic_wrong":
         text = "; ".join(parsed.wrong_sums)

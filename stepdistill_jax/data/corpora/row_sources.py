@@ -39,7 +39,9 @@ class RowSource:
 def find_sources(
     source: Source, notes: list[str], numbers: Sequence[str] = ()
 ) -> tuple[dict[str, RowSource], bool]:
-    """Returns {split: source}, and whether the rows of its only key, `train`, must still be split by ids.
+    """Returns {split: source}, and whether the rows must still be split by ids.
+
+    If they must, `train` is the only key.
 
     Args:
         notes: list to which notes for the user are added.

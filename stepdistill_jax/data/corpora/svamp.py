@@ -24,10 +24,10 @@ EXTRA = "asdiv"
 def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
     """Reads svamp_{train,valid,test}.json and llm/; see `paper_layout.read`.
 
-    A row is {"input", "label"} in the paper's files, else {"ID", "Body", "Question", "Equation"}.
+    A row is {"input", "label"} in the paper's files, and {"ID", "Body", "Question", "Equation"} in others.
 
-    The questions in asdiv/asdiv_train.json (see `extra_folder`) become the split `unlabelled`, with the teacher's
-    texts in asdiv/llm/.
+    The questions in asdiv/asdiv_train.json (see `extra_folder`) become the split `unlabelled`. The teacher's texts
+    for this split are read from asdiv/llm/.
     """
     reading = paper_layout.read(
         "svamp", VERSION, "value_match", source, teacher=teacher, to_row=_row
@@ -67,7 +67,7 @@ def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | N
         source: `folder` or its parent.
 
     Raises:
-        InputError: ASDiv's rows lie in `folder` or `source`.
+        InputError: ASDiv's rows are in `folder` or `source` itself instead of a folder `asdiv`.
     """
     name = f"{EXTRA}_train.json"
     for found in (folder / EXTRA, folder.resolve().parent / EXTRA):

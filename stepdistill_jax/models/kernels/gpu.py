@@ -159,7 +159,7 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each array that a program sees: one head, and one row or, if `all_rows`, every row."""
+    """The part of each array that a program sees: one head of one row, or of all rows if `all_rows` is set."""
 
     def __init__(self, arrays, all_rows: bool = False):
         q, k, _, bias, _, _, seeds = arrays

@@ -25,7 +25,7 @@ _PROGRAMS = {
 
 
 def name_of(program: str, causal: bool) -> str:
-    """Returns the name under which a kernel runs and its cost is registered."""
+    """Returns a kernel's name, under which its cost is registered."""
     return f"gpu_attention_{program}" + "_causal" * causal
 
 

@@ -65,7 +65,7 @@ class Call:
     def tiles(self) -> int:
         """Number of tiles that are computed for one row and head.
 
-        Such a tile has the queries of one program and `keys` keys.
+        Each tile has the queries of one program and `keys` keys.
         """
         if not self.causal:
             return self.query_programs * self.key_tiles
@@ -80,10 +80,10 @@ class _Tile:
     """Consecutive queries or keys of a row.
 
     Attributes:
-        start: position of the first one.
+        start: position of the first query or key.
         x: the queries or keys, [n, d].
         segments: their segments, [n] int32.
-        places: their positions in the row, [n] int32.
+        places: position of each query or key in the row, [n] int32.
     """
 
     start: jax.Array
@@ -140,7 +140,8 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 def words(call, seeds, queries, keys, *row, keys_first=False):
     """Returns a random word for each key and each of the first 64 queries, or None without dropout.
 
-    The low 16 bits are this query's draw, the high 16 bits that of the query 64 positions later.
+    The low 16 bits are the random number for this query. The high 16 bits are that for the query 64 positions
+    later.
     """
     if call.kept == DRAWS:
         return None
@@ -159,8 +160,8 @@ def dropped(call, x, words, half):
     """Applies dropout to the tile `x`, but does not scale up the kept elements.
 
     Args:
-        words: from the function `words`; None returns `x` unchanged.
-        half: index of the half of the queries, 0 or 1.
+        words: result of the function `words`. With None, `x` is returned unchanged.
+        half: which half of the program's queries the tile has, 0 or 1.
     """
     if words is None:
         return x
@@ -173,7 +174,7 @@ def softmax_gradient(call, weight, of_weights, dot, words, half):
 
     Args:
         weight: softmax weights, before dropout.
-        of_weights: gradient of the weights after dropout, slope . value.
+        of_weights: gradient of the weights after dropout, slope . value, where slope is the gradient of the output.
         dot: slope . output of each query, broadcast over the keys.
         words, half: as in `dropped`.
     """
@@ -192,7 +193,7 @@ def key_tiles(call, halves, segments, start):
 
 
 def query_tiles(call, keys, segments):
-    """Returns the range (first, end) of the programs whose queries may see a tile of keys."""
+    """Returns the range (first, end) of the blocks of `call.queries` queries that may see a tile of keys."""
     first, last = _span([keys.segments], _whole(segments, call.q_len), call.queries)
     # The first is rounded down. Before it, all queries are earlier than the first key.
     if call.causal:
@@ -270,7 +271,8 @@ def _vector(ref, start, count, length, step, other, *row):
 def _inside(start, count, length, step):
     """Returns which of `count` positions from `start` on lie inside an array of size `length`, [count] bool.
 
-    None if `step`, the number of positions of a program, divides `length`: no program then reaches beyond the array.
+    `step` is the number of positions that each program computes. If it divides `length`, all positions lie inside,
+    and the result is None.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length

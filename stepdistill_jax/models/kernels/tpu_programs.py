@@ -93,7 +93,7 @@ def backward(
     q_slope, k_slope, v_slope, bias_slope,
     columns, turned, k_sum, v_sum,
 ):  # fmt: skip
-    """Writes the gradients of q, k and v, and adds this row's part to the gradient of the bias.
+    """Writes the gradients of q, k and v for a row of the batch, and adds its bias gradient to `bias_slope`.
 
     Args:
         slope, q_slope, k_slope, v_slope, bias_slope: gradients in the shapes of out, q, k, v and bias.
@@ -188,7 +188,10 @@ def _seeds(seeds):
 
 
 def _keep(call, i, seeds, keys):
-    """Returns which weights dropout keeps in round i, as in `dropout.dropout`, [keys, 256] bool."""
+    """Returns a mask of the attention weights that dropout keeps in round i, [keys, 256] bool.
+
+    The mask equals that of `dropout.dropout`.
+    """
     column = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1)
     position = (i * QUERIES + column % HALF).astype(jnp.uint32)
     feature = jax.lax.broadcasted_iota(jnp.uint32, (keys, QUERIES), 0)
@@ -213,9 +216,9 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Reverses `_per_head` for a transposed x, [2 d, 256] -> [128, 2 d].
+    """Joins the heads that `_per_head` separated. x is transposed: [2 d, 256] -> [128, 2 d].
 
-    Each column of x contributes only the features of its own head.
+    A column of x belongs to one head. Its features of the other head are ignored.
     """
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
@@ -226,7 +229,7 @@ def _of_own_head(call, x):
 def _over_keys(combine, reduce, x):
     """Reduces x over its keys, [keys, 256] -> [1, 256].
 
-    `combine` merges two halves of x, and `reduce` reduces the remaining rows.
+    First, `combine` repeatedly merges the two halves of x. Then `reduce` reduces the rows that are left.
     """
     # merging is fast, since the operations of a merge do not wait for one another;
     # a vector register has 8 rows, so the row count stays a multiple of 8: 384 -> 192 -> 96 -> 48 -> 24

@@ -44,9 +44,9 @@ KEPT_LATEST = 2
 def rank(metrics: dict[str, Any]) -> Any:
     """Returns the sort key of a step from its metrics. A better step has a larger key.
 
-    - Validated steps are compared by `rank` or, without it, by label accuracy, then by (lower) label loss. The
-      earlier step wins a tie.
-    - All other steps rank below them, and the later step wins.
+    - Validated steps are compared by their metric `rank`. Without it, the higher label accuracy wins, then the lower
+      label loss. The earlier step wins a tie.
+    - Steps without validation rank below all validated steps, and the later step wins.
 
     A validated step 300 with rank [0.9, -0.2] has the key (True, 0.9, -0.2, -300). A step 400 without validation
     has the key (False, 0.0, 0.0, 400).
@@ -157,7 +157,7 @@ class Checkpoints:
 
         Args:
             params: tree with the shape, dtype and sharding of each parameter.
-            rest: the same for the rest.
+            rest: such a tree for the rest of the train state.
 
         Raises:
             InputError: saved arrays have other names, shapes or dtypes.

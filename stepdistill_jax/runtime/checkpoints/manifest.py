@@ -79,7 +79,7 @@ def reseal(step_folder: pathlib.Path, metrics: dict[str, Any]) -> None:
 def defect(step_folder: pathlib.Path, *, below: str = "") -> str | None:
     """Returns the first difference between a step's files and the manifest, such as "FILE: missing", or None.
 
-    Reads only the files of the item `below`, such as `params`. "" means all files.
+    Reads only the files in the step's subfolder `below`, such as `params`. If `below` is "", reads all files.
     """
     try:
         wanted = _wanted(step_folder, below)
@@ -161,8 +161,8 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
     """Renames damaged and unfinished steps, so that no run resumes from them, and logs each one.
 
-    All processes must call this function. Of steps older than the newest good one, only the names and sizes of
-    files are checked. A step without a manifest is unfinished if it is the newest, and otherwise damaged.
+    All processes must call this function. Steps older than the newest good one are checked only for the names and
+    sizes of their files. A step without a manifest is unfinished if it is the newest, and otherwise damaged.
 
     Returns:
         The newest good step, or None if no save has ever finished.

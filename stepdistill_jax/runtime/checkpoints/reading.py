@@ -23,7 +23,7 @@ def digests_by_all(
 ) -> dict[str, str]:
     """Returns {name of a file: its crc32} on all processes. All processes must call this function.
 
-    Files that a process could not read in full are missing. With one process, the result is empty.
+    The result leaves out files that a process could not read in full. With one process, it is {}.
 
     Args:
         sizes: {name of a file: bytes}, the same on all processes.
