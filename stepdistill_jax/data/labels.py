@@ -164,7 +164,7 @@ def _repeated(splits: Mapping[str, SplitCounts]) -> _Found:
         "different_labels",
         len(clashing),
         places,
-        f"the dataset has {_many(len(clashing), 'input')} with different labels, {len(members):,} rows in total"
+        f"{_many(len(clashing), 'input')} with conflicting labels, in {len(members):,} rows"
         f"{_pairs(places, len(clashing))}. A model cannot tell these rows apart: correct or remove the wrong ones",
     )
 

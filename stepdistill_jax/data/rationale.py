@@ -45,8 +45,8 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the rationale
     "Beavers build." and the answer "wood".
 
-    Repairs: if the text after the letter is a choice, ignoring case and a full stop, this choice is the answer.
-    Otherwise the letter decides, as in `(a) lake or (d) pond`.
+    If letter and text disagree: a text that is a choice, ignoring case and a full stop, is the answer.
+    Otherwise the letter decides: `(a) lake or (d) pond` gives choice (a).
 
     Args:
         choices: the choices with the letters a, b, ..., in this order.

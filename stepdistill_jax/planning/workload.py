@@ -140,7 +140,7 @@ def workload(
         assumptions.append(
             f"dataset {config.task!r} is not prepared here, so a step has "
             + (
-                "one packed row for each example; set `rows` to the number in a real step, which is smaller"
+                "one packed row for each example; a real step has fewer packed rows, so set `rows` to their number"
                 if config.pack
                 else "rows of the complete `input_length` and `target_length`"
                 + (", summed over all objectives" if config.pairs else "")

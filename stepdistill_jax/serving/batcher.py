@@ -83,7 +83,7 @@ class Batcher:
             decode: returns the answers to rows, in order; called from a single thread. After an InputError,
                 each row of the batch is decoded alone. Any other error becomes the answer to all rows.
             length: returns the count of ids in a row's input.
-            max_wait_secs: longest wait of a row for other rows while the engine is idle.
+            max_wait_secs: how long an idle engine waits for more rows before it starts a batch.
             max_queue: largest count of unanswered rows.
             on_batch: called after each batch with its row count and its seconds.
         """

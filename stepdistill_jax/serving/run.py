@@ -35,7 +35,7 @@ def serve(
     Args:
         path: workdir, or model directory in Hugging Face's or CTranslate2's layout.
         port: 0 means any free port, which is logged.
-        max_wait_ms: longest wait of a row for other rows, in ms, while the engine is idle.
+        max_wait_ms: how long, in ms, an idle engine waits for more rows before it starts a batch.
         max_queue: largest count of unanswered rows. Requests beyond it get status 503.
         timeout_secs: seconds after which a request gets status 504.
         grace_secs: seconds for which requests are still answered after a signal.

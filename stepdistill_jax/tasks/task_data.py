@@ -29,7 +29,7 @@ class Part:
         task: the `seqio.Task` of the first column, or None. Its metrics are computed if the part has labels.
         input_pair: whether rows have a second input text.
         own_inputs: whether the inputs come from a plain task, instead of templates.
-        drawn: how the rows of several tasks were paired, or why they were not; "" for a single task.
+        drawn: for several tasks, a note on how their rows were paired, or on why they could not be; else "".
     """
 
     name: str

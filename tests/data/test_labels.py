@@ -98,7 +98,7 @@ def test_equal_rows_and_inputs_with_different_labels_are_found_in_all_splits():
     assert (equal["count"], equal["examples"]) == (3, ["train.csv:4", "train.csv:5", "test.csv:4"])
     assert "(train.csv:2 and train.csv:4, train.csv:2 and train.csv:5, train.csv:3 and test.csv:4)" in equal["message"]  # fmt: skip
     assert different["count"] == 1
-    assert "1 input with different labels, 3 rows in total (train.csv:3 and test.csv:2)" in different["message"]  # fmt: skip
+    assert "1 input with conflicting labels, in 3 rows (train.csv:3 and test.csv:2)" in different["message"]  # fmt: skip
 
 
 def test_rows_that_differ_in_any_field_are_not_equal():

@@ -250,7 +250,7 @@ def key_rows(call, ref, start, *row):
 
 
 def query_vector(call, ref, start, other, *row):
-    """Loads the 64 elements of ref [*row, q] from `start` on, with `other` after the end of ref."""
+    """Loads 64 elements of ref [*row, q] along q, from `start` on. Positions past the end of ref get `other`."""
     return _vector(ref, start, HALF, call.q_len, call.queries, other, *row)
 
 

@@ -7,7 +7,7 @@ each round of its loop, a program processes 128 queries as 256 columns:
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
     head          first       second        first       second
 
-The left and the right half of the columns use the same random words. One matmul computes the scores of both heads:
+In dropout, the left and the right half of the columns share their random bits. One matmul computes the scores of both heads:
 
     k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
 """
