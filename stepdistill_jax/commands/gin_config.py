@@ -212,7 +212,7 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Binds `train.optimizer` to an `OptimizerFunction` if it refers to a function of optax or of the user.
+    """Wraps the function to which `train.optimizer` is bound, of optax or a user, in an `OptimizerFunction`.
 
     A run records the function and the arguments, to compare them when it is resumed.
     """

@@ -155,7 +155,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> None:
-    """Prints a table of unusable rows. `rows` are the first of `count` such rows."""
+    """Prints a table of unusable rows: `rows` has the first ones, and `count` is the number of all."""
     from rich.markup import escape
     from rich.table import Table
 

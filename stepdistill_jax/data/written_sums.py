@@ -58,7 +58,7 @@ def _agree(left: str, right: str) -> bool:
 
 
 def _results(side: str) -> Iterator[tuple[float, float]]:
-    """Yields (value, allowed difference) for the right side of an equation, and for the number that begins it."""
+    """Yields (value, allowed difference) for an equation's right side, and for the number at the start of that side."""
     first = _FIRST_NUMBER.match(side)
     for part in dict.fromkeys((side, first[0] if first else side)):
         plain = part.translate(_SIGNS)

@@ -195,8 +195,8 @@ def headline(comparison: Comparison) -> list[str]:
         first = comparison.of_arm(arm)[-1].runs[0].config["objectives"][0]
         if shown := [name for name in fields_of(first["input_template"]) if name != "input"]:
             sentences.append(
-                f"In addition to the input, {arm} reads each row's {' and '.join(shown)}, which a teacher must"
-                " write at test time, too."
+                f"In addition to the input, {arm} reads each row's {' and '.join(shown)}, so a teacher must"
+                " write this for test rows as well."
             )
     return sentences
 

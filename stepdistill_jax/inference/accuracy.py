@@ -120,8 +120,8 @@ def in_words(summary: dict[str, Any]) -> str:
         line += "\n" + "  ".join(values)
     if summary.get("reads"):
         line += (
-            f"\nin addition to the input, the model reads each row's {' and '.join(summary['reads'])}, which a"
-            " teacher must write at test time, too"
+            f"\nin addition to the input, the model reads each row's {' and '.join(summary['reads'])}, so a teacher must"
+            " write this for test rows as well"
         )
     if summary["collapsed"]:
         line += (

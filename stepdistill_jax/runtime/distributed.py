@@ -1,4 +1,4 @@
-"""Joins the processes of a job, and ends a process within seconds without waiting for the others."""
+"""Connects the processes of a job. A process that has to stop ends within seconds, without waiting for the others."""
 
 import contextlib
 import dataclasses

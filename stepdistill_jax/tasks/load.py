@@ -78,7 +78,7 @@ def load_task(
         isinstance(found, PreparedDataset | TaskSpec) or not is_mixture(found)
     ):
         raise InputError(
-            f"`task_objectives`: {task} is not a mixture with tasks that need an objective; leave"
+            f"`task_objectives`: only a mixture of tasks without objectives takes this, and {task} is none; leave"
             " `task_objectives` out"
         )
     if isinstance(found, PreparedDataset | TaskSpec):

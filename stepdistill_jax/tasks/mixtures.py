@@ -173,7 +173,7 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (None, plain tasks) for `mixture` and each mixture inside it, then (name, tasks) for each dataset."""
+    """Yields (None, tasks that belong to no dataset) for `mixture` and each mixture in it, then (name, tasks) for each dataset."""
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):

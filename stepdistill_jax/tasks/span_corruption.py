@@ -143,7 +143,7 @@ def corrupt_spans(
 ) -> Any:
     """SeqIO preprocessor: masks spans of `targets`, and keeps the other ids as `inputs`.
 
-    A sentinel replaces each masked span in `inputs`, and each other span in `targets`. The mask depends on the
+    In `inputs`, a sentinel replaces each masked span; in `targets`, each unmasked span. The mask depends on the
     task's seed and the row's index.
     """
     import seqio

@@ -111,7 +111,7 @@ def with_row_lengths(batches: Batches, lengths: tuple[int, int]) -> Batches:
 def batches_of(
     config: TrainConfig, data: TaskData, *, row_multiple: int = 1, shuffle: bool = True
 ) -> Batches:
-    """Returns the batches of a split as a run of `config` draws them.
+    """Returns the batches of a split, drawn as in a run with `config`.
 
     `data_fraction` and `config.pairs` apply only to the train split. Packed rows have the lengths
     `input_length` and `target_length` until `with_row_lengths` changes them.

@@ -19,16 +19,16 @@ PLAIN = "plain (a number, text, True, False, None, lists and dicts of these) or 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFunction:
-    """A user's complete update rule: a function that returns an optax transformation, and its arguments.
+    """A user's complete update rule: a function and the arguments to call it with.
 
-    No clip, weight decay or learning rate is added.
+    The function returns an optax transformation. No clip, weight decay or learning rate is added.
 
     Attributes:
         function: called when a run is assembled.
-        arguments: plain values by name, or a `LearningRate`, which is passed as an optax schedule.
+        arguments: {argument: plain value or `LearningRate`}. A `LearningRate` is passed as an optax schedule.
 
     Raises:
-        InputError: an argument is unknown, missing, or not a plain value.
+        InputError: an argument is unknown or missing, or its value is neither plain nor a `LearningRate`.
     """
 
     function: Callable[..., Any]

@@ -137,7 +137,7 @@ def test_a_model_that_reads_rationales_is_shown_those_of_the_rows(opened, source
     told = in_words(result)
     assert "inputs that lack a field that the model reads 1 (33.3%)" in told
     assert (
-        "in addition to the input, the model reads each row's rationale, which a teacher must write"
+        "in addition to the input, the model reads each row's rationale, so a teacher must write"
         in told
     )
 

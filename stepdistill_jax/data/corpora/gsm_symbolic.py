@@ -164,9 +164,9 @@ def _draws(
 
 
 def _checked(draw: dict[str, Any], example_id: str, number: int) -> CheckedExample:
-    """Returns a row with a cleaned solution and its defects.
+    """Returns a row with its solution cleaned, and the defects of the row.
 
-    The question does not include the package's instruction to chat models ("Give the result as your final
+    The question leaves out reasoning-gym's instruction to chat models ("Give the result as your final
     answer. ...").
     """
     given, solution = draw["answer"], draw["metadata"]["answer_cot"]

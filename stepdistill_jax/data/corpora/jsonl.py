@@ -104,7 +104,7 @@ class _Rows:
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row). The split of a bad row is "" if a single file or list is split by ids."""
+        """Yields (split, row). If ids divide a single file or list into splits, a bad row has the split ""."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):

@@ -81,8 +81,8 @@ def read(name: str, source: pathlib.Path) -> Reading:
         source: see `paper_layout.input_files`. The folder `gpt-neox` gives GPT-NeoX's texts instead of PaLM's.
 
     Raises:
-        InputError: a required file is missing. Iterating over the rows also raises it, for the reasons that
-            `paper_layout.read` lists, or if the published rule cannot parse a text.
+        InputError: a required file is missing. Also raised during iteration, for the reasons that
+            `paper_layout.read` lists, or if the published code could not parse a teacher's text.
     """
     corpus, neox = _CORPORA[name], source.name == NEOX
     notes: list[str] = []

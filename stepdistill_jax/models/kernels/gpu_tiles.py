@@ -93,7 +93,7 @@ class _Tile:
 
 
 def queries(call, q_ref, segments, start, *row):
-    """Loads a program's queries and returns a `_Tile` for each half of 64 queries.
+    """Loads a program's queries and returns one `_Tile` for every 64 queries.
 
     Args:
         start: position of the program's first query.

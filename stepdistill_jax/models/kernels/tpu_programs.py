@@ -216,9 +216,9 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Joins the heads that `_per_head` separated. x is transposed: [2 d, 256] -> [128, 2 d].
+    """Joins the heads that `_per_head` separated, and transposes the result: [2 d, 256] -> [128, 2 d].
 
-    A column of x belongs to one head. Its features of the other head are ignored.
+    Each column of x belongs to one head; its rows for the other head are dropped.
     """
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width
