@@ -118,7 +118,7 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns positions without packing: row `places[i]` contains only encoding (or example) i."""
+        """Returns a layout without packing: row `places[i]` contains encoding i (or example i) and nothing else."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
@@ -254,8 +254,8 @@ def _last_two(
 ) -> list[tuple[_Decreasing, int]]:
     """Returns (list, index) of the one or two rows that fill the packed row best, or [] if none fits.
 
-    Considers only the rows that `_Decreasing.some` returns. Of two rows in one list, the higher index comes first,
-    so that both can be taken in order.
+    Considers only the rows that `_Decreasing.some` returns. If both rows are in one list, the one with the higher
+    index comes first, so that taking it does not move the other.
     """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists

@@ -53,7 +53,7 @@ class Binding:
 
     @property
     def owner(self) -> str:
-        """The reference that reads this binding, such as `@train`, `@hint/Objective` or `%SEED`."""
+        """The gin reference to which this binding belongs, such as `@train`, `@hint/Objective` or `%SEED`."""
         return f"@{self.key.rpartition('.')[0]}" if "." in self.key else f"%{self.key}"
 
     @property

@@ -88,7 +88,7 @@ def _config_or_task(args: argparse.Namespace) -> Any:
 
 
 def _is_config(name: str, find_config: Callable[[str], Any]) -> bool:
-    """Returns whether `name` is the name or path of a config. Raises InputError for a path without a file."""
+    """Returns whether `name` is the name or path of a config. Raises InputError for a path at which no file exists."""
     try:
         find_config(name)
     except InputError:

@@ -50,7 +50,7 @@ def greedy_decode(
 
     Returns:
         ids: [batch, max_decode_len] int32, 0 after the end of sequence.
-        scores: natural log of each answer's probability, with any end of sequence, [batch] float32.
+        scores: [batch] float32, natural log of each answer's probability; its end of sequence, if it has one, counts.
         finished: whether each answer has an end of sequence, [batch] bool.
     """
     return decode_tokens(

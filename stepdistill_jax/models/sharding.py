@@ -102,7 +102,7 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
 
 
 def _slices(devices: list[Any]) -> int:
-    """Returns the number of slices. Devices without a slice index, and CPUs of one machine, count as one slice per process."""
+    """Returns the number of slices, or that of processes if the devices have no slice index or are one machine's CPUs."""
     found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
     # On CPUs JAX counts all processes of a machine as one slice. Tests of several slices use several
     # processes, so there each process counts as a slice.

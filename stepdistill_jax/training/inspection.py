@@ -134,7 +134,7 @@ def _train_batches(
 
 
 def _model_of(config: TrainConfig, data: TaskData) -> ModelConfig:
-    """Returns the model's configuration, which determines the costs of row lengths."""
+    """Returns the model's configuration, from which the FLOPs of each row length are computed."""
     if config.init_from is None:
         return new_model(config, data)
     found = read_config(local_model(config.init_from))

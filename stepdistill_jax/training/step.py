@@ -224,7 +224,7 @@ def _jit_train_step(leaves: tuple, tree: Any, mesh: Mesh, static: tuple) -> Call
 def jit_eval_step(abstract: TrainState, mesh: Mesh, **static) -> Callable:
     """Returns `eval_step`, compiled once for each batch shape.
 
-    The compiled function takes plain parameters, into which any adapters are merged. Calls of `jit_eval_step` with
+    The compiled function takes plain parameters; merge any adapters into them first. Calls of `jit_eval_step` with
     equal arguments return the same function.
     """
     return _jit_eval_step(*hashable(base_of(abstract.params)), mesh, tuple(static.items()))
