@@ -122,11 +122,10 @@ mutants: $(VENV)/.installed-test
 	@echo "== mutants: planted bugs that the tests must catch"
 	$(TEST_ENV) $(BIN)/python tests/mutants.py $(MUTANTS_FLAGS)
 
-lint: $(VENV)/.installed-test
-	@echo "== formatting, lint and types"
+lint: types
+	@echo "== formatting and lint"
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
 
 types: $(VENV)/.installed-test
 	@echo "== types"

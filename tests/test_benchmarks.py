@@ -135,7 +135,7 @@ def test_without_torch_one_line_says_what_to_install(name, tmp_path):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "torch" in line
-    assert "'.[bench]'" in line
+    assert "run pip install -c constraints.txt -e '.[bench]'" in line
 
 
 def test_more_threads_than_cores_are_refused():

@@ -194,7 +194,7 @@ class Batches:
 
     @property
     def shared(self) -> bool:
-        """Whether the targets of an example share an encoding of its input."""
+        """True if the input of an example is encoded once for all its targets."""
         return self.pack and self.data.shares_encoding
 
     @functools.cached_property

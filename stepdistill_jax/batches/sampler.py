@@ -81,7 +81,7 @@ class TokenTable:
 
     @functools.cached_property
     def present(self) -> np.ndarray:
-        """Whether each example has a row in this table, [examples] bool."""
+        """[examples] bool: True for the examples that have a row in this table."""
         return self.targets.lengths > 0
 
     @functools.cached_property

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     show(result, console())
     if isinstance(config, str):
         say(
-            "These are the default settings. For those of a run, pass its config:"
+            "The default settings were used. To use the settings of a run, pass its config:"
             f" stepdistill inspect CONFIG --set TASK={config}"
         )
     return result

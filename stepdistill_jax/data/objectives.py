@@ -120,13 +120,13 @@ class Objective:
 
     @property
     def writes_more(self) -> bool:
-        """Whether the target contains more than the label, and `parse` can find the label in an answer."""
+        """True if the target contains more than the label, and `parse` can find the label in an answer."""
         alone = self.target_template == f"{{{self.label_field}}}"
         return self.label_field is not None and not alone and self.is_separable
 
     @property
     def is_separable(self) -> bool:
-        """Whether words separate all neighbouring fields of the target template."""
+        """True if the target template has words between all neighbouring fields."""
         return all(words for words, _ in templates.words_and_fields(self.target_template)[1:-1])
 
     @property

@@ -14,7 +14,8 @@ SHAPES = ("linear", "cosine")
 class Schedule:
     """A weight that depends on the step. The first update is step 0, as for the learning rate.
 
-    The fields are those of `optax.linear_schedule`; `training.optimizer.weights_at` computes the values.
+    The fields have the names and meanings of the arguments of `optax.linear_schedule`.
+    `training.optimizer.weights_at` computes the weight of a step.
 
     Example: `Schedule("linear", 1.0, 0.0, 1000)` is 1 at step 0, 0.5 at 500, and 0 from 1000 on.
 

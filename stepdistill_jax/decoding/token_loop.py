@@ -61,7 +61,7 @@ def start(
 
     Args:
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
-        beams: number of decoder rows for each input; those of an input are adjacent.
+        beams: number of decoder rows for each input. The rows of an input are adjacent.
     """
     gpu = _gpu()
     if gpu:

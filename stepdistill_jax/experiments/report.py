@@ -73,7 +73,7 @@ def report(
 
     Args:
         runs: workdirs, folders of `sweep`, or folders that contain such folders.
-        output: folder for the files. Those of an earlier report are replaced.
+        output: folder for the files. The files of an earlier report are replaced.
         baseline: as for `compare`.
         examples: number of rows to show with the arms' answers.
         data_dir: folder of prepared datasets. Without the runs' dataset, there are no tests and no examples.

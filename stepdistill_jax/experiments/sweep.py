@@ -336,7 +336,7 @@ class _Record:
         return self._cells[cell.path]
 
     def note(self, cell: Cell, **values: Any) -> None:
-        """Updates the entry of a cell, and adds `seconds` to those of earlier attempts."""
+        """Updates the entry of a cell, and adds `seconds` to the time of earlier attempts."""
         entry = self._cells[cell.path]
         if "seconds" in values:
             values["seconds"] = round(entry.get("seconds", 0.0) + values["seconds"], 1)

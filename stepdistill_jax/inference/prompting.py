@@ -85,8 +85,8 @@ def prompting_for(
     """Returns the prompting that the model's `stepdistill.json` describes, or the paper's without that file.
 
     Args:
-        options: `max_decode_len` and `prefix` replace those of the model.
-        task: prepared dataset, whose metric and labels replace those of the model.
+        options: `max_decode_len` and `prefix` replace the model's own values.
+        task: prepared dataset. Its metric and labels replace the model's own.
         data_dir: folder in which `task` is prepared.
 
     Raises:

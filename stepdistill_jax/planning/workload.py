@@ -35,23 +35,14 @@ _HUB_NAME = re.compile(
     r"[^/]+/(?P<family>flan-t5|t5-v1_1|t5gemma|u?mt5|byt5|t5)-(?P<size>\w+|\w+-\w+?)(-(prefixlm|ul2)(-it)?)?"
 )
 _HUB_FAMILIES = {"t5": "t5_v1_0", "flan-t5": "t5_v1_1", "t5-v1_1": "t5_v1_1"}
-_HUB_SIZES = {
-    "3b": "xl",
-    "11b": "xxl",
-    "s-s": "small",
-    "b-b": "base",
-    "l-l": "large",
-    "ml-ml": "ml",
-}
-_HUB_SIZES |= {"xl-xl": "xl"}
+_HUB_SIZES = {"3b": "xl", "11b": "xxl"}
+_T5GEMMA_SIZES = {"s-s": "small", "b-b": "base", "l-l": "large", "ml-ml": "ml", "xl-xl": "xl"}
 _HUB_EXAMPLES = [
     f"google/{family}-{size}"
     for family in ("t5-v1_1", "flan-t5", "mt5", "byt5", "umt5")
     for size in ("small", "base", "large", "xl", "xxl")
 ]
-_HUB_EXAMPLES += [
-    f"google/t5gemma-{size}-prefixlm" for size in ("s-s", "b-b", "l-l", "ml-ml", "xl-xl")
-]
+_HUB_EXAMPLES += [f"google/t5gemma-{size}-prefixlm" for size in _T5GEMMA_SIZES]
 
 
 Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length) of each group
@@ -222,5 +213,5 @@ def _published(name: str) -> tuple[str, str] | None:
     if found is None:
         return None
     family = _HUB_FAMILIES.get(found["family"], found["family"])
-    size = _HUB_SIZES.get(found["size"], found["size"])
+    size = (_HUB_SIZES | _T5GEMMA_SIZES).get(found["size"], found["size"])
     return (family, size) if size in FAMILIES[family].sizes else None

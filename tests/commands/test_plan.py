@@ -168,8 +168,14 @@ def test_parts_are_named_as_they_are_typed(capsys, tmp_path):
             ["demo_step_by_step", "--topology", "cuda:9"],
             "--topology cuda:9: expected cuda:1 to cuda:8",
         ),
-        (["demo_step_by_step", "--topology", "cuda:8"], "'.[aot-cuda]'"),
-        (["demo_step_by_step", "--topology", "v5e:2x4"], "'.[tpu]'"),
+        (
+            ["demo_step_by_step", "--topology", "cuda:8"],
+            "run pip install -c constraints.txt -e '.[aot-cuda]'",
+        ),
+        (
+            ["demo_step_by_step", "--topology", "v5e:2x4"],
+            "run pip install -c constraints.txt -e '.[tpu]'",
+        ),
         (["demo_step_by_step", "--decode"], "--decode: set --topology, such as cuda:8"),
         (["demo_step_by_step", "--quantization", "int8"], "add --decode"),
         ([], "expected a config"),

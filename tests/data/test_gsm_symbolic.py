@@ -175,7 +175,10 @@ def test_templates_without_further_questions_leave_their_turns_to_others(package
 
 def test_what_is_missing_or_cannot_be_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(InputError, match=r"reasoning-gym .* '\.\[gsm\]'"):
+    with pytest.raises(
+        InputError,
+        match=r"reasoning-gym .* run pip install -c constraints\.txt -e '\.\[gsm\]' in the source folder",
+    ):
         prepare("gsm_symbolic", data_dir=tmp_path)
     with pytest.raises(InputError, match="`rows`"):
         prepare("gsm_symbolic", rows=0, data_dir=tmp_path)
@@ -184,7 +187,10 @@ def test_what_is_missing_or_cannot_be_is_said(tmp_path, monkeypatch):
     for name in ("gsm_symbolic", "delivery"):
         with pytest.raises(InputError, match="leave `source` out"):
             prepare(name, source=tmp_path, data_dir=tmp_path)
-    with pytest.raises(InputError, match=r"`field_map`: .* only `prepare jsonl`"):
+    with pytest.raises(
+        InputError,
+        match=r"`field_map`: `prepare gsm_symbolic` cannot map fields; only `prepare jsonl` can",
+    ):
         prepare("gsm_symbolic", field_map={"input": "question"}, data_dir=tmp_path)
     with pytest.raises(InputError, match="`fields`: only `prepare jsonl`"):
         prepare("gsm_symbolic", fields=["question"], data_dir=tmp_path)

@@ -128,5 +128,8 @@ def test_a_file_that_is_cut_or_no_dictionary_of_tensors_is_refused(torch, state,
 def test_without_torch_the_error_says_what_to_install(v1_1, tmp_path, monkeypatch):
     (tmp_path / FILE).write_bytes(os.urandom(8))
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"'\.\[torch\]'"):
+    with pytest.raises(
+        InputError,
+        match=r"run pip install -c constraints\.txt -e '\.\[torch\]' in the source folder",
+    ):
         hf.load_params(tmp_path, v1_1[0])

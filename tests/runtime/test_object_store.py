@@ -139,7 +139,8 @@ def test_what_is_missing_is_said(monkeypatch):
         as_path("gs://")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        InputError, match=r"^gs://a/b: .* needs the package gcsfs; run pip install .*\[gcs\]"
+        InputError,
+        match=r"^gs://a/b: .* needs the package gcsfs; run pip install -c constraints\.txt -e '\.\[gcs\]' in the source folder of stepdistill_jax$",
     ):
         as_path("gs://a/b")
 

@@ -306,7 +306,7 @@ def test_without_the_extra_one_line_says_what_to_install(model_dir, capsys, monk
     assert main(["serve", str(model_dir)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "uvicorn" in err and "'.[serve]'" in err
+    assert "uvicorn" in err and "run pip install -c constraints.txt -e '.[serve]'" in err
 
 
 def test_bad_usage_is_one_line_and_exit_2(model_dir, tmp_path, capsys):

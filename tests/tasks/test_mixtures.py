@@ -260,7 +260,8 @@ def test_a_task_without_targets_in_validation_is_left_out_there(tagged, tmp_path
 @pytest.mark.parametrize("task", ["tagged", "tagged_label"])
 def test_objectives_for_a_task_that_has_its_own_are_refused(tagged, tmp_path, task):
     with pytest.raises(
-        InputError, match=rf"`task_objectives`: only a mixture .*, and {task} is none"
+        InputError,
+        match=rf"`task_objectives`: only a mixture of tasks without objectives takes this, and {task} is none; leave `task_objectives` out",
     ):
         load_task(task, split="train", data_dir=tmp_path, task_objectives="single")
     with pytest.raises(
