@@ -46,12 +46,12 @@ SHARD_EXAMPLES = 512  # larger shards pack no better
 
 
 class Packed(NamedTuple):
-    """One group of a shard, packed or padded, before its arrays are made.
+    """The rows of a shard that go into one group (one set of arrays), and their positions in these arrays.
 
     Attributes:
-        rows: the group's rows, table by table; may be empty.
-        encodings: the inputs that these rows read; None without rows.
-        packing: positions of the encodings; None without rows.
+        rows: the rows, listed by table; may be empty.
+        encodings: the encoded inputs of these rows; None without rows.
+        packing: positions of the encodings in the arrays; None without rows.
     """
 
     rows: Rows
@@ -71,12 +71,11 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    A row is an input with one target. Each rationale of an example is a target of its own. With
-    `TaskData.sample_rationales`, only one rationale, drawn in each epoch, has a row.
+    An example gives one row, an input with one target, for its label and one for each rationale. With
+    `TaskData.sample_rationales`, it gives a row for one rationale, which is drawn in each epoch.
 
-    A packed row is a row of the batch's arrays and contains the tokens of many rows. A shard is a range of the
-    step's examples. Each shard is packed into a block of packed rows. All blocks of a batch have the same row
-    count.
+    Many rows share a packed row, which is a row of the batch's arrays. The step's examples are split into shards,
+    and each shard is packed into its own block of packed rows. All blocks of a batch have the same size.
 
     Two packed examples, where objective 1 is the label and objective 2 the rationale. The second example has weight
     0.5 and no rationale:
@@ -116,13 +115,14 @@ class Batches:
         input_length: maximum number of tokens of an input. A truncated input keeps its end of sequence.
         target_length: the same for a target with its decoder prefix.
         seed: seed of the order, of the examples in use, and of the sampled rationales.
-        pack: if False, the rows of a group are padded, and row i of a block belongs to its shard's i-th example.
-            There is a group for each objective and variant (index of a rationale) or, with `pairs`, only one.
-        row_multiple: number that divides a batch's row count.
+        pack: if False, rows are padded instead of packed. The arrays then form one group for each objective and
+            variant (index of a rationale) or, with `pairs`, a single group. In each group, row i of a block belongs
+            to the i-th example of the shard.
+        row_multiple: the number of packed rows in a batch is a multiple of it.
         data_fraction: share of the examples to use. With the same seed, a smaller share is a subset of a larger one.
         row_lengths: input length and target length of a packed row. (0, 0) means `input_length` and
             `target_length` or, with `pairs`, lengths into which every example fits.
-        pairs: whether all targets of an example are in the same row, so that a loss can compare them.
+        pairs: whether all targets of an example are in the same packed row, so that a loss can compare them.
         loss_mean: `token` or `example`. With `example`, a target's total loss weight does not depend on its length.
         shuffle: if False, the batches take each example once and in order, in `num_steps` steps. The last step may
             have fewer examples.
@@ -153,8 +153,8 @@ class Batches:
         for store, pool in enumerate(self._sampler.pools):
             if not len(pool):
                 raise InputError(
-                    f"{self.data.name}: store {store + 1} of split {self.data.split} has no"
-                    " example with a target"
+                    f"{self.data.name}: part {store + 1} (a mixture has one part per task) of split"
+                    f" {self.data.split} has no example with a target"
                 )
         if self.pairs and not self._has_pairs():
             raise InputError(
@@ -278,23 +278,24 @@ class Batches:
 
     @property
     def _block_multiple(self) -> int:
-        """Number that must divide a block's row count, so that `row_multiple` divides the batch's row count.
+        """Smallest block row count for which the batch's row count is a multiple of `row_multiple`.
 
-        Example: with 4 shards and a `row_multiple` of 6, it is 3: 4 blocks of 3 rows have 12 rows, a multiple of 6.
+        Example: 3 for 4 shards and a `row_multiple` of 6. Four blocks of 3 rows have 12 rows, a multiple of 6.
         """
         return self.row_multiple // math.gcd(self.row_multiple, self.num_shards)
 
     def rounded(self, num_rows: int) -> int:
         """Returns the row count of a batch whose fullest shard needs `num_rows` rows.
 
-        The count is rounded up, so that all shards are equal and `row_multiple` divides it.
+        All shards get the same number of rows. The row count of the batch is rounded up to a multiple of
+        `row_multiple`.
         """
         return self.num_shards * round_up(num_rows, self._block_multiple)
 
     def longest(self) -> tuple[int, int]:
         """Returns the lengths of the longest input and of the longest target, after truncation.
 
-        With `pairs`, an example's inputs are counted together, and so are its targets.
+        With `pairs`, the lengths of all inputs of an example are added up, and so are those of its targets.
         """
         return self._longest
 
@@ -433,7 +434,7 @@ class Batches:
     def _packed(
         self, drawn: ExampleIds, tables: Sequence[TokenTable], lengths: tuple[int, int]
     ) -> Packed:
-        """Packs (or pads) the rows that the drawn examples have in `tables`. The result is one group of a shard."""
+        """Packs the rows that the drawn examples have in `tables`, or pads them if `pack` is False."""
         rows = self._rows(drawn, tables)
         if not rows:
             return Packed(rows)
@@ -454,7 +455,8 @@ class Batches:
         """Returns the encodings of the given rows.
 
         Args:
-            rows: for each token table, arrays [rows]: input lengths, decoder lengths and example indices.
+            rows: tuples of three arrays with one element for each row: (input lengths, decoder lengths, example
+                indices).
         """
         inputs, targets, places = map(np.concatenate, zip(*rows, strict=True))
         sizes = np.stack([inputs, targets], 1)
@@ -463,7 +465,10 @@ class Batches:
         return Encodings.of(sizes, places, room, shared=self.shared)
 
     def _units(self, encodings: Encodings) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the index and the size of each unit to pack: an example if `pairs` is set, else an encoding."""
+        """Returns the example indices and the sizes (input and decoder length) of the units to pack.
+
+        A unit is an example if `pairs` is set, otherwise an encoding.
+        """
         return encodings.of_examples() if self.pairs else (encodings.places, encodings.sizes)
 
     def _all_encodings(self, store: int) -> Encodings:
@@ -505,5 +510,5 @@ class Batches:
 
 
 def filled_rows(batch: Batch) -> int:
-    """Returns the number of rows with at least one input token, over all groups."""
+    """Returns the number of rows of a batch that have at least one input token."""
     return sum(int((group["encoder_segment_ids"] > 0).any(1).sum()) for group in batch)

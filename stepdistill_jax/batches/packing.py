@@ -1,8 +1,8 @@
-"""Packs many short rows into few long ones, in three steps: lengths -> packed rows -> arrays.
+"""Packs many short rows, each with an input and a target, into few long packed rows.
 
-1. `Encodings.of` groups the rows that read the same encoding of an input.
+1. `Encodings.of` groups the rows that share an encoded input.
 2. `first_fit` chooses a packed row for each encoding or, if targets are paired, for each example.
-   `Packing.of_encodings` then derives the positions of the encodings.
+   `Packing.of_encodings` then computes where each encoding starts in its packed row.
 3. `scatter` writes the tokens into the arrays of a batch.
 """
 
@@ -31,11 +31,11 @@ CANDIDATES = 24  # candidates from each list for these two; more take time and p
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """The input encoding that each row reads, and the position of the row's target.
+    """How rows share encoded inputs. The targets of all rows that read the same encoding are concatenated.
 
     Attributes:
         of_row: index of each row's encoding, [rows] int64.
-        offset: column of each row's target within its encoding's targets, [rows] int64.
+        offset: start of each row's target in its encoding's concatenated targets, [rows] int64.
         row_sizes: input length and decoder length of each row, [rows, 2] int64.
         is_first: whether a row is the first row that reads its encoding, [rows] bool.
         places: index of each encoding's example in the shard, [encodings] int64.
@@ -88,10 +88,10 @@ class Encodings:
         return cls(of_row, offset, sizes, is_first, places[first], of_first)
 
     def of_examples(self) -> tuple[np.ndarray, np.ndarray]:
-        """Adds up the lengths of each example's encodings.
+        """Returns each example's index and the total size of its encodings.
 
         Returns:
-            The distinct values of `places` in ascending order, one for each example, [examples].
+            The index of each example (see `places`), in ascending order, [examples].
             The total input length and total decoder length of each example, [examples, 2].
         """
         places, of = np.unique(self.places, return_inverse=True)
@@ -101,13 +101,15 @@ class Encodings:
 
 @dataclasses.dataclass(frozen=True)
 class Packing:
-    """Positions of encodings in packed rows. Arrays are [encodings] int64.
+    """The place of each encoding (an input and its targets, see `Encodings`) in the packed rows.
+
+    All arrays are [encodings] int64.
 
     Attributes:
         row: index of the packed row, from 0.
         input_start, target_start: columns where the encoding's inputs and targets start.
         segment: index of the encoding's segment within the packed row, from 1.
-        num_rows: number of packed rows, an int.
+        num_rows: number of packed rows.
     """
 
     row: np.ndarray
@@ -118,14 +120,14 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns a layout without packing: row `places[i]` contains encoding i (or example i) and nothing else."""
+        """Returns positions without packing: row `places[i]` contains only item i, an encoding or an example."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
     def of_encodings(self, encodings: Encodings) -> "Packing":
-        """Returns the positions of `encodings`, computed from the positions of their examples in `self`.
+        """Returns the positions of `encodings`.
 
-        The examples are in the order of `Encodings.of_examples`.
+        `self` must have the positions of their examples, in the order of `Encodings.of_examples`.
 
         Example: if an example starts at the columns (input 5, target 2) and its encodings have the sizes (3, 1)
         and (3, 4), the encodings start at (5, 2) and (8, 3).
@@ -215,8 +217,7 @@ class _Decreasing:
     def _from(self, room: list[int]) -> int:
         """Returns the position of the first row that may fit into `room`.
 
-        Only the length by which this list is sorted is compared: it fits for this row and for all later rows. The
-        other length may not fit.
+        From this position on, the length by which the list is sorted fits. The other length may not fit.
         """
         # lengths 7 5 5 2 and room 5: keys -7 -5 -5 -2, so position 1. If even the smallest other length (the
         # target length in the input list) does not fit, no row fits, and the result is the end of the list.
@@ -225,7 +226,11 @@ class _Decreasing:
         return bisect.bisect_left(self._keys, -room[self._side])
 
     def first(self, room: list[int]) -> list[tuple["_Decreasing", int]]:
-        """Returns [(self, position)] of the first row whose input and target fit, or [] if there is none."""
+        """Finds the first row whose input and target fit into `room`.
+
+        Returns:
+            [(self, position of the row)], or [] if no row fits.
+        """
         other, other_room = self._lengths[1 - self._side], room[1 - self._side]
         for k in range(self._from(room), len(other)):
             if other[k] <= other_room:
@@ -233,9 +238,10 @@ class _Decreasing:
         return []
 
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
-        """Returns the positions, input lengths and target lengths of about 24 evenly spread candidates.
+        """Returns the positions, input lengths and target lengths of about 24 rows that may fit into `room`.
 
-        The length by which the list is sorted fits into `room`. The other length may not fit.
+        The rows are evenly spread over the list. For `side` 0, their inputs fit, but their targets may not. For
+        `side` 1, their targets fit, but their inputs may not.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)
@@ -243,7 +249,7 @@ class _Decreasing:
         return range(start, len(self._keys), step), inputs[start::step], targets[start::step]
 
     def take(self, k: int) -> tuple[int, int, int]:
-        """Removes the row at position k and returns its (index, input length, target length)."""
+        """Removes the row at position k of the list, and returns (index in `sizes`, input length, target length)."""
         self._keys.pop(k)
         inputs, targets = self._lengths
         return self._index.pop(k), inputs.pop(k), targets.pop(k)
@@ -252,10 +258,10 @@ class _Decreasing:
 def _last_two(
     lists: Sequence[_Decreasing], room: list[int], worth: np.ndarray
 ) -> list[tuple[_Decreasing, int]]:
-    """Returns (list, index) of the one or two rows that fill the packed row best, or [] if none fits.
+    """Returns (list, position) of the one or two rows that fill the packed row best, or [] if none fits.
 
     Considers only the rows that `_Decreasing.some` returns. If both rows are in one list, the one with the higher
-    index comes first, so that taking it does not move the other.
+    position comes first: removing it does not change the position of the other.
     """
     (places, inputs, targets), (more_places, more_inputs, more_targets) = (
         waiting.some(room) for waiting in lists
@@ -279,7 +285,7 @@ def _last_two(
 
 
 def _each_two(lengths: list[int]) -> np.ndarray:
-    """Returns the sums of all pairs of n lengths, [n, n] float64. The diagonal has the lengths, not doubled.
+    """Returns the sum of each pair of n lengths, [n, n] float64. The diagonal holds the single lengths.
 
     Example: `_each_two([1, 5])` is [[1, 6], [6, 5]].
     """
@@ -299,9 +305,9 @@ def choose_row_counts(
     Example: `choose_row_counts([4, 4, 4, 7], bound=20, row_multiple=2)` is (4, 8, 10, 20).
 
     Args:
-        probes: numbers of packed rows that random shards needed.
+        probes: for each of several random shards, the number of packed rows that it needed.
         bound: number of packed rows that no shard can exceed.
-        row_multiple: number that divides every count.
+        row_multiple: every returned count is a multiple of it.
         num_shards: number of shards in a batch.
     """
     # few counts, since each is another shape to compile. The third lies one or two standard deviations above the
@@ -335,15 +341,16 @@ def round_up(value: float, multiple: int) -> int:
 
 
 def most_rows(loads: np.ndarray, rows_each: np.ndarray, batch_size: int) -> int:
-    """Returns a number of packed rows that `first_fit` never exceeds for `batch_size` examples.
+    """Returns an upper bound on the packed rows that `first_fit` needs for any `batch_size` of the examples.
 
-    An encoding's load is its share of the input capacity plus its share of the target capacity.
+    The load of an encoding is its input length as a fraction of a packed row's input length, plus the same
+    fraction for its targets.
 
     Args:
-        loads: total load of each example's encodings, [examples]. An example that a batch may contain twice is
-            listed twice.
+        loads: sum of the loads of each example's encodings, [examples]. An example that a batch may contain twice
+            is listed twice.
         rows_each: number of encodings of each example, [examples].
-        batch_size: number of examples.
+        batch_size: number of examples in a batch.
     """
     # the worst batch has the heaviest examples
     heaviest = np.partition(loads, -batch_size)[-batch_size:] if len(loads) > batch_size else loads
@@ -365,8 +372,8 @@ def empty_group(
 ) -> Group:
     """Returns a group of `count` rows of padding.
 
-    Each option adds an array for the target tokens: `shared` their encoder segments, `several_tasks` their
-    task indices, and `pairs` the indices of their examples within the packed row.
+    Each option adds an array with a value for each target token. `shared` adds the token's encoder segment,
+    `several_tasks` its task index, and `pairs` the index of its example within the packed row.
     """
     group: Group = {}
     for name in ("encoder_input_tokens", "encoder_segment_ids"):
@@ -439,10 +446,10 @@ def scatter(
 
 
 def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Returns, for each row, the 1-based index of its example within the packed row, [rows].
+    """Numbers the examples of each packed row from 1, and returns the number of each row's example, [rows].
 
-    Examples with several targets get the lowest indices, so these indices are at most half of the target length of
-    a packed row.
+    Examples with several targets come first. Their numbers are at most half the target length of a packed row,
+    since each of these examples has at least two targets.
     """
     _, first, of, count = np.unique(
         places, return_index=True, return_inverse=True, return_counts=True
@@ -453,7 +460,7 @@ def _numbers_of_examples(places: np.ndarray, row: np.ndarray, start: np.ndarray)
 
 
 def _numbers_within(group: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Returns each row's 1-based rank by key among the rows of its group, [rows].
+    """Returns each element's 1-based rank by ascending `key` among the elements with the same `group`, [elements].
 
     Example: `_numbers_within([0, 1, 0], [9, 5, 2])` is [2, 1, 1].
     """

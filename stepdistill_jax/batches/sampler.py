@@ -41,7 +41,7 @@ class TruncatedRows:
         return self.rows.lengths > self.most
 
     def used(self, examples: np.ndarray) -> np.ndarray:
-        """Returns the indices in `rows.ids` of the examples' tokens after truncation, [tokens]."""
+        """Returns the index in `rows.ids` of each of the examples' tokens that truncation keeps, [tokens]."""
         return ranges(self.rows.starts[examples], self.lengths[examples])
 
     def ids(self, examples: np.ndarray) -> np.ndarray:
@@ -58,13 +58,13 @@ class TruncatedRows:
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
-    """The truncated rows of one column of a store.
+    """The truncated inputs and targets of a token store's examples, for one objective and one rationale variant.
 
     Attributes:
         store: index of the store, from 0.
         objective: index of the objective, from 1.
         variant: index of the rationale among the example's rationales, from 0.
-        inputs, targets: ids of each example; an empty target means no row.
+        inputs, targets: token ids of each example. An empty target means that the example has no row here.
         prefix: ids of the objective's `decoder_prefix`.
         weights: loss weight of each example's target tokens, [examples] float32.
         token_weights: further factor of each token's loss weight, [tokens] float32; None means 1.
@@ -86,7 +86,7 @@ class TokenTable:
 
     @functools.cached_property
     def decoder_lengths(self) -> np.ndarray:
-        """Number of prefix and target tokens of each example, [examples] int64; 0 if `present` is False."""
+        """Number of prefix and target tokens of each example, [examples] int64; 0 where `present` is False."""
         return np.where(self.present, len(self.prefix) + self.targets.lengths, 0)
 
     def tokens(self, examples: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -152,8 +152,8 @@ def _loss_weights(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns `weights` and `token_weights` of a `TokenTable`.
 
-    With `loss_mean` "example", a target's weight w is shared out: each token gets w / length or, with token
-    weights, w / (sum of the target's token weights).
+    With `loss_mean` "example", each target's weight is divided by the target's length or, with token weights, by
+    their sum over the target. The loss weights of its tokens then add up to the target's weight.
     """
     first, shares = targets.rows.starts, targets.lengths
     ends = first + targets.lengths
@@ -264,7 +264,7 @@ class Sampler:
 
     @functools.cached_property
     def _epoch(self):
-        """Cached function from (store, epoch) to the store's examples in the order of this epoch."""
+        """Cached function that takes a store and an epoch, and returns the store's examples in that epoch's order."""
 
         def permuted(store: int, epoch: int) -> np.ndarray:
             rng = np.random.default_rng((self.seed, store, 1, epoch))
@@ -274,9 +274,9 @@ class Sampler:
 
     @functools.cached_property
     def _block(self):
-        """Cached function that takes a block's index and returns its positions' stores and turns, each [65,536].
+        """Cached function from a block's index to two arrays [65,536]: the store and the turn of each position.
 
-        The turn of a position is the number of earlier positions of the same store, in all blocks.
+        The turn of a position is the number of earlier positions with the same store, previous blocks included.
         """
 
         def drawn(block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -314,9 +314,10 @@ Rows = list[tuple[TokenTable, np.ndarray, np.ndarray]]
 
 
 def rows_of(drawn: ExampleIds, tables: Sequence[TokenTable], variant_seed: int | None) -> Rows:
-    """Returns the rows that the drawn examples have in these tables.
+    """Returns the rows of the drawn examples in the given tables.
 
-    With a `variant_seed`, one rationale of each example is drawn in each epoch. None takes all rationales.
+    With a `variant_seed`, each epoch uses one randomly drawn rationale of each example. If it is None, all
+    rationales are used.
     """
     found = []
     random = None if variant_seed is None else draws(drawn, variant_seed)

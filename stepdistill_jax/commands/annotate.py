@@ -36,8 +36,8 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
             "number of answers per row (default: 1); with several, the row gets the commonest label, and"
             " the row's weight is multiplied by the share of usable answers with this label",
         ),
-        "--temperature T": "sampling temperature (default: 0, or 0.7 with several samples); the word `default`"
-        " leaves it out of the request",
+        "--temperature T": "sampling temperature (default: 0, or 0.7 with several samples);"
+        " `--temperature default` sends none",
         "--max-tokens N": (
             int,
             "largest number of tokens in an answer, reasoning included (default: 1024)",

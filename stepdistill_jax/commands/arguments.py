@@ -110,14 +110,14 @@ def add_decode_arguments(parser: argparse.ArgumentParser, *, prompts: bool) -> N
         "--batch-size",
         type=int,
         metavar="N",
-        help="number of rows per batch, on all devices together (default: 64 for each device that decodes"
-        " separate rows)",
+        help="number of rows per batch, on all devices together (default: 64 times the number of devices"
+        " over which rows are split)",
     )
     add(
         "--layout",
         metavar="NAME",
         help="how the devices share the work: with `data` (default), each device has the complete model"
-        " and decodes separate rows; `tensor` and `fsdp` split a model that is too large for one device",
+        " and decodes its share of the rows; `tensor` and `fsdp` split a model that is too large for one device",
     )
     add(
         "--num-beams",

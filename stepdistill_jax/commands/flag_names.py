@@ -33,7 +33,10 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
 
 @functools.cache
 def _settings() -> dict[str, str]:
-    """Returns {name in messages: name in configs}: {"batch_size": "BATCH_SIZE", "LoraConfig": "@lora()", ...}."""
+    """Returns a dict from each setting's name in messages to its name in configs.
+
+    Example: {"batch_size": "BATCH_SIZE", "LoraConfig": "@lora()", ...}.
+    """
     from stepdistill_jax.commands.configurables import CONFIGURABLES, defaults, main_bindings
 
     macros = {key: b[1:] for key, b in main_bindings().items() if b.startswith("%")}

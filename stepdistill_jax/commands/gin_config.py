@@ -94,11 +94,12 @@ def load_config(
 def _reached(bindings: Bindings) -> Bindings:
     """Returns the bindings that `train` reads, directly or through references.
 
-    Unbound parameters get their defaults. With `train.seed = %SEED`, an unbound macro `SEED` gets the default
-    of `train.seed`.
+    Unbound parameters are added with their defaults. With `train.seed = %SEED`, an unbound macro `SEED` is added
+    with the default of `train.seed`.
 
-    Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, the bindings of `train`,
-    `optimizer` and `BETA` are returned. `@hint/Objective` reads `hint/Objective.weight` and `Objective.weight`.
+    Example: with `train.optimizer = @optimizer()` and `optimizer.beta = %BETA`, the result has the bindings of
+    `train`, `optimizer` and `BETA`. A reference `@hint/Objective` adds the bindings of `hint/Objective` and those
+    of `Objective`.
     """
     found: Bindings = {}
     calls = [f"@{ROOT}"]
@@ -134,7 +135,7 @@ def _check_use(read: list[Binding], last: pathlib.Path, reached: Bindings) -> No
 
 
 def _check_values(reached: Bindings, config: str) -> None:
-    """Refuses a key that two shipped parts bind, and macros that have no value."""
+    """Refuses a key with conflicting bindings in two shipped gin files, and settings that have no value."""
     missing = []
     for key, b in reached.items():
         if b.rival is not None:
@@ -212,9 +213,10 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Wraps the function to which `train.optimizer` is bound, of optax or a user, in an `OptimizerFunction`.
+    """Wraps the function to which `train.optimizer` is bound in an `OptimizerFunction`.
 
-    A run records the function and the arguments, to compare them when it is resumed.
+    The function comes from optax or from a user's module. The wrapper lets a run record the function and its
+    arguments, and compare them when it is resumed.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None

@@ -36,7 +36,7 @@ class Binding:
         key: a macro such as `SEED`, or a parameter such as `train.seed` or `hint/Objective.weight`.
         where: `file:line`, or the flag as the user wrote it.
         path: path of the file; None for a flag.
-        rival: conflicting binding of the key in another shipped part.
+        rival: binding of the same key in another shipped file, if the two files conflict; else None. See `merged`.
     """
 
     key: str
@@ -124,7 +124,7 @@ class Reader:
     def bindings(self, path: pathlib.Path, parents: tuple[pathlib.Path, ...] = ()) -> Bindings:
         """Returns the bindings of a gin file and its includes. The file's own bindings take precedence.
 
-        Statements `import MODULE` are executed.
+        Executes the file's `import` statements.
 
         Args:
             parents: the files that include this file.
@@ -172,12 +172,13 @@ class Reader:
 def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     """Merges the bindings of several files.
 
-    A later file overrides earlier files. Shipped parts have additional rules:
+    A later file overrides earlier files. Shipped files, called parts, have additional rules:
 
-    - If a part contains a reference such as `@optimizer()`, earlier bindings of `optimizer` are dropped, unless
-      they come from a part.
-    - If two parts bind the same key, the later binding gets the earlier binding as its `rival`.
-    - All other parts override parts in `paper/`, in any order, without a `rival`.
+    - If a part contains a reference such as `@optimizer()`, earlier bindings of `optimizer` are dropped, except
+      those in other parts.
+    - A part outside `paper/` overrides a part in `paper/`, even if the part in `paper/` comes later.
+    - If two parts in `paper/`, or two outside it, bind the same key, the earlier binding is kept as `rival` of the
+      later one.
 
     Example: `optimizers/adamw.gin` binds `train.optimizer = @optimizer()`, so the user's earlier binding of
     `optimizer.b1` is dropped.

@@ -86,7 +86,7 @@ def _leave(code: int, *, owns_process: bool) -> None:
 
 
 def _ended(argv: list[str], code: int, error: str) -> int:
-    """Prints the JSON object of a failed command for `--json`, and returns `code`."""
+    """Prints the error and the exit code as JSON if `argv` contains `--json`. Returns `code`."""
     if "--json" in argv and is_process_0():
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps({"error": error, "exit_code": code}), flush=True)

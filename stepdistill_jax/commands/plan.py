@@ -150,7 +150,10 @@ def _console() -> "Console":
 def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
     """Returns the flags that select a candidate; `train` accepts all of them except `--devices`.
 
-    `policy` is the config's own remat policy. `given` says whether the user has set the layout.
+    Args:
+        policy: the config's remat policy. A candidate with another policy needs a flag for it.
+        given: whether the user has set the layout. If so, flags for the layout are returned only if the
+            candidate changes it.
     """
     # "fsdp_tensor 32x8" is the layout fsdp_tensor with tensor = 8
     layout, _, sizes = candidate["name"].partition(" ")
@@ -170,11 +173,14 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
 
 
 def _advice(remedy: dict[str, Any]) -> str:
-    """Returns a line with the flags of a remedy, and the memory and work of a step with these flags."""
+    """Returns a line about a remedy, a change that makes the config fit.
+
+    The line has the remedy's flags, and the memory, communication and FLOPs of a step with these flags.
+    """
     total, sent = remedy["per_device"]["total"] / GIB, remedy["wire_bytes"] / GIB
-    bound = f", {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
+    bound = f", in {remedy['bound']['bound_ms']:.3g} ms or more" if remedy["bound"] else ""
     return (
-        f"{remedy['flags']}: {total:.2f} GiB; per step {sent:.2f} GiB sent,"
+        f"{remedy['flags']}: needs {total:.2f} GiB; a step sends {sent:.2f} GiB and computes"
         f" {remedy['flops']['per_device'] / 1e12:.3g} TFLOPs{bound}"
     )
 
@@ -252,7 +258,10 @@ def _table(result: dict[str, Any]):
 
 
 def _by_chip(seconds: dict[str, float]) -> dict[str, float]:
-    """Returns {device kind: seconds}, without the variants that take as long as their base kind."""
+    """Returns {device kind: seconds} without repeating equal times for variants of a device.
+
+    Example: "NVIDIA A100-SXM4-40GB" is left out if it takes as long as "NVIDIA A100".
+    """
     return {
         kind: time
         for kind, time in seconds.items()
@@ -271,8 +280,8 @@ def _show_one(one: dict[str, Any], result: dict[str, Any], console: "Console") -
     flops = one["flops"]
     console.print(
         f"FLOPs per step: {flops['step']:.3g} for the model, {flops['recomputed']:.3g} recomputed;"
-        f" {flops['per_device']:.3g} per device; the step takes {one['work']:.3g} times the FLOPs of the same"
-        " examples on one device"
+        f" {flops['per_device']:.3g} per device; the step takes {one['work']:.3g} times the FLOPs that one"
+        " device needs for the same examples"
     )
     times = ", ".join(
         f"{name} {seconds:.3g} s" for name, seconds in _by_chip(result["seconds_at_peak"]).items()

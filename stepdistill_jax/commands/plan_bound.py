@@ -13,10 +13,11 @@ def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
     """Prints a lower bound of the time of a step or batch, its parts, and the slowest operations."""
     console.print(
         f"[bold]At least {bound['bound_ms']:.3g} ms per {what}[/bold] on one device,"
-        f" {_rates(bound)}. Each of {bound['kernels']} operations takes the longest of three times:"
-        f" products, memory, element operations. The sums of these times are {bound['products_ms']:.3g},"
-        f" {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms ({bound['flops']:.4g} FLOPs,"
-        f" {bound['bytes'] / 1e9:.4g} GB). Links: {bound['links_ms']:.3g} ms, assumed to overlap with the operations.",
+        f" {_rates(bound)}. For each of {bound['kernels']} operations, the bound counts the longest of its times"
+        f" for products, memory and element operations. Summed over all operations, these times are"
+        f" {bound['products_ms']:.3g}, {bound['memory_ms']:.3g} and {bound['elements_ms']:.3g} ms"
+        f" ({bound['flops']:.4g} FLOPs, {bound['bytes'] / 1e9:.4g} GB). Transfers between devices take"
+        f" {bound['links_ms']:.3g} ms, and are assumed to overlap with the operations.",
         soft_wrap=True,
     )
     if bound["compiler_ms"]:
@@ -72,8 +73,9 @@ def show_decode(result: dict[str, Any], console: "Console") -> None:
     sizes, mesh = result["per_device"], result["layout"]
     cut = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
     console.print(
-        f"Label decoder, {result['rows']} rows of {result['input_length']}, {result['tokens']} tokens"
-        f" each, on {result['devices']} {result['device_kind']} ({cut})"
+        f"Label decoder: {result['rows']} rows of {result['input_length']} input tokens and"
+        f" {result['tokens']} label tokens each,"
+        f" on {result['devices']} {result['device_kind']} ({cut})"
     )
     console.print(
         f"Per device: {sizes['params'] / GIB:.2f} GiB of parameters, {sizes['total'] / GIB:.2f} GiB in"

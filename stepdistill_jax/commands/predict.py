@@ -107,10 +107,10 @@ def join_and_cache(path: str) -> None:
 
 
 def stopped_by_signals() -> contextlib.AbstractContextManager:
-    """Returns a context in which SIGTERM and Ctrl-C stop the command, with exit status 75 or 130.
+    """Returns a context in which signals stop the command: SIGTERM with exit status 75, Ctrl-C with 130.
 
-    Finished rows are kept. With several processes, the context does nothing, since `jax.distributed` catches
-    SIGTERM.
+    Finished rows are kept. With several processes, the context changes nothing, since `jax.distributed`
+    handles SIGTERM.
     """
     import jax
 

@@ -25,10 +25,10 @@ class Setting:
     Attributes:
         name: the macro, or `field` if there is no macro.
         field: full name, such as `train.batch_size`.
-        required: whether a config must bind it.
-        default: the default, or the value in the given config; None if required.
-        bound: whether the given config or one of its parts binds it.
-        unit: such as `tokens`, or None.
+        required: whether a config must bind the setting.
+        default: the value in the config that was passed to `settings`, or else the default; None if `required`.
+        bound: whether that config, or a part that it includes, binds the setting.
+        unit: a unit such as `tokens`, or None.
     """
 
     name: str
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns the settings of the given name and config, or all settings."""
+    """Prints and returns the settings that NAME and CONFIG select. Without both, these are all settings."""
     config, name = _config_and_name(args.names)
     known = settings(config)
     if name is not None:

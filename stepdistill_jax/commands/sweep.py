@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="split",
         default="test",
         metavar="SPLIT",
-        help="split for evaluating the best step of each run; `none` skips the evaluation"
+        help="split on which to evaluate each run's best step; `none` skips the evaluation"
         " (default: test)",
     )
     parser.add_argument(

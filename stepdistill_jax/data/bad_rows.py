@@ -52,7 +52,7 @@ class BadRows:
         return [{"kind": BAD_ROW, "count": self.count, "examples": places, "message": message}]
 
     def of(self, total: int) -> str:
-        """Returns a summary: `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""
+        """Returns a summary such as `7 of 1,680 rows cannot be used, the first at rows.csv:12: ...`."""
         cannot = "row cannot" if total == 1 else "rows cannot"
         return f"{self.count:,} of {total:,} {cannot} be used, the first at {translated(str(self.first[0]))}"
 
@@ -86,10 +86,10 @@ def failed_list(directory: pathlib.Path) -> pathlib.Path:
 
 
 def keep_list(new: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-    """Moves defects.jsonl from the folder `new` to `failed_list(directory)`, and returns the new path.
+    """Moves defects.jsonl from the folder `new` to `failed_list(directory)`, and returns that path.
 
     Raises:
-        InputError: a file that `prepare` did not write is already at the new path.
+        InputError: that path already holds a file that `prepare` did not write.
     """
     path = failed_list(directory)
     check_outputs({path: LIST})

@@ -40,8 +40,8 @@ class SplitCounts:
         human: number of rows with an explanation written by a person.
         texts, characters: approximate number of texts, and of characters, to train a vocabulary on.
         label_rows: {gold label: [number of its rows, 0-based index of the first]}; None for free text.
-        hashes: {`input`, `question`, `label` or `row`: a 64-bit hash for each row}; 0 for a missing label. `row`
-            leaves out the id.
+        hashes: {`input`, `question`, `label` or `row`: a 64-bit hash for each row}. A missing label has the hash 0.
+            The hashes under `row` are of complete rows without their ids.
     """
 
     def __init__(self):

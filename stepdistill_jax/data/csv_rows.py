@@ -137,7 +137,7 @@ class _Lines:
         return self.row[-1].text
 
     def end_row(self) -> None:
-        """Ends the current row after its first line, and puts the row's other lines back."""
+        """Ends the current row after its first line. The reader gets the row's other lines again."""
         self._again.extendleft(reversed(self.row[1:]))
         del self.row[1:]
 

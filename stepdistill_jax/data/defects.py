@@ -8,7 +8,7 @@ TEXT_LENGTH = 200  # characters of a defect's text
 BAD_ROW = "bad_row"
 # {kind: its meaning, and what `prepare` does about it, if anything}
 KINDS = {
-    BAD_ROW: "the row cannot be used (the text says why); `on_error=skip` leaves it out",
+    BAD_ROW: "the row cannot be used (the text column says why); `on_error=skip` leaves it out",
     "blanks_around_label": "the label has blanks before or after it, which are stripped",
     "runs_on": "the text continues with an invented question, and is truncated there",
     "empty": "there is no text before the next question",
@@ -16,11 +16,11 @@ KINDS = {
     "several_answers": "there is more than one answer before the next question; the first is taken",
     "no_rationale": "there is nothing before the answer; the row keeps its label",
     "truncated": "the text breaks off: it has no complete answer and does not end like a sentence",
-    "no_letter": "the answer has no letter `(x)`; the answer's text is taken if it is a choice",
+    "no_letter": "the answer has no letter `(x)`; its text is taken if it matches a choice",
     "letter_not_a_choice": "the question has no choice with this letter",
     "label_not_a_choice": "the answer does not exactly match any choice or label",
     "label_disagrees_with_letter": "letter and text name different choices; the text is taken",
-    "no_parentheses": "the answer has no `( ... )`; the rest of the line is read if it has a value",
+    "no_parentheses": "the answer has no `( ... )`; its text is taken if it can be computed",
     "no_value": "the equation cannot be computed",
     "equation_goes_on": "the equation continues after the `)`; the complete equation is read",
     "arithmetic_wrong": "an equation in the rationale is wrong, such as 3 + 4 = 8",

@@ -40,7 +40,8 @@ def warnings(splits: Mapping[str, SplitCounts]) -> list[dict[str, Any]]:
     """Returns the warnings: [{"kind", "count", "examples": ["file:line", ...], "message"}].
 
     Kinds are `duplicate_rows`, `different_labels` and, unless labels are free text, `labels_alike`,
-    `numbers_among_labels` and `labels_of_one_row`. `count` is a number of rows; for `different_labels`, of inputs.
+    `numbers_among_labels` and `labels_of_one_row`. `count` is the number of affected inputs for
+    `different_labels`, and the number of affected rows for the other kinds.
     """
     counts = label_counts(splits)
     totals = {label: sum(by_split.values()) for label, by_split in counts.items()}
@@ -206,7 +207,11 @@ def _at(place: str, hint: str = "") -> str:
 
 
 def _pairs(places: Sequence[str], count: int) -> str:
-    """Returns places as ` (such as A and B, C and D)`. Omits `such as` if all `count` pairs are listed."""
+    """Returns the pairs of places for a message, or "" if no place is known.
+
+    Example: places A, B, C and D give ` (A and B, C and D)` if `count`, the number of all pairs, is 2. If it is
+    larger, they give ` (such as A and B, C and D)`.
+    """
     pairs = [f"{a} and {b}" for a, b in zip(places[::2], places[1::2], strict=True) if a and b]
     such_as = "such as " if len(pairs) < count else ""
     return f" ({such_as}{', '.join(pairs)})" if pairs else ""

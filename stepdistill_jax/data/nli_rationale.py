@@ -24,8 +24,9 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the rationale "A dog
     is an animal." and the answer "entailment".
 
-    Repairs: a label such as `Entailment.` counts, unless its line also has another label or a word such as `not`. An
-    answer after another premise does not count, unlike in the published rule.
+    `answer` is the label that the paper's code finds. `repaired` is the only label in the first line after the
+    marker: `Entailment.` becomes `entailment`. It is "" if the line has several labels or a word such as `not`, or
+    if another premise comes before the marker.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()
@@ -53,8 +54,8 @@ def parse_anli(text: str) -> Parsed:
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale "He was born
     later." and the answer "contradiction".
 
-    Labels are repaired as in `parse_esnli`. The published rule drops an answer's last character, even if it
-    is not a full stop.
+    `answer` lacks the last character of the label's text, even if this is not a full stop, as in the paper's
+    code. `repaired` is found as in `parse_esnli`.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:
@@ -67,11 +68,12 @@ def parse_anli(text: str) -> Parsed:
 def _with_label(
     problems: tuple[str, ...], rationale: str, answer: str, answer_text: str, text: str
 ) -> Parsed:
-    """Returns the parts of a teacher's text, with the problems of the label added to `problems`.
+    """Returns the parsed teacher's text. Problems with the label are added to `problems`.
 
     Args:
         answer: the answer that the paper's published code finds in `text`.
-        answer_text: the text between the first marker and the next one. The repaired label is read from it.
+        answer_text: the text after the first answer marker, such as `Answer:`, up to the next marker if there is
+            one. `repaired` is read from it.
     """
     repaired = _one_label(answer_text)
     if answer not in LABELS and "several_answers" not in problems:

@@ -109,7 +109,7 @@ class Objective:
 
     @property
     def label_field(self) -> str | None:
-        """Name of the target's label field: `label`, `llm_label` (the teacher's), or None."""
+        """Name of the label field in the target template, `label` or `llm_label`; None if the template has neither."""
         named = fields_of(self.target_template)
         return next((name for name in ("label", "llm_label") if name in named), None)
 
@@ -201,7 +201,7 @@ def single_task(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
 
 
 def rationale_input(label_weight: Weight = 1.0) -> tuple[Objective, ...]:
-    """Prediction of the label from the input and a rationale. At test time, too, the teacher must write rationales."""
+    """Prediction of the label from the input and a rationale. The teacher must write rationales for test rows, too."""
     return (Objective("label", f"{LABEL_INPUT} rationale: {{rationale}}", "{label}", label_weight),)
 
 
@@ -228,8 +228,8 @@ def shared_encoder(
 ) -> tuple[Objective, ...]:
     """Step-by-step with one encoding of the input for both targets: our variant, not in the paper.
 
-    Both objectives have the input template that `step_by_step` has for the label. A decoder prefix asks for the
-    rationale.
+    Both objectives use the label's input template of `step_by_step`. The decoder gets a prefix if it is to write
+    the rationale instead of the label.
     """
     return (
         Objective("label", LABEL_INPUT, "{label}", label_weight),
@@ -256,9 +256,10 @@ ARMS: dict[str, Callable[..., tuple[Objective, ...]]] = {
 
 
 def share_encoding(objectives: Sequence[Objective]) -> bool:
-    """Returns whether all objectives have the same input, which is then encoded only once.
+    """Returns whether the objectives can share one encoding of an example's input.
 
-    Returns False if the input contains the rationale: each rationale of an example gives a different input.
+    They can if there are at least two, and all have the same input template without the field `rationale`. With
+    this field, each rationale of an example gives a different input.
     """
     templates = {o.input_template for o in objectives}
     return (
@@ -318,7 +319,8 @@ def held_out_objectives(objectives: Sequence[Objective]) -> tuple[Objective, ...
 def check_first(objectives: Sequence[Objective]) -> None:
     """Raises InputError if the first objective has a decoder prefix.
 
-    The first objective is used for inference, also by programs that do not support decoder prefixes.
+    The first objective is used for inference, and other software that runs the exported model may not support
+    decoder prefixes.
     """
     if objectives[0].decoder_prefix:
         raise InputError(

@@ -59,8 +59,8 @@ def prepare(
         field_map: for `jsonl`, {our field: the source's field}.
         fields: for `jsonl`, further text fields to keep.
         teacher: whether to read the teacher's texts.
-        paper_exact: whether to read the paper's files as its published code does, as dataset NAME_paper.
-            `name` may then also be `asdiv`, for the rows of SVAMP and ASDiv.
+        paper_exact: whether to read the paper's files as the paper's code does. The dataset is then called
+            NAME_paper by default, and `name` may also be `asdiv` (the rows of both SVAMP and ASDiv).
         on_error: for `jsonl`, `stop` (raise after reading all rows) or `skip` (leave bad rows out).
         rows: for `gsm_symbolic`, number of train rows; None means 20,000.
         seed: for `gsm_symbolic`; None means 0.
@@ -165,7 +165,7 @@ def prepare(
 def ensure_prepared(
     name: str, data_dir: os.PathLike | str | None = None
 ) -> prepared.PreparedDataset:
-    """Opens the prepared dataset `name`; prepares the built-in dataset on first use.
+    """Opens the prepared dataset `name`. The built-in dataset `delivery` is prepared on first use.
 
     Raises:
         InputError: see `open_prepared`.

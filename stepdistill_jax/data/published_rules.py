@@ -47,7 +47,8 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
     """Reads `RATIONALE Answer: LABEL`.
 
-    The label is the first one in the text, even if it belongs to a further question that the teacher invented.
+    The label is the text between the first `Answer: ` and the next `Premise`. It can belong to a further
+    question that the teacher invented.
     """
     rationale = _own(text, ESNLI_MARKER, neox)
     answers = text.split(f"{ESNLI_MARKER} ")

@@ -34,7 +34,7 @@ def drawn_splits(
         rows: number of rows of the training file.
         fraction: share of them to use (`subsample` in that code).
         seed: draws the used rows (`run` in that code).
-        validation: whether seed 0 draws a tenth of the used rows for validation.
+        validation: whether to move a tenth of the used rows to validation, always drawn with seed 0.
 
     Returns:
         Indices of the train rows, in the order drawn, [train] int64.

@@ -24,9 +24,10 @@ class Parsed:
     """The parts of a teacher's text; "" if a part is missing.
 
     Attributes:
-        answer: the answer by the published rule; for a question with choices, the choice that the letter names.
+        answer: the answer that the paper's published code finds; for a question with choices, the choice that the
+            letter names.
         answer_text: for a question with choices, the text after the letter.
-        repaired: the answer after our repairs.
+        repaired: the answer that this package finds, even in some texts that break the format.
         problems: keys of `defects.KINDS`.
         wrong_sums: equations in the rationale whose two sides differ.
     """
@@ -45,8 +46,9 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
     Example: `parse_choice("Beavers build. So the answer is (b) wood.", ("zoo", "wood"))` has the rationale
     "Beavers build." and the answer "wood".
 
-    If letter and text disagree: a text that is a choice, ignoring case and a full stop, is the answer.
-    Otherwise the letter decides: `(a) lake or (d) pond` gives choice (a).
+    `answer` is the choice that the letter names. For `repaired`, the text after the letter is compared with the
+    choices, ignoring case and a full stop. If the text is a different choice, `repaired` is that choice. Otherwise
+    it is the letter's choice: `(a) lake or (d) pond` gives choice (a).
 
     Args:
         choices: the choices with the letters a, b, ..., in this order.
@@ -90,7 +92,8 @@ def parse_equation(text: str) -> Parsed:
     Example: `parse_equation("Half of 84. The answer is (84 / 2).")` has the rationale "Half of 84." and the
     answer "(84 / 2)".
 
-    Repairs: if the whole rest of the line after `The answer is` has a value, such as `84 / 2`, it is the answer.
+    `repaired` is all text after `The answer is` on that line if it can be evaluated, such as `84 / 2`. Otherwise
+    it is the equation in parentheses if that can be evaluated, else "".
     """
     problems, rationale, answer = split(text, EQUATION_MARKER)
     if answer is None:
@@ -142,9 +145,10 @@ def split(
 
 
 def truncated(problems: Sequence[str], text: str) -> tuple[str, ...]:
-    """Returns ("truncated",) if a text without a complete answer does not end like a sentence, else ().
+    """Returns ("truncated",) if a text does not end like a sentence, else ().
 
-    A text with the problem `runs_on` is not truncated: its end belongs to a question that the teacher invented.
+    Call this function only for a text without a usable answer. A text with the problem `runs_on` is never
+    truncated: the teacher finished it and went on to invent another question.
     """
     if "runs_on" in problems or _SENTENCE_END.search(text[-100:]):
         return ()

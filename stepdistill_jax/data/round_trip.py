@@ -13,7 +13,7 @@ CACHED_TEXTS = 10_000  # labels, which recur
 
 
 def round_trips(folder: pathlib.Path, splits: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Counts each split's unknown pieces, and the rows that encoding and decoding change.
+    """Counts each split's unknown pieces, and its rows whose texts change when they are encoded and decoded.
 
     Returns:
         {SPLIT: {"unknown_pieces", "changed_rows", "changed_whitespace_rows"}}. `changed_rows` leaves out rows in which

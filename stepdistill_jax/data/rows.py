@@ -32,9 +32,9 @@ class JsonRow:
     A null field counts as absent. An integer can be read as text; other numbers and booleans cannot.
 
     Attributes:
-        where: place to show in messages: `file:line` with the user's path, or such as `row 3` for a list.
-        number: 1-based index of the row. Blank lines are not counted.
-        line: 1-based line number in the file; for a list, the same as `number`.
+        where: the row's place, for messages: `PATH:LINE` for a row of a file, `row NUMBER` for a row of a list.
+        number: index of the row, from 1. Blank lines are not counted.
+        line: line number in the file, from 1. For a row of a list, it equals `number`.
     """
 
     fields: Mapping[str, Any]
@@ -111,7 +111,7 @@ class JsonRow:
 
     @property
     def names(self) -> str:
-        """Names of the row's fields for a message: `id, question`, or `none`."""
+        """Names of the row's fields for a message, such as `id, question`; `none` for a row without fields."""
         more = ["..."] if len(self.fields) > MOST_NAMES else []
         return ", ".join([*map(str, itertools.islice(self.fields, MOST_NAMES)), *more]) or "none"
 

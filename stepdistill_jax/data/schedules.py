@@ -62,7 +62,7 @@ class Schedule:
         return cls(**raw)
 
     def __format__(self, spec: str) -> str:
-        """Returns `linear 1 to 0 over steps 0 to 1000`, with the weights in the format `spec`."""
+        """Returns a description such as `linear 1 to 0 over steps 0 to 1000`; `spec` formats the two weights."""
         values = f"{self.init_value:{spec}} to {self.end_value:{spec}}"
         end = self.transition_begin + self.transition_steps
         return f"{self.shape} {values} over steps {self.transition_begin} to {end}"

@@ -32,7 +32,8 @@ def fields_of(template: str) -> tuple[str, ...]:
 def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
     """Splits a template at its fields into pairs (words before the field, field).
 
-    The last pair is (words after the last field, None). Whitespace becomes one space.
+    The last pair is (words after the last field, None). Whitespace becomes one space. Words at the start or end of
+    the template get a space on their outer side, since `parse` adds a space to both ends of the text.
 
     Example: `words_and_fields("{rationale} so {label}.")` is
     `(("", "rationale"), (" so ", "label"), (". ", None))`.
@@ -66,8 +67,8 @@ def parse(template: str, text: str, field: str) -> dict[str, str] | None:
 
     Args:
         template: must have words between any two fields.
-        field: name of the field that is found first. In the text, it begins after the last occurrence of the
-            template's words before it, and ends at the next occurrence of the words after it.
+        field: name of the field to find first. It begins after the last occurrence of the words that precede it
+            in the template, and ends at the next occurrence of the words that follow it there.
     """
     *pieces, (last_words, _) = words_and_fields(template)
     first_words = pieces[0][0]

@@ -88,8 +88,9 @@ class SentencePieceVocabulary:
     """A `spiece.model` or `tokenizer.model`, with the same ids as in SeqIO.
 
     Attributes:
-        framing: special ids to add to a text. A vocabulary of Gemma's kind adds those that `tokenizer_config.json`
-            in its folder selects, or only a bos without this file. Any other vocabulary adds only an eos, as in T5.
+        framing: special ids to add to a text. For a vocabulary of Gemma's kind, `tokenizer_config.json` in its
+            folder selects them; if that file is missing, only a bos is added. Any other vocabulary adds only an
+            eos, as in T5.
     """
 
     def __init__(self, path: os.PathLike | str):

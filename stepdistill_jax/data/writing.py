@@ -74,7 +74,7 @@ def write_rows(
 
 
 def describe(reading: Reading) -> dict[str, Any]:
-    """Returns the fields of dataset.json that the fingerprint covers. It also covers the rows."""
+    """Returns the fields of dataset.json that the dataset's fingerprint covers, in addition to the rows."""
     return {
         "metric": reading.metric,
         "reader": {"name": reading.reader, "version": reading.version},
@@ -91,9 +91,9 @@ def write_rest(
     splits: Mapping[str, SplitCounts],
     fingerprint: str,
 ) -> None:
-    """Writes the vocabulary, the TFDS files and, last, dataset.json, all made from SPLIT.jsonl.
+    """Writes the vocabulary and the TFDS files, which are made from SPLIT.jsonl, and finally dataset.json.
 
-    For a large dataset, another process writes the TFDS files at the same time.
+    For a large dataset, a second process writes the TFDS files while this one trains the vocabulary.
     """
     from stepdistill_jax.data import builder, round_trip
 
@@ -174,9 +174,10 @@ def replace(new: pathlib.Path, final: pathlib.Path) -> None:
 
 
 def vocabulary_texts(path: pathlib.Path, texts: int, characters: int) -> list[str]:
-    """Returns the inputs and targets, with prefixes, that a SPLIT.jsonl gives for a step-by-step model.
+    """Returns the texts of a SPLIT.jsonl from which a vocabulary is trained.
 
-    If `texts` or `characters` is large, only some of the rows, evenly spread, are used.
+    These are the optional text fields, all rationales, and the inputs and targets of a step-by-step model,
+    with prefixes. If the vocabulary's files are too large for its trainer, only every n-th row is used.
 
     Args:
         texts: approximate number of texts in all of the vocabulary's files.

@@ -58,7 +58,10 @@ def _agree(left: str, right: str) -> bool:
 
 
 def _results(side: str) -> Iterator[tuple[float, float]]:
-    """Yields (value, allowed difference) for an equation's right side, and for the number at the start of that side."""
+    """Yields the values that an equation's left side may have, as pairs (value, allowed difference).
+
+    They are the value of the right side, `side`, and the number at its start.
+    """
     first = _FIRST_NUMBER.match(side)
     for part in dict.fromkeys((side, first[0] if first else side)):
         plain = part.translate(_SIGNS)

@@ -32,7 +32,7 @@ def beam_search(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Finds each row's best answer by beam search.
 
-    An answer's score is `sum of log probabilities / tokens ** length_penalty`, where the end of sequence counts as
+    Answers are ranked by `sum of log probabilities / tokens ** length_penalty`, where the end of sequence counts as
     a token. The result equals `generate(num_beams=..., length_penalty=..., do_sample=False, early_stopping=False)`
     of transformers 5.23 (generation/utils.py, `_beam_search`).
 
@@ -42,7 +42,7 @@ def beam_search(
         length_penalty: -10 to 10. A value above 0 favours long answers; 0 ignores the length.
 
     Returns:
-        The arrays of `greedy_decode`. The scores have no length penalty.
+        The arrays of `greedy_decode`. Its scores are sums of log probabilities, without the length penalty.
 
     Raises:
         InputError: `num_beams` or `length_penalty` is out of range.

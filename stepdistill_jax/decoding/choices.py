@@ -115,7 +115,7 @@ def _jit_score(config: ModelConfig, batch_size: int, mesh: Mesh | None) -> Calla
     rows_of_device = batch_size // (batch_shards(mesh) if mesh else 1)
 
     def score(params, arrays):
-        """Returns the log probability of each target token, [rows, decoder rows, width] float32."""
+        """Returns the log probability of each target token, [inputs, decoder rows per input, width] float32."""
         inputs, targets, segments = arrays
         variables = {"params": params}
         present = (inputs != PAD_ID).astype(jnp.int32)
@@ -193,8 +193,11 @@ def _arrays(
 
     Inputs are [batch_size, bucket] int32, and the others [batch_size, decoder rows, width] int32. 0 is padding.
 
-    Example: answers 7 1 and 8 9 1 in one decoder row have targets 7 1 8 9 1 0 0 0. Segments and owners are
-    1 1 2 2 2 0 0 0. In the input's next decoder row, segments start with 1 and owners with 3.
+    Segments number the answers within a decoder row, and owners number all answers of an input, both from 1.
+
+    Example: an input's first decoder row has the answers 7 1 and 8 9 1. Its targets are 7 1 8 9 1 0 0 0, and its
+    segments and owners are both 1 1 2 2 2 0 0 0. The input's third answer, at the start of the second decoder
+    row, has segment 1 and owner 3.
     """
     # the narrowest width into which the longest answer fits and, up to 64 tokens, all answers of an input
     longest = max(len(ids) for of_row in answers for ids in of_row)
@@ -218,7 +221,10 @@ def _arrays(
 
 
 def _pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Returns, for each decoder row, the indices of its answers: `_pack([3, 4, 2], 8)` is [[0, 1], [2]]."""
+    """Packs answers of these lengths, in order, into decoder rows of `width` tokens.
+
+    Returns the indices of the answers in each decoder row. Example: `_pack([3, 4, 2], 8)` is [[0, 1], [2]].
+    """
     decoder_rows, used = [[]], 0
     for number, length in enumerate(lengths):
         if used + length > width:

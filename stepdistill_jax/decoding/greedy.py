@@ -50,7 +50,7 @@ def greedy_decode(
 
     Returns:
         ids: [batch, max_decode_len] int32, 0 after the end of sequence.
-        scores: [batch] float32, natural log of each answer's probability; its end of sequence, if it has one, counts.
+        scores: [batch] float32, natural log of each answer's probability, including any end of sequence.
         finished: whether each answer has an end of sequence, [batch] bool.
     """
     return decode_tokens(
@@ -212,8 +212,8 @@ def pipelined(started: Iterator[T], ahead: int = 1) -> Iterator[T]:
 def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
     """Returns the number of rows to decode at once, summed over all devices.
 
-    Each device along the batch axes of the mesh gets the same number of rows: 64 if `batch_size` is None. Otherwise
-    `batch_size` is rounded up. A GPU gets at least 8 rows.
+    If `batch_size` is None, each device along the mesh's batch axes gets 64 rows. Otherwise, `batch_size` is rounded
+    up so that each of these devices gets the same number of rows, and a GPU at least 8.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size

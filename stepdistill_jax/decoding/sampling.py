@@ -27,7 +27,7 @@ def sample_decode(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Samples an answer for each row from the model's distribution.
 
-    Equal rows get equal answers, and another draw needs another `rng`.
+    Equal rows get equal answers. To sample other answers, pass another `rng`.
 
     Example: `LabelDecoder(..., decode_fn=functools.partial(sample_decode, rng=jax.random.key(0)))`.
 
@@ -35,8 +35,8 @@ def sample_decode(
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         temperature: divisor of the logits, above 0.
         top_k: number of likeliest tokens that can be drawn; ties are kept; 0 means all.
-        top_p: a probability. After `top_k`, only the fewest likeliest tokens whose total probability is at
-            least `top_p` can be drawn, and at least one. 1 means all.
+        top_p: probability from 0 to 1. Among the tokens that `top_k` allows, only the likeliest can be drawn:
+            as few as reach a total probability of `top_p`. 0 means one token, 1 means all.
 
     Returns:
         The arrays of `greedy_decode`. The scores ignore the three options.
@@ -68,8 +68,8 @@ def sample_decode(
 def filter_logits(logits: jax.Array, *, temperature: float, top_k: int, top_p: float) -> jax.Array:
     """Divides logits [..., vocab] by `temperature`, and sets them to -inf for tokens that cannot be drawn.
 
-    The options have the meaning and the order of transformers (`TemperatureLogitsWarper`, `TopKLogitsWarper`,
-    `TopPLogitsWarper`).
+    The options have the same meaning, and are applied in the same order, as in transformers
+    (`TemperatureLogitsWarper`, `TopKLogitsWarper`, `TopPLogitsWarper`).
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:

@@ -216,9 +216,10 @@ def decode_tokens(
 
 
 def _sizes(batch: Any) -> list[int]:
-    """Returns the batch sizes that the loop runs with, largest first: `_sizes(64)` is [64, 16].
+    """Returns the batch sizes of the loop, largest first: `_sizes(64)` is [64, 16].
 
-    For a symbolic batch size (`jax.export`), the list has only that size.
+    The loop goes on with the next size when all unfinished rows fit into it. A symbolic batch size (`jax.export`) is
+    the only size.
     """
     sizes = [batch]
     while isinstance(batch, int) and len(sizes) <= SMALLER_SIZES and sizes[-1] >= FEWER * FEWEST:

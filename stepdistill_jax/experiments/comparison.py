@@ -81,8 +81,8 @@ class Enough:
         target: the baseline's full accuracy.
         fraction: smallest fraction at which the arm reaches `target`, or None.
         labels: mean number of labelled examples at `fraction`, or None.
-        surely: smallest fraction such that, there and at all larger fractions, the 95 % interval of
-            accuracy - `target` is above 0; or None.
+        surely: like `fraction`, but the 95 % interval of accuracy - `target` must be above 0 at this fraction
+            and at all larger ones.
         tested: whether answers could be compared row by row. If False, `surely` is meaningless.
         baseline_labels: mean number of labelled examples at the baseline's largest fraction.
         reverse: smallest fraction at which the baseline reaches the arm's full accuracy, or None.
@@ -105,7 +105,7 @@ class Comparison:
     Attributes:
         name: the task, and the settings that distinguish the group.
         baseline: arm with which the others are compared.
-        points: sorted by arm, the baseline first, then by fraction.
+        points: a `Point` for each arm and fraction, sorted by arm (the baseline first) and then by fraction.
         enough: an `Enough` for each arm except the baseline.
         teacher: accuracy of the teacher's labels, or None.
         majority: accuracy of always answering the commonest label, or None.
@@ -128,7 +128,8 @@ class Comparison:
     def is_chance(self, point: Point) -> bool:
         """Returns whether the runs of a point may be no better than chance.
 
-        This is so if the lower end of the 95 % interval, or a single run's accuracy, is at most `majority`.
+        This is so if the lower end of the accuracy's 95 % interval is at most `majority`. A point with only one run
+        has no interval, so its accuracy is compared with `majority`.
         """
         low = point.accuracy if point.low is None else point.low
         return self.majority is not None and low <= self.majority
@@ -143,12 +144,13 @@ def compare(
 ) -> tuple[list[Comparison], list[dict[str, str]]]:
     """Compares the runs within each group of comparable runs.
 
-    The runs of a group answered the same rows. A setting that varies within an arm splits the groups; one that varies
-    only between arms does not.
+    The runs of a group answered the same rows. If a sweep's grid varies a setting, or two runs of the same arm
+    differ in it, each value of the setting has its own group. A setting that differs only between arms does not
+    separate runs.
 
     Args:
-        baseline: arm with which the others are compared; None means `label_only`. A group without this arm
-            uses `label_only`, else an arm with the objectives of `label_only`, else its first arm.
+        baseline: arm with which the others are compared; None means `label_only`. A group without this arm uses
+            the first of these that it has: `label_only`, an arm with the objectives of `label_only`, any arm.
 
     Returns:
         A comparison for each group.
@@ -187,7 +189,10 @@ def _baseline(runs: Sequence[RunResult], wanted: str | None) -> str:
 
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
-    """Returns, for each run, the settings that the grid varies and all other settings that differ within an arm."""
+    """Returns the settings that separate the groups, as {name: value} for each run.
+
+    These are the settings of the run's grid, and the settings in which two runs of the same arm differ.
+    """
     # A setting splits the groups if two runs with the same arm, rows and grid values differ in it. If
     # label_only uses LEARNING_RATE 1e-3 and step_by_step 5e-4, none of them varies within its arm, so
     # the two stay in one group; with a second label_only run at 5e-4, LEARNING_RATE splits the groups.
@@ -210,8 +215,8 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns a run's settings as {name: value as a string}.
 
-    Names are in capitals, or paths such as `optimizer.name`. Fields in `NO_SETTING` are left out, except
-    `init_from` and the objectives' weights and input templates.
+    A field of the config has a name in capitals; a nested field has a path such as `optimizer.name`. Fields in
+    `NO_SETTING` are left out, but the result always has `init_from` and the objectives' weights and input templates.
     """
     found = {}
     for name, value in config.items():

@@ -30,7 +30,7 @@ def spoil(
             `wrong`: the rationale of a random example with another label.
             `missing`: no rationale.
             `teacher_errs`: the rationale of a random example with another label, and that label as `llm_label`.
-            Examples that are not chosen get their own label as `llm_label`.
+                With this kind, examples that are not chosen get their own label as `llm_label`.
         share: share of examples to choose at random, from those with a rationale.
 
     Raises:

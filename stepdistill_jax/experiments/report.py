@@ -76,7 +76,8 @@ def report(
         output: folder for the files. The files of an earlier report are replaced.
         baseline: as for `compare`.
         examples: number of rows to show with the arms' answers.
-        data_dir: folder of prepared datasets. Without the runs' dataset, there are no tests and no examples.
+        data_dir: folder of prepared datasets. If it lacks the runs' dataset, the report has no significance tests
+            and shows no rows.
 
     Raises:
         InputError: a path contains no runs, no run has answers on the split, no run belongs to the arm

@@ -74,10 +74,10 @@ class RunResult:
         config: the config in `run.json`.
         gold: the split with its gold labels; None if the dataset is not prepared here.
         labels: number of labelled training examples.
-        step: step of the answering checkpoint.
+        step: step of the checkpoint that gave the answers.
         majority: accuracy of always answering the commonest label; None if not saved.
         collapsed: whether all answers are the same.
-        answers: the model's labels, in row order; None if `gold` is None.
+        answers: the labels that the model predicted, in row order; None if `gold` is None.
         right: whether each answer is right, bool [rows]; None if `gold` is None.
         rationales: the model's rationales, in row order; None if not decoded.
         explained: quality of the rationales (`RationaleCounts.summary`); None if not saved.
@@ -124,8 +124,8 @@ class RunResult:
     def verdict(self, row: int) -> tuple[str | None, str | None]:
         """Returns the answer that a row's rationale names, and whether this answer agrees with the label.
 
-        See `named_answer`. The result is (None, None) without rationales, or if the dataset is not prepared
-        here.
+        See `named_answer`. The result is (None, None) if the run has no rationales, or if its dataset is not
+        prepared on this machine.
         """
         if self.gold is None or self.answers is None or self.rationales is None:
             return None, None
@@ -140,7 +140,7 @@ class RunResult:
     def cost(self) -> tuple[float, float]:
         """Seconds and FLOPs of all training steps, including compilation, but not validation or saving.
 
-        A logged step with a rate of r examples per second took batch_size / r seconds.
+        The time of a step is the batch size divided by the examples per second that the step logged.
         """
         seconds = flops = 0.0
         for line in self.lines:
@@ -317,7 +317,9 @@ def _column(file: pathlib.Path, gold: Gold, name: str) -> list[str] | None:
 def arm_of(objectives: Sequence[Mapping[str, Any]]) -> str:
     """Returns the name of the arm with these objectives, whatever their weights.
 
-    Example: `label` and `rationale` give `step_by_step`, or `label+rationale` if a template differs from the arm's.
+    If no arm has these objectives and templates, the name is the objectives' names, joined by `+`.
+
+    Example: `label` and `rationale` give `step_by_step`; with a changed template, they give `label+rationale`.
     """
 
     def shape(items) -> list[tuple]:

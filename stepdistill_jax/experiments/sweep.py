@@ -101,15 +101,15 @@ def sweep(
             gets `evaluation/SPLIT.json` and `predictions/`.
         with_rationale: also measures the rationales of arms that write them, as `rationale` in
             `evaluation/SPLIT.json`.
-        retries: largest number of retries of a failed cell.
+        retries: maximum number of retries for each failed cell.
         asked: the command's arguments, which are saved in `sweep.json`.
 
     Returns:
         `workdir`: folder of the sweep.
         `cells`: number of all cells.
-        `done`: number of cells that are done now.
-        `skipped`: number of these that were done before.
-        `failed_cells`: a dict with `cell`, `workdir` and `error` for each.
+        `done`: number of cells that are done after this call.
+        `skipped`: number of cells that were already done before this call.
+        `failed_cells`: a dict with `cell`, `workdir` and `error` for each failed cell.
         `seconds`: duration of this call.
 
     Raises:
@@ -312,7 +312,7 @@ def _check_workdirs(
 
 
 class _Record:
-    """`sweep.json`: the arguments of all calls and the state of each cell."""
+    """The file `sweep.json`: the arguments of each call of `sweep`, and the state of each cell (one run)."""
 
     def __init__(self, folder: pathlib.Path, cells: Sequence[Cell], asked: Mapping[str, Any]):
         self._path = folder / SWEEP

@@ -45,7 +45,10 @@ class Table:
         return path
 
     def csv(self) -> str:
-        """Returns CSV with a header. A spreadsheet reads no cell as a formula."""
+        """Returns the table as CSV with a header.
+
+        A cell that a spreadsheet would read as a formula gets an apostrophe before it.
+        """
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerows([map(_no_formula, row) for row in (self.head, *self.rows)])
@@ -112,8 +115,8 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 def rationale_table(comparison: Comparison, name: str) -> Table:
     """Returns the quality of decoded rationales, with a row for each arm and fraction.
 
-    Values are means over the runs, and counts are shown as shares. If known, the teacher's verdicts are the last
-    row.
+    Values are means over the runs. Counts of rationales are shown as shares of the rows. The last row shows the
+    verdicts on the dataset's own rationales, if there are any verdicts.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
     counts = ("empty", "unfinished", *VERDICTS)
@@ -147,7 +150,7 @@ def rationale_table(comparison: Comparison, name: str) -> Table:
 
 
 def cost_table(comparison: Comparison, name: str) -> Table:
-    """Returns each arm's mean training cost per run, at the arm's largest fraction."""
+    """Returns each arm's mean training cost per run, at its largest fraction of the training data."""
     head = ("arm", "fraction", "parameters", "steps", "seconds of steps", "TFLOP of steps")
     rows = []
     for arm in comparison.arms:
@@ -167,7 +170,11 @@ def cost_table(comparison: Comparison, name: str) -> Table:
 
 
 def settings_table(comparison: Comparison, name: str) -> Table:
-    """Returns `USUAL_SETTINGS`, the objectives' weights, and all settings that differ from defaults or between arms."""
+    """Returns a table of the settings of a comparison's runs.
+
+    It lists `USUAL_SETTINGS`, the objectives' weights, and each setting that is not at its default or is not the
+    same in all arms.
+    """
     default = flat_settings(with_defaults({}))
     by_arm: dict[str, list[dict[str, str]]] = defaultdict(list)
     for run in comparison.runs:

@@ -209,7 +209,11 @@ def _prompt(objective: Objective) -> str:
 
 
 def _answers(objective: Objective) -> str:
-    """Returns notes on finding the label in an answer, and on fields that a prompt needs besides the input."""
+    """Returns the card's paragraphs on the form of answers and on the fields of the prompt.
+
+    Leaves out the paragraph on answers if an answer is only the label. Leaves out the paragraph on fields if the
+    prompt needs only the input.
+    """
     said = ""
     if objective.writes_more:
         said += (
@@ -230,7 +234,7 @@ def _answers(objective: Objective) -> str:
 
 
 def family(config: ModelConfig, vocabulary: Vocabulary) -> str:
-    """Returns the architecture's usual name and article, such as `A UMT5`. mT5 and Flan-T5 count as T5 v1.1."""
+    """Returns the architecture's usual name after an "A", such as `A UMT5`. mT5 and Flan-T5 count as T5 v1.1."""
     if isinstance(config, T5GemmaConfig):
         return "A T5Gemma"
     if vocabulary.source == BYTES:

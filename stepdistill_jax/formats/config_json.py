@@ -209,8 +209,9 @@ def _write_t5gemma(config: Any) -> dict[str, Any]:
         windows, scalar = side.windows or (0,) * side.num_layers, side.score_scale**-2
         if len({*windows} - {0}) > 1 or abs(scalar - round(scalar)) > 1e-3:
             raise InputError(
-                "a T5Gemma's config.json stores one window size, and a score scale of 1 / sqrt(whole number);"
-                f" this model has the windows {windows} and the scale 1 / sqrt({scalar:g})"
+                "a T5Gemma's config.json can store only one window size, and only a score scale of"
+                f" 1 / sqrt(whole number); this model has the windows {windows} and the scale"
+                f" 1 / sqrt({scalar:g})"
             )
         return {
             "model_type": "t5_gemma_module",

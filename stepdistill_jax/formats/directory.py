@@ -36,10 +36,11 @@ class TaskInfo:
 
     Attributes:
         task: name of the dataset, task or mixture.
-        objectives: training objectives; the first one gives the label.
+        objectives: training objectives. The label is read from the model's answer to the first one.
         input_length: largest number of ids in an input, the end of sequence included.
         target_length: largest number of ids in any objective's target.
-        max_decode_len: number of ids, the end of sequence included, that fits every label of the train split.
+        max_decode_len: number of ids to decode. It is enough for every label of the train split and the end of
+            sequence.
         metric: `text_match` or `value_match`.
         labels: all possible labels if they are few; else empty.
         provenance: facts about the training, such as versions, data and metrics.

@@ -1,8 +1,8 @@
 """Opens the parameters of T5X checkpoints under Hugging Face's torch names. Ignores the optimizer state.
 
-Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`,
-whose entries are arrays or name zarr folders. The newer format is Orbax's. Layers are `encoder/layers_0/...`, or
-`encoder/encoder/...` if they are stacked along axis 1.
+Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`. Each of
+its entries is an array or the name of a zarr folder. The newer format is Orbax's. Layers are `encoder/layers_0/...`,
+or `encoder/encoder/...` if they are stacked along axis 1.
 """
 
 import functools
@@ -322,7 +322,7 @@ def _open_arrays(
         claimed = _claimed_bytes(opened[path])
         if claimed > _SMALL and claimed > _UNPACKED * stored():
             raise InputError(
-                f"{folder}: {names[path]} claims {claimed} bytes, but its files have only {stored()} bytes"
+                f"{folder}: {names[path]} claims {claimed} bytes, but the folder's files have only {stored()} bytes"
             )
     return opened
 
@@ -330,7 +330,8 @@ def _open_arrays(
 def _claimed_bytes(array: Any) -> int:
     """Returns the size in bytes of an array, or of one of its chunks if that is larger.
 
-    TensorStore would end the process if it read a chunk that claims 2**60 bytes.
+    A damaged checkpoint may claim a chunk of 2**60 bytes. If TensorStore tried to read such a chunk, the process
+    would end.
     """
     chunk = array.chunk_layout.read_chunk.shape
     return _numpy_dtype(array).itemsize * max(math.prod(array.shape), math.prod(chunk))

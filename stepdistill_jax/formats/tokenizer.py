@@ -106,8 +106,8 @@ def _write_fast_tokenizer(
         tokenizer = _unigram(proto, vocabulary)
     else:
         raise InputError(
-            f"{model}: this is neither a unigram model, which every T5 has, nor BPE with bos and"
-            " byte fallback, which Gemma has; it cannot be exported"
+            f"{model}: cannot be exported: expected a unigram tokenizer, as in T5, or a BPE tokenizer"
+            " with BOS token and byte fallback, as in Gemma"
         )
     pieces = [piece.piece for piece in proto.pieces]
     tokenizer.post_processor = _template(framing, pieces)

@@ -15,7 +15,7 @@ class AccuracyCounts:
 
         Args:
             labels: the task's labels if they are a closed set; else empty.
-            temperature: temperature of the probabilities that `add` receives.
+            temperature: softmax temperature with which the probabilities for `add` are computed.
         """
         self._calibration = Calibration(temperature)
         self._matches = metric_fn(metric)

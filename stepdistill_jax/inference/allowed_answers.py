@@ -51,11 +51,11 @@ class Allowed:
             labels: the task's labels; empty if they are not a closed set.
             objective: objective that trains the model to write labels.
             most_ids: largest number of ids in an answer, the end of sequence included.
-            temperature: temperature of the probabilities, but not of the scores.
+            temperature: temperature of the softmax that turns scores into probabilities. The scores stay the same.
 
         Raises:
-            InputError: the model writes more than the label, the file cannot be read, or the labels are
-                unsuitable, such as repeated or too long.
+            InputError: the objective's target contains other fields than the label, the file cannot be read, or
+                the labels are unsuitable, such as repeated or too long.
         """
         if fields_of(objective.target_template) != (objective.label_field,):
             raise InputError(
@@ -80,7 +80,7 @@ class Allowed:
         return self.labels or _each_once(row.choices)
 
     def ids(self, row: Example) -> list[tuple[int, ...]]:
-        """Returns the ids of each label in `of(row)`, with an end of sequence."""
+        """Returns the token ids of each label in `of(row)`. Each list ends with the end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
     def check(self, row: Example) -> None:
@@ -103,9 +103,10 @@ class Allowed:
 
         Returns:
             `label`: the first label with the highest score.
-            `score`: its score, rounded to 6 decimals.
-            `probability`: its probability.
-            `choices`: {label: probability}: the softmax of scores / temperature, rounded to 6 significant digits.
+            `score`: the score of `label`, rounded to 6 decimals.
+            `probability`: the probability of `label`, as in `choices`.
+            `choices`: {label: probability}, rounded to 6 significant digits. The probabilities are the softmax of
+                scores / `self.temperature`.
         """
         labels, scores = self.of(row), np.asarray(scores, np.float64)
         best = int(scores.argmax())
@@ -172,12 +173,12 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns the source of the labels, as messages name it, and the unchecked labels."""
+    """Returns a name for the source of the labels, for error messages, and the labels, not yet checked."""
     if choices == LABELS:
         if not of_task:
             raise InputError(
-                "`choices=labels`: the task has no closed set of labels; pass a file of labels, or pass"
-                " `row` if rows have the field 'choices'"
+                "`choices=labels`: the task has no closed set of labels; pass a file of labels, or"
+                " `choices=row` if the rows have the field 'choices'"
             )
         return "`choices=labels`", list(of_task)
     if isinstance(choices, str | os.PathLike):
@@ -186,7 +187,11 @@ def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
 
 
 def _each_checked(labels: list[Any], name: str) -> tuple[str, ...]:
-    """Returns the stripped labels, or refuses blank, repeated or fewer than two labels."""
+    """Returns the stripped labels.
+
+    Raises:
+        InputError: a label is not a text, is blank or is repeated, or there are fewer than two labels.
+    """
     labels = [as_text(x, f"label {i}", name).strip() for i, x in enumerate(labels, 1)]
     first: dict[str, int] = {}
     for number, label in enumerate(labels, 1):

@@ -54,9 +54,10 @@ class Calibration:
             weighted by the rows per bin. The answer's probability determines a row's bin (Guo et al. 2017,
             arXiv:1706.04599, section 2).
             `log_loss`: mean of -log(probability of the gold label), in nats, over the rows whose gold
-            label is allowed; None if there are none.
-            `best_temperature`: temperature in [0.05, 100] with the smallest log loss (section 4.2), or None.
-            `gold_not_a_choice`: number of rows whose gold label is not allowed.
+            label is one of the allowed labels; None if there is no such row.
+            `best_temperature`: temperature in [0.05, 100] with the smallest log loss (section 4.2); None if
+            `log_loss` is None.
+            `gold_not_a_choice`: number of rows whose gold label is not one of the allowed labels.
         """
         rows = self._count.sum()
         if not rows:

@@ -167,9 +167,10 @@ class JaxEngine:
         return scorer(self._params, rows, answers, on_progress)
 
     def _rows_at_once(self, rows: int) -> int:
-        """Returns `batch_size`, halved as long as all rows still fit into one batch.
+        """Returns the batch size for a number of rows: `batch_size`, or less if all rows fit into a smaller batch.
 
-        A smaller batch has fewer padding rows. Few shapes are compiled, since sizes are only halved.
+        For example, 10 rows use a batch of 16 instead of 64, which saves 48 padding rows. The size is only ever
+        halved, so that few shapes are compiled.
         """
         size = self.batch_size
         while size > 1 and size // 2 >= rows:
@@ -245,7 +246,7 @@ class CTranslate2Engine:
         if prefix and self._penalty:
             raise InputError(
                 f"{self.path}: CTranslate2 would count the decoder prefix of a rationale in the length"
-                " penalty; set `length_penalty=0`, or use the directory that this one was made from"
+                " penalty; set `length_penalty=0`, or use the original model directory, before conversion"
             )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)
@@ -316,7 +317,7 @@ class CTranslate2Engine:
         return scores
 
     def _pairs(self, rows, answers) -> Iterator[list[tuple[int, int]]]:
-        """Yields batches of pairs (row index, answer index), those with the longest inputs first.
+        """Yields batches of pairs (row index, answer index), in order of decreasing input length.
 
         The answers of a batch have at most `CHUNK_TOKENS` tokens, padding included.
         """

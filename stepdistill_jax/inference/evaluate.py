@@ -137,7 +137,7 @@ def evaluate(
 
 
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
-    """Refuses a dataset's validation split if the model was trained on some of its rows."""
+    """Raises InputError if `split` is a validation split and the model was trained on some rows of this split."""
     # with `paper_exact`, a run with a `data_fraction` below 1 draws another validation split
     config = info.provenance.get("config") if info and info.task == dataset.name else None
     share = config.get("data_fraction") if isinstance(config, dict) else None
@@ -182,7 +182,10 @@ def _objectives_of(info: TaskInfo | None) -> tuple[list[str], TaskObjectives]:
 
 
 def _own_module(info: TaskInfo | None, task: str) -> str | None:
-    """Returns the module that registered the model's task; None if unknown, or if `task` is another task."""
+    """Returns the module that registered `task` when the model was trained on it.
+
+    Returns None if the model was trained on a different task, or if the module is unknown.
+    """
     if info is None or info.task != task:
         return None
     config = info.provenance.get("config")

@@ -49,8 +49,8 @@ def export(
         model_dir: folder to write, which must be absent or empty. A failed export leaves no folder.
         step: checkpoint of the workdir: `best`, `last` or a step number.
         format: `hf` (Hugging Face's layout), `jax` (the label decoder as a `jax.export` program, which needs
-            only jax) or `ctranslate2` (faster on CPUs). `predict` can read `hf` and `ctranslate2`. With `hf`, it
-            writes the same bytes as with the workdir.
+            only jax) or `ctranslate2` (faster on CPUs). `predict` can read `hf` and `ctranslate2`. Its
+            output with `hf` is identical to its output with the workdir.
         quantization: type of the weights for `ctranslate2`: `int8` or `float32`; None means `float32`.
 
     Returns:
@@ -59,7 +59,8 @@ def export(
         `files`: sorted names of the files and folders in `model_dir`.
 
     Raises:
-        InputError: an argument is bad, `model_dir` is not empty, or `transformers` would give other ids.
+        InputError: an argument is bad, `model_dir` is not empty, or `transformers` would tokenise a text differently
+            than in training.
     """
     one_of("format", format, FORMATS)
     if quantization is not None and format != "ctranslate2":

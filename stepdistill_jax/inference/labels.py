@@ -72,7 +72,7 @@ def label_rows(
 def explain_rows(
     model: Engine, prompting: Prompting, objective: int, inputs: Sequence[Sequence[int]]
 ) -> tuple[list[str], int]:
-    """Decodes each row's rationale, or its answer for another objective.
+    """Decodes the text of one objective, such as the rationale, for each row.
 
     Args:
         objective: index in `prompting.objectives`.

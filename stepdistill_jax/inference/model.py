@@ -134,9 +134,10 @@ def params_fingerprint(params: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Returns the sum of h and the sum of h^2, modulo 2^32, [2] uint32, for any sharding of the array.
+    """Returns a checksum of an array, [2] uint32, which does not depend on the array's sharding.
 
-    h is a hash of an element's bits and of the element's position in the array.
+    Each element has a hash h of its bits and its position. The checksum is the sum of h and the sum of h^2,
+    both modulo 2^32.
     """
     place = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):

@@ -22,21 +22,21 @@ class DecodeOptions:
 
     Attributes:
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
-        batch_size: number of rows decoded at once, on all devices together; None means 64 for each
-            device that decodes separate rows.
+        batch_size: number of rows decoded at once, on all devices together; None means 64 times the
+            number of devices over which rows are split.
         layout: how the devices of all processes share the work (`sharding.LAYOUTS`). `tensor` splits a
             model that does not fit on one device.
         max_decode_len: largest number of ids in a label, its end of sequence included. None means
             `max_decode_len` of `stepdistill.json`, or 64 without that file.
         num_beams: number of beams; 1 means greedy decoding.
         length_penalty: beam search divides log probabilities by LENGTH ** length_penalty; None means 1.
-        choices: the allowed answers; the likeliest one becomes the label. `row` means each row's `choices`,
-            and `labels` the task's labels. May also be a list, or the path of a file of labels. None allows
-            any answer.
+        choices: the allowed answers: a list, the path of a file of labels, `labels` for the task's labels, or
+            `row` for the field `choices` of each row. The likeliest one becomes the label. None allows any
+            answer.
         choices_temperature: temperature of the choices' probabilities; see `best_temperature` of `evaluate`.
         prefix: text before the input; None keeps the model's own prompt.
-        engine: `jax` or `ctranslate2`; None means the engine that reads the directory.
-        quantization: type of the projections' kernels in the JAX engine: `int8`; None means float32.
+        engine: `jax` or `ctranslate2`; None chooses the engine for the format of the model directory.
+        quantization: `int8` stores the projection kernels of the JAX engine as int8; None means float32.
     """
 
     step: str | int = "best"

@@ -63,8 +63,8 @@ def predict(
 ) -> dict[str, Any]:
     """Decodes the label of each input row, in order and in bounded memory.
 
-    Each output line has `id`, `label` and `score`: the natural log of the probability of the answer with its end of
-    sequence, rounded to 6 decimals. With `choices`, it also has `probability` and `choices`
+    Each output line has `id`, `label` and `score`. The score is the natural log of the answer's probability,
+    including its end of sequence, rounded to 6 decimals. With `choices`, the line has `probability` and `choices`
     (`inference.allowed_answers`). If the model writes more than a label, the line also has the other fields that it
     writes (`prompting.read_answer`).
 
@@ -75,7 +75,7 @@ def predict(
         path: workdir or model directory, in Hugging Face's or CTranslate2's layout.
         input: a .csv or .tsv file; any other file is read as JSON lines. Each row has the field `input`, and
             optionally `id`, `label` and `choices`. Long inputs are truncated as in training.
-        output: JSON lines to write, named OUTPUT.partial until complete. Only the complete output replaces an older one.
+        output: JSON lines to write, named OUTPUT.partial until complete. Only a complete output replaces an older one.
         task: prepared dataset that determines metric and labels; None means the model's own task.
         with_rationale: also writes `rationale`. The label does not depend on it.
         on_error: what to do at a bad row: `stop`, or `skip` and list the row in OUTPUT.skipped.jsonl.

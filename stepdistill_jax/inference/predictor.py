@@ -108,7 +108,7 @@ def checked_row(
     Args:
         fields: the row's fields, as in `predict`'s input.
         number: 1-based index of the row.
-        most_choices: largest number of the row's own choices; None allows any number.
+        most_choices: maximum number of choices that the row itself may list; None means no limit.
 
     Raises:
         InputError: a field is missing or bad, or the choices are too many or cannot be scored.

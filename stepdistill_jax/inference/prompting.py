@@ -82,7 +82,9 @@ def prompting_for(
     with_rationale: bool = False,
     data_dir: os.PathLike | str | None = None,
 ) -> Prompting:
-    """Returns the prompting that the model's `stepdistill.json` describes, or the paper's without that file.
+    """Returns the prompting that the model's `stepdistill.json` describes.
+
+    If the model has no such file, returns the paper's prompting.
 
     Args:
         options: `max_decode_len` and `prefix` replace the model's own values.
@@ -148,7 +150,7 @@ def read_answer(objective: Objective, text: str) -> tuple[dict[str, Any], bool]:
 
 
 def scored_answer(objective: Objective, text: str, score: float) -> tuple[dict[str, Any], bool]:
-    """Returns the result of `read_answer`, and adds `score`, rounded to 6 decimals, to the fields."""
+    """Returns the result of `read_answer` with the additional field `score`, rounded to 6 decimals."""
     found, parsed = read_answer(objective, text)
     # + 0.0: a rounded -0.0 would be written as such
     return {"label": found["label"], "score": round(float(score), 6) + 0.0, **found}, parsed

@@ -111,7 +111,8 @@ def softcapped(x: jax.Array, softcap: float | None) -> jax.Array:
 def _dropped_values(v: jax.Array, rate: float, rng: jax.Array) -> jax.Array:
     """Applies dropout to values [batch, k, heads, d].
 
-    Dropping a value has the same effect as dropping its key's weight for every query, but the mask is much smaller.
+    This equals dropout of the attention weights with one mask for all queries. The mask has no query axis, so it
+    is much smaller than the weights.
     """
     batch, keys, heads, _ = v.shape
     # the mask of `dropout` for weights [batch, heads, q, k] that all q share: [batch, heads, 1, k]

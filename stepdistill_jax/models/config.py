@@ -59,12 +59,13 @@ class Side:
 
     Attributes:
         emb_dim: model width.
-        num_kv_heads: divides `num_heads`.
+        num_kv_heads: number of key and value heads. `num_heads` is a multiple of it.
         mlp_dim: feed-forward width.
         score_scale, score_softcap: `scale` and `softcap` of `attention.attention`.
         windows: reach of self-attention in each layer, in tokens (`stacks.windows_of`). 0 or None means all tokens.
         rope_theta: base of the rotary positions; None if there are none.
-        init_stddev: standard deviation of initial kernels and embeddings; None means T5's rule.
+        init_stddev: standard deviation of all initial kernels and embeddings. None means T5's values: 1 for
+            embeddings, and a value that depends on the layer's size for kernels.
 
     Raises:
         InputError: a size is out of bounds, or two fields do not fit together.
@@ -186,7 +187,7 @@ class ModelConfig(abc.ABC):
 
     @property
     def start_id(self) -> int:
-        """First id that the decoder reads. In a batch, id 0 stands for it."""
+        """Id that the decoder reads first. Batches contain 0 instead, which the model replaces by this id."""
         return 0
 
     # a norm multiplies by norm_offset + its stored scale; Gemma stores the scale's difference from 1

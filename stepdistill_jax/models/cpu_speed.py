@@ -102,9 +102,10 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 
 
 def _rows_of_block(batch: Any, length: Any) -> Any:
-    """Returns the number of rows of a block: the largest divisor of `batch` that fits `BLOCK_TOKENS`.
+    """Returns the number of rows of a block.
 
-    Returns `batch` (a single block) if this divisor is at most half of the rows that fit, or if a size is symbolic.
+    This is the largest divisor of `batch` for which a block has at most `BLOCK_TOKENS` tokens. If such a block
+    fills at most half of `BLOCK_TOKENS`, or if a size is symbolic, it is `batch` (a single block).
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

@@ -55,8 +55,8 @@ def random_words(
 
     Args:
         first, second: the two uint32 seeds of the matrix.
-        position, feature: row and column indices, uint32 arrays that broadcast. From 65,536 (`config.MAX_WIDTH`)
-            on, words repeat.
+        position, feature: row and column indices, uint32 arrays that broadcast. Elements with an index of
+            65,536 (`config.MAX_WIDTH`) or more get the words of other elements.
     """
     # 9 integer operations, while threefry takes 110; a seed is XORed in before each of the two rounds
     # one word of 32 bits has room for both: row 3, column 5 is 0x00030005

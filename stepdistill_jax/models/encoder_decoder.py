@@ -24,7 +24,11 @@ Cache = dict[str, jax.Array]
 
 
 def _one_segment(visible: jax.Array) -> Segments:
-    """Returns query and key segments that let each query see the keys where `visible` [batch or 1, k] is true."""
+    """Returns (query segments, key segments) with which every query sees only the visible keys.
+
+    Args:
+        visible: [batch or 1, k], true for each visible key.
+    """
     return jnp.ones((1, 1), jnp.int32), visible.astype(jnp.int32)
 
 
@@ -145,7 +149,8 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Decodes one token for each row.
 
-        In a beam search, `ids` and the cache's `key` and `value` have batch * beams rows, other arrays batch rows.
+        In a beam search, `ids` and the cache's `key` and `value` have batch * beams rows. All other arrays have batch
+        rows.
 
         Args:
             ids: the previous tokens, [batch, 1] int32; 0 at the first position.

@@ -1,6 +1,7 @@
 """Registered formulas for the costs of kernel calls.
 
-XLA does not know what a custom call computes. So each kernel's module registers a formula for plans:
+XLA does not know what a custom call computes. So each kernel's module registers a formula, which
+`stepdistill_jax.planning` uses:
 
     @kernel_cost("my_attention")
     def _cost(operands, results):
@@ -67,10 +68,12 @@ def kernel_cost(name: str) -> Callable[[Formula], Formula]:
 
 
 def formula_of(target: str, op_name: str) -> Formula | None:
-    """Returns the formula of a custom call, or None if none is registered.
+    """Returns the formula that is registered for a custom call, or None if there is no such formula.
 
-    If `target` is not registered, the last registered name in `op_name` is used. `op_name` is a JAX path such as
-    `jit(f)/transpose(jvp(my_attention))/pallas_call`.
+    Args:
+        target: the call's target. A formula registered under this name is preferred.
+        op_name: the call's JAX path, such as `jit(f)/transpose(jvp(my_attention))/pallas_call`. If `target` is
+            not registered, the last registered name in this path is used.
     """
     names = [target, *reversed(re.split(r"[/()]", op_name))]
     return next((_FORMULAS[name] for name in names if name in _FORMULAS), None)

@@ -221,13 +221,13 @@ class Attention(nn.Module):
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
         """Returns attention to the encoder's states, without computing their keys and values.
 
-        If every query head has its own key and value head, this saves work while the number of queries per input
-        is below about the head dimension.
+        If every query head has its own key and value head, this saves work while q is below about the head
+        dimension.
 
         Args:
             x: the decoder's states, [batch, q, embed].
-            encoded: the encoder's states, [batch, k, inputs].
-            transposed: the encoder's states, [batch, inputs, k].
+            encoded: the encoder's states, [batch, k, inputs], where `inputs` is their width.
+            transposed: the same states, [batch, inputs, k].
         """
         # For a state e, a query q, and the kernels K and V of keys and values, up to rounding: a score q . (K e)
         # equals (K^T q) . e, and a weighted mean of V e equals V times the weighted mean of e.

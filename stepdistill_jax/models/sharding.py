@@ -53,11 +53,13 @@ class Layout:
     """Sizes of the mesh axes. One of `data`, `fsdp` and `tensor` may be -1, for all remaining devices.
 
     Attributes:
-        data: number of copies of the parameters in each of the `dcn_data` groups. Each copy processes its own rows.
-        fsdp: number of shards of parameters and rows.
+        data: number of copies of the parameters in each group of devices (see `dcn_data`). Each copy processes its
+            own rows of the batch.
+        fsdp: number of shards of each copy and of its rows.
         tensor: number of shards of heads, feed-forward width and vocabulary.
-        dcn_data: number of groups of devices, connected by the data centre's network (DCN). -1 means one group for
-            each slice, like MaxText's `dcn_data_parallelism`. The mesh axis `data` has the size dcn_data x data.
+        dcn_data: number of groups of devices. The data centre's network (DCN) connects the groups. -1 means one
+            group for each slice, like MaxText's `dcn_data_parallelism`. The mesh axis `data` has the size
+            dcn_data x data.
     """
 
     data: int = 1
@@ -81,7 +83,7 @@ LAYOUTS: dict[str, Layout] = {
 def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of a layout.
 
-    Where possible, a copy of the parameters stays inside one slice.
+    Where possible, each copy of the parameters is on devices of a single slice.
 
     Args:
         layout: a `Layout`, or a name in `LAYOUTS`.
@@ -102,7 +104,10 @@ def make_mesh(layout: str | Layout, devices: Sequence[Any] | None = None) -> Mes
 
 
 def _slices(devices: list[Any]) -> int:
-    """Returns the number of slices, or that of processes if the devices have no slice index or are one machine's CPUs."""
+    """Returns the number of slices.
+
+    If the devices have no slice index, or are CPUs of one machine, each process counts as a slice.
+    """
     found = collections.Counter(getattr(d, "slice_index", None) for d in devices)
     # On CPUs JAX counts all processes of a machine as one slice. Tests of several slices use several
     # processes, so there each process counts as a slice.
@@ -149,8 +154,8 @@ def _nearest_layout(
 ) -> str:
     """Returns the layout of `count` devices nearest to `wanted`, as a string such as "fsdp=4, tensor=2".
 
-    `wanted` is (dcn_data, data, fsdp, tensor); -1 means any size. fsdp must divide `embed`, and tensor must divide
-    `cut_by_tensor`; any size divides 0.
+    `wanted` is (dcn_data, data, fsdp, tensor); -1 means any size. fsdp is chosen so that `embed` is a multiple of it,
+    and tensor so that `cut_by_tensor` is a multiple of it. The default 0 allows any size.
     """
     # the distance is the sum of |log(size / wanted size)|
 
@@ -279,7 +284,7 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
         boxed: parameters or shapes with logical axis names, from `models.encoder_decoder.abstract_params`.
 
     Raises:
-        InputError: a mesh axis does not divide a dimension or a number of heads that is sharded over it.
+        InputError: a dimension or number of heads is not a multiple of the size of the mesh axis that shards it.
     """
     specs = nn.get_partition_spec(boxed)
     shardings = nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
@@ -295,9 +300,10 @@ def param_shardings(mesh: Mesh, boxed: Any, config: ModelConfig) -> Any:
 def _check_divisible(
     mesh: Mesh, params: Any, specs: Any, shardings: Any, heads: Mapping[str, int]
 ) -> None:
-    """Raises InputError if a mesh axis does not divide a dimension that is sharded over it.
+    """Raises InputError if a sharded dimension is not a multiple of the size of its mesh axis.
 
-    `heads`, the number of key and value heads of each side, is checked, too: sharding must not split a head.
+    The values of `heads`, which are the numbers of key and value heads of the encoder and decoder, must be multiples
+    of the axis `tensor`, so that no head is split.
     """
     # for example, a kernel [embed, 128] with 2 heads can have at most 2 shards
     wrong: dict[str, str] = {}
@@ -326,7 +332,7 @@ def _check_divisible(
             whose = {side, *(s for s in heads if heads[s] == count)}
             wrong.setdefault(
                 what,
-                f"heads of keys and values must stay whole in the {' and '.join(sorted(whose))}",
+                f"the {' and '.join(sorted(whose))} cannot split a key and value head over devices",
             )
     if wrong:
         wanted = (1, *(mesh.shape[axis] for axis in AXES))

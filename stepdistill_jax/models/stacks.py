@@ -17,13 +17,13 @@ class Context(NamedTuple):
     """Inputs that all layers of a stack share.
 
     Attributes:
-        segments: for self-attention.
+        segments: segments of the queries and of the keys in self-attention.
         query, key: positions [q] of the queries and [k] of the keys in self-attention.
         bias: for self-attention, [1, heads, q, k] float32. None if each layer has its own bias or there is none.
         turn: rotation at the positions `query`; None if the model has no rotary positions.
-        encoded: without a cache, the encoder's states [batch, length, embed]. With a cache, the argument `encoded`
-            of `EncoderDecoder.decode_step`. None in an encoder.
-        cross_segments: for attention to the encoder.
+        encoded: None in an encoder. In a decoder without a cache, the encoder's states [batch, length, embed]. In a
+            decoder with a cache, the argument `encoded` of `EncoderDecoder.decode_step`.
+        cross_segments: segments of the queries and of the keys in attention to the encoder.
         index: position of the decoded token.
     """
 
@@ -67,7 +67,7 @@ class EncoderLayer(_Layer):
     def __call__(self, x, window, context: Context):
         """Applies the layer to x [batch, length, embed] and returns (an array of the same shape, None).
 
-        `window` is this layer's entry of `windows_of`, or None.
+        `window` is the attention window of this layer, computed by `windows_of`. None means no limit.
         """
         c, side = self.config, self.config.encoder
         drop = _dropout(c, self.deterministic)
@@ -89,8 +89,10 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """A decoder layer, for teacher forcing and for decoding one token.
 
-    With a cache, attention to the encoder reads the cache's `cross_key` and `cross_value`, unless
-    `context.encoded` is given. To decode one token, the cache also has `key` and `value` of earlier tokens.
+    If the cache contains `key` and `value` of earlier tokens, the layer decodes one token.
+
+    With a cache, attention to the encoder reads `context.encoded` or, if that is None, the cache's `cross_key` and
+    `cross_value`.
     """
 
     causal: bool
@@ -265,8 +267,8 @@ class Decoder(_Stack):
         `Context` describes the arguments. `cache` has the arrays of all layers, stacked.
 
         Returns:
-            States in the shape of x.
-            The decoded token's keys and values in all layers; None under teacher forcing.
+            A pair: the states, in the shape of x, and the keys and values of the current token in all layers.
+            Under teacher forcing, the second item is None.
         """
         c, side = self.config, self.config.decoder
         drop = _dropout(c, deterministic)

@@ -15,11 +15,11 @@ from stepdistill_jax.models.config import ModelConfig
 def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns the parameters with `layers_0`, `layers_1`, ... instead of `layers` in the decoder.
 
-    Each layer has fewer kernels:
+    Kernels that read the same input are stacked:
 
-    - `self_attention` has `query_key_value` [embed, 3, joined_kv]. With fewer key/value heads than query heads, it
-      has `query` and `key_value` [embed, 2, features].
-    - `mlp` has `wi` [embed, 2, mlp], or [embed, 1, mlp] without a gate.
+    - `self_attention`: one kernel `query_key_value` [embed, 3, joined_kv]. If there are fewer key/value heads than
+      query heads, `query` stays separate, and only `key_value` [embed, 2, features] is stacked.
+    - `mlp`: one kernel `wi` [embed, 2, mlp], or [embed, 1, mlp] without a gate.
 
     Args:
         params: unboxed, with stacked layers. The kernels may be int8.

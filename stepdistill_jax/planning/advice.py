@@ -1,6 +1,6 @@
 """Finds changes to a config that make its step fit into memory. Each change is compiled before it is recommended.
 
-In this package, slices are microbatches (`num_microbatches`).
+The code of this package calls microbatches (`num_microbatches`) slices.
 """
 
 import dataclasses
@@ -48,25 +48,25 @@ class Base:
 
     @property
     def policy(self) -> str:
-        """The candidate's remat policy; for a candidate that was not compiled, the one that saves the most memory."""
+        """The candidate's remat policy, or the policy that saves the most memory if the candidate was not compiled."""
         return self.found.get("remat_policy", REMAT_POLICIES[-1])
 
     @property
     def most_flops(self) -> float:
-        """Limit on the FLOPs of a step, for remedies that change the number of microbatches or devices."""
+        """Most FLOPs that a step may take after a remedy has changed the number of microbatches or devices."""
         multiple = row_multiple(self.config, self.target, self.layout)
         return MORE_WORK * self.target.work.step_flops(multiple)
 
 
 def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
-    """Returns candidates with changed settings that fit into memory.
+    """Returns variants of the candidate `base` that fit into memory.
 
     Args:
-        more_devices: the target's devices, followed by the devices that a remedy may add.
+        more_devices: the target's devices, followed by additional devices that a variant may use.
 
     Returns:
-        The candidates, the cheapest first; a candidate on more devices comes last. Each has the entry
-        `changes`: {parameter: new value}.
+        The variants, cheapest first, but those on more devices last. The entry `changes` of each has the changed
+        settings: {parameter: new value}.
     """
     single = list(_single(base))
     tried = [found for changes in single if (found := _with(base, changes)) is not None]
@@ -79,7 +79,7 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
 
 
 def _single(base: Base) -> Iterator[dict[str, Any]]:
-    """Yields the changes to try, each with a single setting: {parameter: new value}."""
+    """Yields the changes to try. Each changes one setting: {name of the setting: new value}."""
     config = base.config
     if base.given:  # otherwise the candidates already include all policies
         stronger = REMAT_POLICIES[REMAT_POLICIES.index(config.remat_policy) + 1 :]
@@ -116,9 +116,9 @@ def _slices(base: Base) -> list[int]:
 
 
 def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Compiles the base candidate with changed settings.
+    """Compiles the candidate `base` with `changes` to its settings, and returns the new candidate.
 
-    Returns None if the parameters and the optimizer state alone do not fit into memory.
+    Returns None, without compiling, if the parameters and the optimizer state alone do not fit into memory.
     """
     config, policy = _changed(base.config, changes), changes.get("remat_policy", base.policy)
     target = base.target
@@ -134,7 +134,7 @@ def _with(base: Base, changes: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
-    """Returns the config with all changes except `remat_policy`, which is an argument of `compiled`."""
+    """Returns the config with the changes applied. Ignores `remat_policy`, which callers pass to `compiled`."""
     fields = {name: changes[name] for name in ("dtype", "num_microbatches") if name in changes}
     if "optimizer" in changes:
         fields["optimizer"] = OptimizerConfig(name=changes["optimizer"])
@@ -167,7 +167,9 @@ def _together(
 
 
 def _in_another_layout(base: Base) -> list[dict[str, Any]]:
-    """Compiles the other layout with the fewest FLOPs. The smallest state on a device breaks ties.
+    """Compiles the layout with the fewest FLOPs, other than the layout of `base`.
+
+    Of layouts with equal FLOPs, it takes the one with the smallest state per device.
 
     Returns [the candidate], or [] if it does not fit or there is no other layout.
     """

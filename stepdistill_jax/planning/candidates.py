@@ -59,7 +59,7 @@ def layouts_for(model: ModelConfig, devices: int) -> dict[str, Layout]:
 def named_layout(layout: str | Layout, model: ModelConfig, devices: int) -> str | Layout:
     """Returns the `Layout` for a name from `layouts_for`, such as `fsdp_tensor 32x8`.
 
-    Other layouts are returned unchanged.
+    A `Layout`, or a single word that `layouts_for` does not know, is returned unchanged.
 
     Raises:
         InputError: the sizes in the name do not suit this model or this number of devices.
@@ -84,7 +84,7 @@ def by_work(config: TrainConfig, target: Target) -> dict[str, Layout]:
 
 
 def row_multiple(config: TrainConfig, target: Target, layout: str | Layout) -> int:
-    """Returns the number of batch shards times the number of slices.
+    """Returns the number of batch shards times the number of microbatches.
 
     The row counts of a batch must be multiples of this product.
     """
@@ -106,9 +106,7 @@ def candidates(config: TrainConfig, target: Target) -> Iterator[dict[str, Any]]:
             yield {"name": name, **too_large}
             continue
         if least is not None and flops > WASTE * least:
-            why = (
-                f"not compiled: it takes {flops / least:.1f} times the FLOPs of a layout that fits"
-            )
+            why = f"not compiled: needs {flops / least:.1f} times the FLOPs of a layout that fits"
             yield {"name": name, **_about(config, target, layout), "fits": None, "error": why}
             continue
         tried = list(_policies(config, target, name, layout))

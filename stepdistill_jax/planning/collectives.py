@@ -20,10 +20,10 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        count: number of runs in a step.
+        count: how often the operation runs in a step.
         result_bytes: bytes that one run produces on one device.
-        group: number of devices that exchange data.
-        shares: {dtype as in HLO: share of the result's bytes}.
+        group: number of devices that exchange data with each other.
+        shares: {HLO name of a dtype: fraction of `result_bytes` that has this dtype}.
         op_name: as in `Instruction`.
     """
 
@@ -41,7 +41,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that a device sends in a step with ring algorithms; 0 in a group of one."""
+        """Bytes that one device sends in a step, assuming ring algorithms."""
         # A ring of 4 devices gathers a result of R bytes in 3 steps, in each of which a device sends R / 4. An
         # all-reduce is a reduce-scatter followed by an all-gather.
         share = (self.group - 1) / self.group
@@ -61,7 +61,7 @@ def collectives(
     """Finds a compiled module's collectives over more than one device.
 
     Args:
-        num_devices: size of the mesh. An operation without a named group runs on the whole mesh.
+        num_devices: number of devices in the mesh. A collective that names no device groups runs on all of them.
         unknown_trips: as for `runs`.
 
     Returns:
@@ -104,7 +104,7 @@ def by_kind(operations: list[Collective]) -> dict[str, dict[str, float]]:
 
 
 def by_dtype(operations: list[Collective]) -> list[dict[str, Any]]:
-    """Returns a dict for each kind and dtype, from the most to the fewest sent bytes.
+    """Returns a dict for each pair of kind and dtype, sorted by the bytes sent, largest first.
 
     Each dict has `kind`, `dtype` and the entries of `by_kind`. A combined collective with arrays of two dtypes
     counts under each dtype.
@@ -157,7 +157,10 @@ def _as_scatter(c: Collective) -> Collective:
 
 
 def _group(attributes: str, num_devices: int) -> int:
-    """Returns the number of devices in a group, which HLO writes in one of three notations."""
+    """Returns the size of a collective's replica groups; `num_devices` if the attributes list no groups.
+
+    HLO has three notations for replica groups.
+    """
     # {{0,1},{2,3}} lists groups of 2; [2,4]<=[8] is 2 groups of 4; mesh['fsdp'=4,'tensor'=2] {'tensor'} is
     # an axis of 2
     groups = attributes.partition("replica_groups=")[2]

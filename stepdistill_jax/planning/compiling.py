@@ -42,19 +42,20 @@ OPTIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """The memory, FLOPs and traffic of a compiled step. All bytes are those on one device.
+    """The memory, FLOPs and traffic of a compiled step. All numbers of bytes are for one device.
 
     Attributes:
         layout: size of each mesh axis.
-        groups: (row count, input length, target length) of each group.
+        groups: (row count, input length, target length) of each group of rows that are padded to the same lengths.
         filled_rows: number of rows that contain tokens.
         state: bytes of `params` and of `optimizer`.
         arguments: bytes of state and batch.
         gradients: bytes of the trained parameters' float32 gradients, a part of `temp`.
         temp: bytes of the compiler's buffers.
-        total: peak bytes: `arguments`, `temp`, and results that do not reuse an argument's memory.
+        total: peak bytes, the sum of `arguments`, `temp` and the results that do not reuse an argument's memory.
         operations: the collectives, sorted from the most to the fewest sent bytes.
-        unknown_loops: number of loops of unknown length that contain collectives. Each counts as one run.
+        unknown_loops: number of loops that contain collectives and whose trip count is unknown. A trip count of 1
+            is assumed for them.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
         bound: lower bound of the step's time; None for virtual devices.
@@ -179,6 +180,9 @@ def lower_step(
 ) -> tuple[jax.stages.Lowered, TrainState]:
     """Lowers `training.step.train_step` for the given shapes.
 
+    Args:
+        groups: (row count, input length, target length) of each group of the batch.
+
     Returns:
         The lowered step.
         The abstract state that the step takes.
@@ -225,9 +229,10 @@ def compile_for(
 
 
 def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound | None:
-    """Returns the lower bound of a module's time on the mesh's chips, or None if their rates are unknown.
+    """Returns a lower bound on the time of a module on the mesh's chips, or None for an unknown kind of chip.
 
-    `unknown_trips` is as for `runs`.
+    Args:
+        unknown_trips: see `planning.runs.runs`.
     """
     device = mesh.devices.flat[0]
     chip = chip_of(device.device_kind)

@@ -36,7 +36,7 @@ class Cost:
         products: {(dtype of the factors, precision): FLOPs of the matmuls}.
         bytes: bytes read from and written to main memory.
         integer, other: number of elementwise operations on integers and on other types.
-        known: False for a custom call of which only the bytes are counted.
+        known: False for a custom call without a `kernel_cost` formula. Only its bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
@@ -212,7 +212,10 @@ def _source(inner: Computation, instruction: Instruction) -> Instruction:
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction is a custom call, but neither a cuBLAS matmul nor one of `MARKS`."""
+    """Returns whether an instruction is a custom call that runs a kernel, such as one written in Pallas.
+
+    cuBLAS matmuls and the compiler's markers (`MARKS`) are custom calls, too, but do not count as kernels.
+    """
     named = instruction.opcode == "custom-call" and instruction.target not in MARKS
     return named and not _is_gemm(instruction)
 

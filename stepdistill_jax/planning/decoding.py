@@ -47,14 +47,14 @@ def plan_decode(
 ) -> dict[str, Any]:
     """Compiles the greedy decoder of a validation run for a topology, and returns the cost of decoding a batch.
 
-    The cost assumes that each row decodes all tokens.
+    The cost assumes that every row is decoded up to the maximum length.
 
     Args:
         config: its `dtype` is the type of the activations.
         topology: as for `plan`, but required.
         layout: a name or a `Layout`, as for `plan`; None means the config's layout.
-        rows: rows to decode at once, over all devices; on a GPU, at least 8 for each shard of the batch. None
-            means 64 for each shard.
+        rows: number of rows to decode at once, over all devices. None means 64 for each shard of the batch. On
+            GPUs, the number is raised to 8 for each shard if it is smaller.
         quantization: `int8` for int8 weight matrices; None for the config's `dtype`.
         hbm: as for `plan`.
 
@@ -63,7 +63,8 @@ def plan_decode(
 
         `devices`, `device_kind`, `hbm`, `limit`, `assumptions`: as for `plan`.
         `layout`: sizes of the mesh axes.
-        `rows`, `input_length`, `tokens`: sizes of the batch.
+        `rows`: number of rows in the batch.
+        `input_length`, `tokens`: number of input tokens and of decoded tokens in each row.
         `per_device`: bytes of `params`, `arguments`, `temp` and `total`.
         `fits`: whether the total is within the limit.
         `collectives_by_dtype`, `wire_bytes`: the data that devices exchange.

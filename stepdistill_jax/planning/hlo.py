@@ -187,7 +187,7 @@ class Module:
                 current.add(_instruction(line.strip()))
 
     def called(self, instruction: Instruction) -> list[Computation]:
-        """Returns the computations that an instruction runs, as far as the module's text defines them."""
+        """Returns the computations that an instruction runs, except those that the module's text does not define."""
         return [self.computations[name] for name in instruction.called if name in self.computations]
 
     def nested(self, computation: Computation) -> Iterator[Instruction]:

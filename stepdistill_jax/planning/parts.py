@@ -28,7 +28,7 @@ _OUTPUT = {"logits_dense", "_logits", "jvp()", "transpose(jvp())"}
 def part_of(module: Module, instruction: Instruction, cost: Cost) -> str:
     """Returns the part of the model that an operation belongs to.
 
-    If the name of a fusion is too general, the result is the part that most of its elements belong to.
+    If a fusion's name is too general to tell, the result is the part that computes most elements in the fusion.
     """
     names = [instruction.op_name]
     fused = [inner for c in module.called(instruction) for inner in module.nested(c)]

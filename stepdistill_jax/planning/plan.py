@@ -61,8 +61,8 @@ def plan(
         `candidates`: dicts as returned by `candidates.candidates`. With a topology, they have a `bound`.
         `best`: the cheapest candidate that fits, or None.
         `remedies`: changed candidates that fit, from `advice.remedies`; empty if `best` is not None.
-        `hbm_needed`: bytes of a device's memory that would be enough; None for a topology, with a `best`, or if
-        nothing was compiled.
+        `hbm_needed`: bytes of a device's memory that would be enough. It is None if `best` is not None, if there
+        is a topology, or if nothing was compiled.
         `host_bytes`: bytes of host memory to `save` and to `restore` a checkpoint, for each device of a host.
         `seconds_at_peak`: {kind of device: lower bound of the step time}.
 

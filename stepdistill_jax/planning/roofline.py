@@ -24,8 +24,8 @@ class Operation:
     """One operation of a module. All attributes except `times` are for one run of the operation.
 
     Attributes:
-        part: the part of the model.
-        times: number of runs in one run of the module.
+        part: the part of the model to which the operation belongs.
+        times: how often the operation runs each time the module runs.
         products: seconds for matmuls at the chip's peak.
         memory: seconds to read and write main memory.
         elements: seconds for elementwise operations.
@@ -67,7 +67,7 @@ class Bound:
 
     @property
     def kernels(self) -> int:
-        """Number of kernels that a device runs, with an operation counted each time that it runs."""
+        """Number of kernel launches on one device. Each run of an operation counts as a launch."""
         return sum(o.times for o in self.operations)
 
     @property

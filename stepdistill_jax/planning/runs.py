@@ -1,6 +1,7 @@
 """Lists the instructions that a module runs, and how many times each of them runs.
 
-XLA prints the body of a loop once. The lengths of loops over layers and slices are known at compile time.
+XLA prints the body of a loop only once, so the instructions in it count once for each iteration. The number of
+iterations is known at compile time for loops over layers and slices.
 """
 
 import dataclasses
@@ -67,10 +68,10 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 
 
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
-    """Returns how many times a `while` in the computation `around` runs, or None if this is unknown.
+    """Returns the trip count of a `while` in the computation `around`, or None if it is unknown.
 
-    Without XLA's annotation `known_trip_count`, the number is ceil((limit - start) / step) of the loop's counter.
-    If the text does not show them, `start` is 0 and `step` is 1.
+    If XLA's annotation `known_trip_count` is missing, the count is ceil((limit - start) / step), where the three
+    values are those of the loop's counter. If the HLO text does not show `start` or `step`, 0 or 1 is assumed.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))
@@ -117,7 +118,7 @@ def _start(around: Computation, loop: Instruction, place: int) -> int:
 
 
 def _step(body: Computation, place: int) -> int:
-    """Returns the increment of a loop's counter, or 1 if the text does not show it."""
+    """Returns the increment of a loop's counter, or 1 if the HLO text does not show it."""
     # the body returns the new carry: ROOT tuple(%next, ...) with %next = add(%counter, %constant)
     if body.root.opcode != "tuple" or place >= len(body.root.operands):
         return 1

@@ -1,4 +1,4 @@
-"""Finds which model a config would train, and the rows of a step.
+"""Finds the model that a config would train, and the number and lengths of the rows in a step.
 
 If the dataset is not prepared, unknown sizes are assumed. `Workload.assumptions` lists the assumptions.
 """
@@ -50,11 +50,11 @@ Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length)
 
 @dataclasses.dataclass(frozen=True)
 class StepRows:
-    """The rows of a step for a certain row multiple (batch shards x slices).
+    """The number and lengths of the rows of a step.
 
     Attributes:
-        groups: (row count, input length, target length) of each group. The row count is rounded up to the row
-            multiple.
+        groups: (row count, input length, target length) of each part of the batch. Without packing, each
+            objective can have its own part. Row counts are rounded up to a multiple of `Batches.row_multiple`.
         filled: number of rows that contain tokens. The other rows are padding.
     """
 
@@ -72,8 +72,8 @@ class Workload:
     """The model that a config would train, and the rows that a step would process.
 
     Attributes:
-        rows_of: function from `Batches.row_multiple` to the rows of a step.
-        assumptions: a string for each assumption.
+        rows_of: function that takes `Batches.row_multiple` and returns the rows of a step.
+        assumptions: sentences about sizes that were assumed, for instance because the dataset is not prepared.
     """
 
     model: ModelConfig
@@ -81,9 +81,9 @@ class Workload:
     assumptions: tuple[str, ...]
 
     def step_flops(self, multiple: int) -> float:
-        """Returns the FLOPs of a step whose row counts are rounded up to multiples of `multiple`.
+        """Returns the FLOPs of a step, including those of rows of padding.
 
-        Rows of padding are included. With a `multiple` of 1, hardly any row is padding.
+        Row counts are rounded up to multiples of `multiple`, so a larger `multiple` can add rows of padding.
         """
         return sum(
             train_flops(self.model, rows=rows, input_length=inputs, target_length=targets)
@@ -166,7 +166,8 @@ def _reader(config: TrainConfig, data: TaskData, model: ModelConfig) -> Callable
 def prepared(config: TrainConfig, data_dir: os.PathLike | str | None) -> TaskData | None:
     """Returns the tokens of the train split, or None if the dataset is not prepared.
 
-    The vocabulary is that of `init_from` or, if this directory does not exist here, that of the dataset.
+    The vocabulary is that of `init_from`, if this is a directory on this machine. Otherwise, ByT5 uses bytes, and
+    other models use the dataset's vocabulary.
     """
     data_dir = data_folder(data_dir)
     if config.task not in prepared_names(data_dir):
@@ -208,7 +209,7 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
 
 
 def _published(name: str) -> tuple[str, str] | None:
-    """Returns the family and the size that a model's name on the hub gives, or None for other names."""
+    """Returns the family and size of a published model, given its name on the hub; None for any other name."""
     found = _HUB_NAME.fullmatch(name)
     if found is None:
         return None

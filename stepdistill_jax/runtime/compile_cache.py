@@ -1,4 +1,4 @@
-"""Configures JAX's persistent compilation cache, and limits its size. The next start reuses its programs."""
+"""Configures JAX's persistent compilation cache, from which the next process loads its compiled programs."""
 
 import contextlib
 import os
@@ -17,7 +17,10 @@ MAX_BYTES = (
 
 
 def folder_for(workdir: os.PathLike | str) -> str:
-    """Returns the cache folder of a workdir: next to the workdir, or inside a workdir that is a whole bucket."""
+    """Returns the cache folder of a workdir, which is next to the workdir.
+
+    If the workdir is the root of a bucket, such as `gs://my-bucket`, the cache folder is inside the workdir.
+    """
     path = as_path(workdir)
     if not is_remote(path):
         return os.fspath(path.absolute().parent / FOLDER)
@@ -45,7 +48,8 @@ def enable(folder: os.PathLike | str) -> None:
     if "://" not in folder and not _may_write(pathlib.Path(folder)):
         if first:
             log(
-                f"warning: the compile cache {folder} cannot be written, but its programs are still used"
+                f"warning: cannot write to the compile cache {folder}; saved programs are reused, but new"
+                " ones are not saved"
             )
         # otherwise JAX warns once per program
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))

@@ -100,7 +100,8 @@ def publish(file: IO[Any], partial: pathlib.Path, path: pathlib.Path) -> None:
 def atomic_write(path: os.PathLike | str, mode: str = "w") -> Iterator[IO[Any]]:
     """A context that yields a file to write to, and makes it appear at `path` at the end.
 
-    After an error in the context, `path` is unchanged. On a disk, PATH.partial is written first.
+    Until then, the data is in PATH.partial, or in memory if `path` is in an object store. After an error in the
+    context, `path` is unchanged.
     """
     path = as_path(path)
     if is_remote(path):

@@ -15,10 +15,10 @@ REPLACED = "replaced"  # temporary name of an older target, next to the new fold
 
 @contextlib.contextmanager
 def staged_folder(target: pathlib.Path, tag: str = "") -> Iterator[pathlib.Path]:
-    """Yields an empty folder, which the caller fills and renames to `target`. Removes leftovers at the end.
+    """Yields an empty folder, which the caller fills and renames to `target`.
 
-    If `target` exists, the caller first renames it to `REPLACED`, next to the empty folder. If `target` is missing
-    at the end, the old folder is moved back.
+    If `target` already exists, the caller first moves it into the parent of the empty folder, as `REPLACED`.
+    On exit, if there is no `target`, the old one is moved back. Then the temporary files are removed.
 
     Args:
         target: final path. Its parent must exist.

@@ -34,7 +34,7 @@ def locked(
     """A context that holds a lock. Yields False if the file system has no locks.
 
     Args:
-        path: lock file. Without `wait`, a file that contains only `note` is removed at the end.
+        path: lock file. It is removed at the end, unless `wait` is true or the file contains more than `note`.
         name: as in `open_locked`.
         note: bytes to write to the file, for processes that do not get the lock.
         wait: whether to wait for the lock, instead of raising InUse.

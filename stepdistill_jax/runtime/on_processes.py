@@ -1,7 +1,7 @@
 """Runs a function on process 0 or on all processes of a job, and shares results and errors.
 
-All processes must call these functions in the same order. A thread other than the main thread must pass its
-own channel. If one process fails, all raise an error.
+All processes must call these functions in the same order. Each thread other than the main thread must pass a
+`Channel` of its own. If one process fails, all raise an error.
 """
 
 import contextlib
@@ -25,11 +25,12 @@ class PeerFailed(RuntimeError):
 def on_all_processes(action: Callable[[], T], channel: Channel = MAIN) -> T:
     """Runs `action` on every process, and returns each process's own result.
 
-    If processes fail, all processes raise the error of one of them: the one with the lowest index.
+    If `action` fails on any process, every process raises an error. If it fails on several, the error of the process
+    with the lowest index counts.
 
     Raises:
-        InputError: the error is an InputError. The message names the failed process.
-        PeerFailed: the error is of another type. The failed process itself raises the original error.
+        InputError: `action` raised an InputError. The message names the failed process.
+        PeerFailed: `action` raised an error of another type. The failed process itself raises the original error.
     """
     result, error = _tried(action)
     _raise_first(_gather(_as_json(error), channel), error)

@@ -76,13 +76,13 @@ def check_outputs(
     For each output PATH, PATH.partial is checked, too.
 
     Args:
-        outputs: {path on this machine: `Made` of the command that writes it}.
+        outputs: {path on this machine: a `Made` for the command that will write this file}.
         inputs: files and folders; None is ignored.
         name: parameter with which the user named the first output, such as "`output`". Messages contain it.
         known: files that may be overwritten, whatever they contain.
 
     Raises:
-        InputError: an output is or holds an input, was written by something else, is no regular file, or
+        InputError: an output would overwrite an input, was not written by its command, is not a regular file, or
             cannot be written.
     """
     inputs = list(inputs)
@@ -105,7 +105,8 @@ def check_apart(written: Iterable[_Path], inputs: Iterable[_Path | None]) -> Non
         inputs: as in `check_outputs`.
 
     Raises:
-        InputError: an input is, or lies below, a path in `written`, after links are resolved.
+        InputError: an input is one of the `written` files or folders, or lies in one of these folders. Links are
+            followed.
     """
     for given in inputs:
         if given is None or "\0" in os.fspath(given):
@@ -128,7 +129,7 @@ def _is_same(path: _Path, other: _Path) -> bool:
 
 
 def check_plain(path: _Path) -> None:
-    """Raises InputError if `path` is a link, folder, pipe or device, which the output would replace."""
+    """Raises InputError if an output at `path` would replace a link, folder, pipe or device."""
     if not os.path.lexists(path):
         return
     mode = os.lstat(path).st_mode
@@ -143,8 +144,8 @@ def check_folder(folder: pathlib.Path, index: str, made: Made, names: Iterable[s
     """Checks that the outputs in a folder replace only files of the same command.
 
     Args:
-        index: name of the file that the command writes first. If it is absent, none of the files `names` may
-            exist.
+        index: name of the file that the command writes first.
+        names: names of the command's other files. If the index file is absent, none of them may exist.
 
     Raises:
         InputError: as for `check_outputs`.

@@ -126,9 +126,9 @@ def progress(total: int | None, description: str, *, done: int = 0) -> Iterator[
     """Shows the progress of a long task, and yields a `Bar`.
 
     Args:
-        total: count of units; None if unknown.
-        description: text before the count.
-        done: count of units that an earlier run has finished.
+        total: number of units of work; None if unknown.
+        description: text to show before the number of finished units.
+        done: number of units that an earlier run has finished.
     """
     if not sys.stderr.isatty():
         lines = _Lines(total, description, done)

@@ -115,7 +115,10 @@ def _listen(address: tuple[str, int], deadline: float) -> socket.socket:
 def _collect(
     server: socket.socket, token: str, num_processes: int, deadline: float, timeout_secs: float
 ) -> None:
-    """Waits for the other processes, then tells them to start, or why the job cannot start. Runs on process 0."""
+    """Waits on process 0 for the other processes, then tells them to start.
+
+    If the job cannot start, the processes that are present are told why.
+    """
     present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:
         selector.register(server, selectors.EVENT_READ)

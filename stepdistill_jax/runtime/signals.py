@@ -37,8 +37,10 @@ def agreed() -> bool:
 class StopSignals:
     """A context that handles stop signals: the first calls `act`, the second ends the process.
 
-    The second signal ends the process with status 128 + the number of that signal. With several processes,
-    SIGINT becomes SIGTERM, and only `act_if_agreed` calls `act`.
+    The second signal ends the process with status 128 + the number of that signal.
+
+    With several processes, the first signal does not call `act`: all processes must stop at the same point, so
+    `act_if_agreed` calls it. A process that gets SIGINT sends itself SIGTERM, on which JAX informs the others.
 
     Attributes:
         act: function that the main thread calls with the first signal's name. None means to set only
@@ -97,7 +99,7 @@ class StopSignals:
             self.act(self.received)
 
     def _watch(self) -> None:
-        """Reads the signals' numbers as they arrive. The number 0 means that another process got a signal."""
+        """Reads signal numbers from the pipe. The number 0 means that another process received a signal."""
         first, ends = 0, None
         with os.fdopen(self._reads, "rb", buffering=0) as numbers:
             while True:
@@ -139,7 +141,8 @@ class StopSignals:
     def act_if_agreed(self) -> None:
         """Calls `act` if `agreed` returns True.
 
-        With several processes, only this method calls `act`, since all processes must stop at the same point.
+        With one process, a signal calls `act` directly. With several, only this method does, since all processes
+        must stop at the same point.
         """
         if self.agreed() and self.act is not None:
             self.act(self.received)

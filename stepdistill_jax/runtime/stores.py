@@ -21,7 +21,7 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(gs|s3):/(?!/)")
 
 
 def _url(path: os.PathLike | str) -> str | None:
-    """Returns a URL as `SCHEME://REST`, or None if the path is not a URL."""
+    """Returns `path` in the form `SCHEME://REST`, or None if it is not a URL."""
     text = os.fspath(path)
     if (match := _URL.match(text)) is None:
         return None
@@ -101,7 +101,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
     """
     if (url := _url(path)) is not None:
         raise InputError(
-            f"{name} {url}: must be a path on this machine, since only a workdir may be in a store; copy it here"
+            f"{name} {url}: must be a path on this machine (only a workdir may be a URL); pass a local path"
         )
     return pathlib.Path(path)
 

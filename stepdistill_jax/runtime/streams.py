@@ -29,8 +29,8 @@ def sidecar_of(output: os.PathLike | str) -> pathlib.Path:
 def outputs_of(path: os.PathLike | str) -> tuple[dict[pathlib.Path, Made], list[pathlib.Path]]:
     """Returns the arguments `outputs` and `known` of `check_outputs` for a `ResumableFile`.
 
-    If at least one of PATH.partial and its sidecar is recognised as ours, `known` contains both paths, so that a
-    damaged other file may be overwritten, too. Otherwise, `known` is empty.
+    If PATH.partial or its sidecar is recognised as an output of `ResumableFile`, `known` contains both paths, so
+    that both may be overwritten even if one is damaged. Otherwise, `known` is empty.
     """
     partial, sidecar = pair = [partial_of(path), sidecar_of(path)]
     # an empty file does not prove that the other file is ours
@@ -131,14 +131,14 @@ class ResumableFile(StreamedFile):
     """
 
     def __init__(self, path: os.PathLike | str, key: dict[str, str]):
-        """Opens PATH.partial and truncates it after the last complete window (the rows of one `append`).
+        """Opens PATH.partial and truncates it after the last complete window.
 
         Args:
             path: path of the output.
             key: {name of an input: its digest}. Messages use the names.
 
         Raises:
-            InputError: as for `StreamedFile`.
+            InputError: the file cannot be written, or another run is writing it.
         """
         self.sidecar, self._key = sidecar_of(path), key
         super().__init__(path)
@@ -189,13 +189,13 @@ class ResumableFile(StreamedFile):
         )
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows of an earlier run on process 0, and nothing on other processes."""
+        """Yields the rows that an earlier run wrote. On processes other than 0, yields nothing."""
         if self._file is not None:
             with open(self.partial, encoding="utf-8", newline="\n") as f:
                 yield from map(json.loads, f)
 
     def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
-        """Appends rows as one window. They survive a power loss once this method has returned.
+        """Appends rows to PATH.partial. They survive a power loss once this method has returned.
 
         Args:
             counts: integers that are saved in `state` for the next run.

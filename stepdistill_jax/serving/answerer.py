@@ -83,7 +83,7 @@ class Answerer:
         return self._question(self._prompting, 0, checked)
 
     def rationale_question(self, row: dict[str, Any]) -> Question:
-        """Encodes a row of a request as a question about its rationale; see `question`."""
+        """Encodes a row of a request with the prompt that asks for a rationale; see `question`."""
         assert self._explaining is not None
         return self._question(self._explaining, 1, checked_row(row, 1, self._explaining, None))
 
@@ -146,10 +146,10 @@ class Answerer:
         return label_rows(self._engine, self._prompting, self._allowed, rows, inputs).answers
 
     def warm_up(self) -> Iterator[Callable[[], Any]]:
-        """Yields functions, each of which compiles the program of one shape when called.
+        """Yields functions that compile the model, each for one batch shape.
 
-        After all of them have been called, no row needs compiling, except rows with the field `choices`. With
-        CTranslate2, yields at most one function, which answers one row.
+        After all of them have been called, only rows with the field `choices` can still cause a compilation.
+        With CTranslate2, yields at most one function, which answers one row.
 
         Each function raises InputError if the model gives NaN.
         """

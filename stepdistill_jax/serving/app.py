@@ -63,7 +63,7 @@ class Service:
         open: count of requests in progress.
         unanswered: count of requests still in progress when the grace time ended.
         failure: the error that ended the service, or None.
-        on_failure: called after such an error.
+        on_failure: function to call when an error ends the service.
     """
 
     def __init__(self, answerer: Answerer, limits: Limits):
@@ -205,7 +205,11 @@ class Service:
             self.open -= 1
 
     async def _body(self, request: Request) -> bytes:
-        """Returns the body of a request, unless the model is warming up or too many requests are open."""
+        """Returns the body of a request.
+
+        Raises:
+            Refused: the model is warming up, or too many requests are open.
+        """
         if not self._warm:
             raise Refused(503, "the model is warming up", **{"Retry-After": "5"})
         if self.open > self._limits.max_queue:

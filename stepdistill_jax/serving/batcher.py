@@ -44,8 +44,9 @@ class _Waiting:
 class _Lane:
     """The waiting rows of one `lane_length`, in order of arrival.
 
-    `seconds` is the engine time charged to the lane. When an empty lane gets a row, `seconds` is raised to at
-    least `Batcher._time`.
+    Attributes:
+        seconds: engine time that the lane has used. The lane with the least is served next. When an empty lane
+            gets a row, `seconds` is raised to `Batcher._time` if it is less.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`
@@ -60,8 +61,8 @@ class Batcher:
     """Decodes submitted rows in batches of similar length.
 
     An idle engine starts a batch as soon as the batch is full or a row has waited for `max_wait_secs`. Rows
-    with the same `lane_length` share batches. The length that has used the least engine time is served next
-    (start-time fair queueing, Goyal et al. 1996).
+    with the same `lane_length` form a lane, and a batch has rows of only one lane. The next batch comes from the lane
+    that has used the least engine time (start-time fair queueing, Goyal et al. 1996).
 
     Attributes:
         rows: count of rows that are neither answered nor cancelled.
@@ -77,14 +78,14 @@ class Batcher:
         max_queue: int,
         on_batch: Callable[[int, float], None] = lambda rows, seconds: None,
     ):
-        """Creates an empty queue, whose rows `run` decodes.
+        """Creates an empty queue. `submit` adds rows to it, and `run` decodes them.
 
         Args:
             decode: returns the answers to rows, in order; called from a single thread. After an InputError,
                 each row of the batch is decoded alone. Any other error becomes the answer to all rows.
-            length: returns the count of ids in a row's input.
-            max_wait_secs: how long an idle engine waits for more rows before it starts a batch.
-            max_queue: largest count of unanswered rows.
+            length: returns the number of ids in a row's input.
+            max_wait_secs: if no batch is being decoded, how long a row waits for others to fill its batch.
+            max_queue: largest number of unanswered rows.
             on_batch: called after each batch with its row count and its seconds.
         """
         self.max_queue = max_queue

@@ -27,7 +27,9 @@ def serve(
     grace_secs: float = 20.0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Answers rows over HTTP, as `predict` does for files, until SIGTERM or Ctrl-C.
+    """Serves a model over HTTP until SIGTERM or Ctrl-C.
+
+    Rows in requests get the same answers as rows of a file get from `predict`.
 
     After the first signal, the server only answers the requests in progress. A second signal ends the process
     at once, with status 128 + the signal's number. Signals are handled only in the main thread.
@@ -36,7 +38,7 @@ def serve(
         path: workdir, or model directory in Hugging Face's or CTranslate2's layout.
         port: 0 means any free port, which is logged.
         max_wait_ms: how long, in ms, an idle engine waits for more rows before it starts a batch.
-        max_queue: largest count of unanswered rows. Requests beyond it get status 503.
+        max_queue: number of rows that may wait for an answer. A request that would exceed it gets status 503.
         timeout_secs: seconds after which a request gets status 504.
         grace_secs: seconds for which requests are still answered after a signal.
         **options: fields of `DecodeOptions`.

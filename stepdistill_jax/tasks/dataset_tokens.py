@@ -46,8 +46,10 @@ def load_dataset(
 ) -> TaskData:
     """Returns the tokens of a split of a dataset.
 
-    `given` is a vocabulary that replaces the dataset's own, or None. `where` is (data folder, task module). The
-    other arguments are those of `load_task`.
+    Args:
+        given: a vocabulary that replaces the dataset's own; None means the dataset's own.
+        where: the data folder and the task module (None means no module).
+        others: as for `load_task`.
     """
     if isinstance(found, PreparedDataset):
         return _load_prepared(found, split, objectives, given, where[0], supervision, share)
@@ -205,7 +207,10 @@ def _joint_store(
 def _parts_of(
     dataset: PreparedDataset, split: str, supervision: Supervision | None
 ) -> tuple[str, ...]:
-    """Returns `split`, and for `train` also the split of unlabelled rows if the teacher's labels are used."""
+    """Returns the splits of the dataset to read for `split`.
+
+    If the run uses the teacher's labels, `train` includes the dataset's unlabelled rows.
+    """
     takes_teachers = supervision is not None and supervision.label_source != "gold"
     if split == "train" and takes_teachers and UNLABELLED in dataset.splits:
         return (split, UNLABELLED)

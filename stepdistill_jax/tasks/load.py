@@ -50,13 +50,13 @@ def load_task(
 ) -> TaskData:
     """Returns the tokens of a task's split. The first call tokenises the split and stores the tokens.
 
-    A SeqIO task that neither `prepare` nor `add_task` made is called plain. It keeps its own inputs and
-    targets. Its objective is `label` or, in a mixture, set by `task_objectives`. Any other task of a mixture keeps
-    the objective with which it was registered, unless `task_objectives` is `single`.
+    A plain task is a SeqIO task that neither `prepare` nor `add_task` made. It keeps its own inputs and targets.
+    Outside a mixture, its objective is `label`. In a mixture, `task_objectives` sets its objective. Any other task
+    of a mixture keeps the objective with which it was registered, unless `task_objectives` is `single`.
 
     Args:
         task: name of a dataset of `prepare` or `add_task`, or of a SeqIO task or mixture.
-        objectives: name of an arm, or a list of objectives. Plain tasks use only the names and weights.
+        objectives: name of an arm, or a list of objectives. For plain tasks, their templates are ignored.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets and token stores; None means the default folder.
         task_module: module that registers the task.
@@ -78,8 +78,8 @@ def load_task(
         isinstance(found, PreparedDataset | TaskSpec) or not is_mixture(found)
     ):
         raise InputError(
-            f"`task_objectives`: only a mixture of tasks without objectives takes this, and {task} is none; leave"
-            " `task_objectives` out"
+            f"`task_objectives`: this is only for mixtures of tasks without objectives, and {task} is not such a"
+            " mixture; leave `task_objectives` out"
         )
     if isinstance(found, PreparedDataset | TaskSpec):
         where = (folder, task_module)
@@ -96,7 +96,11 @@ def load_task(
 
 @dataclasses.dataclass(frozen=True)
 class _MixtureLoader:
-    """Loads a SeqIO mixture. Each group of tasks (`mixtures.Group`) becomes one or more `Part`s."""
+    """Loads a SeqIO mixture.
+
+    Tasks whose rows may belong to the same examples form a `mixtures.Group`. Each group becomes one or more
+    `Part`s.
+    """
 
     mixture: Any
     split: str
@@ -142,10 +146,12 @@ class _MixtureLoader:
     def _vocabulary(
         self, groups: Sequence[Group], own: Sequence[Any], given: str | None
     ) -> Vocabulary:
-        """Returns the vocabulary of the mixture.
+        """Returns the vocabulary of the mixture: the first of these that exists.
 
-        It is the first of these that exists: the vocabulary that the plain tasks share; `given`; a vocabulary
-        trained on the prepared datasets; the vocabulary that the datasets of `add_task` share.
+        1. the vocabulary that the plain tasks share
+        2. `given`
+        3. a vocabulary trained on the prepared datasets
+        4. the vocabulary that the tasks made by `add_task` share
         """
         if own:
             return common_vocabulary(self.mixture.name, own, given, self.folder)
@@ -172,7 +178,10 @@ class _MixtureLoader:
     def _parts_of(
         self, group: Group, objectives: tuple[Objective, ...], vocabulary: Vocabulary
     ) -> list[Part]:
-        """Returns the parts of a group, or [] if none of its tasks has the split."""
+        """Returns a `Part` for the tasks of a group together, or one for each task if their rows cannot be paired.
+
+        Returns [] if no task of the group has the split.
+        """
         having = [self.split in task.splits for task in group.tasks]
         if self.split == "train" and not all(having):
             lacking = group.tasks[having.index(False)]

@@ -18,9 +18,9 @@ from stepdistill_jax.tasks.tokenizing import unshuffled
 
 
 class TaskMetrics:
-    """Computes a SeqIO task's `metric_fns` and `metric_objs` over all its rows in a split.
+    """Computes a SeqIO task's `metric_fns` and `metric_objs` over all rows of a split.
 
-    The task's `postprocess_fn` gets the row as `example`. Only process 0 reads rows.
+    The task's `postprocess_fn` gets each row as its argument `example`. Only process 0 reads rows.
 
     Attributes:
         reads_target_scores: whether a metric takes `(targets, scores)`.
@@ -146,7 +146,7 @@ class TaskMetrics:
 
     @functools.cached_property
     def _rows(self) -> list[dict[str, Any]]:
-        """The rows that SeqIO reads, in the order of the part's rows."""
+        """The task's rows as SeqIO reads them, in the order of `Part.labelled_inputs`."""
         import tensorflow_datasets as tfds
 
         task, split = self._task, self._split
@@ -164,8 +164,8 @@ class TaskMetrics:
         if len(rows) < len(found) or any(by_ids.values()):
             raise InputError(
                 f"task {task.name!r}, split {split!r}: its source no longer gives the rows that were"
-                " tokenised, so its metrics would compare answers with the wrong targets; restart to"
-                " tokenise it again"
+                " tokenised, so answers would be compared with the wrong targets; run the command again"
+                " to tokenise the split again"
             )
         return rows
 

@@ -18,9 +18,9 @@ class Group:
     """Tasks of a mixture, whose rows may belong to the same examples.
 
     Attributes:
-        name: name of the dataset. A group of plain tasks has the name of the task that has the run's first
-            objective; if there is none, the name of its first task. A group of a single task that the method
-            `each` returned has the name of that task.
+        name: name of the dataset. A group of plain tasks is named after its task with the run's first objective,
+            or after its first task if none has that objective. A group that the method `each` returned
+            is named after its only task.
         tasks: the `seqio.Task`s.
         objectives: name of each task's objective.
         rate: rate at which examples are drawn, relative to other groups.
@@ -36,7 +36,7 @@ class Group:
     alone: str = ""
 
     def each(self, alone: str) -> list["Group"]:
-        """Returns a group for each task. `alone` is the reason for not grouping them."""
+        """Splits the group into groups of one task each. `alone` is the reason for the split."""
         pairs = zip(self.tasks, self.objectives, strict=True)
         return [Group(t.name, (t,), (o,), self.rate, self.dataset, alone) for t, o in pairs]
 
@@ -46,12 +46,12 @@ def groups_of(
 ) -> list[Group]:
     """Returns the groups of a `seqio.Mixture`, sorted by the names of their first tasks.
 
-    The tasks of a dataset form one group if their rates are equal and their objectives differ; otherwise each
-    task forms a group. The same rule holds for the plain tasks of each inner mixture.
+    The tasks of a dataset form one group if their rates are equal and their objectives differ. Otherwise each
+    task forms its own group. The plain tasks that one mixture lists directly are grouped by the same rule.
 
     Args:
-        task_objectives: {name of a plain task: name of its objective}; or "single": each task forms a group, and
-            has the first objective.
+        task_objectives: {name of a plain task: name of its objective}. With "single", each task forms its own
+            group and has the first objective.
 
     Raises:
         InputError: a rate is not above 0, a task has no objective, or `task_objectives` has a wrong entry.
@@ -87,7 +87,7 @@ def label_tasks(
 ) -> list[str]:
     """Returns the names of a mixture's datasets and plain tasks that have the model's first objective.
 
-    A plain task without a known objective is included.
+    A plain task is included if `task_objectives` does not name its objective.
 
     Args:
         mixture: the `seqio.Mixture` to evaluate.
@@ -95,7 +95,7 @@ def label_tasks(
         task_objectives: the `task_objectives` of the model's training run, which may have used another mixture.
 
     Raises:
-        InputError: there is no such dataset or task.
+        InputError: no dataset or plain task of the mixture has that objective.
     """
     import seqio
 
@@ -173,7 +173,11 @@ def _objectives_of(
 
 
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
-    """Yields (None, tasks that belong to no dataset) for `mixture` and each mixture in it, then (name, tasks) for each dataset."""
+    """Yields each task of `mixture` once, grouped by dataset.
+
+    Tasks that belong to no dataset come first: `mixture` and each mixture inside it yields (None, its direct tasks).
+    Then each dataset yields (its name, its tasks).
+    """
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}
     for tasks in _inner(mixture):
@@ -193,7 +197,7 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields the direct member tasks of each mixture inside `mixture`, and finally those of `mixture` itself."""
+    """Yields a list of direct tasks for each mixture inside `mixture`, and the list of `mixture` itself last."""
     import seqio
 
     direct = []

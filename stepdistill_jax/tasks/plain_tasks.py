@@ -21,7 +21,7 @@ def check_trainable(task: Any) -> None:
     if set(features) & set(FEATURES) == {"targets"}:
         raise _refused(
             task,
-            "this task has the feature targets but not inputs, and an encoder-decoder needs both; add a"
+            "this task has the feature `targets` but not `inputs`, and an encoder-decoder needs both; add a"
             " preprocessor that splits the text in two",
         )
     if not set(FEATURES) <= set(features):
@@ -75,9 +75,9 @@ def _check_ids(task: Any, name: str, feature: Any) -> None:
 
 
 def _check_preprocessors(task: Any) -> None:
-    """Raises InputError if a task's rows depend on a run's lengths, or can only be read from SeqIO's cache.
+    """Raises InputError if a preprocessor needs `sequence_length`, or if the task requires SeqIO's cache.
 
-    Rows are tokenised once, and runs with any lengths read the same tokens.
+    Rows are tokenised only once, for runs with different sequence lengths.
     """
     try:
         named = [(p, inspect.signature(p).parameters) for p in task.preprocessors]

@@ -53,11 +53,11 @@ def common_vocabulary(
 
     Args:
         name: name of the task or mixture, for messages.
-        given: vocabulary of `init_from`, or None.
-        folder: data folder, which gets copies of remote vocabularies.
+        given: vocabulary of the model in `init_from`; None without `init_from`.
+        folder: data folder. Remote vocabularies are copied into it.
 
     Raises:
-        InputError: two vocabularies have different pieces, or `check_trainable` refuses a task.
+        InputError: two vocabularies have different pieces, or a task is unsuitable for training.
     """
     files = [_vocabulary_file(task, folder) for task in tasks]
     first = opened = load_vocabulary(files[0])

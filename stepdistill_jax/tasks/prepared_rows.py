@@ -1,4 +1,4 @@
-"""Tokenises the unchanged rows of a prepared dataset, without TensorFlow and SeqIO."""
+"""Tokenises the rows of a prepared dataset, without TensorFlow and SeqIO."""
 
 import dataclasses
 import functools
@@ -21,13 +21,14 @@ AT_ONCE = 1024  # number of examples that are tokenised together, on all cores
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRows:
-    """Iterates over the examples of a prepared split as token ids, with a row for each objective.
+    """Iterates over the examples of a prepared split, with input and target ids for each objective.
 
     Unless the dataset is `paper_exact`, `can_read(supervision)` must be true.
 
     Attributes:
-        supervision: if set, rows without a label are skipped, except in `paper_exact` datasets. None keeps all rows.
-        share: (share of the rows, seed of the draw). Only `paper_exact` datasets use it.
+        supervision: None keeps all examples. Otherwise, examples without a label are skipped, except in
+            `paper_exact` datasets.
+        share: (fraction of the examples to draw, seed of the draw). Only for `paper_exact` datasets.
     """
 
     # unless the dataset is `paper_exact`, the ids are those of `registry.joint_task`, made ten times as fast

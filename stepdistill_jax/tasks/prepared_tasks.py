@@ -203,7 +203,7 @@ def _remove(registration: Registration) -> None:
 def _has_target(dataset: PreparedDataset, split: str, objective: Objective) -> bool:
     """Returns whether any row of the split has a target.
 
-    A task without rows would end a mixture as soon as SeqIO draws from the task.
+    If none has, the task would be empty, and SeqIO would end a mixture as soon as it draws from this task.
     """
     (field,) = objective.needed
     # only lines that contain the field's name are parsed

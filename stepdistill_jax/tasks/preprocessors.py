@@ -86,9 +86,9 @@ def render(
 
 
 def framing_steps(framing: Framing) -> list[Any]:
-    """Returns the SeqIO preprocessors that add a vocabulary's special ids to inputs, except a final eos.
+    """Returns SeqIO preprocessors that add the special ids of a vocabulary to inputs.
 
-    SeqIO itself appends eos (`add_eos` of a feature), but it cannot prepend bos.
+    They do not append the vocabulary's eos, since SeqIO can do that (`add_eos` of a feature).
     """
     return [] if framing == T5_FRAMING else [functools.partial(_frame, framing=framing)]
 
@@ -139,7 +139,10 @@ def drop_absent_rows(dataset: Any) -> Any:
 
 
 def with_absent_rows(task: Any) -> Any:
-    """Returns `task` without the preprocessor `drop_absent_rows`, so that row i is example i."""
+    """Returns `task` without the preprocessor `drop_absent_rows`.
+
+    Row i of the new task belongs to example i of the dataset.
+    """
     kept = [p for p in task.preprocessors if p is not drop_absent_rows]
     return task.replace(preprocessors=kept)
 
@@ -148,8 +151,8 @@ def with_absent_rows(task: Any) -> Any:
 def paired_mixture() -> Any:
     """Returns the class of a `seqio.Mixture` that yields the rows of an example one after the other.
 
-    Inside another mixture, SeqIO's own sampling is used. With `shuffle`, the rows of an example stay together
-    only if a seed is given.
+    As part of another mixture, it loses this order, because SeqIO then samples the tasks independently. With
+    `shuffle`, the rows of an example stay together only if a seed is given.
     """
     # SeqIO's own sampling would mix the rows of different examples, and stop at the end of the shortest task
     tensorflow()

@@ -42,7 +42,9 @@ CHECKED_ROWS = 4  # rows that `add_task` reads as a trial
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """The arguments of `add_task`. A run can use other objectives or another vocabulary.
+    """The arguments of `add_task`. They define its SeqIO mixture.
+
+    A training run can use other objectives or another vocabulary.
 
     Attributes:
         name: name of the mixture. Its tasks are named NAME_OBJECTIVE.
@@ -89,16 +91,17 @@ def add_task(
     `{"input": "2 + 2", "label": "4", "rationale": "two and two make four"}`.
 
     Args:
-        source: one of: a list, which is the split `train`; a dict {name of a split: list}; a `seqio.DataSource`;
-            a function that takes the name of a split and returns the split's rows. A row is a dict with `input`,
-            `label` and optionally `rationale`, `llm_label`, `weight`, and text fields that `objectives` name.
+        source: a list of rows, which becomes the split `train`; or a dict {name of a split: list of rows}; or a
+            `seqio.DataSource`; or a function that takes the name of a split and returns the split's rows. A row is
+            a dict with `input`, `label` and optionally `rationale`, `llm_label`, `weight`, and text fields that
+            `objectives` name.
         splits: names of the splits; required for a function, otherwise not allowed.
         objectives: name of an arm, or a list of objectives. Each objective becomes a task, whose targets lack
             the `decoder_prefix`; training adds it.
         vocabulary: path of a `spiece.model`, or `bytes`. The vocabulary of `init_from` takes precedence.
-        metric: `text_match`, `value_match`, or a function to use in addition to `text_match`. It takes
-            `(targets, predictions)`, which are labels, or `(targets, scores)`, as in SeqIO. It returns a dict
-            of numbers.
+        metric: `text_match`, `value_match`, or a SeqIO metric function to use in addition to `text_match`. The
+            function takes `(targets, predictions)` or `(targets, scores)`, and returns a dict of numbers. The
+            targets and predictions are labels.
         preprocessors: SeqIO preprocessors to apply first.
 
     Returns:
@@ -124,7 +127,9 @@ def add_task(
         source, splits = rows_of_lists(lists), list(lists)
     if callable(source) and not isinstance(source, seqio.DataSource):
         if not splits:
-            raise InputError(f"add_task({name!r}): pass the splits of the function as splits=[...]")
+            raise InputError(
+                f"add_task({name!r}): the source is a function: name its splits with splits=[...]"
+            )
         named = dict.fromkeys(field for o in objectives for field in o.fields)
         more = [field for field in named if field not in Objective.FIELDS]
         source = seqio.FunctionDataSource(
@@ -218,8 +223,8 @@ def registered_names() -> list[str]:
 def task_arguments(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
     """Returns the arguments of `seqio.Task` for one objective, with SeqIO's feature names.
 
-    Only the first objective's task gets a metric. SeqIO's cache of a task (`seqio_cache_tasks`) contains its
-    tokens before truncation.
+    Only the first objective's task gets a metric. `seqio_cache_tasks` stores the tokens before they are truncated,
+    so a cache serves runs of any sequence length.
     """
     import seqio
 
@@ -270,11 +275,11 @@ def _label_metrics(spec: TaskSpec, objective: Objective) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """The rows of one objective in a token store, one for each example.
+    """A column of a token store: an input and a target for each example, made by one objective.
 
     Attributes:
         objective: index of the objective, from 1.
-        variant: index of the example's rationale, from 0.
+        variant: index of the rationale among the example's rationales, from 0.
         name: name in the store. The features are `NAME_inputs` and `NAME_targets`.
         reads_rationale: whether the objective's templates contain a rationale.
     """

@@ -24,7 +24,7 @@ Rows = Callable[..., Iterable[Mapping[str, Any]]]
 
 
 class RowsOfFunction:
-    """Turns a user's function that returns rows into the `dataset_fn` of a `seqio.FunctionDataSource`."""
+    """A `dataset_fn` for `seqio.FunctionDataSource` that reads rows from a user's function."""
 
     def __init__(self, task: str, rows: Rows, more: Sequence[str] = ()):
         """Wraps the function `rows` of the task named `task`.
@@ -50,16 +50,18 @@ class RowsOfFunction:
         ).unbatch()
 
     def _several(self, split: str) -> Iterator[dict[str, list[Any]]]:
-        """Yields rows in groups, since each call from TensorFlow to Python has a fixed cost."""
+        """Yields up to `AT_ONCE` rows at a time, since each call from TensorFlow to Python has a fixed cost."""
         rows = self._checked(split)
         while several := list(itertools.islice(rows, AT_ONCE)):
             yield {name: [row[name] for row in several] for name in several[0]}
 
     def digest(self, split: str) -> dict[str, Any]:
-        """Returns {"rows": count, "sha256": hex digest}, without TensorFlow, which would take 100 times as long.
+        """Returns {"rows": count, "sha256": hex digest} of the function's rows.
+
+        Reads the rows without TensorFlow, with which this would take 100 times as long.
 
         Raises:
-            InputError: the function fails, or a row is malformed.
+            InputError: the user's function fails, or a row is malformed.
         """
         rows = (json.dumps(list(fields.values())).encode() for fields in self._checked(split))
         try:
@@ -229,8 +231,8 @@ def describe(thing: Any) -> Any:
 def files_of(source: Any, split: str) -> list[list[Any]]:
     """Returns [name, size, modification time] of each file that a source reads.
 
-    For TFDS, the list begins with an entry for the slice that is read. The list is empty if the source does
-    not read files, or if the size or time of a file is unknown.
+    For a TFDS source, a first entry [text] shows which TFDS slice each split reads. The list is empty if the
+    source does not read files, or if the size or time of a file is unknown.
 
     Raises:
         InputError: a TFDS split has no rows.

@@ -121,7 +121,7 @@ def text_of_json_lines(dataset: Any) -> Any:
 def split_tokens(dataset: Any, *, length: int) -> Any:
     """SeqIO preprocessor: splits `targets` into pieces of at most `length` ids.
 
-    Pieces of a single id are dropped, since a mask would leave no context.
+    Pieces of a single id are dropped: if this id were masked, no context would be left.
     """
     tf = tensorflow()
 
@@ -141,10 +141,10 @@ def repeat(dataset: Any, *, times: int) -> Any:
 def corrupt_spans(
     dataset: Any, output_features: Any, *, noise_density: float, mean_noise_span_length: float
 ) -> Any:
-    """SeqIO preprocessor: masks spans of `targets`, and keeps the other ids as `inputs`.
+    """SeqIO preprocessor: moves the unmasked ids of `targets` to `inputs`, and keeps only the masked spans.
 
-    In `inputs`, a sentinel replaces each masked span; in `targets`, each unmasked span. The mask depends on the
-    task's seed and the row's index.
+    A sentinel stands for each masked span in `inputs`, and for each unmasked span in `targets`. The mask depends
+    on the task's seed and the row's index.
     """
     import seqio
 
@@ -196,10 +196,7 @@ def random_spans_noise_mask(
     spans = tf.minimum(spans, length - noise_ids)  # without it, as in `t5`, dense short spans fail
 
     def segment_lengths(ids: Any, seed: Any) -> Any:
-        """Returns the random lengths of segments, [spans] int32, each at least 1.
-
-        `ids` is a count, the sum of the lengths.
-        """
+        """Returns random lengths of `spans` segments, [spans] int32. Each is at least 1, and their sum is `ids`."""
         # The first id starts a segment, and so do `spans - 1` of the other ids. Example for 5 ids: `starts` of
         # the other ids is [0, 1, 0, 1], so the segment of each id is [0, 0, 1, 1, 2] and the lengths [2, 2, 1]
         starts = seqio.stateless_shuffle(tf.cast(tf.range(ids - 1) < spans - 1, tf.int32), seed)

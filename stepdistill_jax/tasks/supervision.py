@@ -40,7 +40,7 @@ class Supervision:
             seed. If `label_source` is `agree`, `all` and `sample` leave out rationales that argue for another
             label.
         rationale_source: only rationales with this `source` are used (`human`, `llm`, or a teacher's name).
-            None means all sources. If a row has no list, the source of its field `rationale` is `llm`.
+            None means all sources. If an example has no list, the source of its field `rationale` is `llm`.
 
     Raises:
         InputError: a field has a value that is not allowed.

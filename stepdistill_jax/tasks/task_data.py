@@ -21,15 +21,15 @@ class Part:
     """The examples of one dataset, one plain task, or several plain tasks whose rows are paired.
 
     Attributes:
-        columns: a `Column` for each entry of `store.rows`. `Column.objective` is an index in
-            `TaskData.objectives`, from 1.
+        columns: a `Column` for each entry of `store.rows`. `Column.objective` is 1 for the first of
+            `TaskData.objectives`.
         rate: rate at which examples are drawn, relative to other parts.
         metric: name in `data.text_metrics.METRICS`.
         labels: the distinct labels if there are only a few, otherwise ().
         task: the `seqio.Task` of the first column, or None. Its metrics are computed if the part has labels.
         input_pair: whether rows have a second input text.
         own_inputs: whether the inputs come from a plain task, instead of templates.
-        drawn: for several tasks, a note on how their rows were paired, or on why they could not be; else "".
+        drawn: a note on how the rows of several tasks were paired, or on why they were not; else "".
     """
 
     name: str
@@ -77,9 +77,9 @@ class TaskData:
 
     Attributes:
         name: name of the task.
-        parts: only one, unless the task is a mixture.
+        parts: one for each task of a mixture; a single part if the task is not a mixture.
         sample_rationales: whether a batch uses only one of an example's rationales.
-        share_is_drawn: whether `data_fraction` is already applied.
+        share_is_drawn: whether the examples are already the share that the run's `data_fraction` asks for.
     """
 
     name: str
@@ -104,9 +104,10 @@ class TaskData:
         share_is_drawn: bool = False,
         **part: Any,
     ) -> "TaskData":
-        """Returns data with a single part, which has the examples of `store`.
+        """Returns data whose only part has the examples of `store`.
 
-        The store must have `most_rationales` columns for each objective that reads a rationale.
+        `store.rows` must have `most_rationales` entries for each objective that reads a rationale, and one entry
+        for each other objective.
         """
         objectives = tuple(objectives)
         columns = registry.columns_of(objectives, most_rationales)
@@ -158,16 +159,16 @@ class TaskData:
         return len(self.parts) > 1 or any(part.drawn for part in self.parts)
 
     def shares(self) -> list[dict[str, Any]]:
-        """Returns the expected shares of each objective in each part, before rows are truncated.
+        """Returns each objective's expected share of the training data in each part, before truncation.
 
         Returns:
             A dict for each objective in each part, with these entries.
             `task`: name of the part.
             `objective`: name of the objective.
             `examples`: the part's share of all examples.
-            `rows`: share of all rows.
-            `target_tokens`: share of all target tokens.
-            `drawn`: see `Part`.
+            `rows`: the objective's share of all rows.
+            `target_tokens`: the objective's share of all target tokens.
+            `drawn`: `Part.drawn` of the part.
         """
         # Example: with two parts of rates 1 and 3, one of four examples comes from the first part. On average, it
         # has the part's mean number of rows and target tokens.
@@ -195,7 +196,7 @@ class TaskData:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of everything that determines a batch: contents of stores, rates and prefixes."""
+        """Digest of all data that determines a batch: rates, decoder prefixes and the contents of token stores."""
         parts = [[store.fingerprint for store in self.stores], list(self.rates)]
         if len(self.parts) > 1:
             parts.append([[column.objective for column in part.columns] for part in self.parts])

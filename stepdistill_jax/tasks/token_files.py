@@ -1,4 +1,4 @@
-"""Writes the files of a token store, with one group of examples in memory at a time."""
+"""Writes the files of a token store, with at most `AT_ONCE` examples in memory."""
 
 import contextlib
 import itertools

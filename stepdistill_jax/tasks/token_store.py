@@ -108,11 +108,11 @@ class TokenStore:
         rows: a dict for each objective, with the `TokenRows` "inputs" and "targets". Row i belongs to example
             i. Optional entries: "weights", the objective's weight for each example, [examples] float32;
             "token_weights", the weight of each target id, [tokens] float32.
-        weights: weight of each example, [examples] float32.
+        weights: weight of each example, [examples] float32. An objective with its own "weights" uses those instead.
         about: JSON-like description of the source.
         labels: bytes of `labels.jsonl`.
         row_ids: hash of each example's id, [examples] uint64, or None if the task has no ids.
-        others: folders of the stores that were paired with this one.
+        others: folders of the stores that `pairing.paired` joined to this one; empty for a store that is not paired.
     """
 
     directory: pathlib.Path
@@ -133,7 +133,7 @@ class TokenStore:
 
     @functools.cached_property
     def max_id(self) -> int:
-        """Largest id. A plain SeqIO task may have extra ids, above those of the vocabulary's pieces."""
+        """Largest token id. In a plain SeqIO task, an extra id may exceed the ids of all the vocabulary's pieces."""
         return max(rows[feature].max_id for rows in self.rows for feature in FEATURES)
 
     @property
@@ -200,7 +200,7 @@ def _sampled(folder: pathlib.Path, manifest: Mapping[str, Any]) -> str:
 def own_tag() -> str:
     """Returns the `tag` that processes on this host pass to `folders.sole_writer`.
 
-    Each host has its own tag, since some disks lock files only within a host.
+    Each host has its own tag, since on some file systems a lock does not exclude other hosts.
     """
     return f"{socket.gethostname()}-"
 

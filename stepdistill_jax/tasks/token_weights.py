@@ -94,9 +94,11 @@ def with_token_weights(
 
 
 def begins_word(vocabulary: Vocabulary) -> np.ndarray:
-    """Returns a code for each id, [vocab] int8: 1 if it begins a word, 0 if it continues a word, -1 for a blank.
+    """Returns a code for each token id, [vocab] int8.
 
-    In SentencePiece, `▁` begins a word. Only a byte vocabulary has blanks.
+    1: the token begins a word (a SentencePiece token that starts with `▁`).
+    0: the token continues a word.
+    -1: the token is a whitespace character, which only a byte vocabulary has.
     """
     pieces = vocabulary.pieces()
     blank = string.whitespace  # ASCII only, since other blanks are several bytes
@@ -106,7 +108,7 @@ def begins_word(vocabulary: Vocabulary) -> np.ndarray:
 def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np.ndarray:
     """Returns the weight of each id of a target, [tokens] float32.
 
-    A blank that is a token of its own gets the weight of the word after it.
+    A token that is only whitespace gets the weight of the next word.
 
     Args:
         text: a number for each word of `target`.
@@ -133,7 +135,8 @@ def of_tokens(text: str, target: str, ids: np.ndarray, begins: np.ndarray) -> np
     word = word - word[0]  # from 0
     if word[-1] + 1 != words:
         raise ValueError(
-            f"the vocabulary splits the target into {word[-1] + 1} words, not {words}: {target!r:.80}"
+            f"the target has {words} words, but the vocabulary splits it into {word[-1] + 1}:"
+            f" {target!r:.80}"
         )
     return np.concatenate([np.asarray(numbers)[word], np.ones(len(ids) - ends)]).astype(np.float32)
 

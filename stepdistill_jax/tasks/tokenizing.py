@@ -58,7 +58,8 @@ def stored_tokens(
         make_task: returns the `seqio.Task` or the `PreparedRows`. It is called only if the rows must be read.
         name: name of the task, for the folder and messages.
         prefixes: prefix of each objective's features `PREFIXinputs` and `PREFIXtargets`.
-        key: JSON-like value that determines the tokens. If `compare` is true, it need not cover the rows.
+        key: JSON-like value that must differ if the tokens differ. If `compare` is true, a change of only the
+            rows need not change the key.
         data_dir: the store is a folder in `data_dir/token_store/`.
         compare: whether to tokenise the split again if the source's rows have changed. Each call then
             tokenises the first 32 rows. If the source does not read files, each call also reads all rows.
@@ -149,8 +150,9 @@ class Reading:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
-            " readings; if they are random, take the seeds from `seqio.map_over_dataset(num_seeds=1)` in preprocessors"
-            " and from an argument `seed` in the source's function, or write the rows to a file once"
+            " readings; write the rows to a file once, or seed whatever is random: a preprocessor"
+            " gets its seed with `seqio.map_over_dataset(num_seeds=1)`, and the source's function as"
+            " its argument `seed`"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:
@@ -198,7 +200,8 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
     """Yields the tokens of a `seqio.Task`'s rows, not shuffled and not truncated.
 
     Raises:
-        InputError: SeqIO raises an error, a row has no inputs, or its weight is not above 0.
+        InputError: SeqIO raises an error, a row has targets but no inputs, or a row's weight is not a finite
+            number above 0.
     """
     features = [(f"{p}inputs", f"{p}targets") for p in prefixes]
     with named_errors(task.name, task.source, split):
@@ -226,9 +229,9 @@ def read_tokens(task: Any, split: str, prefixes: Sequence[str]) -> Iterator[Toke
 
 
 def _rows(dataset: Any, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yields a dataset's rows as dicts of NumPy arrays, with at least the features in `names`.
+    """Yields a dataset's rows as dicts of NumPy arrays.
 
-    The rows have only these features if all of them are scalars or vectors.
+    A row has the features in `names`, except those that the dataset lacks. It may have other features as well.
     """
     # padded batches are faster than single rows; the padding is removed at the end
     spec, tf = dataset.element_spec, tensorflow()

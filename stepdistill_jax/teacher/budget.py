@@ -112,7 +112,7 @@ class Budget:
 
 
 class Reservation:
-    """The tokens that are reserved for one question, which may be sent in several attempts."""
+    """The tokens that are reserved for the current attempt to get an answer to one question."""
 
     def __init__(self, budget: Budget, prompt: str, longest_answer: int):
         """Creates a reservation without tokens. `renew` reserves the tokens."""
@@ -138,12 +138,11 @@ class Reservation:
             budget._open[id(self)] = budget._most(self._prompt, self._longest)
 
     async def lose(self, used: tuple[int, int] | None) -> None:
-        """Counts the tokens of an attempt that gave no answer.
-
-        Also ends the reservation, unless `used` is (0, 0).
+        """Counts the tokens of an attempt that gave no answer, and ends the reservation.
 
         Args:
-            used: (prompt tokens, answer tokens). None means unknown: all reserved tokens are counted.
+            used: (prompt tokens, answer tokens). None means unknown: all reserved tokens are counted. After (0, 0),
+                the tokens stay reserved for the next attempt.
         """
         budget = self._budget
         if used == (0, 0):

@@ -127,7 +127,10 @@ class LocalTeacher:
         ]
 
     def _ends(self, prompt_length: int) -> list[Any] | None:
-        """Returns a stopping criterion that ends an answer at the next question, or None for encoder-decoders."""
+        """Returns a stopping criterion for a causal model, or None for an encoder-decoder.
+
+        The criterion ends an answer when the model starts to write another question.
+        """
         import torch
 
         if not self._causal:

@@ -26,12 +26,12 @@ CHARACTERS_PER_TOKEN = 4  # for English text; used for estimates before the firs
 
 @dataclasses.dataclass(frozen=True)
 class Prompter:
-    """Writes the prompts of rows.
+    """Writes the teacher's prompt for a row.
 
     Attributes:
         task: one of `TASKS`.
-        exemplars: answered rows, shown before the question.
-        instructions: text that replaces the template's instructions; empty keeps them.
+        exemplars: rows with answers, shown before the row's question.
+        instructions: text that replaces the template's instructions. "" keeps the template's instructions.
         label_given: whether the prompt contains the gold label and asks only for a rationale.
     """
 

@@ -88,7 +88,7 @@ class Run:
             teacher: None if all answers are in the cache.
             output: file for the rows.
             defects: file for the list of defects.
-            kept: number of answers already in the cache. They count as usable for `max_truncated`.
+            kept: number of answers already in the cache. The limit `max_truncated` counts them as usable.
         """
         self._prompting, self._settings = prompting, prompting.settings
         self._teacher, self._cache, self._budget = teacher, cache, budget
@@ -167,7 +167,7 @@ class Run:
         return samples  # type: ignore[return-value]
 
     async def _shared(self, key: str, row: Example, prompt: str) -> Sample:
-        """Returns the answer for a key. Rows with the same prompt share one request."""
+        """Returns the sample with the cache key `key`. Rows that need the same key share one request."""
         task = self._under_way.get(key)
         if task is None:
             # another row with this prompt may have got the answer since `_begin` looked

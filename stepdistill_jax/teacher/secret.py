@@ -24,7 +24,11 @@ class Secret:
     """
 
     def __init__(self, key: str):
-        """Prepares to find `key`, which is printable ASCII. A key of fewer than 6 characters is not hidden."""
+        """Prepares the search for an API key.
+
+        Args:
+            key: the key, in printable ASCII. A key of fewer than 6 characters is not hidden.
+        """
         self._literals: list[str] = []
         self._altered = None
         if len(key) < SHORTEST:

@@ -33,12 +33,12 @@ class Settings:
         parameters: additional fields of the request (`{"top_p": 0.9}`).
         label_given: whether the prompt contains the gold label and asks only for a rationale.
         concurrency: number of simultaneous requests; for a local teacher, number of prompts per batch.
-        retries: how often to ask again after an unreadable answer. Until the first usable answer, every question
-            but the first is asked only once.
+        retries: how often to ask again after an unreadable answer. Until an answer has been usable, only the first
+            question is asked again.
         attempts: how often to send a request to a failing server before giving up its question.
         timeout: time limit of a request, in seconds.
-        max_truncated: largest share of unusable answers, whether truncated or unusable for another reason. After
-            20 questions, a larger share stops the run.
+        max_truncated: largest share of answers that may be unusable, for any reason. From the 20th question on, a
+            larger share stops the run.
         max_tokens_total, max_cost: limits for this run; None means no limit.
         price_input, price_output: prices per million tokens of prompts and of answers; None if unknown.
         cache: SQLite file of answers; None means `teacher_cache.sqlite` next to the output.
@@ -108,7 +108,8 @@ class Settings:
             raise refused("batch_file", "write FILE, or read FILE...", " ".join(self.batch_file))
         if self.batch_file and self.teacher:
             raise InputError(
-                "`batch_file`: batches are only for servers; leave this option out, or use `model`"
+                "`batch_file`: a local `teacher` cannot answer batch files; leave `batch_file` out, or pass"
+                " `model` instead of `teacher`"
             )
 
     def _check_texts(self) -> None:

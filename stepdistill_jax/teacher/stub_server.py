@@ -34,7 +34,7 @@ class Reply:
         cut: number of the body's bytes to send before the connection is closed; None sends all.
         drip: seconds to wait after each byte of the body; 0 sends it in one piece.
         endless: whether to repeat the body, in chunks, until the client disconnects.
-        tokens: reported numbers of prompt and answer tokens; None means about one token for 4 characters.
+        tokens: (prompt tokens, answer tokens) to report; None means about one token per 4 characters.
     """
 
     text: str = ""
@@ -52,7 +52,7 @@ class Reply:
 def by_rule(request: dict[str, Any]) -> Reply:
     """Returns a well-formed answer to the last question of a prompt.
 
-    The answer has the right label if the prompt gives it.
+    If the question states the right label, the answer repeats it. Otherwise, the label may be wrong.
     """
     prompt = request["messages"][-1]["content"]
     is_pair = prompt.rstrip().endswith("Explanation:")

@@ -41,8 +41,8 @@ def output_row(
 ) -> dict[str, Any]:
     """Returns a question and its answers as a row of the generic format.
 
-    Usable answers add `rationale` and `rationales`. If the teacher was not given the label, they also set
-    `llm_label`, and with several samples, `weight` is multiplied by the share of the commonest label.
+    The usable answers are stored in `rationale` and `rationales`. If the teacher was not given the label, their
+    commonest label is stored in `llm_label`. With several samples, `weight` is then multiplied by its share.
 
     Args:
         row: the question.

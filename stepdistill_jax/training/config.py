@@ -332,7 +332,7 @@ class TrainConfig:
         return isinstance(self.extra_loss, PairedLoss)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the settings as plain values for `run.json`, with which a resumed run is compared."""
+        """Returns the settings as plain values, to write to `run.json` and to compare when a run is resumed."""
         extra = self.extra_loss and self.extra_loss.to_json()
         fields = dataclasses.asdict(self) | {"extra_loss": extra}
         if isinstance(self.optimizer, OptimizerFunction):

@@ -82,7 +82,10 @@ cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_own_rows(
     states, kernel, targets, scale, softcap, tied: bool, states_grad: bool, kernel_grad: bool
 ):
-    """Runs `_chunked` on each device's rows. GSPMD alone would gather the kernel for each chunk."""
+    """Runs `_chunked` on each device, with this device's rows.
+
+    The kernel is gathered once. Without `shard_map`, GSPMD would gather it again for each chunk.
+    """
     # leaves out axes of size 1, over which XLA cannot reduce (RET_CHECK in its partitioner)
     sizes = jax.sharding.get_abstract_mesh().shape
     mesh_axes = tuple(axis for axis in BATCH_AXES if sizes.get(axis, 1) > 1)

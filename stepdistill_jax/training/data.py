@@ -44,8 +44,8 @@ def load_split(
 ) -> TaskData:
     """Returns the tokens of a split as a run of `config` reads them.
 
-    The config's supervision and token weights apply to the train split, `Supervision.held_out()` to the validation
-    split. The rows of other splits stay unchanged.
+    The config's supervision and token weights apply only to the train split. The validation split uses
+    `Supervision.held_out()`. Other splits are read without supervision.
 
     Args:
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's.
@@ -80,9 +80,10 @@ def load_split(
 def tried_row_lengths(
     config: TrainConfig, batches: Batches, model: ModelConfig
 ) -> list[row_lengths.RowLengths]:
-    """Returns the candidates for the lengths of packed rows, each with the FLOPs of a step.
+    """Returns candidate lengths of packed rows, each with the FLOPs of a step.
 
-    `batches` must be of the train split. If `config` sets a length, all candidates have this length.
+    `batches` must be of the train split. If `row_input_length` or `row_target_length` is a number, all candidates
+    have this input or target length.
     """
 
     def cost(input_length: int, target_length: int) -> float:

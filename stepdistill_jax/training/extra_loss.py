@@ -18,10 +18,10 @@ from stepdistill_jax.runtime.checks import snake_case
 class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss.
 
-    Both sums are over the global batch. A subclass is a frozen dataclass whose fields are its settings. `count`
-    and `total` must return sums over the rows that they get, which are only a part of the batch. They are
-    traced, so no Python branch may depend on values in their arguments. In a packed row, segment ids distinguish
-    the examples.
+    Both sums are over the global batch. A subclass is a frozen dataclass whose fields are its settings. Each call
+    of `count` and `total` gets only some rows of the batch, and must return the sum over these rows. JAX traces
+    both methods, so no Python branch may depend on values in their arguments. In a packed row, segment ids
+    distinguish the examples.
 
     Attributes:
         name: name in lower_snake_case, as in the metric `loss/<name>`.
@@ -44,6 +44,9 @@ class ExtraLoss(abc.ABC):
         """Returns the number of terms that `total` adds up, a scalar.
 
         The step calls this method before the model runs, so the number may depend only on `group`.
+
+        Args:
+            group: as for `total`.
         """
 
     @abc.abstractmethod
@@ -69,23 +72,23 @@ class ExtraLoss(abc.ABC):
 
 
 class PairedLoss(ExtraLoss):
-    """An `ExtraLoss` over pairs: the targets of the first two objectives of one example.
+    """An `ExtraLoss` over pairs. A subclass defines `total`.
 
-    A subclass defines `total`. An example with several rationales is one pair. An example with only one of
-    the two targets is not a pair.
+    A pair is an example that has targets of the first two objectives. An example with several rationales is
+    still one pair.
 
-    All targets of an example are in the same row. `decoder_example_ids` has the 1-based index of each target
-    token's example in its row; 0 is padding. In the methods, the axis `examples` is half as long as the axis
-    `length`, rounded down. This is enough for all pairs of a row.
+    All targets of an example are in the same packed row. `decoder_example_ids` gives each target token the
+    1-based index of its example within the packed row; 0 is padding. In the shapes below, `examples` is
+    `length` // 2, which is enough for all pairs of a packed row.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns the number of pairs in the rows of `group`, a scalar."""
+        """Returns the number of examples in `group` that have targets of the first two objectives, a scalar."""
         return self.is_pair(group).sum()
 
     @staticmethod
     def is_pair(group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns whether each example has targets of the first two objectives, [rows, examples] bool."""
+        """Returns which examples of each packed row are pairs, [rows, examples] bool."""
         ones = jnp.ones_like(group[EXAMPLE_IDS])
         first, second = (PairedLoss.pooled(ones, group, i) > 0 for i in (1, 2))
         return first & second
@@ -106,8 +109,8 @@ class PairedLoss(ExtraLoss):
             by: a segment reduction of `jax.ops`.
 
         Returns:
-            The reduced values, [rows, examples, ...]; for an example without such tokens, what `by` returns
-            for an empty segment (`segment_sum`: 0).
+            The reduced values, [rows, examples, ...]. An example without target tokens of this objective gets
+            the value that `by` returns for an empty segment (0 for `segment_sum`).
         """
         # Example ids 1 1 1 2 2 2 0 0 with objectives 1 2 2 1 2 2 0 0: for objective 2, `numbers` is
         # 0 1 1 0 2 2 0 0. Segment 0 collects all other tokens and is dropped.

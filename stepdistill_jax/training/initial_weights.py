@@ -39,7 +39,9 @@ class InitialWeights:
 
     @functools.cached_property
     def sources(self) -> dict[str, str | None]:
-        """{parameter of the run: its name in `path`}, with None for a parameter that is not loaded.
+        """{name of a parameter of the run: name of the parameter in `path` that it is loaded from}.
+
+        A parameter that is not loaded has the value None.
 
         Raises:
             InputError: as for `sources_of`.
@@ -56,8 +58,8 @@ class InitialWeights:
     def described(self) -> dict[str, Any]:
         """Returns the entry for `run.json`: `step` and, if there are rules, three groups of parameters.
 
-        The groups are `from_scratch` (not loaded), `renamed` (run's name -> name in `path`) and `unused`
-        (names in `path`).
+        The groups are `from_scratch` (the run's parameters that are not loaded), `renamed` ({name in the run: name
+        in `path`}) and `unused` (parameters in `path` that are not loaded).
         """
         found: dict[str, Any] = {"step": self.step}
         if self.rules is not None:
@@ -107,7 +109,10 @@ class InitialWeights:
         return base
 
     def _loaded(self, mesh: Mesh) -> Any:
-        """Returns the parameters loaded from `path`, named as in the run. Two parameters may share a buffer."""
+        """Returns the parameters loaded from `path`, under their names in the run.
+
+        The rules may give two parameters the same array.
+        """
         shardings = shardings_of(base_of(self.abstract.params))
         plain = dataclasses.replace(self.model, lora=None)
         sources = None

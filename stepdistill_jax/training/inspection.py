@@ -50,7 +50,8 @@ def inspect(
 
     Args:
         config: a run's config, or the name of a task, which is then measured with the default lengths.
-        rows: number of rows of step 0 to show. If rows are not packed, so many are shown for each objective.
+        rows: number of rows of the batch of step 0 to show. Without packing, this number is shown for each
+            objective.
         data_dir: folder of prepared datasets; None means the default folder.
         task_module: replaces the config's `task_module`.
         verify: whether to compare the split's token files with their manifests, byte for byte.
@@ -59,15 +60,16 @@ def inspect(
         `task`, `split`, `examples`, `batch_size`, `pack`, `input_length`, `target_length`, `vocabulary_size`.
         `objectives`: {name: {"weight", "rows", "absent", "inputs", "targets"}}.
             "weight": a number, or a schedule in words.
-            "rows", "absent": number of rows with a target, and number of examples without one.
+            "rows", "absent": number of targets, and number of examples without a target.
             "inputs", "targets": lengths in tokens before truncation: "min", "mean", "median", "p99", "max"
-                and "histogram" (list of {"from", "to", "rows"}). Targets include the decoder prefix.
+                and "histogram" (list of {"from", "to", "rows"}, where "rows" counts targets). Target lengths
+                include the decoder prefix.
         `shares`: only for a mixture, the result of `TaskData.shares`.
         `cut`: {name: {"inputs", "targets"}}, the number of truncated inputs and targets.
-        `fill`: {"inputs", "targets", "all"}, the share of the rows' cells that contain a token.
-        `rows_per_step`: mean number of rows in a step.
-        `row_counts`: the numbers of rows that a packed step can have.
-        `shown`: list of rows, each a list of targets: {"objective", "input", "target", "input_tokens",
+        `fill`: {"inputs", "targets", "all"}, the share of the batches' positions that contain a token.
+        `rows_per_step`: mean number of rows in a step's batch.
+        `row_counts`: the numbers of rows that a packed batch can have.
+        `shown`: list of rows of step 0, each a list of targets: {"objective", "input", "target", "input_tokens",
             "target_tokens", "weight" (of the last target token)}. The "input" is "" if it is shared with the
             previous target.
         `row_lengths`: [input length, target length] of a packed row; empty if rows are not packed.
@@ -124,7 +126,7 @@ def inspect(
 def _train_batches(
     config: TrainConfig, data: TaskData, batches: Batches, data_dir: os.PathLike | str | None
 ) -> Batches:
-    """Returns the train split's batches for a single device. The row lengths are chosen for these batches."""
+    """Returns the train split's batches for a single device, from which the row lengths are chosen."""
     where = {"data_dir": data_dir, "task_module": config.task_module}
     if data.split != TRAIN and has_split(config.task, TRAIN, **where):
         vocabulary = data.vocabulary.source
@@ -221,7 +223,7 @@ def _shown(batches: Batches, rows: int) -> Iterator[list[dict[str, Any]]]:
 
 
 def _segments(data: TaskData, group: Group, row: int) -> Iterator[dict[str, Any]]:
-    """Yields an entry of `shown` (see `inspect`) for each target of one row."""
+    """Yields a dict for each target of one row. `inspect` lists the keys under `shown`."""
     own = group["decoder_segment_ids"][row]
     read = group.get(DECODER_ENCODER_SEGMENTS, group["decoder_segment_ids"])[row]
     before = 0
@@ -253,7 +255,10 @@ def _text(data: TaskData, ids: list[int]) -> str:
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
-    """Returns a candidate's row lengths, with the fill, rows per step and FLOPs that they give."""
+    """Returns a candidate's row lengths, and the `fill`, rows per step and FLOPs per step with these lengths.
+
+    `fill` is the share of positions that are not padding.
+    """
     return {
         "row_input_length": tried.input_length,
         "row_target_length": tried.target_length,

@@ -45,12 +45,12 @@ class ObjectiveSums(struct.PyTreeNode):
         return jax.tree.map(jnp.add, self, other)
 
     def with_last(self, loss: jax.Array, count: jax.Array) -> "ObjectiveSums":
-        """Adds a loss and a count to the last column, the column of an extra loss."""
+        """Returns the sums after adding an extra loss and its count to the last column."""
         loss, count = self.loss.at[-1].add(loss), self.count.at[-1].add(count)
         return self.replace(loss=loss, count=count)
 
     def over_tasks(self, num_objectives: int, num_tasks: int) -> "ObjectiveSums":
-        """Adds up each objective's columns over all tasks. An extra loss's column stays unchanged."""
+        """Adds up each objective's columns over all tasks. The column of an extra loss is kept as it is."""
         return jax.tree.map(lambda x: over_tasks(x, num_objectives, num_tasks), self)
 
     def weighted_loss(self, objective_weights: jax.Array) -> jax.Array:
@@ -79,7 +79,10 @@ def loss_scale(counts: jax.Array, objective_weights: jax.Array) -> jax.Array:
 
 
 def over_tasks(columns: Columns, num_objectives: int, num_tasks: int) -> Columns:
-    """Adds up the columns of all tasks: [tasks x objectives + more] -> [objectives + more]."""
+    """Adds up the tasks' columns: [num_tasks * num_objectives + more] -> [num_objectives + more].
+
+    The `more` columns at the end are kept.
+    """
     if num_tasks == 1:
         return columns
     # values on the host stay in NumPy, since a device operation would wait for the running step
@@ -89,9 +92,9 @@ def over_tasks(columns: Columns, num_objectives: int, num_tasks: int) -> Columns
 
 
 def for_tasks(values: jax.Array, num_objectives: int, num_tasks: int) -> jax.Array:
-    """Repeats the objectives' values for each task: [objectives + more] -> [tasks x objectives + more].
+    """Repeats the objectives' values for each task: [num_objectives + more] -> [num_tasks * num_objectives + more].
 
-    `more` is 1 if the last value belongs to an extra loss, and otherwise 0. This value is not repeated.
+    With an extra loss, `more` is 1: the loss's value comes last and is not repeated. Otherwise it is 0.
     """
     if num_tasks == 1:
         return values
@@ -120,11 +123,12 @@ def objective_sums(
 ) -> tuple[jax.Array, ObjectiveSums]:
     """Returns what a group of rows adds to the loss, and the group's totals.
 
-    Hsieh et al. 2023 (arXiv:2305.02301, section 3.2): L = L_label + lambda L_rationale. Each term is a mean
-    cross-entropy over the target tokens of the global batch.
+    The loss is L = L_label + lambda L_rationale (Hsieh et al. 2023, arXiv:2305.02301, section 3.2). Each term is
+    the mean cross-entropy over an objective's target tokens in the global batch.
 
-    With uniform logits over 4 ids, 2 label tokens and 3 rationale tokens, the sums are (2 ln 4, 3 ln 4). With
-    the weights (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
+    Example: with uniform logits over 4 ids, each token has a cross-entropy of ln 4. The total losses of 2 label
+    tokens and 3 rationale tokens are 2 ln 4 and 3 ln 4, and both means are ln 4. With the objective weights
+    (1, 0.5), the loss is 1.5 ln 4 = 2.0794.
 
     Args:
         states: the decoder's states, [batch, length, embed].

@@ -15,14 +15,14 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    The loss moves a rationale towards the words that the label predicts. For each id v, z_v is its largest
-    probability over the positions of the label, and r_v its largest probability over the positions of the
-    rationale. The end of sequence counts as a position. The loss of a pair is
+    The loss moves a rationale towards the words that the label predicts. A pair is the label and a rationale of one
+    example. For each id v, z_v is its largest probability over the positions of the label, and r_v its largest
+    probability over the positions of the rationale. The end of sequence counts as a position. The loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 
-    where z gets no gradient. The training loss gets `weight` times the mean of CE over the pairs of the global
-    batch.
+    where z gets no gradient. The mean of CE over the pairs of the global batch, times `weight`, is added to the
+    training loss.
 
     The formula is that of the paper's code (github.com/xinchen9/cot_distillation_ACL2024, commit 59ca033,
     `model_utils.py`), but that code also takes the maxima over padding.
@@ -43,7 +43,7 @@ class MutualInformation(PairedLoss):
     def total(
         self, states: jax.Array, output: OutputLayer, group: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the sum of the losses CE(z, r) of all pairs in these rows, in nats."""
+        """Returns the sum of the loss CE(z, r) over all pairs in `group`, in nats."""
         probabilities = jax.nn.softmax(output.logits(states))
         pairs = self.is_pair(group)[..., None]
 

@@ -87,9 +87,9 @@ def _optimizer(
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips gradients like `optax.clip_by_global_norm`, but multiplies them instead of dividing.
+    """Clips gradients like `optax.clip_by_global_norm`, but multiplies by a factor instead of dividing by the norm.
 
-    With a division, XLA's CPU backend would write the clipped gradients to memory.
+    If they were divided, XLA's CPU backend would write the clipped gradients to memory.
     """
 
     def clipped(updates, _):

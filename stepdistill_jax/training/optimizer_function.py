@@ -58,7 +58,7 @@ class OptimizerFunction:
         return rate if isinstance(rate, LearningRate) else None
 
     def takes(self, learning_rate: float) -> bool:
-        """Returns whether an argument equals the run's `learning_rate`, or is a schedule with that peak."""
+        """Returns whether an argument is the run's `learning_rate`, or a schedule whose peak is that rate."""
         return any(
             x.learning_rate in (None, learning_rate)
             if isinstance(x, LearningRate)
@@ -82,12 +82,14 @@ class OptimizerFunction:
     def transformation(
         self, learning_rate: float, train_steps: int
     ) -> optax.GradientTransformation:
-        """Calls the function, and returns its transformation.
+        """Calls the function, and returns the optax transformation that it returns.
 
-        The transformation's `init` raises InputError if a training step could not call `update`.
+        The transformation's `init` also checks `update`. It raises InputError if `init` or `update` fails, or if
+        `update` returns wrong shapes or types.
 
         Args:
             learning_rate: the run's peak learning rate.
+            train_steps: the run's number of steps, for learning rate schedules.
 
         Raises:
             InputError: the function raises, or does not return a transformation.
@@ -135,7 +137,10 @@ class OptimizerFunction:
                 raise self._refused(f"the transformation's update must return {what}")
 
     def _all_arguments(self) -> dict[str, Any]:
-        """Returns arguments and defaults by name, except those that `*args` or `**kwargs` collects."""
+        """Returns {name: value} for the function's arguments, including defaults.
+
+        Arguments that `*args` or `**kwargs` collects are left out.
+        """
         try:
             signature = inspect.signature(self.function)
             bound = signature.bind(**self.arguments)

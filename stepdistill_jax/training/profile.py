@@ -32,7 +32,7 @@ class StepProfile:
         self._stop()
 
     def step(self, step: int) -> jax.profiler.StepTraceAnnotation:
-        """Starts the trace if `step` is in its range. Returns a context that marks the step in the trace."""
+        """Starts the trace if `step` is to be traced. Returns a context that marks the step in the trace."""
         if self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._start()
         return jax.profiler.StepTraceAnnotation("train", step_num=step)

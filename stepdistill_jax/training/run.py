@@ -180,7 +180,7 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
 def new_model(config: TrainConfig, data: TaskData | None) -> ModelConfig:
     """Returns the model of a run that starts from random weights.
 
-    The model has the vocabulary of `data`; without data, the family's published vocabulary.
+    The model has the vocabulary of `data`, or the model family's published vocabulary if `data` is None.
     """
     one_of("model_family", config.model_family, FAMILIES)
     if data is None:
@@ -228,9 +228,9 @@ def _initial_weights(
 
 
 def _begun(workdir: pathlib.Path, path: pathlib.Path) -> tuple[bool, int | None]:
-    """Returns whether the run has begun, and the step in `path` from which the run takes its initial weights.
+    """Returns whether the run has begun, and the number of the step that gives it its initial weights.
 
-    The step is None if `path` is not a workdir.
+    This is a step of the workdir `path`. It is None if `path` is not a workdir.
     """
     if (workdir / RUN).is_file():
         return True, read_run(workdir).get("initialised", {}).get("step")

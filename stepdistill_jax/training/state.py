@@ -47,7 +47,10 @@ def _first_state(params: Any, tx: optax.GradientTransformation, key: jax.Array) 
 
 
 def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> NamedSharding:
-    """Returns the sharding of a parameter's moment. A factored moment lacks one axis, as does its sharding."""
+    """Returns the sharding of a parameter's moment.
+
+    A factored moment has one axis less than the parameter, and its sharding leaves the same axis out.
+    """
     if moment.shape == param.shape:
         return sharding
     # Adafactor keeps the means over rows and over columns: [512, 1024] sharded as (fsdp, tensor) has moments
@@ -62,7 +65,8 @@ def _moment_sharding(mesh: Mesh, moment, param, sharding: NamedSharding) -> Name
 def _opt_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
     """Returns the shardings of an optimizer state.
 
-    A leaf of the state is a moment of a parameter if its path ends with the parameter's path.
+    A leaf whose path ends with a parameter's path is a moment of that parameter, and `_moment_sharding` gives its
+    sharding. All other leaves are replicated.
     """
     # `optax.tree_map_params` calls `init` on a placeholder, so it fails for some users' transformations
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]

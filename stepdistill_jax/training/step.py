@@ -40,9 +40,9 @@ def batch_sums(
     num_objectives: int | None = None,
     **apply,
 ) -> tuple[jax.Array, ObjectiveSums]:
-    """Returns the loss of a batch, and its totals over all groups (see `objective_sums`).
+    """Returns the loss of a batch and the batch's totals, summed over its groups of rows (see `objective_sums`).
 
-    If there is an extra loss, it is the last column of the totals.
+    If there is an extra loss, the last column of the totals belongs to it.
     """
     loss, sums = jnp.zeros(()), ObjectiveSums.empty(len(scale))
     for group in batch:
@@ -101,7 +101,7 @@ def train_step(
 
     Args:
         batch: groups of rows, see `batches.batch`.
-        num_microbatches: number of microbatches of the batch; must divide the number of rows of each group.
+        num_microbatches: number of microbatches in the batch. Each group's row count must be a multiple of it.
         num_tasks: number of `TaskData.parts`. An objective's loss is the mean over the tokens of all parts.
 
     Returns:

@@ -3,6 +3,8 @@
 Every process has a supervisor, and all supervisors make the same decisions. The loop passes each step to
 `record` and `save`.
 
+The run is in one of four states. Their time limits depend on two durations:
+
     min_secs  the setting `watchdog_min_secs`
     usual     `watchdog_medians` times the median time of recent steps
 
@@ -15,16 +17,18 @@ Every process has a supervisor, and all supervisors make the same decisions. The
                 STARTING if a stop                                step is saved, and the next start
                 postponed the validation                          validates it
 
+The state changes, or the run ends, in these cases:
+
     STARTING, STEPPING -> SAVING    a step has ended
     SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
     SAVING -> STEPPING              the step is saved if it is the best so far, or if it is a multiple
                                     of `checkpoint_every`
     any -> same state               a step's loss or gradient is not finite: its update is skipped
     any -> STARTING                 `max_consecutive_nonfinite` steps in a row were not finite: the
-                                    run rolls back, once, to an older checkpoint's parameters
+                                    first time, the run rolls back to an older checkpoint's parameters
     any -> failed (exit 1)          a step is not finite, and `on_nonfinite` is "stop"
     any -> failed (exit 1)          a second rollback is due, or there is no checkpoint for the first
-    any -> stuck (exit 134)         the state lasts too long
+    any -> stuck (exit 134)         the state lasts longer than its time limit
     any -> stopped (exit 75)        `grace_secs` have passed since a signal
     any -> stopped (exit 128 + n)   a second signal arrives; its number is n
     SAVING -> stopped (exit 75)     the step that was running at a signal is saved
@@ -76,7 +80,10 @@ State = enum.Enum("State", "STARTING STEPPING SAVING VALIDATING")
 
 
 class _TooManyBadSteps(Exception):
-    """Raised by `flush` after step `step`. The run rolls back once the loop has released the state."""
+    """Raised when too many steps in a row have a loss or gradient that is not finite.
+
+    `step` is the last of these steps. `supervised` catches the exception and rolls the run back.
+    """
 
     def __init__(self, step: int):
         super().__init__(step)
@@ -143,7 +150,8 @@ class Supervisor:
     def begin(self, closing: contextlib.ExitStack) -> tuple[int, TrainState]:
         """Opens the workdir, and returns the step and state of the newest checkpoint, or 0 and a new state.
 
-        `closing` closes what is opened here. Devices may still be computing a new state.
+        When the caller closes `closing`, the checkpoints, the metrics file, the watchdog and the progress bar are
+        closed. This method may return before a new state has been computed.
         """
         run, config = self._run, self._run.config
         self._checkpoints = checkpoints = Checkpoints(run.workdir)
@@ -181,7 +189,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Restores the losses, the non-finite steps and the rollback, if any, of the steps up to `start`."""
+        """Restores from files the losses and non-finite steps up to `start`, and whether the run was rolled back."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)
@@ -209,8 +217,9 @@ class Supervisor:
     # --- recording
 
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
-        """Keeps a step's metrics and writes those of the previous step, so that the devices never wait.
+        """Keeps a step's metrics for the next call, and writes the metrics of the previous step.
 
+        Reading a step's metrics waits until the step has ended. With the delay, the next step is already queued.
         `waited` is how long the loop waited for the batch, in seconds. Raises the errors of `flush`.
         """
         # the end of a step that has already ended is measured here, since `flush` runs later
@@ -219,11 +228,11 @@ class Supervisor:
         self._pending = step, batch, device_metrics, waited, ended
 
     def flush(self, before: float | None = None) -> None:
-        """Writes the metrics of the step that `record` has kept.
+        """Writes the metrics that `record` has kept, if there are any.
 
         Args:
-            before: current time if the following step has already ended; otherwise None. It is used to estimate
-                when the kept step ended.
+            before: current time if the step after the kept one has already ended; otherwise None. If `record` did
+                not see the kept step end, the time of its end is estimated from `before`.
 
         Raises:
             FloatingPointError: the step's loss or gradient is not finite, and the run must end.
@@ -435,7 +444,7 @@ def _examples_of(run: Run, step: int) -> list[dict[str, Any]]:
 def _roll_back(run: Run, step: int) -> None:
     """Saves step `step` with the parameters and optimizer of a checkpoint from before the non-finite steps.
 
-    The batches in between are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1).
+    The batches from that checkpoint to `step` are skipped, as in PaLM (Chowdhery et al. 2022, section 5.1).
 
     Raises:
         FloatingPointError: there is no such checkpoint.
@@ -470,7 +479,9 @@ def _roll_back(run: Run, step: int) -> None:
 
 
 class Watchdog:
-    """A context that writes the stacks of all threads and exits with status 134 if a state lasts too long.
+    """A context that exits with status 134 if the run stays in one `State` too long.
+
+    Before the exit, it writes the stacks of all threads.
 
     Time in which the process is suspended does not count.
     """

@@ -33,9 +33,12 @@ class Throughput:
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
-        """Returns `timing/...` and `non_padding_fraction/...` of a step that ended at `ended` (see `now`).
+        """Returns the metrics `timing/...` and `non_padding_fraction/...` of a step that has just ended.
 
-        The step's time counts from the end of the previous step, or from the last `pause`.
+        The step's time is measured from the end of the previous step, or from a later call of `pause`.
+
+        Args:
+            ended: time at which the step ended, on the clock of `now`.
         """
         seconds, self._last = max(ended - self._last, 1e-9), ended
         flops = sum(

@@ -89,7 +89,7 @@ class Validator:
     def try_out(self) -> list[str]:
         """Returns the names of the metrics by which the best step can be chosen, without the prefix `eval/<split>/`.
 
-        The tasks' own metrics are computed once, with the targets as answers, to find broken ones.
+        Computes the tasks' own metrics once, with the targets as answers, to find metrics that fail.
 
         Raises:
             InputError: a metric fails, or has the name of a metric that every validation computes.
@@ -214,7 +214,7 @@ class Validator:
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
     ) -> dict[str, float]:
-        """Decodes the labels, and returns each part's metrics, with their means if there are several parts."""
+        """Decodes the labels, and returns the metrics of each task. If there are several tasks, adds their means."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [

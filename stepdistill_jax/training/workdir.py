@@ -98,10 +98,8 @@ def check_workdir(workdir: pathlib.Path) -> None:
 def check_config(path: pathlib.Path, new: str) -> None:
     """Checks that `train` wrote the config at `path`, so that it may be replaced by the text `new`.
 
-    A file with comments or includes was written by a person.
-
     Raises:
-        InputError: `train` did not write the file.
+        InputError: `train` did not write the file: it has comments or includes, is a link, or cannot be parsed.
     """
     if not path.exists() or path.read_bytes() == new.encode():
         return

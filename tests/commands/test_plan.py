@@ -49,7 +49,7 @@ def test_one_layout_takes_the_configs_own_policy(capsys, tmp_path):
     assert candidate["remat_policy"] == "minimal"
     assert candidate["layout"] == {"data": 1, "fsdp": 2, "tensor": 1}
     assert "55.9 GiB can be used (75% of --hbm 80GB, JAX's share of a GPU's memory)" in out
-    assert f"the step takes {candidate['work']:.3g} times the FLOPs of the same examples" in out
+    assert f"the step takes {candidate['work']:.3g} times the FLOPs that one device needs" in out
     (times,) = [line for line in out.splitlines() if line.startswith("Shortest time")]
     assert times.count("A100") == 1  # its variants compute at the same rate
     for kind in ("NVIDIA A100 ", "NVIDIA H100 ", "NVIDIA H200 ", "TPU v5 lite ", "TPU v5 "):

@@ -187,7 +187,7 @@ def unfit_tasks():
     return {
         "targets alone": (
             {"output_features": {"targets": byte}},
-            ("this task has the feature targets but not inputs", "splits the text in two"),
+            ("this task has the feature `targets` but not `inputs`", "splits the text in two"),
         ),
         "other features": (
             {"output_features": {"question": byte, "answer": byte}},

@@ -185,7 +185,7 @@ def test_a_dimension_that_is_not_divided_is_named(layout, changes, message):
         (
             "9b-2b",
             "tensor",
-            r"tensor=8 does not divide num_kv_heads=4 \(heads of keys and values must stay whole in the decoder\);"
+            r"tensor=8 does not divide num_kv_heads=4 \(the decoder cannot split a key and value head over devices\);"
             " nearest layout of 8 devices that fits: fsdp=2, tensor=4",
         ),
         (

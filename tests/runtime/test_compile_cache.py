@@ -108,7 +108,7 @@ def test_a_read_only_folder_is_read_and_warned_of_once(tmp_path):
     out, err = enabled(cache, mounted=f"mount --bind -o ro {cache} {cache}")
     assert out == ["2.0", str(cache), "1"]
     (line,) = err.splitlines()
-    assert f"warning: the compile cache {cache} cannot be written" in line
+    assert f"warning: cannot write to the compile cache {cache};" in line
 
 
 def test_a_file_in_its_place_is_warned_of_once(tmp_path):
@@ -116,7 +116,7 @@ def test_a_file_in_its_place_is_warned_of_once(tmp_path):
     out, err = enabled(tmp_path / "cache")
     assert out[0] == "2.0"
     (line,) = err.splitlines()
-    assert "cannot be written" in line
+    assert "cannot write to the compile cache" in line
 
 
 def test_a_full_disk_stops_nothing(tmp_path):

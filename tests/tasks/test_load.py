@@ -604,7 +604,7 @@ def test_plain_tasks_that_no_encoder_decoder_can_train_are_named(seqio, tmp_path
     columns = seqio.map_over_dataset(lambda line: {"question": line, "targets": line})
     for name, first, features, message in [
         ("load_no_inputs", empty, {"inputs": feature, "targets": feature}, "row 1: 'inputs' is empty"),
-        ("load_targets_only", empty, {"targets": feature}, "feature targets but not inputs, and an encoder-decoder needs both"),
+        ("load_targets_only", empty, {"targets": feature}, "feature `targets` but not `inputs`, and an encoder-decoder needs both"),
         ("load_columns", columns, {"inputs": feature, "targets": feature}, r"task 'load_columns', split 'train'.*expected output feature.*inputs"),
     ]:  # fmt: skip
         seqio.TaskRegistry.add(

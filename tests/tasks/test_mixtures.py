@@ -261,7 +261,7 @@ def test_a_task_without_targets_in_validation_is_left_out_there(tagged, tmp_path
 def test_objectives_for_a_task_that_has_its_own_are_refused(tagged, tmp_path, task):
     with pytest.raises(
         InputError,
-        match=rf"`task_objectives`: only a mixture of tasks without objectives takes this, and {task} is none; leave `task_objectives` out",
+        match=rf"`task_objectives`: this is only for mixtures of tasks without objectives, and {task} is not such a mixture; leave `task_objectives` out",
     ):
         load_task(task, split="train", data_dir=tmp_path, task_objectives="single")
     with pytest.raises(

@@ -260,7 +260,7 @@ def test_a_field_that_a_source_lacks_is_named_with_task_and_source(seqio, tmp_pa
 def test_bad_arguments_are_named(roads, tmp_path):
     with pytest.raises(InputError, match="already has a task or mixture 'roads_in_code_label'"):
         add_task("roads_in_code", source=rows, splits=["train"])
-    with pytest.raises(InputError, match=r"pass the splits of the function"):
+    with pytest.raises(InputError, match=r"name its splits with splits="):
         add_task("other", source=rows)
     with pytest.raises(InputError, match="did you mean 'text_match'"):
         add_task("other", source=rows, splits=["train"], metric="text_mach")

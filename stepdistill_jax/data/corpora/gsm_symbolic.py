@@ -125,8 +125,8 @@ def _used_up(split: str, made: Mapping[int, int]) -> list[str]:
     if not fewer:
         return []
     return [
-        f"{split}: these templates ran out of questions (rows in parentheses): {', '.join(fewer)};"
-        f" the others have up to {most} rows each"
+        f"{split}: templates that ran out of questions, with their row counts: {', '.join(fewer)};"
+        f" the other templates have up to {most} rows each"
     ]
 
 

@@ -55,8 +55,8 @@ def read(
         teacher: whether to keep rationales and the teacher's labels.
 
     Raises:
-        InputError: a file is missing, or `more` or `field_map` has an invalid name. Or, later, while the rows are
-            read: a field named in `more` or `field_map` is in no row, or a file has no good row.
+        InputError: a file is missing, or `more` or `field_map` has an invalid name. Reading the rows raises it if a
+            field named in `more` or `field_map` is in no row, or if a file has no good row.
     """
     field_map = dict(field_map or {})
     more = _check_more(more)
@@ -104,7 +104,7 @@ class _Rows:
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row). If ids divide a single file or list into splits, a bad row has the split ""."""
+        """Yields (split, row). If a hash of the id splits a single file or list, bad rows have the split ""."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):
@@ -141,7 +141,10 @@ class _Rows:
         raise InputError(f"{first_bad}{header}{none}")
 
     def _checked(self, row: JsonRow, ids: UniqueIds) -> CheckedExample | BadRow | None:
-        """Returns a row's example, a bad row, or None for a row that `annotate` left without an answer."""
+        """Returns a row's example, or a `BadRow` if the row cannot be used.
+
+        Returns None if `annotate` wrote the row without an answer.
+        """
         self._seen |= dict.fromkeys(row.fields)
         # `annotate` leaves a row without an answer unchanged
         if PROVENANCE in row.fields and not any(map(row.fields.get, self._answers)):
@@ -167,13 +170,17 @@ class _Rows:
                 )
 
     def _add_notes(self, found: set[str]) -> None:
-        """Adds notes about all rows. Raises InputError if a field in `more` is empty in every row."""
+        """Adds notes about fields, splits and omitted rows. Call this method after the last row.
+
+        Raises:
+            InputError: a field in `more` is empty in every row.
+        """
         unread = {str(name) for name in self._seen} - {*self._names.values(), PROVENANCE}
         not_read = printable(", ".join(sorted(unread)))
         added = [f"fields that were not read: {not_read}"] if unread else []
         expected = SPLITS if self._cut else ("train", "validation")
         added += [
-            f"the split {split} is left out: the source has few rows, and no id falls into this split"
+            f"the split {split} is left out: rows are split by their ids, and this split got none"
             for split in (expected if "train" in self._sources else ())
             if split not in found
         ]

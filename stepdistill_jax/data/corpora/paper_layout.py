@@ -1,6 +1,7 @@
 """Reads the paper's file layout: NAME_SPLIT.json has the rows, llm/SPLIT_CoT_I.json the teacher's texts.
 
-The rows are JSON lines, and the texts are JSON lists. An export of the same corpus has only SPLIT.jsonl.
+The rows are JSON lines, and the texts are JSON lists. If NAME_SPLIT.json is missing for all splits, SPLIT.jsonl or
+SPLIT.json is read instead: an export of the same corpus.
 """
 
 import dataclasses
@@ -73,8 +74,8 @@ def read(
         prefix: prefix of the file names, such as `cqa` for cqa_train.json; None means `name`.
 
     Raises:
-        InputError: required files are missing. Iterating over the rows raises it for invalid JSON, or if the
-            counts of texts and rows differ.
+        InputError: required files are missing. Iterating over the rows raises InputError if a file is not valid
+            JSON, or if the numbers of rows and of teacher texts differ.
     """
     prefix = prefix or name
     source, inputs = input_files(source, prefix, name)
@@ -173,8 +174,8 @@ def judged(
 def _defect_of(kind: str, parsed: Parsed, completion: TeacherText) -> Defect:
     """Returns a `Defect` of a teacher's text.
 
-    `Defect.text` contains the wrong equations for `arithmetic_wrong`, the end of the completion for `truncated`,
-    and otherwise the complete completion.
+    `Defect.text` contains the wrong equations for `arithmetic_wrong`, the end of the teacher's text for
+    `truncated`, and the teacher's text for other kinds.
     """
     text = completion.text
     if kind == "arithmetic_wrong":
@@ -213,12 +214,12 @@ def teacher_files(source: pathlib.Path, part: str, *, required: bool = True) -> 
 def input_files(
     source: pathlib.Path, prefix: str, name: str
 ) -> tuple[pathlib.Path, dict[str, pathlib.Path]]:
-    """Returns the folder of the files, and {split: file}.
+    """Returns the folder of a dataset's files, and {split: file}.
 
-    These are the paper's files or, if there are none, `train.jsonl` and the like (`EXPORT_STEMS`).
+    The files are the paper's or, if there are none, exports such as `train.jsonl` (see `EXPORT_STEMS`).
 
     Args:
-        source: the folder of the files, or the parent of a folder `prefix` or `name` with the files.
+        source: the folder of the files, or its parent if the folder is called `prefix` or `name`.
 
     Raises:
         InputError: none of the files is found.

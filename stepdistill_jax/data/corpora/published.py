@@ -139,8 +139,8 @@ class _File:
                 rationale, label = self.corpus.rule(completion.text, neox=self.neox)
             except ValueError:
                 raise InputError(
-                    f"{self.folder / completion.file}: item {completion.row}: the published rule fails, since the text"
-                    " does not have exactly one answer; leave out `paper_exact`"
+                    f"{self.folder / completion.file}: item {completion.row}: the paper's rule cannot read a"
+                    " label from this text, which does not have exactly one answer; leave out `paper_exact`"
                 ) from None
             example = dataclasses.replace(example, rationale=rationale, llm_label=label)
             equal = value_match if self.corpus.rule is rules.svamp else str.__eq__
@@ -173,7 +173,7 @@ def _files(name: str, source: pathlib.Path, notes: list[str]) -> dict[str, _File
 def _teachers(
     folder: pathlib.Path, corpus: _Corpus, part: str, required: bool
 ) -> list[pathlib.Path]:
-    """Returns the files of the teacher's texts: GPT-NeoX's if `folder` is `gpt-neox`, else PaLM's."""
+    """Returns the files with the teacher's texts. The teacher is GPT-NeoX for a folder `gpt-neox`, otherwise PaLM."""
     if folder.name != NEOX:
         return paper_layout.teacher_files(folder, part, required=required)
     path = folder / corpus.prefix / f"{part}.json"

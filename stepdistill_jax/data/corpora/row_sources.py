@@ -39,9 +39,9 @@ class RowSource:
 def find_sources(
     source: Source, notes: list[str], numbers: Sequence[str] = ()
 ) -> tuple[dict[str, RowSource], bool]:
-    """Returns {split: source}, and whether the rows must still be split by ids.
+    """Returns {split: row source}, and whether the caller must still split the rows by their ids.
 
-    If they must, `train` is the only key.
+    Rows that are not yet split are all under the key `train`.
 
     Args:
         notes: list to which notes for the user are added.
@@ -116,7 +116,7 @@ def _of_file(path: pathlib.Path, numbers: Sequence[str]) -> RowSource:
 
 
 def _split_note(what: str) -> str:
-    return f"{what}, split by hashed ids: validation and test get a tenth each, train the rest"
+    return f"{what}, split by hashed ids into train (80%), validation (10%) and test (10%)"
 
 
 def _one(source: pathlib.Path, notes: list[str]) -> dict[str, pathlib.Path]:
@@ -144,8 +144,9 @@ def _of_folder(folder: os.PathLike | str, notes: list[str]) -> dict[str, pathlib
     expected_files = {split: source / f"{split}.jsonl" for split in SPLITS}
     if not files:
         raise InputError(
-            f"`source` {source}: none of {', '.join(p.name for p in expected_files.values())} (or .csv, .tsv)"
-            " is in it" + (f" (found: {', '.join(ignored)})" if ignored else "")
+            f"`source` {source}: the folder has none of"
+            f" {', '.join(p.name for p in expected_files.values())} (or the same names with .csv, .tsv)"
+            + (f" (found: {', '.join(ignored)})" if ignored else "")
         )
     notes += absent_notes(expected_files, files)
     for path in files.values():

@@ -60,14 +60,14 @@ def read(source: pathlib.Path, *, teacher: bool = True) -> Reading:
 
 
 def extra_folder(folder: pathlib.Path, source: pathlib.Path) -> pathlib.Path | None:
-    """Returns the folder `asdiv`, inside `folder` or next to it, or None.
+    """Returns the folder `asdiv` with ASDiv's rows, which is inside `folder` or next to it; None if there is none.
 
     Args:
         folder: folder of SVAMP's files.
-        source: `folder` or its parent.
+        source: the folder that the user named, which is `folder` or its parent.
 
     Raises:
-        InputError: ASDiv's rows are in `folder` or `source` itself instead of a folder `asdiv`.
+        InputError: ASDiv's rows are directly in `folder` or `source`; they must be in a folder `asdiv`.
     """
     name = f"{EXTRA}_train.json"
     for found in (folder / EXTRA, folder.resolve().parent / EXTRA):
@@ -92,7 +92,7 @@ def _row(row: JsonRow, completion: paper_layout.Completion, ids: UniqueIds) -> C
 
 
 def _extra_row(row: JsonRow, completion: paper_layout.Completion, _: UniqueIds) -> CheckedExample:
-    """Returns the example of an ASDiv row, whose label is not read."""
+    """Returns the example of an ASDiv row. It has no label, even if the row has one."""
     return _judged(Example(f"{EXTRA}-{row.number}", question(row)), completion)
 
 

@@ -1,11 +1,12 @@
 """T5's attention for NVIDIA GPUs from the A100 on, in Pallas (Triton).
 
 The forward kernel (FlashAttention) stores the logarithm of each softmax's denominator. From it, the backward
-kernels recompute the weights. No two programs add to the same output, so results are repeatable:
+kernels recompute the weights. Each instance of a backward kernel (`pl.program_id`) computes its own tile of the
+gradient. No two instances add to the same output, so results are repeatable:
 
-    queries' gradient           a program has 128 queries of one row and head, and loops over keys
-    keys' and values' gradient  a program has 64 keys of one row and head, and loops over queries
-    bias's gradient             a program has 128 queries and 64 keys of one head, and loops over rows
+    queries' gradient           an instance takes 128 queries of one row and head, and loops over keys
+    keys' and values' gradient  an instance takes 64 keys of one row and head, and loops over queries
+    bias's gradient             an instance takes 128 queries and 64 keys of one head, and loops over rows
 """
 
 import functools
@@ -82,7 +83,7 @@ def attention(
 
 
 def _is_hopper(kind: str) -> bool:
-    """Returns whether matmuls on this kind of device read their factors from shared memory.
+    """Returns whether this kind of device is a Hopper GPU.
 
     The result is also True for a CPU, where kernels run in interpret mode.
     """
@@ -159,7 +160,10 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each array that a program sees: one head of one row, or of all rows if `all_rows` is set."""
+    """Pallas block specs of the attention arrays.
+
+    Each run of the kernel's program gets one head of one row, or of all rows if `all_rows` is set.
+    """
 
     def __init__(self, arrays, all_rows: bool = False):
         q, k, _, bias, _, _, seeds = arrays

@@ -11,7 +11,8 @@ A program's references point to one row of the batch and one head:
     sums        [q]; base-2 logarithm of each softmax's denominator
     dots        [q]; slope . out of each query
 
-In `bias_gradient`, all references except the bias have all rows, such as q [rows, q, d] and seeds [2, rows].
+In `bias_gradient`, all references except the bias and its gradient cover all rows of the batch: q is
+[rows, q, d], and seeds is [2, rows].
 """
 
 import jax
@@ -23,7 +24,7 @@ from stepdistill_jax.models.kernels import gpu_tiles as tiles
 
 
 def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref, sum_ref):
-    """Writes a program's output, and the base-2 logarithm of each softmax's denominator."""
+    """Writes the attention output of a tile of queries, and the base-2 logarithm of each softmax's denominator."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
 
@@ -77,7 +78,7 @@ def queries_gradient(
     dq_ref,
     dot_ref,
 ):
-    """Writes the gradient of a program's queries, and the dot product of each query's output and output gradient."""
+    """Writes the gradient of a program's queries, and the dot product of `slope` and `out` for each query."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
     slopes = [tiles.query_rows(call, slope_ref, q.start) for q in halves]
@@ -128,9 +129,9 @@ def keys_gradient(
     dk_ref,
     dv_ref,
 ):
-    """Writes the gradients of a program's keys and values.
+    """Writes the gradients of one tile of keys and values.
 
-    Tiles are [keys, queries], so that no matmul has to transpose a tile that was just computed.
+    Scores and weights are [keys, queries], so that no matmul has to transpose an array that was just computed.
     """
     keys = tiles.keys(call, k_ref, k_segs, pl.program_id(0) * call.keys)
     v = tiles.key_rows(call, v_ref, keys.start)
@@ -166,7 +167,7 @@ def keys_gradient(
 def bias_gradient(
     call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, sums, dots, slope_ref, db_ref
 ):
-    """Writes the gradient of a program's part of the bias, summed over rows."""
+    """Writes the gradient of the bias of a program's queries and keys, summed over the rows of the batch."""
     # the bias is added to the scores of each row, so its gradient is the sum of the scores' gradients
     start, key = pl.program_id(1) * call.queries, pl.program_id(0) * call.keys
     rows = q_ref.shape[0]

@@ -1,7 +1,7 @@
 """Loads, computes and stores tiles of attention for the NVIDIA kernels.
 
-A program computes one or two blocks of 64 queries, which the code calls halves. Positions after the end of an array
-count as padding (segment 0).
+Each Pallas program computes 64 or 128 queries, in blocks of 64 that the code calls halves. Positions after the end
+of an array count as padding (segment 0).
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ class Call:
     """The constants of a compiled kernel.
 
     Attributes:
-        causal, kept, interpret: see the package's docstring.
-        q_len, k_len: number of queries and keys of a row.
-        keys: number of keys of a tile.
+        causal, kept, interpret: as in the docstring of `models.kernels`.
+        q_len, k_len: number of queries and number of keys in a row.
+        keys: number of keys in a tile.
     """
 
     causal: bool
@@ -65,7 +65,7 @@ class Call:
     def tiles(self) -> int:
         """Number of tiles that are computed for one row and head.
 
-        Each tile has the queries of one program and `keys` keys.
+        A tile has the scores of one program's queries with `keys` keys.
         """
         if not self.causal:
             return self.query_programs * self.key_tiles
@@ -97,7 +97,7 @@ def queries(call, q_ref, segments, start, *row):
 
     Args:
         start: position of the program's first query.
-        row: index of the row; left out if the references have one row.
+        row: index of the row in the batch; left out if `q_ref` and `segments` have no batch axis.
     """
     starts = [start + half * HALF for half in range(call.halves)]
     return [
@@ -112,7 +112,7 @@ def queries(call, q_ref, segments, start, *row):
 
 
 def keys(call, k_ref, segments, start, *row):
-    """Loads a tile of keys. Keys that are padding get segment -1, which no query has."""
+    """Loads a tile of keys. Padding keys get segment -1, so that no query sees them."""
     own = _vector(segments, start, call.keys, call.k_len, call.keys, 0, *row)
     own = jnp.where(own > 0, own, -1)
     return _Tile(start, key_rows(call, k_ref, start, *row), own, _places(start, call.keys))
@@ -138,10 +138,10 @@ def scores(call, queries, keys, bias_ref, *, keys_first=False):
 
 
 def words(call, seeds, queries, keys, *row, keys_first=False):
-    """Returns a random word for each key and each of the first 64 queries, or None without dropout.
+    """Returns the random numbers for the dropout of a tile, or None without dropout.
 
-    The low 16 bits are the random number for this query. The high 16 bits are that for the query 64 positions
-    later.
+    There is one 32-bit word for each key and each of the first 64 queries. The low 16 bits are the random number of
+    that query. The high 16 bits are the random number of the query 64 positions later.
     """
     if call.kept == DRAWS:
         return None
@@ -170,12 +170,14 @@ def dropped(call, x, words, half):
 
 
 def softmax_gradient(call, weight, of_weights, dot, words, half):
-    """Returns the gradient of the scores of a tile.
+    """Returns the gradient of the loss with respect to the attention scores of a tile.
+
+    Below, `slope` is the gradient of the loss with respect to the output.
 
     Args:
         weight: softmax weights, before dropout.
-        of_weights: gradient of the weights after dropout, slope . value, where slope is the gradient of the output.
-        dot: slope . output of each query, broadcast over the keys.
+        of_weights: gradient with respect to the weights after dropout: the dot products of `slope` and the values.
+        dot: dot product of `slope` and the output for each query, broadcast over the keys.
         words, half: as in `dropped`.
     """
     # y = softmax(s), z = m y, where m is 0 or dropout's scale:  ds = y (m dz - sum over keys of y m dz)
@@ -193,7 +195,10 @@ def key_tiles(call, halves, segments, start):
 
 
 def query_tiles(call, keys, segments):
-    """Returns the range (first, end) of the blocks of `call.queries` queries that may see a tile of keys."""
+    """Returns the range (first, end) of the query blocks that may see a tile of keys.
+
+    A query block has `call.queries` queries.
+    """
     first, last = _span([keys.segments], _whole(segments, call.q_len), call.queries)
     # The first is rounded down. Before it, all queries are earlier than the first key.
     if call.causal:
@@ -204,10 +209,10 @@ def query_tiles(call, keys, segments):
 def _span(own, others, tile):
     """Returns the range (first, end) of the tiles of `others` in which a segment of `own` may occur.
 
-    If no segment of `own` occurs, a loop over the range is empty.
+    The range is empty if no tile has such a segment.
 
-    Example: with tiles of 2 and `others` 1 1 1 2 2 3 3 0, a program with segment 2 gets the range (1, 3),
-    which covers the positions 2 to 5.
+    Example: if `tile` is 2, `others` is 1 1 1 2 2 3 3 0, and `own` has only segment 2, the range is (1, 3).
+    It covers the positions 2 to 5.
     """
     # only the smallest and the largest segment of `own` are compared, so unordered segments give a longer range
     # if `own` has only padding, `low` stays _EVERY and `high` 0, so no segment is in between
@@ -245,7 +250,7 @@ def query_rows(call, ref, start, *row):
 
 
 def key_rows(call, ref, start, *row):
-    """Loads a tile of ref [*row, k, d] as [keys, d]: the `call.keys` keys from index `start` on."""
+    """Loads the `call.keys` rows of ref [*row, k, d] from `start` on, as [call.keys, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
@@ -271,15 +276,15 @@ def _vector(ref, start, count, length, step, other, *row):
 def _inside(start, count, length, step):
     """Returns which of `count` positions from `start` on lie inside an array of size `length`, [count] bool.
 
-    `step` is the number of positions that each program computes. If it divides `length`, all positions lie inside,
-    and the result is None.
+    The array is processed in blocks of `step` positions. If `length` is a multiple of `step`, all positions lie
+    inside, and the result is None.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length
 
 
 def store_queries(call, ref, x, tile):
-    """Writes x, [64] or [64, d], to `tile`'s place in ref, [q] or [q, d]."""
+    """Writes x to the positions of `tile` in ref. Shapes: x [64] and ref [q], or x [64, d] and ref [q, d]."""
     _store(ref, x, tile, _inside(tile.start, HALF, call.q_len, call.queries))
 
 
@@ -308,9 +313,9 @@ def store_bias(call, ref, query, key, x):
 
 
 def _bias_tile(call, ref, query, key):
-    """Returns a tile of ref [q, k] and its mask.
+    """Returns the tile [64, keys] of ref [q, k] that starts at (query, key), and its mask.
 
-    The mask [64, keys] is True inside ref. It is None if no tile reaches beyond ref.
+    The mask [64, keys] is False at positions beyond the end of ref. It is None if all tiles end within ref.
     """
     at = ref.at[pl.ds(query, HALF), pl.ds(key, call.keys)]
     if call.q_len % call.queries == 0 and call.k_len % call.keys == 0:

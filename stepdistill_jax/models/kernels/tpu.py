@@ -97,7 +97,7 @@ def attention(
 
 
 def _bias_columns(bias):
-    """Arranges a bias [heads, q, k] in the column order of `tpu_programs`, [pairs, rounds, k, 256]."""
+    """Arranges a bias [heads, q, k] as [pairs, rounds, k, 256], with the columns in the order of `tpu_programs`."""
     heads, queries, keys = bias.shape
     # (pair, head of the pair, round, half, query of the half, key)
     # -> (pair, round, key, half, head of the pair, query of the half); the last three are the column
@@ -106,9 +106,9 @@ def _bias_columns(bias):
 
 
 def _segment_columns(segments):
-    """Arranges segments [rows, q] in the column order of `tpu_programs`, [rows, rounds, 256].
+    """Arranges segments [rows, q] as [rows, rounds, 256], with the columns in the order of `tpu_programs`.
 
-    Both heads of a pair get the same segments.
+    Each segment appears twice: a program processes two heads, and each head needs its own column.
     """
     # (row, round, half, head of the pair, query of the half)
     halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)
@@ -165,7 +165,7 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Specs:
-    """The part of each array that a program (pair of heads, row) sees."""
+    """Block specs of the arrays. Each program of the grid computes one pair of heads in one row of the batch."""
 
     def __init__(self, given, width: int):
         seeds, q, k, _, bias, _, _ = given

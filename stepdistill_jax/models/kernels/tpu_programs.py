@@ -1,13 +1,15 @@
-"""The programs of the attention kernels for TPUs.
+"""The kernel functions of attention on TPUs.
 
-A program has one row of the batch and two heads. In an array of scores, keys are rows and queries are columns. In
-each round of its loop, a program processes 128 queries as 256 columns:
+Pallas runs a kernel function once for each batch row and pair of heads. Such a run is called a program. A program
+loops over the queries, 128 at a time, and computes their scores as an array [keys, 256] with these columns:
 
     column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
     head          first       second        first       second
 
-In dropout, the left and the right half of the columns share their random bits. One matmul computes the scores of both heads:
+For dropout, columns c and c + 128 use the two halves of the same random words.
+
+One matmul computes the scores of both heads:
 
     k [keys, 2 d] . _per_head(q) [256, 2 d] = scores [keys, 256]
 """
@@ -144,7 +146,7 @@ def backward(
 
 
 def _each(q, some: Callable) -> None:
-    """Calls `some(i, None)` for each round i of 128 queries.
+    """Calls `some(i, None)` for each round i. Each round covers 128 queries.
 
     None is the unused carry of `jax.lax.fori_loop`.
     """
@@ -174,9 +176,9 @@ def _scores(call, i, k, queries, bias, q_segments, columns):
 
 
 def _seeds(seeds):
-    """Returns the two seeds of each column, or None without dropout.
+    """Returns the two dropout seeds of each column of scores, or None without dropout.
 
-    The result is two arrays [1, 128] uint32 for the first 128 columns. The other 128 columns have the same seeds.
+    The result is two arrays [1, 128] uint32 for the columns 0 to 127. The columns 128 to 255 have the same seeds.
     """
     if seeds is None:
         return None
@@ -188,9 +190,9 @@ def _seeds(seeds):
 
 
 def _keep(call, i, seeds, keys):
-    """Returns a mask of the attention weights that dropout keeps in round i, [keys, 256] bool.
+    """Returns which attention weights dropout keeps in round i of the loop, [keys, 256] bool.
 
-    The mask equals that of `dropout.dropout`.
+    `dropout.dropout` keeps the same weights.
     """
     column = jax.lax.broadcasted_iota(jnp.int32, (1, QUERIES), 1)
     position = (i * QUERIES + column % HALF).astype(jnp.uint32)
@@ -206,7 +208,8 @@ def _keep(call, i, seeds, keys):
 def _per_head(call, x):
     """Separates the two heads of x, [128, 2 d] -> [256, 2 d].
 
-    Each row has the features of one head, and zeros for the other head. Rows are ordered like the columns of scores.
+    Row i of the result belongs to the query and the head of column i of the scores. It has this head's features,
+    and zeros in place of the other head's.
     """
     wide = x.astype(jnp.float32)  # the chip has no selection of bfloat16 values
     own = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1) < call.width
@@ -216,9 +219,9 @@ def _per_head(call, x):
 
 
 def _of_own_head(call, x):
-    """Joins the heads that `_per_head` separated, and transposes the result: [2 d, 256] -> [128, 2 d].
+    """Transposes x and puts the two heads of each query side by side again: [2 d, 256] -> [128, 2 d].
 
-    Each column of x belongs to one head; its rows for the other head are dropped.
+    Each column of x belongs to one query and one head, as in `_per_head`. Only this head's features are kept.
     """
     x = x.T
     own = jax.lax.broadcasted_iota(jnp.int32, (HALF, x.shape[1]), 1) < call.width

@@ -311,7 +311,7 @@ def _problem(step: SavedStep, read: str | None) -> str | None:
 
 
 def params_digest(workdir: os.PathLike | str, step: int) -> str | None:
-    """Returns a digest of a step's number and parameter files, or None without a readable manifest."""
+    """Returns a digest of a step's number and its parameter files, or None if its manifest cannot be read."""
     found = files_digest(checkpoints_folder(workdir) / str(step), PARAMS)
     return None if found is None else digest([step, found])
 

@@ -161,8 +161,8 @@ def quarantined(folder: pathlib.Path) -> list[pathlib.Path]:
 def quarantine_damaged(folder: pathlib.Path) -> int | None:
     """Renames damaged and unfinished steps, so that no run resumes from them, and logs each one.
 
-    All processes must call this function. Steps older than the newest good one are checked only for the names and
-    sizes of their files. A step without a manifest is unfinished if it is the newest, and otherwise damaged.
+    All processes must call this function. For steps older than the newest good one, only the names and sizes of
+    the files are checked. A step without a manifest is unfinished if it is the newest, and otherwise damaged.
 
     Returns:
         The newest good step, or None if no save has ever finished.
@@ -184,7 +184,10 @@ def quarantine_damaged(folder: pathlib.Path) -> int | None:
 
 
 def _looked_at(folder: pathlib.Path) -> list[tuple[int, str | None]]:
-    """Returns (number, problem) of each step, oldest first, without the steps that Orbax itself removes."""
+    """Returns (number, problem or None) for each saved step, oldest first.
+
+    In a store, steps that Orbax has not committed are left out, since Orbax removes them itself.
+    """
     steps = [
         s
         for s in saved(folder)
@@ -277,7 +280,10 @@ def _read(step_folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_manifest(body: Any) -> bool:
-    """Returns whether `body` has the form that `seal` writes. A correct crc32 does not prove this."""
+    """Returns whether `body` has the keys and types that `seal` writes.
+
+    A file from another program could have a correct crc32 but other keys or types.
+    """
     metrics, files = body.get("metrics"), body.get("files")
     if body.keys() != {"metrics", "files"} or not all(
         isinstance(x, dict) for x in (metrics, files)

@@ -1,6 +1,7 @@
-"""Computes digests of a step's files. Each process reads a share of about equal size in bytes.
+"""Computes digests of a step's files. All processes share the work.
 
-Every process should be able to read all files. Process 0 reads those that another process cannot read.
+The files are divided so that each process reads about the same number of bytes. If a process cannot read one of
+its files, process 0 reads that file later.
 """
 
 import heapq
@@ -23,11 +24,12 @@ def digests_by_all(
 ) -> dict[str, str]:
     """Returns {name of a file: its crc32} on all processes. All processes must call this function.
 
-    The result leaves out files that a process could not read in full. With one process, it is {}.
+    Each file is read by one process, and left out of the result if this process cannot read it in full. In a job
+    of a single process, no file is read and the result is {}.
 
     Args:
         sizes: {name of a file: bytes}, the same on all processes.
-        channel: that of the calling thread.
+        channel: the channel of the calling thread.
     """
     import jax
 
