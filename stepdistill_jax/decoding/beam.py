@@ -42,7 +42,7 @@ def beam_search(
         length_penalty: -10 to 10. A value above 0 favours long answers; 0 ignores the length.
 
     Returns:
-        The arrays of `greedy_decode`. Its scores are sums of log probabilities, without the length penalty.
+        The arrays of `greedy_decode`. The scores are sums of log probabilities, without the length penalty.
 
     Raises:
         InputError: `num_beams` or `length_penalty` is out of range.

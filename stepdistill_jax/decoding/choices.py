@@ -195,9 +195,9 @@ def _arrays(
 
     Segments number the answers within a decoder row, and owners number all answers of an input, both from 1.
 
-    Example: an input's first decoder row has the answers 7 1 and 8 9 1. Its targets are 7 1 8 9 1 0 0 0, and its
-    segments and owners are both 1 1 2 2 2 0 0 0. The input's third answer, at the start of the second decoder
-    row, has segment 1 and owner 3.
+    Example, with decoder rows shortened to 8 tokens: an input's first decoder row has the answers 7 1 and 8 9 1.
+    Its targets are 7 1 8 9 1 0 0 0, and its segments and owners are both 1 1 2 2 2 0 0 0. The input's third answer,
+    at the start of the second decoder row, has segment 1 and owner 3.
     """
     # the narrowest width into which the longest answer fits and, up to 64 tokens, all answers of an input
     longest = max(len(ids) for of_row in answers for ids in of_row)

@@ -35,8 +35,8 @@ def sample_decode(
         params, config, encoder_input_tokens, max_decode_len, decoder_prefix: as for `greedy_decode`.
         temperature: divisor of the logits, above 0.
         top_k: number of likeliest tokens that can be drawn; ties are kept; 0 means all.
-        top_p: probability from 0 to 1. Among the tokens that `top_k` allows, only the likeliest can be drawn:
-            as few as reach a total probability of `top_p`. 0 means one token, 1 means all.
+        top_p: probability from 0 to 1. Of the tokens that `top_k` allows, only the likeliest can be drawn: the
+            fewest with a total probability of at least `top_p`. 0 means one token, 1 means all.
 
     Returns:
         The arrays of `greedy_decode`. The scores ignore the three options.

@@ -81,8 +81,8 @@ class Enough:
         target: the baseline's full accuracy.
         fraction: smallest fraction at which the arm reaches `target`, or None.
         labels: mean number of labelled examples at `fraction`, or None.
-        surely: like `fraction`, but the 95 % interval of accuracy - `target` must be above 0 at this fraction
-            and at all larger ones.
+        surely: smallest fraction such that the 95 % interval of accuracy - `target` is above 0 at this fraction
+            and at all larger ones, or None.
         tested: whether answers could be compared row by row. If False, `surely` is meaningless.
         baseline_labels: mean number of labelled examples at the baseline's largest fraction.
         reverse: smallest fraction at which the baseline reaches the arm's full accuracy, or None.
@@ -150,7 +150,7 @@ def compare(
 
     Args:
         baseline: arm with which the others are compared; None means `label_only`. A group without this arm uses
-            the first of these that it has: `label_only`, an arm with the objectives of `label_only`, any arm.
+            `label_only`, else an arm with the objectives of `label_only`, else its first arm.
 
     Returns:
         A comparison for each group.

@@ -115,8 +115,8 @@ def tests_table(comparison: Comparison, name: str) -> Table:
 def rationale_table(comparison: Comparison, name: str) -> Table:
     """Returns the quality of decoded rationales, with a row for each arm and fraction.
 
-    Values are means over the runs. Counts of rationales are shown as shares of the rows. The last row shows the
-    verdicts on the dataset's own rationales, if there are any verdicts.
+    Values are means over the runs. Counts of rationales are shown as shares of the rows. The last row,
+    `teacher`, shows the verdicts on the dataset's own rationales, if there are such verdicts.
     """
     head = ("arm", "fraction", "runs", "ROUGE-L", "chrF", "token accuracy", "words")
     counts = ("empty", "unfinished", *VERDICTS)

@@ -209,10 +209,9 @@ def _prompt(objective: Objective) -> str:
 
 
 def _answers(objective: Objective) -> str:
-    """Returns the card's paragraphs on the form of answers and on the fields of the prompt.
+    """Returns up to two paragraphs of the card.
 
-    Leaves out the paragraph on answers if an answer is only the label. Leaves out the paragraph on fields if the
-    prompt needs only the input.
+    The first describes answers with more than the label, and the second describes prompts with more than the input.
     """
     said = ""
     if objective.writes_more:

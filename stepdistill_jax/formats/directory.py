@@ -39,8 +39,8 @@ class TaskInfo:
         objectives: training objectives. The label is read from the model's answer to the first one.
         input_length: largest number of ids in an input, the end of sequence included.
         target_length: largest number of ids in any objective's target.
-        max_decode_len: number of ids to decode. It is enough for every label of the train split and the end of
-            sequence.
+        max_decode_len: largest number of ids to decode for the label, the end of sequence included. Unless the
+            run's config sets it, every target of the first objective in the train split fits.
         metric: `text_match` or `value_match`.
         labels: all possible labels if they are few; else empty.
         provenance: facts about the training, such as versions, data and metrics.

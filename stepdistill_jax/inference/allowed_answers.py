@@ -80,7 +80,7 @@ class Allowed:
         return self.labels or _each_once(row.choices)
 
     def ids(self, row: Example) -> list[tuple[int, ...]]:
-        """Returns the token ids of each label in `of(row)`. Each list ends with the end of sequence."""
+        """Returns the token ids of each label in `of(row)`, each with an end of sequence."""
         return self._ids if self.labels else self._checked(self.of(row))
 
     def check(self, row: Example) -> None:
@@ -173,7 +173,7 @@ def _each_once(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def _read_labels(choices: Any, of_task: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns a name for the source of the labels, for error messages, and the labels, not yet checked."""
+    """Returns the labels' source, as error messages name it, and the unchecked labels."""
     if choices == LABELS:
         if not of_task:
             raise InputError(

@@ -246,7 +246,7 @@ class CTranslate2Engine:
         if prefix and self._penalty:
             raise InputError(
                 f"{self.path}: CTranslate2 would count the decoder prefix of a rationale in the length"
-                " penalty; set `length_penalty=0`, or use the original model directory, before conversion"
+                " penalty; set `length_penalty=0`, or use the directory that this one was made from"
             )
         decoded = Decoded(
             [[] for _ in rows], np.zeros(len(rows), np.float32), np.zeros(len(rows), bool)

@@ -137,7 +137,7 @@ def evaluate(
 
 
 def _check_held_out(info: TaskInfo | None, dataset: PreparedDataset, split: str) -> None:
-    """Raises InputError if `split` is a validation split and the model was trained on some rows of this split."""
+    """Raises InputError if `split` is a validation split with rows on which the model was trained."""
     # with `paper_exact`, a run with a `data_fraction` below 1 draws another validation split
     config = info.provenance.get("config") if info and info.task == dataset.name else None
     share = config.get("data_fraction") if isinstance(config, dict) else None

@@ -59,8 +59,8 @@ def export(
         `files`: sorted names of the files and folders in `model_dir`.
 
     Raises:
-        InputError: an argument is bad, `model_dir` is not empty, or `transformers` would tokenise a text differently
-            than in training.
+        InputError: an argument is bad, `model_dir` is not empty, or `transformers` could not tokenise texts as in
+            training.
     """
     one_of("format", format, FORMATS)
     if quantization is not None and format != "ctranslate2":

@@ -25,8 +25,8 @@ def question(
 
     Args:
         more: names of further fields to read.
-        field_map: {field of `Example`: field of the row that has its value}, where the names differ. None also
-            means that messages do not suggest `field_map`, since the user cannot set it.
+        field_map: {our field: the row's field}, for fields with other names in the row. None also means that
+            messages do not suggest `field_map`, since the user cannot set it.
 
     Raises:
         InputError: a field is missing or has the wrong type.

@@ -23,7 +23,7 @@ class DecodeOptions:
     Attributes:
         step: checkpoint of a workdir: `best` on the validation split, `last`, or a step number.
         batch_size: number of rows decoded at once, on all devices together; None means 64 times the
-            number of devices over which rows are split.
+            number of devices over which rows are split (with CTranslate2, of CPU cores).
         layout: how the devices of all processes share the work (`sharding.LAYOUTS`). `tensor` splits a
             model that does not fit on one device.
         max_decode_len: largest number of ids in a label, its end of sequence included. None means
@@ -35,7 +35,7 @@ class DecodeOptions:
             answer.
         choices_temperature: temperature of the choices' probabilities; see `best_temperature` of `evaluate`.
         prefix: text before the input; None keeps the model's own prompt.
-        engine: `jax` or `ctranslate2`; None chooses the engine for the format of the model directory.
+        engine: `jax` or `ctranslate2`; None means the engine that can read the directory.
         quantization: `int8` stores the projection kernels of the JAX engine as int8; None means float32.
     """
 

@@ -64,8 +64,8 @@ def predict(
     """Decodes the label of each input row, in order and in bounded memory.
 
     Each output line has `id`, `label` and `score`. The score is the natural log of the answer's probability,
-    including its end of sequence, rounded to 6 decimals. With `choices`, the line has `probability` and `choices`
-    (`inference.allowed_answers`). If the model writes more than a label, the line also has the other fields that it
+    including its end of sequence, rounded to 6 decimals. With `choices`, the line also has `probability` and
+    `choices` (`Allowed.answer`). If the model writes more than a label, the line also has the other fields that it
     writes (`prompting.read_answer`).
 
     A restarted run continues after the finished rows, and writes the same bytes. With other devices or batch sizes,

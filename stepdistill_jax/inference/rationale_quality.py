@@ -118,8 +118,8 @@ class RationaleCounts:
             `empty`: number of rationales without text.
             `mean_words`: mean number of words in a rationale.
             `references`: number of rows that have a rationale in the dataset.
-            `rouge_l`: mean F1 of ROUGE-L (0 to 1) against a row's best reference; None if `references` is 0.
-            `chrf`: mean sentence chrF2 (0 to 100); None if `references` is 0.
+            `rouge_l`: mean F1 of ROUGE-L (0 to 1) over these rows, each with its best reference.
+            `chrf`: mean sentence chrF2 (0 to 100) over these rows. Both are None if `references` is 0.
             `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of `named_answer`;
             None if no row has a verdict.
             `teacher`: {verdict: number of rows}, where the verdicts compare the rationale in the dataset with the

@@ -208,7 +208,8 @@ class Service:
         """Returns the body of a request.
 
         Raises:
-            Refused: the model is warming up, or too many requests are open.
+            Refused: the model is warming up, too many requests are open, or the body is too large.
+            ClientDisconnect: the client disconnects before the end of the body.
         """
         if not self._warm:
             raise Refused(503, "the model is warming up", **{"Retry-After": "5"})

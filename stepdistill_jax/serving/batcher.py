@@ -46,7 +46,7 @@ class _Lane:
 
     Attributes:
         seconds: engine time that the lane has used. The lane with the least is served next. When an empty lane
-            gets a row, `seconds` is raised to `Batcher._time` if it is less.
+            gets a row, `seconds` is raised to at least `Batcher._time`.
     """
 
     waiting: dict[int, _Waiting] = dataclasses.field(default_factory=dict)  # by `id`

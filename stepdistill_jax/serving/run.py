@@ -38,7 +38,8 @@ def serve(
         path: workdir, or model directory in Hugging Face's or CTranslate2's layout.
         port: 0 means any free port, which is logged.
         max_wait_ms: how long, in ms, an idle engine waits for more rows before it starts a batch.
-        max_queue: number of rows that may wait for an answer. A request that would exceed it gets status 503.
+        max_queue: largest number of unanswered rows. A request that would exceed it gets status 503, or 413 if its
+            own rows exceed it.
         timeout_secs: seconds after which a request gets status 504.
         grace_secs: seconds for which requests are still answered after a signal.
         **options: fields of `DecodeOptions`.
