@@ -36,7 +36,7 @@ class Binding:
         key: a macro such as `SEED`, or a parameter such as `train.seed` or `hint/Objective.weight`.
         where: `file:line`, or the flag as the user wrote it.
         path: path of the file; None for a flag.
-        rival: binding of the same key in another shipped file, if the two files conflict; else None. See `merged`.
+        rival: binding of the same key in another part, if the two parts conflict; else None. See `merged`.
     """
 
     key: str
@@ -172,7 +172,7 @@ class Reader:
 def merged(files: Iterable[tuple[pathlib.Path, Bindings]]) -> Bindings:
     """Merges the bindings of several files.
 
-    A later file overrides earlier files. Shipped files, called parts, have additional rules:
+    A later file overrides earlier files. Shipped parts (see `is_part`) have additional rules:
 
     - If a part contains a reference such as `@optimizer()`, earlier bindings of `optimizer` are dropped, except
       those in other parts.

@@ -27,7 +27,7 @@ class Setting:
         field: full name, such as `train.batch_size`.
         required: whether a config must bind the setting.
         default: the value in the config that was passed to `settings`, or else the default; None if `required`.
-        bound: whether that config, or a part that it includes, binds the setting.
+        bound: whether that config, or a file that it includes, binds the setting.
         unit: a unit such as `tokens`, or None.
     """
 
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Prints and returns the settings that NAME and CONFIG select. Without both, these are all settings."""
+    """Prints and returns the settings that NAME and CONFIG select, or all settings if both are missing."""
     config, name = _config_and_name(args.names)
     known = settings(config)
     if name is not None:

@@ -1,7 +1,4 @@
-"""Finds changes to a config that make its step fit into memory. Each change is compiled before it is recommended.
-
-The code of this package calls microbatches (`num_microbatches`) slices.
-"""
+"""Finds changes to a config that make its step fit into memory. Each change is compiled before it is recommended."""
 
 import dataclasses
 import itertools
@@ -25,7 +22,7 @@ from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 MORE_DEVICES = (2, 4)  # factors by which the number of devices is raised, to try more devices
-# Other numbers of slices and devices round the rows up to other multiples. This may raise the FLOPs of a step
+# Other numbers of microbatches and devices round the rows up to other multiples. This may raise the FLOPs of a step
 # by at most this factor.
 MORE_WORK = 1.25
 _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 3, 4, 6, 8, 12, ...
@@ -65,8 +62,8 @@ def remedies(base: Base, more_devices: list[Any]) -> list[dict[str, Any]]:
         more_devices: the target's devices, followed by additional devices that a variant may use.
 
     Returns:
-        The variants, cheapest first, but those on more devices last. The entry `changes` of each has the changed
-        settings: {parameter: new value}.
+        The variants, cheapest first. If there is one on more devices, it comes last. The entry `changes` of each has
+        its changes: {name of the setting: new value}.
     """
     single = list(_single(base))
     tried = [found for changes in single if (found := _with(base, changes)) is not None]
@@ -106,7 +103,8 @@ def _slices(base: Base) -> list[int]:
     counts = [k for k in _COUNTS if config.num_microbatches < k <= most]
     sizes = base.found.get("per_device", {})
     enough = counts[-1:]
-    # starts with the first count with which a slice's activations, its gradients and the sum of all gradients fit
+    # starts with the first count with which a microbatch's activations, its gradients and the sum of all
+    # gradients fit
     if "activations" in sizes:
         fixed = sizes["arguments"] + 2 * sizes["gradients"]
         part = sizes["activations"] * config.num_microbatches
@@ -156,7 +154,8 @@ def _together(
     if size is not None:
         smaller = (c for c in tried if c.get("per_device", {}).get("total", math.inf) < size)
         saving = [found["changes"] for found in smaller]
-    # of several changes of one setting, the last wins: the most slices, or the remat policy that saves most
+    # of several changes of one setting, the last wins: the most microbatches, or the remat policy that saves
+    # most
     changes = {name: value for change in saving for name, value in change.items()}
     if "optimizer" in changes:
         changes.pop("mu_dtype", None)

@@ -61,7 +61,7 @@ def collectives(
     """Finds a compiled module's collectives over more than one device.
 
     Args:
-        num_devices: number of devices in the mesh. A collective that names no device groups runs on all of them.
+        num_devices: number of devices in the mesh. A collective without replica groups runs on all of them.
         unknown_trips: as for `runs`.
 
     Returns:

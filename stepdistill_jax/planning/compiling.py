@@ -46,7 +46,7 @@ class Figures:
 
     Attributes:
         layout: size of each mesh axis.
-        groups: (row count, input length, target length) of each group of rows that are padded to the same lengths.
+        groups: (row count, input length, target length) of each group of the batch, as in `StepRows`.
         filled_rows: number of rows that contain tokens.
         state: bytes of `params` and of `optimizer`.
         arguments: bytes of state and batch.
@@ -54,8 +54,7 @@ class Figures:
         temp: bytes of the compiler's buffers.
         total: peak bytes, the sum of `arguments`, `temp` and the results that do not reuse an argument's memory.
         operations: the collectives, sorted from the most to the fewest sent bytes.
-        unknown_loops: number of loops that contain collectives and whose trip count is unknown. A trip count of 1
-            is assumed for them.
+        unknown_loops: number of loops of unknown length that contain collectives. One iteration is assumed for each.
         model_flops: FLOPs of the forward and backward pass, over all devices.
         recomputed_flops: FLOPs that the backward pass repeats, over all devices.
         bound: lower bound of the step's time; None for virtual devices.
@@ -254,7 +253,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
         MemoryError: the step does not fit into memory.
     """
     began = time.perf_counter()
-    # each device needs the same number of rows in each slice
+    # each device needs the same number of rows in each microbatch
     rows = work.rows_of(batch_shards(mesh) * config.num_microbatches)
     groups = rows.groups
     model = dataclasses.replace(work.model, remat_policy=remat_policy)

@@ -36,7 +36,7 @@ class Cost:
         products: {(dtype of the factors, precision): FLOPs of the matmuls}.
         bytes: bytes read from and written to main memory.
         integer, other: number of elementwise operations on integers and on other types.
-        known: False for a custom call without a `kernel_cost` formula. Only its bytes are counted.
+        known: False for a kernel without a formula (see `kernel_cost`). Only its bytes are counted.
     """
 
     products: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)

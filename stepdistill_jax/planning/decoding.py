@@ -47,7 +47,7 @@ def plan_decode(
 ) -> dict[str, Any]:
     """Compiles the greedy decoder of a validation run for a topology, and returns the cost of decoding a batch.
 
-    The cost assumes that every row is decoded up to the maximum length.
+    The cost assumes that no row ends early: each decodes as many tokens as the entry `tokens` says.
 
     Args:
         config: its `dtype` is the type of the activations.
@@ -64,7 +64,7 @@ def plan_decode(
         `devices`, `device_kind`, `hbm`, `limit`, `assumptions`: as for `plan`.
         `layout`: sizes of the mesh axes.
         `rows`: number of rows in the batch.
-        `input_length`, `tokens`: number of input tokens and of decoded tokens in each row.
+        `input_length`, `tokens`: number of input tokens (including padding) and of decoded tokens in each row.
         `per_device`: bytes of `params`, `arguments`, `temp` and `total`.
         `fits`: whether the total is within the limit.
         `collectives_by_dtype`, `wire_bytes`: the data that devices exchange.

@@ -1,7 +1,7 @@
 """Lists the instructions that a module runs, and how many times each of them runs.
 
 XLA prints the body of a loop only once, so the instructions in it count once for each iteration. The number of
-iterations is known at compile time for loops over layers and slices.
+iterations is known at compile time for loops over layers and microbatches.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
                     # a decoder decodes tokens in only one of its loops
                     others = 1 if unknown_trips is None else 0
                     times_here = unknown_trips if unknown_trips and len(seen) == 1 else others
-                # nested loops multiply: 2 slices of 12 layers run the body of the layer 24 times
+                # nested loops multiply: 2 microbatches and 12 layers run the body of the layer 24 times
                 for body in callees if times_here else []:
                     yield from visit(body, times * times_here, within)
             elif instruction.opcode == "conditional":
@@ -71,7 +71,8 @@ def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     """Returns the trip count of a `while` in the computation `around`, or None if it is unknown.
 
     If XLA's annotation `known_trip_count` is missing, the count is ceil((limit - start) / step), where the three
-    values are those of the loop's counter. If the HLO text does not show `start` or `step`, 0 or 1 is assumed.
+    values are those of the loop's counter. If the HLO text does not show them, a `start` of 0 and a `step` of 1
+    are assumed.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))

@@ -53,8 +53,8 @@ class StepRows:
     """The number and lengths of the rows of a step.
 
     Attributes:
-        groups: (row count, input length, target length) of each part of the batch. Without packing, each
-            objective can have its own part. Row counts are rounded up to a multiple of `Batches.row_multiple`.
+        groups: (row count, input length, target length) of each group of the batch (see `Batches.pack`). Row counts
+            are rounded up to a multiple of `Batches.row_multiple`.
         filled: number of rows that contain tokens. The other rows are padding.
     """
 

@@ -1,4 +1,4 @@
-"""Configures JAX's persistent compilation cache, from which the next process loads its compiled programs."""
+"""Configures JAX's persistent cache of compiled programs, and limits its size. Later runs load programs from it."""
 
 import contextlib
 import os

@@ -141,8 +141,7 @@ class StopSignals:
     def act_if_agreed(self) -> None:
         """Calls `act` if `agreed` returns True.
 
-        With one process, a signal calls `act` directly. With several, only this method does, since all processes
-        must stop at the same point.
+        With several processes, nothing else calls `act` (see the class).
         """
         if self.agreed() and self.act is not None:
             self.act(self.received)

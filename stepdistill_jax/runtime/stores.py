@@ -101,7 +101,7 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
     """
     if (url := _url(path)) is not None:
         raise InputError(
-            f"{name} {url}: must be a path on this machine (only a workdir may be a URL); pass a local path"
+            f"{name} {url}: must be a path on this machine, since only a workdir may be a URL"
         )
     return pathlib.Path(path)
 

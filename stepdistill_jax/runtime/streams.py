@@ -195,7 +195,7 @@ class ResumableFile(StreamedFile):
                 yield from map(json.loads, f)
 
     def append(self, rows: list[dict[str, Any]], **counts: int) -> None:
-        """Appends rows to PATH.partial. They survive a power loss once this method has returned.
+        """Appends rows to PATH.partial as one window. They survive a power loss once this method has returned.
 
         Args:
             counts: integers that are saved in `state` for the next run.

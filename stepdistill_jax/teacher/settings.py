@@ -37,7 +37,7 @@ class Settings:
             question is asked again.
         attempts: how often to send a request to a failing server before giving up its question.
         timeout: time limit of a request, in seconds.
-        max_truncated: largest share of answers that may be unusable, for any reason. From the 20th question on, a
+        max_truncated: largest share of answers that may be unusable, for any reason. From the 20th answer on, a
             larger share stops the run.
         max_tokens_total, max_cost: limits for this run; None means no limit.
         price_input, price_output: prices per million tokens of prompts and of answers; None if unknown.

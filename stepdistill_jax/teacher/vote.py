@@ -41,8 +41,9 @@ def output_row(
 ) -> dict[str, Any]:
     """Returns a question and its answers as a row of the generic format.
 
-    The usable answers are stored in `rationale` and `rationales`. If the teacher was not given the label, their
-    commonest label is stored in `llm_label`. With several samples, `weight` is then multiplied by its share.
+    All rationales of usable answers are stored in `rationales`, and one of them in `rationale`. If the teacher was
+    not given the label, the commonest label is stored in `llm_label`. With several samples, `weight` is then
+    multiplied by this label's share.
 
     Args:
         row: the question.
