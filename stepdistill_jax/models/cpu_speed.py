@@ -104,8 +104,9 @@ def in_row_blocks(encode: Callable, *arrays: jax.Array) -> jax.Array:
 def _rows_of_block(batch: Any, length: Any) -> Any:
     """Returns the number of rows of a block.
 
-    This is the largest divisor of `batch` for which a block has at most `BLOCK_TOKENS` tokens. If such a block
-    fills at most half of `BLOCK_TOKENS`, or if a size is symbolic, it is `batch` (a single block).
+    This is the largest divisor of `batch` for which a block has at most `BLOCK_TOKENS` tokens, or 1 if a single
+    row has more. If such a block fills at most half of `BLOCK_TOKENS`, or if a size is symbolic, it is `batch`
+    (a single block).
     """
     if not isinstance(batch, int) or not isinstance(length, int):
         return batch

@@ -149,8 +149,8 @@ class EncoderDecoder(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         """Decodes one token for each row.
 
-        In a beam search, `ids` and the cache's `key` and `value` have batch * beams rows. All other arrays have batch
-        rows.
+        In a beam search, `ids`, the cache's `key` and `value`, and the logits have batch * beams rows. All other
+        arrays have batch rows.
 
         Args:
             ids: the previous tokens, [batch, 1] int32; 0 at the first position.

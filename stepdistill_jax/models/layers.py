@@ -221,8 +221,8 @@ class Attention(nn.Module):
     def over_states(self, x, encoded, transposed, segments: Segments) -> jax.Array:
         """Returns attention to the encoder's states, without computing their keys and values.
 
-        If every query head has its own key and value head, this saves work while q is below about the head
-        dimension.
+        If every query head has its own key and value head, this saves work while the number of queries per input
+        is below about the head dimension.
 
         Args:
             x: the decoder's states, [batch, q, embed].

@@ -302,8 +302,8 @@ def _check_divisible(
 ) -> None:
     """Raises InputError if a sharded dimension is not a multiple of the size of its mesh axis.
 
-    The values of `heads`, which are the numbers of key and value heads of the encoder and decoder, must be multiples
-    of the axis `tensor`, so that no head is split.
+    Also raises it if a value of `heads`, the number of key and value heads of the encoder or decoder, is not a
+    multiple of the size of the axis `tensor`, since no head may be split.
     """
     # for example, a kernel [embed, 128] with 2 heads can have at most 2 shards
     wrong: dict[str, str] = {}

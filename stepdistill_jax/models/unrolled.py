@@ -15,7 +15,7 @@ from stepdistill_jax.models.config import ModelConfig
 def unrolled(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns the parameters with `layers_0`, `layers_1`, ... instead of `layers` in the decoder.
 
-    Kernels that read the same input are stacked:
+    In two blocks, the kernels that read the same input are stacked:
 
     - `self_attention`: one kernel `query_key_value` [embed, 3, joined_kv]. If there are fewer key/value heads than
       query heads, `query` stays separate, and only `key_value` [embed, 2, features] is stacked.

@@ -137,8 +137,8 @@ class TrainConfig:
         checkpoint_every (steps): number of steps between two checkpoints. Each new best step and the last
             step are saved as well.
         learning_rate: peak learning rate of the optimizer's schedule.
-        num_microbatches: number of slices into which a step's batch is cut to save memory. The gradients
-            of all slices are added up.
+        num_microbatches: number of microbatches into which a step's batch is split to save memory. Their
+            gradients are added up.
         dtype: type of activations, `float32` or `bfloat16`; parameters and optimizer are always
             float32.
         dropout_broadcast: whether all positions of a row share one dropout mask, as in T5X. This needs

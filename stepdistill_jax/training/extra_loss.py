@@ -18,8 +18,8 @@ from stepdistill_jax.runtime.checks import snake_case
 class ExtraLoss(abc.ABC):
     """Adds `weight` x (sum of `total`) / (sum of `count`) to the loss.
 
-    Both sums are over the global batch. A subclass is a frozen dataclass whose fields are its settings. Each call
-    of `count` and `total` gets only some rows of the batch, and must return the sum over these rows. JAX traces
+    Both sums are over the global batch. A subclass is a frozen dataclass whose fields are its settings. A call of
+    `count` or `total` may get only some rows of the batch, and must return the sum over these rows. JAX traces
     both methods, so no Python branch may depend on values in their arguments. In a packed row, segment ids
     distinguish the examples.
 
@@ -77,18 +77,18 @@ class PairedLoss(ExtraLoss):
     A pair is an example that has targets of the first two objectives. An example with several rationales is
     still one pair.
 
-    All targets of an example are in the same packed row. `decoder_example_ids` gives each target token the
-    1-based index of its example within the packed row; 0 is padding. In the shapes below, `examples` is
-    `length` // 2, which is enough for all pairs of a packed row.
+    All targets of an example are in the same row of a batch. `decoder_example_ids` gives each target token the
+    1-based index of its example within the row; 0 is padding. In the shapes below, `examples` is `length` // 2,
+    which is enough for all pairs of a row.
     """
 
     def count(self, group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns the number of examples in `group` that have targets of the first two objectives, a scalar."""
+        """Returns the number of pairs in `group`, a scalar."""
         return self.is_pair(group).sum()
 
     @staticmethod
     def is_pair(group: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns which examples of each packed row are pairs, [rows, examples] bool."""
+        """Returns which examples of each row are pairs, [rows, examples] bool."""
         ones = jnp.ones_like(group[EXAMPLE_IDS])
         first, second = (PairedLoss.pooled(ones, group, i) > 0 for i in (1, 2))
         return first & second

@@ -1,4 +1,4 @@
-"""Computes the loss of all objectives as sums over tokens, which can be added up over slices and devices."""
+"""Computes the loss of all objectives as sums over tokens, which can be added up over microbatches and devices."""
 
 import functools
 from collections.abc import Mapping, Sequence

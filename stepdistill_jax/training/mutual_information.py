@@ -15,9 +15,10 @@ from stepdistill_jax.training.extra_loss import PairedLoss
 class MutualInformation(PairedLoss):
     """The mutual-information loss of MI-DSS (Chen et al., Findings of ACL 2024, arXiv:2403.03348).
 
-    The loss moves a rationale towards the words that the label predicts. A pair is the label and a rationale of one
-    example. For each id v, z_v is its largest probability over the positions of the label, and r_v its largest
-    probability over the positions of the rationale. The end of sequence counts as a position. The loss of a pair is
+    The loss moves a rationale towards the words that the label predicts. A pair is the label and the rationale of
+    one example; several rationales count as one. For each id v, z_v is its largest probability over the positions
+    of the label, and r_v its largest probability over the positions of the rationale. The end of sequence counts as
+    a position. The loss of a pair is
 
         CE(z, r) = - sum over v of z_v log softmax(r)_v
 

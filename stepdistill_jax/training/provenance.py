@@ -171,7 +171,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _why_not_longer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns [the reason] if a resumed run must not increase `train_steps`, and [] if it may.
 
-    It must not if the learning rate of every step depends on `train_steps`.
+    It must not if a learning rate depends on `train_steps`.
     """
     optimizer = now["optimizer"]
     named = optimizer.get("schedule")

@@ -69,13 +69,13 @@ def batch_counts(
 
 
 def slices_of(batch: Batch, num_microbatches: int) -> Batch:
-    """Reshapes arrays from [rows, length] to [slices, rows / slices, length].
+    """Splits a batch into n = `num_microbatches` microbatches: arrays [rows, length] -> [n, rows / n, length].
 
-    Slice i has the rows i, i + slices, i + 2 slices, ..., so that no row moves to another device.
+    Microbatch i has the rows i, i + n, i + 2 n, ..., so that no row moves to another device.
     """
 
-    # Rows 0 to 7 on two devices, 0-3 and 4-7, in two slices: 0 2 | 4 6 and 1 3 | 5 7. Each device keeps its
-    # rows and has half of each slice.
+    # Rows 0 to 7 on two devices, 0-3 and 4-7, in two microbatches: 0 2 | 4 6 and 1 3 | 5 7. Each device keeps
+    # its rows and has half of each microbatch.
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
         return nn.with_logical_constraint(x, (None, "batch", "length"))
@@ -114,7 +114,7 @@ def train_step(
     of = (len(objective_weights), num_tasks)
     columns = len(all_weights) + (num_tasks - 1) * of[0]
     weights = weights_at(all_weights, state.step)
-    # weight / count over the GLOBAL batch: with it, sums over slices and devices need no division
+    # weight / count over the GLOBAL batch: with it, sums over microbatches and devices need no division
     counts = over_tasks(batch_counts(batch, columns, extra_loss, of[0]), *of)
     scale = for_tasks(loss_scale(counts, weights), *of)
     dropout = model.config.dropout_rate > 0
@@ -132,7 +132,7 @@ def train_step(
     if num_microbatches == 1:
         (_, sums), grads = value_and_grad(trained, batch, step_rng)
     else:
-        # one slice's activations exist at a time; gradients are float32, as the parameters
+        # one microbatch's activations exist at a time; gradients are float32, as the parameters
         def add_slice(carry, part_and_index):
             part, index = part_and_index
             rng = jax.random.fold_in(step_rng, index)

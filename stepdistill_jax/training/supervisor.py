@@ -17,7 +17,7 @@ The run is in one of four states. Their time limits depend on two durations:
                 STARTING if a stop                                step is saved, and the next start
                 postponed the validation                          validates it
 
-The state changes, or the run ends, in these cases:
+These events change the state, skip an update or end the run:
 
     STARTING, STEPPING -> SAVING    a step has ended
     SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
@@ -219,7 +219,8 @@ class Supervisor:
     def record(self, step: int, batch: HostBatch, device_metrics: dict, waited: float) -> None:
         """Keeps a step's metrics for the next call, and writes the metrics of the previous step.
 
-        Reading a step's metrics waits until the step has ended. With the delay, the next step is already queued.
+        Reading a step's metrics waits until the step has ended. By then the next step is queued, so the devices do
+        not wait.
         `waited` is how long the loop waited for the batch, in seconds. Raises the errors of `flush`.
         """
         # the end of a step that has already ended is measured here, since `flush` runs later
@@ -479,11 +480,9 @@ def _roll_back(run: Run, step: int) -> None:
 
 
 class Watchdog:
-    """A context that exits with status 134 if the run stays in one `State` too long.
+    """A context that ends the process with status 134 if the run stays in one `State` too long.
 
-    Before the exit, it writes the stacks of all threads.
-
-    Time in which the process is suspended does not count.
+    First, it writes the stacks of all threads. Time in which the process is suspended does not count.
     """
 
     def __init__(self, medians: float, min_secs: float):

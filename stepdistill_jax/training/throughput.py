@@ -33,7 +33,7 @@ class Throughput:
         return (self._last + ended) / 2
 
     def of_step(self, batch: HostBatch, ended: float) -> dict[str, float]:
-        """Returns the metrics `timing/...` and `non_padding_fraction/...` of a step that has just ended.
+        """Returns the metrics `timing/...` and `non_padding_fraction/...` of a step that has ended.
 
         The step's time is measured from the end of the previous step, or from a later call of `pause`.
 

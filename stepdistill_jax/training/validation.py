@@ -214,7 +214,7 @@ class Validator:
     def _decode(
         self, params: Any, on_batch: Callable[[], None], keep: Callable[[dict[str, Any]], None]
     ) -> dict[str, float]:
-        """Decodes the labels, and returns the metrics of each task. If there are several tasks, adds their means."""
+        """Decodes the labels, and returns each part's metrics. If there are several parts, adds means over them."""
         parts = [p for p in self.data.parts if p.label_column is not None]
         asked = [part.labelled_inputs() for part in parts]
         prompts = [

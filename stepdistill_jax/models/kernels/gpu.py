@@ -1,12 +1,14 @@
 """T5's attention for NVIDIA GPUs from the A100 on, in Pallas (Triton).
 
 The forward kernel (FlashAttention) stores the logarithm of each softmax's denominator. From it, the backward
-kernels recompute the weights. Each instance of a backward kernel (`pl.program_id`) computes its own tile of the
-gradient. No two instances add to the same output, so results are repeatable:
+kernels recompute the weights. A program is one instance of a kernel (`pl.program_id`). No two programs add to the
+same output, so results are repeatable:
 
-    queries' gradient           an instance takes 128 queries of one row and head, and loops over keys
-    keys' and values' gradient  an instance takes 64 keys of one row and head, and loops over queries
-    bias's gradient             an instance takes 128 queries and 64 keys of one head, and loops over rows
+    queries' gradient           a program has a block of queries of one row and head, and loops over keys
+    keys' and values' gradient  a program has a tile of keys of one row and head, and loops over queries
+    bias's gradient             a program has a block of queries and a tile of keys of one head, and loops over rows
+
+A block has 128 queries, or 64 if a row has no more. A tile has 64 keys, or 32 (`gpu_tiles.FEW_KEYS`).
 """
 
 import functools
@@ -162,7 +164,7 @@ _attention.defvjp(_forward, _backward)
 class _Specs:
     """Pallas block specs of the attention arrays.
 
-    Each run of the kernel's program gets one head of one row, or of all rows if `all_rows` is set.
+    A program gets one head of one row, or of all rows if `all_rows` is set.
     """
 
     def __init__(self, arrays, all_rows: bool = False):

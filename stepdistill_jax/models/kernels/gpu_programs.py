@@ -1,6 +1,7 @@
-"""The programs of the attention kernels for NVIDIA GPUs.
+"""The kernel functions of attention on NVIDIA GPUs.
 
-A program's references point to one row of the batch and one head:
+Pallas runs a kernel function many times, each time for other queries or keys. Such a run is called a program. Its
+references point to one row of the batch and one head:
 
     q, out      [q, d]
     slope       [q, d]; gradient of the loss with respect to `out`
@@ -24,7 +25,7 @@ from stepdistill_jax.models.kernels import gpu_tiles as tiles
 
 
 def forward(call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, out_ref, sum_ref):
-    """Writes the attention output of a tile of queries, and the base-2 logarithm of each softmax's denominator."""
+    """Writes the attention output of a program's queries, and the base-2 logarithm of each softmax's denominator."""
     start = pl.program_id(0) * call.queries
     halves = tiles.queries(call, q_ref, q_segs, start)
 
@@ -167,7 +168,7 @@ def keys_gradient(
 def bias_gradient(
     call, q_ref, k_ref, v_ref, bias_ref, q_segs, k_segs, seeds, sums, dots, slope_ref, db_ref
 ):
-    """Writes the gradient of the bias of a program's queries and keys, summed over the rows of the batch."""
+    """Writes the gradient of the bias between a program's queries and keys, summed over the rows of the batch."""
     # the bias is added to the scores of each row, so its gradient is the sum of the scores' gradients
     start, key = pl.program_id(1) * call.queries, pl.program_id(0) * call.keys
     rows = q_ref.shape[0]

@@ -1,7 +1,7 @@
 """Loads, computes and stores tiles of attention for the NVIDIA kernels.
 
-Each Pallas program computes 64 or 128 queries, in blocks of 64 that the code calls halves. Positions after the end
-of an array count as padding (segment 0).
+A program (one instance of a Pallas kernel) processes one or two halves at a time. A half has 64 queries. Positions
+after the end of an array count as padding (segment 0).
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Call:
 
     @property
     def halves(self) -> int:
-        """Number of 64-query blocks in a program: 1 or 2."""
+        """Number of halves in a program: 1 or 2."""
         return 1 if self.q_len <= HALF else 2
 
     @property
@@ -209,7 +209,7 @@ def query_tiles(call, keys, segments):
 def _span(own, others, tile):
     """Returns the range (first, end) of the tiles of `others` in which a segment of `own` may occur.
 
-    The range is empty if no tile has such a segment.
+    If there is no such tile, the range is empty.
 
     Example: if `tile` is 2, `others` is 1 1 1 2 2 3 3 0, and `own` has only segment 2, the range is (1, 3).
     It covers the positions 2 to 5.
@@ -250,7 +250,7 @@ def query_rows(call, ref, start, *row):
 
 
 def key_rows(call, ref, start, *row):
-    """Loads the `call.keys` rows of ref [*row, k, d] from `start` on, as [call.keys, d]."""
+    """Loads the `call.keys` rows of ref [*row, k, d] from `start` on, as [keys, d]."""
     return _rows(ref, start, call.keys, call.k_len, call.keys, *row)
 
 
@@ -313,7 +313,7 @@ def store_bias(call, ref, query, key, x):
 
 
 def _bias_tile(call, ref, query, key):
-    """Returns the tile [64, keys] of ref [q, k] that starts at (query, key), and its mask.
+    """Returns a reference to the tile [64, keys] of ref [q, k] that starts at (query, key), and the tile's mask.
 
     The mask [64, keys] is False at positions beyond the end of ref. It is None if all tiles end within ref.
     """

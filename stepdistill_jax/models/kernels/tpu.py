@@ -1,7 +1,7 @@
 """T5's attention for TPUs from v5e on, in Pallas.
 
-The grid is (pair of heads, row of the batch), and rows are the inner loop. So the bias of a pair of heads is fetched
-once, and its gradient is summed over rows on the chip.
+A program is one instance of a kernel. The grid of programs is (pair of heads, row of the batch), and rows are the
+inner loop. So the bias of a pair of heads is fetched once, and its gradient is summed over rows on the chip.
 """
 
 import functools
@@ -108,7 +108,7 @@ def _bias_columns(bias):
 def _segment_columns(segments):
     """Arranges segments [rows, q] as [rows, rounds, 256], with the columns in the order of `tpu_programs`.
 
-    Each segment appears twice: a program processes two heads, and each head needs its own column.
+    Each query's segment appears twice: a program processes two heads, and each head has its own column.
     """
     # (row, round, half, head of the pair, query of the half)
     halves = segments.reshape(segments.shape[0], -1, 2, 1, HALF)

@@ -1,7 +1,7 @@
 """The kernel functions of attention on TPUs.
 
 Pallas runs a kernel function once for each batch row and pair of heads. Such a run is called a program. A program
-loops over the queries, 128 at a time, and computes their scores as an array [keys, 256] with these columns:
+loops over the queries in rounds of 128, and computes their scores as an array [keys, 256] with these columns:
 
     column    0 ...  63   64 ... 127  128 ... 191  192 ... 255
     query     0 ...  63    0 ...  63   64 ... 127   64 ... 127
