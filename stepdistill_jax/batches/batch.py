@@ -46,12 +46,12 @@ SHARD_EXAMPLES = 512  # larger shards pack no better
 
 
 class Packed(NamedTuple):
-    """The rows of a shard that go into one group (one set of arrays), and their positions in these arrays.
+    """The rows of a shard that go into one group (one set of arrays), packed or padded.
 
     Attributes:
         rows: the rows, listed by table; may be empty.
         encodings: the encoded inputs of these rows; None without rows.
-        packing: positions of the encodings in the arrays; None without rows.
+        packing: positions of the encodings in the shard's block of the arrays; None without rows.
     """
 
     rows: Rows
@@ -71,8 +71,9 @@ Shard = tuple[Packed, ...]  # by group
 class Batches:
     """The batches of a run: `batches(step)` is a step's global batch, the same in every process.
 
-    An example gives one row, an input with one target, for its label and one for each rationale. With
-    `TaskData.sample_rationales`, it gives a row for one rationale, which is drawn in each epoch.
+    A row is an input with one target. An example has a row for each objective. If the objective reads a rationale,
+    the example has a row for each of its rationales. With `TaskData.sample_rationales`, it has a row for only one
+    of them, which is drawn in each epoch.
 
     Many rows share a packed row, which is a row of the batch's arrays. The step's examples are split into shards,
     and each shard is packed into its own block of packed rows. All blocks of a batch have the same size.
@@ -153,8 +154,8 @@ class Batches:
         for store, pool in enumerate(self._sampler.pools):
             if not len(pool):
                 raise InputError(
-                    f"{self.data.name}: part {store + 1} (a mixture has one part per task) of split"
-                    f" {self.data.split} has no example with a target"
+                    f"{self.data.name}: split {self.data.split} of {self.data.parts[store].name}"
+                    " has no example with a target"
                 )
         if self.pairs and not self._has_pairs():
             raise InputError(
@@ -510,5 +511,5 @@ class Batches:
 
 
 def filled_rows(batch: Batch) -> int:
-    """Returns the number of rows of a batch that have at least one input token."""
+    """Returns the number of rows of a batch, over all groups, that have at least one input token."""
     return sum(int((group["encoder_segment_ids"] > 0).any(1).sum()) for group in batch)

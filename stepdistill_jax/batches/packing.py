@@ -1,8 +1,8 @@
 """Packs many short rows, each with an input and a target, into few long packed rows.
 
 1. `Encodings.of` groups the rows that share an encoded input.
-2. `first_fit` chooses a packed row for each encoding or, if targets are paired, for each example.
-   `Packing.of_encodings` then computes where each encoding starts in its packed row.
+2. `first_fit` chooses a packed row, and a place in it, for each encoding. If targets are paired, it does so for
+   each example, and `Packing.of_encodings` computes where the example's encodings start.
 3. `scatter` writes the tokens into the arrays of a batch.
 """
 

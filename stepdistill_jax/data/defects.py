@@ -8,7 +8,7 @@ TEXT_LENGTH = 200  # characters of a defect's text
 BAD_ROW = "bad_row"
 # {kind: its meaning, and what `prepare` does about it, if anything}
 KINDS = {
-    BAD_ROW: "the row cannot be used (the text column says why); `on_error=skip` leaves it out",
+    BAD_ROW: "the row cannot be used (the field `text` says why); `on_error=skip` leaves it out",
     "blanks_around_label": "the label has blanks before or after it, which are stripped",
     "runs_on": "the text continues with an invented question, and is truncated there",
     "empty": "there is no text before the next question",

@@ -24,9 +24,9 @@ def parse_esnli(text: str) -> Parsed:
     Example: `parse_esnli("A dog is an animal.\nAnswer: entailment\n\nPremise: A cat")` has the rationale "A dog
     is an animal." and the answer "entailment".
 
-    `answer` is the label that the paper's code finds. `repaired` is the only label in the first line after the
-    marker: `Entailment.` becomes `entailment`. It is "" if the line has several labels or a word such as `not`, or
-    if another premise comes before the marker.
+    `answer` is the label that the paper's published code finds. `repaired` is the only label in the first line
+    after the marker: `Entailment.` becomes `entailment`. It is "" if the line has no label, several labels or a
+    word such as `not`, or if another premise comes before the marker.
     """
     before, marker, after = text.partition(ESNLI_MARKER)
     answer = published_rules.esnli(text)[1].rstrip()
@@ -55,12 +55,12 @@ def parse_anli(text: str) -> Parsed:
     later." and the answer "contradiction".
 
     `answer` lacks the last character of the label's text, even if this is not a full stop, as in the paper's
-    code. `repaired` is found as in `parse_esnli`.
+    published code. `repaired` is found as in `parse_esnli`.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:
         return Parsed(problems=problems)
-    # the published rule finds no answer if the marker occurs more than once
+    # the paper's published code finds no answer if the marker occurs more than once
     answer = "" if "several_answers" in problems else answer_text[:-1]
     return _with_label(problems, rationale, answer, answer_text, text)
 

@@ -59,7 +59,7 @@ def prepare(
         field_map: for `jsonl`, {our field: the source's field}.
         fields: for `jsonl`, further text fields to keep.
         teacher: whether to read the teacher's texts.
-        paper_exact: whether to read the paper's files as the paper's code does. The dataset is then called
+        paper_exact: whether to read the paper's files as its published code does. The dataset is then called
             NAME_paper by default, and `name` may also be `asdiv` (the rows of both SVAMP and ASDiv).
         on_error: for `jsonl`, `stop` (raise after reading all rows) or `skip` (leave bad rows out).
         rows: for `gsm_symbolic`, number of train rows; None means 20,000.

@@ -47,7 +47,7 @@ def svamp(text: str, *, neox: bool = False) -> tuple[str, str]:
 def esnli(text: str, *, neox: bool = False) -> tuple[str, str]:
     """Reads `RATIONALE Answer: LABEL`.
 
-    The label is the text between the first `Answer: ` and the next `Premise`. It can belong to a further
+    The label is the text from the first `Answer: ` to the next `Premise` or `Answer: `. It can belong to a further
     question that the teacher invented.
     """
     rationale = _own(text, ESNLI_MARKER, neox)

@@ -78,7 +78,7 @@ def parse_choice(text: str, choices: Sequence[str]) -> Parsed:
         problems += truncated(problems, text)
     return Parsed(
         rationale=rationale,
-        # the published rule finds no answer if the marker occurs more than once
+        # the paper's published code finds no answer if the marker occurs more than once
         answer="" if "several_answers" in problems else by_letter,
         answer_text="" if "several_answers" in problems or letter is None else answer_text,
         repaired=by_letter if by_letter in by_text or not by_text else by_text[0],

@@ -83,7 +83,7 @@ def in_order(splits: Iterable[str]) -> list[str]:
 def tenth(example_id: str) -> int:
     """Returns a number from 0 to 9 that depends only on the id.
 
-    `split_of` uses it, so a row stays in its split when rows are added to the data.
+    It decides the split of a row, so a row stays in its split when rows are added to the data.
     """
     return hash64(example_id) % 10
 

@@ -32,7 +32,8 @@ class JsonRow:
     A null field counts as absent. An integer can be read as text; other numbers and booleans cannot.
 
     Attributes:
-        where: the row's place, for messages: `PATH:LINE` for a row of a file, `row NUMBER` for a row of a list.
+        where: the row's place, for messages: `PATH:LINE` for a row of a file. For a row of a list, it is
+            `row NUMBER`, or `NAME:NUMBER` if the list has a name.
         number: index of the row, from 1. Blank lines are not counted.
         line: line number in the file, from 1. For a row of a list, it equals `number`.
     """

@@ -43,7 +43,6 @@ def words_and_fields(template: str) -> tuple[tuple[str, str | None], ...]:
 
     def add(field: str | None) -> None:
         core = " ".join(words.split())
-        # words at an end of the template get a space there, since `parse` adds one to either end of the text
         before = " " if core and (not found or words[0].isspace()) else ""
         after = " " if core and (field is None or words[-1].isspace()) else ""
         found.append((f"{before}{core}{after}", field))

@@ -44,12 +44,12 @@ def load_dataset(
     supervision: Supervision | None,
     share: tuple[float, int] = WHOLE,
 ) -> TaskData:
-    """Returns the tokens of a split of a dataset.
+    """Returns the tokens of a split of a dataset. `load_task` explains the other arguments.
 
     Args:
+        found: the dataset.
         given: a vocabulary that replaces the dataset's own; None means the dataset's own.
         where: the data folder and the task module (None means no module).
-        others: as for `load_task`.
     """
     if isinstance(found, PreparedDataset):
         return _load_prepared(found, split, objectives, given, where[0], supervision, share)

@@ -56,7 +56,7 @@ def load_task(
 
     Args:
         task: name of a dataset of `prepare` or `add_task`, or of a SeqIO task or mixture.
-        objectives: name of an arm, or a list of objectives. For plain tasks, their templates are ignored.
+        objectives: name of an arm, or a list of objectives. A plain task in a mixture uses only the names and weights.
         vocabulary: path of a `spiece.model`, or `bytes`; None means the task's own.
         data_dir: folder of prepared datasets and token stores; None means the default folder.
         task_module: module that registers the task.

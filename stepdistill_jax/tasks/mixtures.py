@@ -19,8 +19,8 @@ class Group:
 
     Attributes:
         name: name of the dataset. A group of plain tasks is named after its task with the run's first objective,
-            or after its first task if none has that objective. A group that the method `each` returned
-            is named after its only task.
+            or after its first task if none has that objective. A group that the method `each` returned is named
+            after its only task.
         tasks: the `seqio.Task`s.
         objectives: name of each task's objective.
         rate: rate at which examples are drawn, relative to other groups.
@@ -175,8 +175,8 @@ def _objectives_of(
 def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
     """Yields each task of `mixture` once, grouped by dataset.
 
-    Tasks that belong to no dataset come first: `mixture` and each mixture inside it yields (None, its direct tasks).
-    Then each dataset yields (its name, its tasks).
+    The tasks of no dataset come first: (None, direct tasks) for each mixture inside `mixture`, and for `mixture`
+    itself. Then follows (name, tasks) for each dataset.
     """
     seen: set[str] = set()
     datasets: dict[str, list[Any]] = {}

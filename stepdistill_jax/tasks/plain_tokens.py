@@ -53,7 +53,7 @@ def common_vocabulary(
 
     Args:
         name: name of the task or mixture, for messages.
-        given: vocabulary of the model in `init_from`; None without `init_from`.
+        given: the model's vocabulary, such as that of `init_from`; None means the tasks' own.
         folder: data folder. Remote vocabularies are copied into it.
 
     Raises:

@@ -77,7 +77,7 @@ class TaskData:
 
     Attributes:
         name: name of the task.
-        parts: one for each task of a mixture; a single part if the task is not a mixture.
+        parts: several only for a mixture. See `Part`.
         sample_rationales: whether a batch uses only one of an example's rationales.
         share_is_drawn: whether the examples are already the share that the run's `data_fraction` asks for.
     """

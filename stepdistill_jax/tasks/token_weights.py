@@ -98,7 +98,7 @@ def begins_word(vocabulary: Vocabulary) -> np.ndarray:
 
     1: the token begins a word (a SentencePiece token that starts with `▁`).
     0: the token continues a word.
-    -1: the token is a whitespace character, which only a byte vocabulary has.
+    -1: the token is a single whitespace character, as in a byte vocabulary.
     """
     pieces = vocabulary.pieces()
     blank = string.whitespace  # ASCII only, since other blanks are several bytes

@@ -65,8 +65,8 @@ def stored_tokens(
             tokenises the first 32 rows. If the source does not read files, each call also reads all rows.
 
     Raises:
-        InputError: the task cannot be read, its rows differ between two readings, a row has no inputs, or its
-            weight is not above 0.
+        InputError: the task cannot be read, its rows differ between two readings, a row has targets but no inputs,
+            or a row's weight is not above 0.
     """
     key = digest([FORMAT_VERSION, key, split, list(objectives)])
     folder = re.sub(r"[^\w.-]", "_", f"{name}-{split}") + f"-{key[:16]}"

@@ -153,7 +153,7 @@ def test_cqa_is_prepared_in_the_order_of_the_published_split(tmp_path):
 
 def test_a_text_that_stops_the_published_code_is_named(cqa_source):
     with pytest.raises(
-        InputError, match=r"train_CoT_0\.json: item 4: the paper's rule cannot read"
+        InputError, match=r"train_CoT_0\.json: item 4: the paper's published code cannot read"
     ):
         published.read("cqa", cqa_source).splits  # noqa: B018
 

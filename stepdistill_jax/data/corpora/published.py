@@ -139,8 +139,8 @@ class _File:
                 rationale, label = self.corpus.rule(completion.text, neox=self.neox)
             except ValueError:
                 raise InputError(
-                    f"{self.folder / completion.file}: item {completion.row}: the paper's rule cannot read a"
-                    " label from this text, which does not have exactly one answer; leave out `paper_exact`"
+                    f"{self.folder / completion.file}: item {completion.row}: the paper's published code cannot"
+                    " read a label from this text, which does not have exactly one answer; leave out `paper_exact`"
                 ) from None
             example = dataclasses.replace(example, rationale=rationale, llm_label=label)
             equal = value_match if self.corpus.rule is rules.svamp else str.__eq__
