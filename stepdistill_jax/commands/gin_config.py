@@ -213,10 +213,9 @@ def _build(reached: Bindings, config: str) -> TrainConfig:
 
 
 def _bind_optimizer(reached: Bindings) -> None:
-    """Wraps the function to which `train.optimizer` is bound in an `OptimizerFunction`, unless it is one of ours.
+    """Wraps the user's or optax's function that `train.optimizer` names in an `OptimizerFunction`.
 
-    The wrapper lets a run record a function of optax or of a user, with its arguments, and compare them when it is
-    resumed.
+    The wrapper lets a run record the function with its arguments, and compare them when it is resumed.
     """
     key = f"{ROOT}.optimizer"
     reference = _source(reached[key], reached).value if key in reached else None

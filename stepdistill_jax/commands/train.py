@@ -72,8 +72,8 @@ def refuse_dataset(config: str | None, data_dir: str | None) -> None:
         return
     if is_prepared(config, data_folder(data_dir)):
         raise InputError(
-            f"{config!r} is a prepared dataset, not a config: run stepdistill train demo_step_by_step"
-            f" --set TASK={config}, or use the config finetune for a pretrained T5"
+            f"{config!r} is a prepared dataset, not a config: run `stepdistill train demo_step_by_step"
+            f" --set TASK={config}`, or use the config `finetune` for a pretrained T5"
         )
 
 

@@ -242,7 +242,9 @@ def _better(found: Sequence[Enough]) -> list[str]:
         arms = f"{', '.join(others)} and {last}" if others else last
         verb = "are" if others else "is"
         if share is None:
-            sentences.append(f"{arms} {verb} not significantly better at any share (95%).")
+            sentences.append(
+                f"{arms} {verb} not significantly better at any share of the data (95% confidence)."
+            )
             continue
         on = "" if share == 1 else " or more"
         sentences.append(

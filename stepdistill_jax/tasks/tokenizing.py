@@ -150,9 +150,9 @@ class Reading:
             return
         raise InputError(
             f"task {self.task.name!r}: the rows of split {self.split!r} differ between two"
-            " readings; write the rows to a file once, or seed whatever is random: a preprocessor"
-            " gets its seed with `seqio.map_over_dataset(num_seeds=1)`, and the source's function as"
-            " its argument `seed`"
+            " readings. Write the rows to a file once, or seed whatever is random: wrap a preprocessor"
+            " in `seqio.map_over_dataset(num_seeds=1)`, or use the argument `seed` that the source's"
+            " function receives"
         )
 
     def is_kept_in(self, store: TokenStore) -> bool:

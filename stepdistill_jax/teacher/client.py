@@ -270,7 +270,7 @@ class ChatClient:
     def _report(self, message: str, wait: float) -> None:
         """Logs the run's first wait and every long wait.
 
-        If several requests wait until about the same time, only one of these waits is logged.
+        If the waits of several requests end at about the same time, only one of them is logged.
         """
         until = time.monotonic() + wait
         is_news = wait >= REPORTED_WAIT and until > self._reported_until + wait / 2

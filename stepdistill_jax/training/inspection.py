@@ -255,7 +255,7 @@ def _text(data: TaskData, ids: list[int]) -> str:
 
 
 def _candidate(batches: Batches, tried: RowLengths) -> dict[str, Any]:
-    """Returns a candidate's row lengths, and the `fill` (see `inspect`), rows and FLOPs of a step with them."""
+    """Returns a candidate's row lengths and, for a step with these lengths, `fill` (see `inspect`), rows and FLOPs."""
     return {
         "row_input_length": tried.input_length,
         "row_target_length": tried.target_length,

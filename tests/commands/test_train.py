@@ -123,7 +123,7 @@ def test_a_dataset_in_the_place_of_a_config_says_what_to_type(called, tmp_path, 
     argv = ["train", "helpdesk", "--workdir", str(tmp_path / "run"), "--data-dir", str(tmp_path)]
     assert main.main(argv) == 2
     err = capsys.readouterr().err
-    assert "'helpdesk' is a prepared dataset, not a config: run stepdistill train demo" in err
+    assert "'helpdesk' is a prepared dataset, not a config: run `stepdistill train demo" in err
     assert "--set TASK=helpdesk" in err and err.count("\n") == 1
 
 

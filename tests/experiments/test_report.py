@@ -98,7 +98,7 @@ def test_a_baseline_at_chance_is_no_mark_to_reach(made):
     same = dataclasses.replace(enough, arm="c")
     assert headline(dataclasses.replace(chance, enough=[*others, enough, same]))[1:] == [
         "With all of the data, step_by_step and c are significantly better (95%).",
-        "a and b are not significantly better at any share (95%).",
+        "a and b are not significantly better at any share of the data (95% confidence).",
     ]
     (sentence,) = headline(dataclasses.replace(comparison, majority=low - 1e-6))
     assert "4 times fewer" in sentence
