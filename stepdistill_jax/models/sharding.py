@@ -57,7 +57,7 @@ class Layout:
         fsdp: number of shards of parameters and rows.
         tensor: number of shards of heads, feed-forward width and vocabulary.
         dcn_data: number of groups of devices, connected by the data centre's network (DCN). -1 means one group for
-            each slice, like MaxText's `dcn_data_parallelism`. The mesh axis `data` has the size dcn_data x data.
+            each slice, like MaxText's `dcn_data_parallelism`. The mesh's axis named data has the size dcn_data x data.
     """
 
     data: int = 1
