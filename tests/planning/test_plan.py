@@ -463,6 +463,8 @@ def test_a_model_that_is_elsewhere_is_assumed_whatever_its_rules(delivery_data_d
         ("google-t5/t5-3b", 1024, 32128),
         ("google/umt5-small", 512, 256384),
         ("google/t5gemma-b-b-prefixlm", 768, 256000),
+        ("google/flan-ul2", 4096, 32128),
+        ("/elsewhere/models/t5-v1_1-base", 768, 32128),
     ],
 )
 def test_a_name_of_the_hub_gives_family_and_size(name, emb_dim, vocab_size):
