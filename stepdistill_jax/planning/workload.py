@@ -58,11 +58,13 @@ class Workload:
     Attributes:
         rows_of: function from `Batches.row_multiple` to the rows of a step.
         assumptions: a string for each assumption.
+        counted: how the rows were counted, and with which vocabulary; "" if their number was given or assumed.
     """
 
     model: ModelConfig
     rows_of: Callable[[int], StepRows]
     assumptions: tuple[str, ...]
+    counted: str = ""
 
     def step_flops(self, multiple: int) -> float:
         """Returns the FLOPs of a step whose row counts are rounded up to multiples of `multiple`.
@@ -95,7 +97,14 @@ def workload(
     data = prepared(config, data_dir)
     model = model_of(config, data, assumptions)
     if data is not None and rows is None:
-        return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
+        counted = (
+            f"the most in the first {STEPS_LOOKED_AT} steps of {config.task!r}, tokenised with"
+            f" {data.vocabulary.source}"
+        )
+        if config.init_from is not None and not os.path.isdir(config.init_from):
+            counted += ", since the vocabulary of `init_from` is not here"
+        rows_of = functools.cache(_reader(config, data, model))
+        return Workload(model, rows_of, tuple(assumptions), counted)
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
     if config.pairs:  # all inputs and targets of an example are in one row
