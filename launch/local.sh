@@ -9,9 +9,10 @@
 #   --grace SECS      seconds for the others to end after one has failed, and again after SIGTERM (5)
 #   --dry-run         print the commands instead of running them
 #
-#   launch/local.sh -n 2 -d 4 -- stepdistill train cqa_cpu_tiny --workdir runs/cqa --set LAYOUT=fsdp
+#   launch/local.sh -n 2 -d 2 -- stepdistill train demo_step_by_step --workdir runs/demo2 --set LAYOUT=fsdp
 #
-# Standard output comes from process 0; everything else goes to standard error as `[PROCESS] line`.
+# Standard output comes from process 0, with the `[Gloo] Rank ...` lines of JAX's connections between CPU processes;
+# everything else goes to standard error as `[PROCESS] line`. Processes are counted from 0.
 # Exit status: 0 done; 75 stopped by a signal (start again); 134 a process was lost (start again); else the
 # status of the process that failed first.
 set -euo pipefail

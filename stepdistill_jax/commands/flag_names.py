@@ -1,4 +1,4 @@
-"""Replaces Python parameters in messages, such as `num_beams`, by the command's flags and settings."""
+"""Replaces Python parameters in messages and docstrings, such as `num_beams`, by flags and settings."""
 
 import argparse
 import functools
@@ -29,6 +29,25 @@ def as_typed(parser: argparse.ArgumentParser) -> Callable[[str], str]:
         return setting if value is None else f"{setting}={value}"
 
     return lambda text: _NAMED.sub(typed, text)
+
+
+def as_set(text: str, field: str) -> str:
+    """Rewrites a docstring for users who write configs: "`init_from`" becomes "INIT_FROM".
+
+    A name without an owner is a field of the text's owner, else of `train` or `supervision`. Other names in
+    backticks stay.
+
+    Args:
+        field: full name of the setting that the text explains, such as `train.init_rules`; `OWNER.` if the
+            text explains a class or function.
+    """
+    owner, own = field.partition(".")[0], _settings().get(field)
+
+    def written(match: re.Match) -> str:
+        found = map(_settings().get, (f"{owner}.{match[1]}", match[1]))
+        return next((name for name in found if name not in (None, own)), match[0])
+
+    return _NAMED.sub(written, text)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""`stepdistill plan`: computes what a config needs on N devices, and the cheapest layout that fits."""
+"""`stepdistill plan`: computes what a config needs on N devices, and recommends a layout that fits."""
 
 import argparse
 import math
@@ -28,6 +28,16 @@ _UNITS = {"B": 1} | {
 }
 _FITS = {True: "yes", False: "no", None: "not tried"}
 _SIZES = ("params", "optimizer", "gradients", "activations", "total")
+# the columns of the table that need an explanation
+_LEGEND = (
+    "remat: what the backward pass recomputes to save memory: elementwise operations alone, `minimal` also the"
+    " matmuls inside attention, `full` each layer",
+    "filled: rows with tokens; the others are padding, since the number of rows is a multiple of"
+    " data x fsdp x NUM_MICROBATCHES",
+    "work: FLOPs of a step, padding included, divided by those of the same examples on one device",
+)
+_RULE = "the simplest layout that fits without many more FLOPs: data, then fsdp, then the cheapest with a tensor axis"
+DEFAULT_DEVICES = 16
 # flags for the changes of `planning.plan`; every candidate also has a layout and a remat policy
 _CHANGES = {
     "devices": "--devices {}",
@@ -42,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `plan`."""
     add_config_arguments(parser)
     parser.add_argument(
-        "--devices", type=int, help="number of devices (default: 16, or the number in --topology)"
+        "--devices",
+        type=int,
+        help=f"number of devices (default: {DEFAULT_DEVICES}, or the number in --topology)",
     )
     parser.add_argument(
         "--hbm", metavar="SIZE", help="memory per device, such as 80GB (the default) or 16GiB"
@@ -123,7 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return result
     result = plan(
         config,
-        devices=16 if args.devices is None else args.devices,
+        devices=DEFAULT_DEVICES if args.devices is None else args.devices,
         hbm=hbm,
         layout=args.layout,
         topology=args.topology,
@@ -131,6 +143,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         data_dir=args.data_dir,
     )
     result["assumptions"] = [translated(line) for line in result["assumptions"]]
+    if args.devices is None and not args.topology:
+        result["assumptions"].insert(0, f"{DEFAULT_DEVICES} devices; --devices sets another number")
+    result["counted"] = translated(result["counted"])
     for candidate in (*result["candidates"], *result["remedies"]):
         if "remat_policy" in candidate:
             candidate["flags"] = _flags(candidate, config.remat_policy, given=bool(args.layout))
@@ -189,7 +204,11 @@ def show(result: dict[str, Any], console: "Console") -> None:
     """Prints the result of `planning.plan`."""
     for assumption in result["assumptions"]:
         console.print(f"Assumed: {assumption}")
+    if result["counted"]:
+        console.print(f"Rows of a step: {result['counted']}", soft_wrap=True)
     console.print(_table(result))
+    for line in _LEGEND:
+        console.print(f"  {line}", soft_wrap=True)
     best = result["best"]
     one = best or min(
         (c for c in result["candidates"] if "flops" in c),
@@ -202,7 +221,8 @@ def show(result: dict[str, Any], console: "Console") -> None:
         _show_advice(result, console)
     elif best["flags"]:
         console.print(
-            f"[bold]Cheapest that fits:[/bold] {best['name']}, remat {best['remat_policy']}"
+            f"[bold]Recommended:[/bold] {best['name']}, remat {best['remat_policy']} ({_RULE})",
+            soft_wrap=True,
         )
         console.print(f"  {best['flags']}", soft_wrap=True)
     else:
@@ -251,7 +271,7 @@ def _table(result: dict[str, Any]):
         rows = f"{c['filled_rows']} of {sum(rows for rows, *_ in c['groups'])}"
         table.add_row(
             c["name"], c.get("remat_policy", "any"), rows, f"{c['work']:.2f}", *cells, *more,
-            "cheapest" if best and len(result["candidates"]) > 1 else _FITS[c["fits"]],
+            "best" if best and len(result["candidates"]) > 1 else _FITS[c["fits"]],
             style="bold" if best else None,
         )  # fmt: skip
     return table

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+from stepdistill_jax.commands.flag_names import as_set
 from stepdistill_jax.commands.terminal import say
 
 REQUIRED = "%gin.REQUIRED"
@@ -130,6 +131,7 @@ def settings(config: str | None = None) -> list[Setting]:
             required = given.default is given.empty or bound.get(name) == REQUIRED
             default = reference if reference.startswith("@") else given.default
             unit, meaning = meanings[parameter]
+            meaning = as_set(meaning, field)
             if is_bound := name in own:
                 value = own[name].value
                 default = (
@@ -169,7 +171,8 @@ def summary_of(owner: str) -> str:
     """Returns the first line of the docstring of `owner`, a class or function."""
     from stepdistill_jax.commands.configurables import CONFIGURABLES
 
-    return (inspect.getdoc(CONFIGURABLES[owner]) or "").partition("\n")[0]
+    line = (inspect.getdoc(CONFIGURABLES[owner]) or "").partition("\n")[0]
+    return as_set(line, f"{owner}.")
 
 
 def _meanings(configurable: Callable[..., Any]) -> dict[str, tuple[str | None, str]]:

@@ -28,12 +28,12 @@ class Objective:
 
     Attributes:
         name: lower_snake_case name in metrics (`loss/<name>`) and in the SeqIO task (`TASK_<name>`).
-        input_template: text with `{field}` for input, label, rationale, llm_label, or one of the `fields` of
-            `prepare`.
+        input_template: text with `{field}` for input, label, rationale, llm_label, or a further field of
+            the rows (`stepdistill prepare NAME --fields`).
         target_template: text of the same form. If the first objective's target has several fields, the words
             between them are used to find the label in decoded text.
         weight: factor of this objective's mean cross-entropy in the loss: a number of at least 0, or a
-            `Schedule`.
+            `Schedule`, such as @linear_schedule().
         decoder_prefix: text that the decoder reads before the target, without loss. It distinguishes objectives
             that share one encoding of the input. At most 200 characters, no braces.
 
@@ -164,7 +164,7 @@ RATIONALE_THEN_LABEL = "{rationale} so the answer is {label}"
 def label_only(
     label_weight: Weight = 1.0, input_template: str = LABEL_INPUT
 ) -> tuple[Objective, ...]:
-    """Standard fine-tuning: trains on the label only. In the paper's code, `input_template` is `{input}`."""
+    """Standard fine-tuning: trains on the label only. The paper's code uses the template `{input}`."""
     return (Objective("label", input_template, "{label}", label_weight),)
 
 

@@ -22,7 +22,7 @@ class Schedule:
     Attributes:
         shape: `linear`, or `cosine` (half a wave, flat at both ends).
         init_value: weight until `transition_begin`; at least 0.
-        end_value: weight from `transition_begin + transition_steps` on; at least 0.
+        end_value: weight from `transition_begin` + `transition_steps` on; at least 0.
         transition_steps: length of the change, in steps; at least 1.
         transition_begin: step at which the change begins.
 

@@ -12,7 +12,7 @@ from stepdistill_jax.data.objectives import Objective, check_first
 from stepdistill_jax.data.schedules import Schedule
 from stepdistill_jax.data.text_metrics import METRICS
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
-from stepdistill_jax.errors import InputError
+from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.config_json import config_json, config_of
 from stepdistill_jax.formats.fields import size
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
@@ -107,8 +107,18 @@ def require_directory(path: os.PathLike | str) -> pathlib.Path:
     """
     path = as_path(path)
     if not path.is_dir():
-        raise InputError(f"{path}: no such model directory or workdir")
+        raise InputError(f"{path}: no such model directory or workdir{nearby(path)}")
     return path
+
+
+def nearby(path: os.PathLike | str) -> str:
+    """Returns a hint such as `; did you mean 'mine'?` at a local folder next to `path`, or ""."""
+    path = as_path(path)
+    try:
+        folders = [] if is_remote(path) else [p.name for p in path.parent.iterdir() if p.is_dir()]
+    except (OSError, ValueError):  # no such folder, or a null byte in its name
+        folders = []
+    return nearest(path.name, folders)
 
 
 def is_ctranslate2(directory: os.PathLike | str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from stepdistill_jax.data.vocabulary import TOKENIZER_CONFIG
 from stepdistill_jax.errors import InputError, printable
-from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
+from stepdistill_jax.formats.directory import CONFIG, TASK_INFO, nearby
 from stepdistill_jax.formats.vocabulary_files import SPIECE, TOKENIZER_MODEL
 from stepdistill_jax.formats.weights import INDEX_SUFFIX, WEIGHT_FILES, has_weights
 from stepdistill_jax.runtime.progress import log
@@ -47,7 +47,8 @@ def _of_hub(name: str) -> str:
         return huggingface_hub.snapshot_download(name, allow_patterns=files)
     except (RepositoryNotFoundError, HFValidationError):
         raise InputError(
-            f"`init_from` {name}: no such folder here, and no public model of this name at {SITE}"
+            f"`init_from` {name}: no such folder here, and no public model of this name at"
+            f" {SITE}{nearby(name)}"
         ) from None
     except InputError:
         raise
@@ -62,11 +63,17 @@ def _of_hub(name: str) -> str:
             f"`init_from` {name}: {SITE} does not answer, so the model is taken from the local cache"
         )
         return str(folder)
-    target = f"models/{name.partition('/')[2]}"
+    problem = f"`init_from` {name}: no such folder here, and {SITE} cannot be reached ({reason})"
+    owner, _, model = name.partition("/")
+    if pathlib.Path(
+        owner
+    ).is_dir():  # then `runs/mine` is rather a mistyped path than a model of the hub
+        raise InputError(
+            f"{problem}{nearby(name) or f'; {owner}/ has no folder of a similar name'}"
+        )
     raise InputError(
-        f"`init_from` {name}: no such folder here, and {SITE} cannot be reached ({reason}); on a machine"
-        f" with internet access run `hf download {name} --local-dir {target}`, copy that folder here, and"
-        f" set `init_from={target}`"
+        f"{problem}; on a machine with internet access run `hf download {name} --local-dir models/{model}`,"
+        f" copy that folder here, and set `init_from=models/{model}`"
     )
 
 

@@ -1,4 +1,4 @@
-"""The table `FAMILIES`, and the configuration of a family's model."""
+"""The tables of families and published models, and the configuration of a family's model."""
 
 import dataclasses
 from typing import Any
@@ -10,6 +10,28 @@ from stepdistill_jax.models.t5gemma import T5GEMMA
 from stepdistill_jax.runtime.checks import one_of
 
 FAMILIES = {**T5_FAMILIES, "t5gemma": T5GEMMA}
+# names on the Hugging Face hub; {} stands for the size
+_HUB_NAMES = {
+    "t5_v1_0": ("google-t5/t5-{}",),
+    "t5_v1_1": ("google/t5-v1_1-{}", "google/flan-t5-{}"),
+    **{name: (f"google/{name}-{{}}",) for name in ("mt5", "byt5", "umt5")},
+    "ul2": ("google/ul2", "google/flan-ul2"),
+    "t5gemma": tuple(
+        f"google/t5gemma-{{}}-{kind}" for kind in ("prefixlm", "prefixlm-it", "ul2", "ul2-it")
+    ),
+}
+# sizes whose names on the hub differ from ours
+_HUB_SIZES = {
+    "t5_v1_0": {"xl": "3b", "xxl": "11b"},
+    "t5gemma": {"small": "s-s", "base": "b-b", "large": "l-l", "ml": "ml-ml", "xl": "xl-xl"},
+}
+PUBLISHED = {
+    name.format(_HUB_SIZES.get(family, {}).get(size, size)): (family, size)
+    for family, names in _HUB_NAMES.items()
+    for name in names
+    for size in FAMILIES[family].sizes
+    if size != "tiny"
+}
 VOCAB_MULTIPLE = 128  # so that the rows of the embedding can be sharded
 _EOS_ID = 1  # the same in every vocabulary that `data` reads
 
@@ -44,3 +66,13 @@ def model_config(
             " t5gemma, or a vocabulary without bos, such as T5's"
         )
     return config
+
+
+def published_model(path: str) -> tuple[str, str] | None:
+    """Returns the family and size of a published model, by the last part of its name or path.
+
+    >>> published_model("google/t5gemma-b-b-prefixlm"), published_model("models/flan-t5-xl")
+    (('t5gemma', 'base'), ('t5_v1_1', 'xl'))
+    """
+    last = path.rpartition("/")[2]
+    return next((of for name, of in PUBLISHED.items() if name.partition("/")[2] == last), None)

@@ -58,7 +58,7 @@ class Layout:
         fsdp: number of shards of each copy and of its rows.
         tensor: number of shards of heads, feed-forward width and vocabulary.
         dcn_data: number of groups of devices. The data centre's network (DCN) connects the groups. -1 means one
-            group for each slice, like MaxText's `dcn_data_parallelism`. The mesh axis `data` has the size
+            group for each slice, like MaxText's `dcn_data_parallelism`. The mesh's axis named data has the size
             dcn_data x data.
     """
 

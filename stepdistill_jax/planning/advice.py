@@ -22,8 +22,8 @@ from stepdistill_jax.training.config import OptimizerConfig, TrainConfig
 from stepdistill_jax.training.optimizer_function import OptimizerFunction
 
 MORE_DEVICES = (2, 4)  # factors by which the number of devices is raised, to try more devices
-# Other numbers of microbatches and devices round the rows up to other multiples. This may raise the FLOPs of a step
-# by at most this factor.
+# Other layouts and numbers of microbatches and devices round the rows up to other multiples. This may raise the FLOPs
+# of a step by at most this factor.
 MORE_WORK = 1.25
 _COUNTS = sorted(part << power for part in (2, 3) for power in range(12))  # 2, 3, 4, 6, 8, 12, ...
 

@@ -1,4 +1,4 @@
-"""Finds the cheapest layout and remat policy with which a config fits on a number of devices."""
+"""Finds the simplest layout, and the remat policy, with which a config fits on a number of devices."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 from stepdistill_jax.models.config import REMAT_POLICIES
 from stepdistill_jax.models.sharding import Layout
-from stepdistill_jax.planning.advice import MORE_DEVICES, Base, remedies
+from stepdistill_jax.planning.advice import MORE_DEVICES, MORE_WORK, Base, remedies
 from stepdistill_jax.planning.candidates import Target, candidates, compiled, named_layout
 from stepdistill_jax.planning.devices import (
     memory_of,
@@ -57,9 +57,10 @@ def plan(
         `devices`, `device_kind`: number and kind of the devices.
         `hbm`, `limit`: bytes of a device's memory, and how many of them a step may take.
         `assumptions`: a string for each assumption.
+        `counted`: how the rows of a step were counted, as in `Workload`.
         `model`: fields of the model's configuration.
         `candidates`: dicts as returned by `candidates.candidates`. With a topology, they have a `bound`.
-        `best`: the cheapest candidate that fits, or None.
+        `best`: the candidate that `recommended` chooses, or None if none fits.
         `remedies`: changed candidates that fit, from `advice.remedies`; empty if `best` is not None.
         `hbm_needed`: bytes of a device's memory that would be enough. It is None if `best` is not None, if there
         is a topology, or if nothing was compiled.
@@ -90,7 +91,7 @@ def plan(
         name = layout if isinstance(layout, str) else "given"
         layout = named_layout(layout, target.work.model, len(used))
         tried = [compiled(config, target, name, layout, config.remat_policy)]
-    best = min((c for c in tried if c["fits"]), key=lambda c: c["cost"], default=None)
+    best = recommended(tried)
     shown = best or min((c for c in tried if "cost" in c), key=_total, default=None)
     helpful: dict[str, Any] = {"remedies": [], "hbm_needed": None}
     if best is None:
@@ -109,6 +110,7 @@ def plan(
         "hbm": memory,
         "limit": round(target.limit),
         "assumptions": list(target.work.assumptions),
+        "counted": target.work.counted,
         "model": dataclasses.asdict(target.work.model),
         "candidates": tried,
         "best": best,
@@ -116,6 +118,22 @@ def plan(
         "host_bytes": {} if shown is None else _host_bytes(shown),
         "seconds_at_peak": {} if shown is None else _seconds(shown, kind if topology else None),
     }
+
+
+def recommended(tried: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the simplest candidate that fits, or None if none fits.
+
+    `data` is simpler than `fsdp`, and `fsdp` is simpler than layouts with a `tensor` axis. Among equally simple
+    candidates, the lowest `cost` wins. Candidates with over `MORE_WORK` times the fewest FLOPs are left out.
+    """
+    fitting = [c for c in tried if c["fits"]]
+    most = MORE_WORK * min((c["flops"]["per_device"] for c in fitting), default=0)
+
+    def order(candidate: dict[str, Any]) -> tuple[int, float]:
+        mesh = candidate["layout"]
+        return 2 if mesh["tensor"] > 1 else int(mesh["fsdp"] > 1), candidate["cost"]
+
+    return min((c for c in fitting if c["flops"]["per_device"] <= most), key=order, default=None)
 
 
 def _total(candidate: dict[str, Any]) -> float:

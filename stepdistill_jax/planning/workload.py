@@ -6,7 +6,6 @@ If the dataset is not prepared, unknown sizes are assumed. `Workload.assumptions
 import dataclasses
 import functools
 import os
-import re
 from collections.abc import Callable
 
 from stepdistill_jax.batches.batch import filled_rows
@@ -16,7 +15,7 @@ from stepdistill_jax.data.prepared import data_folder, prepared_names
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import read_config
 from stepdistill_jax.models.config import ModelConfig
-from stepdistill_jax.models.families import FAMILIES
+from stepdistill_jax.models.families import PUBLISHED, published_model
 from stepdistill_jax.models.flops import train_flops
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.training.config import AUTO, TrainConfig
@@ -30,21 +29,6 @@ from stepdistill_jax.training.data import (
 from stepdistill_jax.training.run import model_settings, new_model
 
 STEPS_LOOKED_AT = 32
-# names of models on the Hugging Face hub, such as `google/t5-v1_1-base` and `google/t5gemma-b-b-prefixlm`
-_HUB_NAME = re.compile(
-    r"[^/]+/(?P<family>flan-t5|t5-v1_1|t5gemma|u?mt5|byt5|t5)-(?P<size>\w+|\w+-\w+?)(-(prefixlm|ul2)(-it)?)?"
-)
-_HUB_FAMILIES = {"t5": "t5_v1_0", "flan-t5": "t5_v1_1", "t5-v1_1": "t5_v1_1"}
-_HUB_SIZES = {"3b": "xl", "11b": "xxl"}
-_T5GEMMA_SIZES = {"s-s": "small", "b-b": "base", "l-l": "large", "ml-ml": "ml", "xl-xl": "xl"}
-_HUB_EXAMPLES = [
-    f"google/{family}-{size}"
-    for family in ("t5-v1_1", "flan-t5", "mt5", "byt5", "umt5")
-    for size in ("small", "base", "large", "xl", "xxl")
-]
-_HUB_EXAMPLES += [f"google/t5gemma-{size}-prefixlm" for size in _T5GEMMA_SIZES]
-
-
 Groups = tuple[tuple[int, int, int], ...]  # (rows, input length, target length) of each group
 
 
@@ -74,11 +58,13 @@ class Workload:
     Attributes:
         rows_of: function that takes `Batches.row_multiple` and returns the rows of a step.
         assumptions: sentences about sizes that were assumed, for instance because the dataset is not prepared.
+        counted: how the rows were counted, and with which vocabulary; "" if their number was given or assumed.
     """
 
     model: ModelConfig
     rows_of: Callable[[int], StepRows]
     assumptions: tuple[str, ...]
+    counted: str = ""
 
     def step_flops(self, multiple: int) -> float:
         """Returns the FLOPs of a step, including those of rows of padding.
@@ -111,7 +97,14 @@ def workload(
     data = prepared(config, data_dir)
     model = model_of(config, data, assumptions)
     if data is not None and rows is None:
-        return Workload(model, functools.cache(_reader(config, data, model)), tuple(assumptions))
+        counted = (
+            f"the most in the first {STEPS_LOOKED_AT} steps of {config.task!r}, tokenised with"
+            f" {data.vocabulary.source}"
+        )
+        if config.init_from is not None and not os.path.isdir(config.init_from):
+            counted += ", since the vocabulary of `init_from` is not here"
+        rows_of = functools.cache(_reader(config, data, model))
+        return Workload(model, rows_of, tuple(assumptions), counted)
     given = (config.row_input_length, config.row_target_length)
     cuts = (config.input_length, config.target_length)
     if config.pairs:  # all inputs and targets of an example are in one row
@@ -184,7 +177,7 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
         return dataclasses.replace(read_config(config.init_from), **model_settings(config))
     if config.init_from is None and data is not None:
         return new_model(config, data)
-    published = _published(config.init_from or "")
+    published = published_model(config.init_from or "")
     if (
         config.init_from is not None
         and published is None
@@ -192,7 +185,7 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
     ):
         raise InputError(
             f"`init_from` {config.init_from}: no such folder here, and not the name of a published model"
-            f"{nearest(config.init_from, _HUB_EXAMPLES)}; to plan another model, set `model_size`"
+            f"{nearest(config.init_from, PUBLISHED)}; to plan another model, set `model_size`"
         )
     if published is not None:
         family, size = published
@@ -206,13 +199,3 @@ def model_of(config: TrainConfig, data: TaskData | None, assumptions: list[str])
     )
     assumptions.append(f"{missing} with the published vocabulary of {model.vocab_size} ids")
     return model
-
-
-def _published(name: str) -> tuple[str, str] | None:
-    """Returns the family and size of a published model, given its name on the hub; None for any other name."""
-    found = _HUB_NAME.fullmatch(name)
-    if found is None:
-        return None
-    family = _HUB_FAMILIES.get(found["family"], found["family"])
-    size = (_HUB_SIZES | _T5GEMMA_SIZES).get(found["size"], found["size"])
-    return (family, size) if size in FAMILIES[family].sizes else None

@@ -111,7 +111,7 @@ def join() -> None:
             # differently: gloo then gets messages of unexpected sizes (jaxlib 0.10.2)
             jax.config.update("jax_enable_compilation_cache", False)
         log(
-            f"process {job.process_id + 1}/{job.num_processes},"
+            f"process {job.process_id} of {job.num_processes},"
             f" {jax.local_device_count()} of {jax.device_count()} devices"
         )
     if (expected := _whole(EXPECT_DEVICES, 1)) is not None:

@@ -38,10 +38,12 @@ class OptimizerConfig:
 
     Attributes:
         name: the update rule, `adamw` or `adafactor`.
-        schedule: a `LearningRate`, or the name of one (`linear`, `cosine`, `rsqrt`, `constant`).
+        schedule: `linear`, `cosine`, `rsqrt`, `constant`, or a `LearningRate` with further parameters, such as
+            @cosine().
         warmup_steps (steps): number of steps until the learning rate reaches its peak. Used only if
-            `schedule` is a name.
-        b1, b2: AdamW's decay rates: `b1` for the mean of the gradients, `b2` for the mean of their squares.
+            `schedule` is a name such as "linear".
+        b1: AdamW's decay rate of the mean of the gradients.
+        b2: AdamW's decay rate of the mean of the squared gradients.
         eps: AdamW's epsilon, added to the root of the second moment.
         eps_before_correction: whether AdamW adds `eps` before the bias correction, as the `AdamW` of
             transformers did. With `b2` 0.999, `eps` then has sqrt(1000) times as much effect in the first
@@ -122,7 +124,7 @@ class TrainConfig:
         task_objectives: maps each plain SeqIO task of a mixture to the objective that it trains, for
             instance {"own_label": "label", "own_rationale": "rationale"}. The value `single` trains all
             tasks of the mixture as one objective. Prepared datasets and tasks of `add_task` need no entry.
-        extra_loss: a further term of the loss, or None.
+        extra_loss: a further term of the loss, such as @mutual_information(), or None.
         batch_size (examples): number of examples per step. The step uses all rows of each example.
         pack: whether several short rows are packed into one longer row. If False, rows are padded
             instead, separately for each objective.
@@ -150,8 +152,8 @@ class TrainConfig:
             `Layout` with the sizes of its axes.
         seed: seed of initial weights, dropout and data order.
         data_fraction: share of the train split to use. A smaller share is a subset of a larger one. For
-            a dataset prepared with `paper_exact`, the seed decides which examples are in the share,
-            and the validation examples are drawn from this share.
+            a dataset of `stepdistill prepare NAME --paper-exact`, the seed decides which examples are in
+            the share, and the validation examples are drawn from this share.
         best_metric: validation metric that decides which step is best, named without `eval/validation/`.
             The largest value wins, or the smallest if the name starts with `loss`. None means the label
             accuracy, averaged over the parts of a mixture. Between equal values, the step with the lower
@@ -177,7 +179,7 @@ class TrainConfig:
             then the mean over the targets.
         token_weights: maps an objective to a field of the train rows, which has a weight for each word of
             the target, e.g. {"rationale": "rationale_weights"}. None gives all words equal weights.
-        lora: ranks of LoRA adapters. If set, only the adapters are trained. None trains all weights.
+        lora: ranks of LoRA adapters, @lora(). If set, only the adapters are trained. None trains all weights.
         watchdog_medians: a step is stuck if it takes more than this many times the median of recent
             steps. The process then ends. 0 turns this off.
         watchdog_min_secs (seconds): no step counts as stuck before this time has passed. For the first step,

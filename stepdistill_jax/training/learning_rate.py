@@ -17,7 +17,7 @@ T5_WARMUP_STEPS = 10_000
 class LearningRate:
     """A learning rate as a function of the step, which counts updates from 0.
 
-    P is the peak, W the number of warm-up steps, E the end value and N the last step:
+    P is the peak `learning_rate`, W is `warmup_steps`, E is `end_value` and N is `train_steps`:
 
         constant    rises from 0 to P in W steps, then stays at P
         linear      rises from 0 to P in W steps, then falls in a straight line to E at N
@@ -29,11 +29,10 @@ class LearningRate:
 
     Attributes:
         shape: one of these four names.
-        warmup_steps (steps): W, the length of the rise to the peak. For `rsqrt`, the number of steps at the
-            peak, at least 1.
-        end_value: E, the rate of the last step, at least 0.
-        learning_rate: P, the peak; None means the run's `learning_rate`.
-        train_steps (steps): N, the last step of the fall; None means the run's `train_steps`.
+        warmup_steps (steps): length of the rise from 0 to the peak.
+        end_value: learning rate at the end of the fall and after it, at least 0.
+        learning_rate: the peak; None means the run's `learning_rate`.
+        train_steps (steps): step at which the fall ends; None means the run's `train_steps`.
 
     Raises:
         InputError: the shape is unknown, or a value is out of range.
@@ -92,7 +91,7 @@ def linear(
     learning_rate: float | None = None,
     train_steps: int | None = None,
 ) -> LearningRate:
-    """Returns a learning rate that falls in a straight line."""
+    """Returns a learning rate that rises from 0 to a peak, then falls in a straight line."""
     return LearningRate("linear", warmup_steps, end_value, learning_rate, train_steps)
 
 
@@ -102,15 +101,20 @@ def cosine(
     learning_rate: float | None = None,
     train_steps: int | None = None,
 ) -> LearningRate:
-    """Returns a learning rate that falls along half a cosine."""
+    """Returns a learning rate that rises from 0 to a peak, then falls along half a cosine."""
     return LearningRate("cosine", warmup_steps, end_value, learning_rate, train_steps)
 
 
 def rsqrt(warmup_steps: int = T5_WARMUP_STEPS, learning_rate: float | None = None) -> LearningRate:
-    """Returns T5's pre-training rate, first constant, then proportional to 1 / sqrt(step)."""
+    """Returns T5's pre-training rate, first constant, then proportional to 1 / sqrt(step).
+
+    Args:
+        warmup_steps (steps): number of steps at the peak, at least 1.
+        learning_rate: the peak; None means the run's `learning_rate`.
+    """
     return LearningRate("rsqrt", warmup_steps, learning_rate=learning_rate)
 
 
 def constant(warmup_steps: int = 0, learning_rate: float | None = None) -> LearningRate:
-    """Returns a constant learning rate."""
+    """Returns a learning rate that rises from 0 to a peak, then stays there."""
     return LearningRate("constant", warmup_steps, learning_rate=learning_rate)

@@ -34,8 +34,8 @@ class MutualInformation(PairedLoss):
     A step needs memory for the float32 logits of a whole microbatch.
 
     Attributes:
-        weight: factor of this loss, a number of at least 0 or a `Schedule`. The paper's code uses 0.1
-            (`beta`), together with weights of 0.5 for label and rationale.
+        weight: factor of this loss, a number of at least 0, or a `Schedule`, such as @linear_schedule(). The paper's
+            code uses 0.1 (there `beta`), together with weights of 0.5 for label and rationale.
     """
 
     name = "mutual_information"

@@ -49,6 +49,13 @@ FREE_FIELDS = (
     "spike_factor",
     "grace_secs",
 )
+# entries of `fingerprint`, as named in messages
+FINGERPRINTS = {
+    "train": "the train data",
+    VALIDATION: "the validation data",
+    "init_from": "the weights of `init_from`",
+}
+SHOWN_DIGITS = 12  # of a fingerprint's 64
 SEEN_SECS = 30.0  # longest wait until a file of another host is visible on a network disk
 # fields that may differ each time the run is started
 LIFE_FIELDS = (
@@ -146,7 +153,7 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns `FIELD was A, is B` for each setting that would change the result of a resumed run."""
+    """Returns `FIELD was A, is B` for each setting or fingerprint that would change a resumed run's result."""
     found = []
     for key in ("config", "fingerprint", "model"):
         old, new = before.get(key, {}), now[key]
@@ -163,6 +170,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if name in skipped or gone:
                 continue
             if old.get(name) != new.get(name):
+                if key == "fingerprint":
+                    digits = (str(of.get(name))[:SHOWN_DIGITS] for of in (old, new))
+                    what = FINGERPRINTS.get(name, name)
+                    found.append("{}: fingerprint was {}, is {}".format(what, *digits))
+                    continue
                 shown = f"`{name}`" if key == "config" else f"{key}.{name}"
                 found.append(f"{shown} was {old.get(name)!r}, is {new.get(name)!r}")
     return found
@@ -213,7 +225,7 @@ def _earlier(workdir: pathlib.Path, described: dict[str, Any]) -> dict[str, Any]
     if earlier is not None and (found := differences(earlier, described)):
         raise InputError(
             f"{workdir}: holds a run with other settings ({'; '.join(found)});"
-            " use the same settings to resume it, or another `workdir`"
+            " use the same settings and data to resume it, or another `workdir`"
         )
     return earlier
 

@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 
+from stepdistill_jax.commands import plan as command
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.main import main
 from stepdistill_jax.commands.plan import parse_size
@@ -29,10 +30,10 @@ def run(capsys, tmp_path, *argv):
 
 
 @pytest.mark.slow
-def test_layouts_are_compared_and_the_cheapest_is_named(capsys, tmp_path):
+def test_layouts_are_compared_and_one_is_recommended(capsys, tmp_path):
     code, out, _ = run(capsys, tmp_path, "demo_step_by_step", *SHORT, "--devices", "2", "--json")
     assert code == 0
-    for part in ("Assumed: ", "fsdp ", "Collectives per step", "Cheapest that fits"):
+    for part in ("Assumed: ", "fsdp ", "Collectives per step", "Recommended: data, remat"):
         assert part in out, out
     found = json.loads(out.splitlines()[-1])
     assert found["hbm"] == 80 * 10**9
@@ -40,8 +41,9 @@ def test_layouts_are_compared_and_the_cheapest_is_named(capsys, tmp_path):
     assert found["seconds_at_peak"]["NVIDIA H100"] > 0
 
 
-def test_one_layout_takes_the_configs_own_policy(capsys, tmp_path):
-    argv = ("--devices", "2", "--layout", "fsdp", "--gin_file", "memory/remat_minimal.gin")
+def test_one_layout_takes_the_configs_own_policy(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "DEFAULT_DEVICES", 2)
+    argv = ("--layout", "fsdp", "--gin_file", "memory/remat_minimal.gin")
     code, out, _ = run(capsys, tmp_path, "demo_step_by_step", *SHORT, *argv, "--json")
     assert code == 0
     found = json.loads(out.splitlines()[-1])
@@ -49,6 +51,9 @@ def test_one_layout_takes_the_configs_own_policy(capsys, tmp_path):
     assert candidate["remat_policy"] == "minimal"
     assert candidate["layout"] == {"data": 1, "fsdp": 2, "tensor": 1}
     assert "55.9 GiB can be used (75% of --hbm 80GB, JAX's share of a GPU's memory)" in out
+    assert "Assumed: 2 devices; --devices sets another number\n" in out
+    for column in ("remat", "filled", "work"):
+        assert f"\n  {column}: " in out
     assert f"the step takes {candidate['work']:.3g} times the FLOPs that one device needs" in out
     (times,) = [line for line in out.splitlines() if line.startswith("Shortest time")]
     assert times.count("A100") == 1  # its variants compute at the same rate

@@ -1,6 +1,7 @@
 """`stepdistill settings`: what it lists is what a config takes."""
 
 import json
+import re
 
 import pytest
 
@@ -76,6 +77,18 @@ def test_the_line_of_a_setting(capsys):
         "  EVAL_EVERY = 250  [steps]",
         "      steps between two validations. The last step is always validated.",
     ]
+
+
+def test_texts_name_settings_as_they_are_typed():
+    known, meanings = {s.field for s in settings()}, {s.name: s.meaning for s in settings()}
+    for s in settings():
+        for name in re.findall(r"`(\w+)`", s.meaning):
+            fields = {f"{owner}.{name}" for owner in ("train", "supervision", s.owner)}
+            assert known.isdisjoint(fields - {s.field}), (s.name, name)
+    assert meanings["MODEL_SIZE"].endswith("Not used with INIT_FROM.")
+    assert "if optimizer.schedule is a name" in meanings["optimizer.warmup_steps"]
+    assert meanings["linear.train_steps"].endswith("None means the run's TRAIN_STEPS.")
+    assert meanings["rsqrt.warmup_steps"] == "number of steps at the peak, at least 1."
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def test_data_that_was_changed_in_place_is_refused(jsonl, tmp_path, capsys, sett
     with survives("a dataset prepared anew, with other rows, under a resumed run") as seen:
         seen.append("exit 2, the fingerprints named")
         jsonl("no")  # the same files, the same numbers of rows
-        with pytest.raises(InputError, match=r"other settings \(fingerprint.train was"):
+        with pytest.raises(InputError, match=r"other settings \(the train data: fingerprint was"):
             train(config, workdir=tmp_path / "run", data_dir=data_dir)
         assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
         jsonl("yes")

@@ -98,6 +98,21 @@ def test_without_network_or_cache_the_command_for_elsewhere_is_said(
     assert not pathlib.Path("run").exists()
 
 
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_mistyped_folder_names_its_neighbour(made_up, capsys, reached):
+    """The owner is a folder here, so the name is a path: it gives no command to download it."""
+    response = types.SimpleNamespace(headers={}, request=None, status_code=404)
+    missing = RepositoryNotFoundError("404", response=response)
+    made_up.error = missing if reached else ConnectionError("Name or service not known")
+    pathlib.Path("runs/mine").mkdir(parents=True)
+    for name in ("runs/mien", "./runs/mien"):
+        sets = ["--set", "TASK=delivery", "--set", f"INIT_FROM={name}"]
+        assert main(["train", "finetune", "--workdir", "run", *sets]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("; did you mean 'mine'?") and "hf download" not in line
+    assert made_up.calls == [("info", "runs/mien"), *(() if reached else [("local", "runs/mien")])]
+
+
 def test_a_name_that_is_none_or_has_no_weights_is_one_line(made_up):
     made_up.files = {"config.json": None, "tf_model.h5": None}
     with pytest.raises(InputError, match=r"has none of the files model\.safetensors"):

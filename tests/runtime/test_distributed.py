@@ -234,7 +234,7 @@ def test_another_number_of_devices_ends_all_before_anything_compiles(tmp_path):
     argv = [*TRAIN, tmp_path / "w"]
     for number, (code, _, err) in enumerate(finish(launch(argv, [0, 1], of=2, EXPECT_DEVICES="8"))):
         assert code == 2, err
-        assert f"process {number + 1}/2, 1 of 2 devices" in err
+        assert f"process {number} of 2, 1 of 2 devices" in err
         assert "EXPECT_DEVICES=8, but 2 process(es) see 2 devices (1 here" in err
     assert not (tmp_path / "w").exists()
 
@@ -248,7 +248,7 @@ def test_one_process_speaks_for_the_job(tmp_path, delivery_data_dir):
     assert "{" not in second[1]
     assert "train: 3/3" in first[2] and "train: 3/3" not in second[2]
     assert "objective weights" in first[2] and "objective weights" not in second[2]
-    assert "process 2/2, 1 of 2 devices" in second[2]
+    assert "process 1 of 2, 1 of 2 devices" in second[2]
 
 
 @pytest.mark.slow

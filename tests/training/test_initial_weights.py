@@ -371,7 +371,7 @@ def test_a_run_from_a_workdir_resumes_and_compares_its_step(trained, tmp_path, d
     shutil.copytree(trained[0], source)
     shutil.rmtree(source / "checkpoints" / str(best))
     shutil.copytree(workdir / "checkpoints" / str(best), source / "checkpoints" / str(best))
-    with pytest.raises(InputError, match=r"fingerprint\.init_from was"):
+    with pytest.raises(InputError, match="the weights of `init_from`: fingerprint was"):
         started()
     shutil.rmtree(source / "checkpoints" / str(best))
     started()
