@@ -44,7 +44,7 @@ def main() -> None:
 def measure(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
     """Returns {size: {devices: numbers of one device}}."""
     from stepdistill_jax.models.sharding import Layout, make_mesh
-    from stepdistill_jax.planning.compiling import figures
+    from stepdistill_jax.planning.compiling import compile_step
     from stepdistill_jax.planning.devices import virtual_devices
     from stepdistill_jax.planning.workload import workload
     from stepdistill_jax.training.config import TrainConfig
@@ -61,7 +61,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[int, dict[str, float]]]:
         work = workload(config, rows=args.rows)
         for devices in args.devices:
             mesh = make_mesh(Layout(fsdp=devices), everything[:devices])
-            f = figures(config, work, mesh, "full")
+            f = compile_step(config, work, mesh, "full")
             found.setdefault(size, {})[devices] = {
                 "flops": f.flops_per_device,
                 "state": sum(f.state.values()),

@@ -7,7 +7,7 @@ from typing import Any
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.config import REMAT_POLICIES, ModelConfig
 from stepdistill_jax.models.sharding import Layout, batch_shards, make_mesh
-from stepdistill_jax.planning.compiling import figures, state_bytes
+from stepdistill_jax.planning.compiling import compile_step, state_bytes
 from stepdistill_jax.planning.workload import Workload
 from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.training.config import TrainConfig
@@ -141,16 +141,16 @@ def compiled(
     """Compiles one candidate.
 
     Returns:
-        `name`, `fits`, `work` and the entries of `Figures.to_json`. `work` is the step's FLOPs divided by the
+        `name`, `fits`, `work` and the entries of `CompiledStep.to_json`. `work` is the step's FLOPs divided by the
         FLOPs that a single device would need for the same tokens. If the TPU compiler refuses the step, `error`
-        replaces the entries of `Figures.to_json`.
+        replaces the entries of `CompiledStep.to_json`.
 
     Raises:
         InputError: a sharded dimension is not a multiple of the size of its mesh axis.
     """
     about = {"name": name, **_about(config, target, layout)}
     try:
-        found = figures(config, target.work, make_mesh(layout, target.devices), policy)
+        found = compile_step(config, target.work, make_mesh(layout, target.devices), policy)
     except MemoryError as error:
         log(f"{name}, remat {policy}: {error}")
         return {**about, "remat_policy": policy, "fits": False, "error": str(error)}

@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Figures:
+class CompiledStep:
     """The memory, FLOPs and traffic of a compiled step. All numbers of bytes are for one device.
 
     Attributes:
@@ -240,8 +240,10 @@ def bound_on(hlo: Module, mesh: Mesh, unknown_trips: int | None = None) -> Bound
     return bound(hlo, chip, on_tpu=device.platform == "tpu", unknown_trips=unknown_trips)
 
 
-def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) -> Figures:
-    """Compiles the step for one candidate and returns its figures.
+def compile_step(
+    config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str
+) -> CompiledStep:
+    """Compiles the step for one candidate.
 
     Args:
         config: its layout and remat policy are ignored.
@@ -271,7 +273,7 @@ def figures(config: TrainConfig, work: Workload, mesh: Mesh, remat_policy: str) 
     arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     # The step donates its state, so most results reuse the memory of an argument. `alias` is the size of these
     # results.
-    return Figures(
+    return CompiledStep(
         layout=dict(mesh.shape),
         remat_policy=remat_policy,
         num_microbatches=config.num_microbatches,

@@ -117,7 +117,7 @@ def _collect(
 ) -> None:
     """Waits on process 0 for the other processes, then tells them to start.
 
-    If the job cannot start, the processes that are present are told why.
+    If the job cannot start, each process that is present gets the reason.
     """
     present: dict[int, socket.socket] = {}  # connection of each process that has greeted
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as connections:

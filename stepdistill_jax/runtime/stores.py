@@ -121,13 +121,13 @@ def _prepare_stores() -> None:
 
 
 @functools.cache
-def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
+def local_copy(path: pathlib.Path, *siblings: str) -> pathlib.Path:
     """Returns the path itself if it is local, otherwise the path of a local copy.
 
     The copy is removed when this process ends.
 
     Args:
-        beside: names of other files in the same folder to copy, if they exist.
+        siblings: names of other files in the same folder to copy, if they exist.
     """
     if not is_remote(path):
         return path
@@ -135,7 +135,7 @@ def local_copy(path: pathlib.Path, *beside: str) -> pathlib.Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = folder / path.name
     copy.write_bytes(path.read_bytes())
-    for name in beside:
+    for name in siblings:
         if (path.parent / name).is_file():
             (folder / name).write_bytes((path.parent / name).read_bytes())
     return copy

@@ -108,7 +108,7 @@ def inspect(
         "target_length": config.target_length,
         "vocabulary_size": data.vocab_size,
         "objectives": {
-            objective.name: _objective_figures(data, number, objective)
+            objective.name: _objective_statistics(data, number, objective)
             for number, objective in enumerate(data.objectives)
         },
         "cut": batches.cut_counts(),
@@ -157,7 +157,7 @@ def _lengths(data: TaskData, objective: int, feature: str) -> np.ndarray:
     )
 
 
-def _objective_figures(data: TaskData, number: int, objective: Objective) -> dict[str, Any]:
+def _objective_statistics(data: TaskData, number: int, objective: Objective) -> dict[str, Any]:
     inputs, targets = (_lengths(data, number, feature) for feature in ("inputs", "targets"))
     firsts = [
         rows["targets"]
@@ -169,12 +169,12 @@ def _objective_figures(data: TaskData, number: int, objective: Objective) -> dic
         "weight": schedules.described(objective.weight),
         "rows": len(inputs),
         "absent": sum(int((targets.lengths == 0).sum()) for targets in firsts),
-        "inputs": _length_figures(inputs),
-        "targets": _length_figures(targets),
+        "inputs": _length_statistics(inputs),
+        "targets": _length_statistics(targets),
     }
 
 
-def _length_figures(lengths: np.ndarray) -> dict[str, Any]:
+def _length_statistics(lengths: np.ndarray) -> dict[str, Any]:
     if not len(lengths):
         return {"min": 0, "mean": 0.0, "median": 0, "p99": 0, "max": 0, "histogram": []}
     low, high = int(lengths.min()), int(lengths.max())

@@ -326,14 +326,14 @@ def test_each_advice_is_compiled_and_fits():
 @pytest.mark.slow
 def test_what_the_tpu_compiler_refuses_is_changed_in_all_that_saves_memory(monkeypatch):
     """It gives no sizes: the policy that leaves the most room is where advice begins."""
-    figures = candidates.figures
+    compile_step = candidates.compile_step
 
     def refusing(config, work, mesh, policy):
         if config.optimizer.name == "adafactor" and config.num_microbatches > 1:
-            return figures(config, work, mesh, policy)
+            return compile_step(config, work, mesh, policy)
         raise MemoryError("no room")
 
-    monkeypatch.setattr(candidates, "figures", refusing)
+    monkeypatch.setattr(candidates, "compile_step", refusing)
     monkeypatch.setattr(
         sys.modules[plan.__module__], "topology_devices", lambda topology: jax.devices()[:2]
     )
@@ -508,7 +508,7 @@ def test_a_topology_without_the_tpu_compiler_says_what_to_install(monkeypatch):
 GROWTH = """
 import json, re, sys
 import jax
-from stepdistill_jax.planning.compiling import lower_step, figures
+from stepdistill_jax.planning.compiling import compile_step, lower_step
 from stepdistill_jax.planning.devices import virtual_devices
 from stepdistill_jax.planning.devices import memory_of, usable_share
 from stepdistill_jax.planning.workload import workload
@@ -523,7 +523,7 @@ work, result = workload(config, data_dir=sys.argv[1]), {}
 everything = virtual_devices(64)
 for count in (8, 64):
     mesh = make_mesh("fsdp", everything[:count])
-    result[count] = figures(config, work, mesh, "full").to_json()
+    result[count] = compile_step(config, work, mesh, "full").to_json()
     lowered, _ = lower_step(config, work.model, work.rows_of(1).groups, mesh)
     shapes = re.findall(r"\\w\\[([\\d,]+)\\]", lowered.compile({"xla_backend_optimization_level": 0}).as_text())
     sizes = [[int(d) for d in shape.split(",")] for shape in shapes]
