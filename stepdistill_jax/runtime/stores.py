@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import cast
 
-from stepdistill_jax.errors import InputError, how_to_install
+from stepdistill_jax.errors import InputError, how_to_install, nearest
 
 _GS = "gs://"
 # a URL, or a store's URL that went through pathlib: `gs:/bucket/run`
@@ -104,6 +104,22 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
             f"{name} {url}: must be a path on this machine, since only a workdir may be in a store; copy it here"
         )
     return pathlib.Path(path)
+
+
+def existing_folder(path: os.PathLike | str) -> pathlib.Path:
+    """Returns the path of a folder, which may be in a store.
+
+    Raises:
+        InputError: there is no such folder. The message names a local folder next to it with a similar name.
+    """
+    path = as_path(path)
+    if path.is_dir():
+        return path
+    names = []
+    if not is_remote(path):
+        with contextlib.suppress(OSError):
+            names = [p.name for p in path.parent.iterdir() if p.is_dir()]
+    raise InputError(f"{path}: no such folder{nearest(path.name, names)}")
 
 
 @functools.cache

@@ -263,7 +263,7 @@ FAULTS = {
     "no input on the second": (2, "process 1: .*none.jsonl: no such file"),
     "another input on the second": (2, "process 1 has another input or model than process 0"),
     "another model on the second": (2, "process 1 has another model than process 0"),
-    "no model on the second": (2, "process 1: .*none: no such model directory"),
+    "no model on the second": (2, "process 1: .*none: no such folder"),
     "output of another run": (2, "process 0: .*another run is writing it"),
     "disk full": (1, "process 0: OSError.*File too large"),
 }

@@ -471,7 +471,7 @@ def test_missing_files_and_impossible_outputs_are_refused(model_dir, write_rows,
     source = write_rows([{"input": "a"}])
     for arguments, message in (
         ((model_dir, tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
-        ((tmp_path / "none", source, tmp_path / "o"), "none: no such model directory"),
+        ((tmp_path / "none", source, tmp_path / "o"), "none: no such folder"),
         ((model_dir, source, source), "it is the input"),
         ((model_dir, source, tmp_path), "got a folder"),
         ((model_dir, tmp_path, tmp_path / "o"), "got a folder"),
