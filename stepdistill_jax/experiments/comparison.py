@@ -17,6 +17,10 @@ from stepdistill_jax.training.provenance import FREE_FIELDS, with_defaults
 
 # fields of a config that distinguish arms, fractions and seeds, or do not affect the model
 NO_SETTING = ("objectives", "data_fraction", "seed", "task_module", *FREE_FIELDS)
+# `--set` takes fields of `train` as macros in capitals and nested fields as paths, with these exceptions
+NO_MACRO = ("model_family", "dropout_rate", "max_decode_len", "remat_policy", "loss_mean")
+NO_MACRO += ("token_weights", "lora")
+MACROS = {"supervision.label_source": "LABEL_SOURCE", "supervision.rationales": "RATIONALES"}
 BASELINE = "label_only"
 
 
@@ -210,7 +214,7 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns a run's settings as {name: value as a string}.
 
-    Names are in capitals, or paths such as `optimizer.name`. Fields in `NO_SETTING` are left out, except
+    Names are those of `--set`, such as `BATCH_SIZE` and `optimizer.name`. Fields in `NO_SETTING` are left out, except
     `init_from` and the objectives' weights and input templates.
     """
     found = {}
@@ -219,7 +223,10 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
             if isinstance(value, Mapping):
                 found |= flat_settings(value, f"{prefix}{name}.")
             else:
-                found[f"{prefix}{name}" if prefix else name.upper()] = str(value)
+                path = f"{prefix}{name}"
+                if not prefix:
+                    path = f"train.{name}" if name in NO_MACRO else name.upper()
+                found[MACROS.get(path, path)] = str(value)
     if not prefix:
         # a free field, since the folder may move, but its weights affect the model
         found["INIT_FROM"] = str(config.get("init_from"))
