@@ -95,10 +95,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     small_windows(40)
     want_summary = predict(model_dir, source, whole, batch_size=32)
     windows = small_windows(40, stop_in=4)
-    with pytest.raises(KeyboardInterrupt):
+    partial = tmp_path / "out.jsonl.partial"
+    kept = f"^120 finished rows are kept in {partial}; run the same command again to continue$"
+    with pytest.raises(KeyboardInterrupt, match=kept):
         predict(model_dir, source, out, batch_size=32)
     assert not out.exists()
-    partial = tmp_path / "out.jsonl.partial"
     assert partial.read_bytes() == whole.read_bytes()[: partial.stat().st_size]
     with open(partial, "ab") as f:
         f.write(b'{"id": "half a row')  # what a crash in the middle of a write leaves
