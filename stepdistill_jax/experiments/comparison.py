@@ -17,7 +17,7 @@ from stepdistill_jax.training.provenance import FREE_FIELDS, with_defaults
 
 # fields of a config that distinguish arms, fractions and seeds, or do not affect the model
 NO_SETTING = ("objectives", "data_fraction", "seed", "task_module", *FREE_FIELDS)
-# `--set` takes fields of `train` as macros in capitals and nested fields as paths, with these exceptions
+# a config binds fields of `train` as macros in capitals and nested fields as paths, with these exceptions
 NO_MACRO = ("model_family", "dropout_rate", "max_decode_len", "remat_policy", "loss_mean")
 NO_MACRO += ("token_weights", "lora")
 MACROS = {"supervision.label_source": "LABEL_SOURCE", "supervision.rationales": "RATIONALES"}
@@ -214,7 +214,7 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns a run's settings as {name: value as a string}.
 
-    Names are those of `--set`, such as `BATCH_SIZE` and `optimizer.name`. Fields in `NO_SETTING` are left out, except
+    Names are as a config binds them, such as `BATCH_SIZE` and `optimizer.name`. Fields in `NO_SETTING` are left out, except
     `init_from` and the objectives' weights and input templates.
     """
     found = {}

@@ -158,7 +158,7 @@ def read_config(directory: os.PathLike | str) -> ModelConfig:
         )
     if (directory / STABLEHLO_DECODER).is_file() and not has_weights(directory):
         raise InputError(
-            f"{directory}: this is a StableHLO directory (`export --format jax`), and its README.md shows how to"
+            f"{directory}: this is a StableHLO directory (`stepdistill export --format jax`), and its README.md shows how to"
             " run it with jax alone; here, use the workdir or model directory that it was made from"
         )
     raw, weights = read_object(path), None

@@ -167,7 +167,7 @@ def in_words(figures: dict[str, Any]) -> str:
     else:
         lines.append(f"label and rationale: {_verdicts_in_words(figures)}")
         if figures["teacher"]:
-            lines.append(f"the teacher's own: {_verdicts_in_words(teacher)}")
+            lines.append(f"the teacher's own: {_verdicts_in_words(figures['teacher'])}")
     for row in figures["disagreements"]:
         lines.append(
             f"  {row['id']}: label {row['label']!r}, but rationale {row['rationale']!r} names {row['named']!r}"
