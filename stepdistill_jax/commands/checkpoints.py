@@ -4,7 +4,6 @@ import argparse
 from typing import Any
 
 from stepdistill_jax.commands.terminal import say
-from stepdistill_jax.errors import InputError
 
 MB = 1e6
 COLUMNS = ("step", "state", "MB", "label accuracy", "label loss", "", "problem")
@@ -53,11 +52,14 @@ def look(workdir: str, *, verify: bool) -> dict[str, Any]:
     Raises:
         InputError: `workdir` is not a workdir.
     """
-    from stepdistill_jax.runtime.checkpoints.manager import checkpoints_folder, is_workdir, rank
+    from stepdistill_jax.runtime.checkpoints.manager import (
+        checkpoints_folder,
+        rank,
+        require_workdir,
+    )
     from stepdistill_jax.runtime.checkpoints.manifest import UNSEALED, defect, quarantined, saved
 
-    if not is_workdir(workdir):
-        raise InputError(f"{workdir}: not a workdir (the folder has no checkpoints)")
+    require_workdir(workdir)
     folder = checkpoints_folder(workdir)
     entries, known = [], {}
     for step in saved(folder):

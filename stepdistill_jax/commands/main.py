@@ -103,9 +103,10 @@ def _exit_code(argv: list[str]) -> int:
         # one line, even if the message quotes several lines of a library
         log(f"stepdistill: error: {printable(error)}")
         return _ended(argv, BAD_INPUT, translated(printable(error)))
-    except KeyboardInterrupt:
-        log("stepdistill: interrupted")
-        return _ended(argv, INTERRUPTED, "interrupted")
+    except KeyboardInterrupt as error:
+        message = ": ".join(["interrupted", *map(str, error.args)])
+        log(f"stepdistill: {message}")
+        return _ended(argv, INTERRUPTED, message)
     except BrokenPipeError:
         # the reader of our output (`| head`) has ended; nothing may be flushed into the pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

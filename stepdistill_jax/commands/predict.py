@@ -61,14 +61,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             " of a SeqIO task"
         )
     join_and_cache(args.path)
-    from stepdistill_jax.formats.directory import require_directory
     from stepdistill_jax.inference import predict
     from stepdistill_jax.inference.accuracy import in_words
     from stepdistill_jax.runtime.distributed import is_process_0
     from stepdistill_jax.runtime.on_processes import on_all_processes
+    from stepdistill_jax.runtime.stores import existing_folder
 
     # checked first, so that a mistyped model is reported before errors of the input
-    on_all_processes(lambda: require_directory(args.path))
+    on_all_processes(lambda: existing_folder(args.path))
     with stopped_by_signals():
         result = predict(
             args.path,

@@ -17,6 +17,10 @@ from stepdistill_jax.training.provenance import FREE_FIELDS, with_defaults
 
 # fields of a config that distinguish arms, fractions and seeds, or do not affect the model
 NO_SETTING = ("objectives", "data_fraction", "seed", "task_module", *FREE_FIELDS)
+# a config binds fields of `train` as macros in capitals and nested fields as paths, with these exceptions
+NO_MACRO = ("model_family", "dropout_rate", "max_decode_len", "remat_policy", "loss_mean")
+NO_MACRO += ("token_weights", "lora")
+MACROS = {"supervision.label_source": "LABEL_SOURCE", "supervision.rationales": "RATIONALES"}
 BASELINE = "label_only"
 
 
@@ -215,8 +219,8 @@ def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
 def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Returns a run's settings as {name: value as a string}.
 
-    A field of the config has a name in capitals; a nested field has a path such as `optimizer.name`. Fields in
-    `NO_SETTING` are left out, but the result always has `init_from` and the objectives' weights and input templates.
+    Names are as a config binds them, such as `BATCH_SIZE` and `optimizer.name`. Fields in `NO_SETTING` are left out,
+    but the result always has `INIT_FROM` and the objectives' weights and input templates.
     """
     found = {}
     for name, value in config.items():
@@ -224,7 +228,10 @@ def flat_settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]
             if isinstance(value, Mapping):
                 found |= flat_settings(value, f"{prefix}{name}.")
             else:
-                found[f"{prefix}{name}" if prefix else name.upper()] = str(value)
+                path = f"{prefix}{name}"
+                if not prefix:
+                    path = f"train.{name}" if name in NO_MACRO else name.upper()
+                found[MACROS.get(path, path)] = str(value)
     if not prefix:
         # a free field, since the folder may move, but its weights affect the model
         found["INIT_FROM"] = str(config.get("init_from"))

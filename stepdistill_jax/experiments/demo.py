@@ -2,23 +2,24 @@
 
 import dataclasses
 import os
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from stepdistill_jax.data.example import Example
+from stepdistill_jax.data.objectives import resolve
 from stepdistill_jax.data.prepare import ensure_prepared
-from stepdistill_jax.data.prepared import PreparedDataset
 from stepdistill_jax.data.text_metrics import majority_baseline
-from stepdistill_jax.decoding.greedy import LabelDecoder
 from stepdistill_jax.experiments.plots import learning_curves
-from stepdistill_jax.formats.directory import TaskInfo, read_task_info
-from stepdistill_jax.inference.accuracy import AccuracyCounts
-from stepdistill_jax.inference.model import LoadedModel, load_model
-from stepdistill_jax.inference.prompting import encode_input
-from stepdistill_jax.runtime.files import write_json
+from stepdistill_jax.formats.directory import read_model_files
+from stepdistill_jax.inference import evaluate, load
+from stepdistill_jax.inference.answer_files import PREDICTIONS
+from stepdistill_jax.inference.prompting import RATIONALE
+from stepdistill_jax.runtime.files import read_jsonl, write_json
 from stepdistill_jax.runtime.metrics import read_metrics
 from stepdistill_jax.runtime.overwriting import Made, check_folder
 from stepdistill_jax.runtime.progress import log
@@ -57,9 +58,9 @@ def demo(
     workdir: os.PathLike | str,
     data_dir: os.PathLike | str,
 ) -> dict[str, Any]:
-    """Trains each arm in `workdir`/ARM, decodes the test labels, and compares the arms.
+    """Trains and evaluates each arm in `workdir`/ARM, and compares the arms.
 
-    An arm that an earlier call trained is only decoded.
+    An arm that an earlier call trained is only evaluated.
 
     Args:
         arms: {name: (config, its gin text)}, all with the same task.
@@ -76,6 +77,7 @@ def demo(
     check_folder(workdir, SUMMARY, MADE, [PLOT])
     task = next(iter(arms.values()))[0].task
     dataset = ensure_prepared(task, data_dir)
+    examples = list(dataset.examples("test"))
     results, curves, shown = [], {}, []
     for name, (config, text) in arms.items():
         folder = workdir / name
@@ -84,16 +86,23 @@ def demo(
         trained = train(config, workdir=folder, data_dir=data_dir, config_text=text)
         # None if an earlier start had trained all steps: then `train` returns no rate
         seconds = time.monotonic() - start if trained["examples_per_second"] else None
-        model = load_model(folder)
-        info = read_task_info(folder)
-        result, predictions = _test(model, info, dataset)
+        # `report` reads these answers, too
+        tested = evaluate(folder, task=task, data_dir=data_dir)
+        answers = folder / PREDICTIONS / f"{task}-test-{tested['step']}.jsonl"
         results.append(
-            ArmResult(name, read_run(folder)["examples"], config.train_steps, seconds, **result)
+            ArmResult(
+                name,
+                read_run(folder)["examples"],
+                config.train_steps,
+                seconds,
+                tested["accuracy"],
+                _tokens_per_row(folder, answers),
+            )
         )
         curves[name] = read_metrics(folder)
-        shown = _rationales(model, info, dataset, predictions) or shown
-    labels = [e.label for e in dataset.examples("test")]
-    baseline = majority_baseline(labels, dataset.metric)
+        if any(o.name == RATIONALE for o in resolve(config.objectives)):
+            shown = _rationales(folder, examples[:SHOWN_ROWS])
+    baseline = majority_baseline([e.label for e in examples], dataset.metric)
     plot = workdir / PLOT
     summary = {
         "arms": [dataclasses.asdict(r) for r in results],
@@ -106,51 +115,18 @@ def demo(
     return summary
 
 
-def _decode(model: LoadedModel, info: TaskInfo, objective: int, texts: list[str], length: int):
-    """Returns the decoded text and the number of decoded tokens for each input.
-
-    `objective` is an index, and `length` is the largest number of tokens to decode.
-    """
-    chosen = info.objectives[objective]
-    rows = [
-        encode_input(model.vocabulary, chosen.input_template.format(input=text), info.input_length)[
-            0
-        ]
-        for text in texts
-    ]
-    prefix = model.vocabulary.encode(chosen.decoder_prefix) if chosen.decoder_prefix else ()
-    decoder = LabelDecoder(model.config, max_decode_len=length, decoder_prefix=prefix)
-    decoded = decoder(model.params, rows)
-    return [model.vocabulary.decode(ids) for ids in decoded.ids], [len(i) for i in decoded.ids]
+def _tokens_per_row(folder: pathlib.Path, answers: pathlib.Path) -> float:
+    """Returns the mean number of tokens of an answer, the end of sequence included."""
+    encode = read_model_files(folder).vocabulary.encode
+    return float(np.mean([len(encode(row["label"])) + 1 for _, row in read_jsonl(answers)]))
 
 
-def _test(
-    model: LoadedModel, info: TaskInfo, dataset: PreparedDataset
-) -> tuple[dict[str, float], list[str]]:
-    examples = list(dataset.examples("test"))
-    texts = [e.input for e in examples]
-    predictions, counts = _decode(model, info, 0, texts, info.max_decode_len)
-    accuracy = AccuracyCounts(dataset.metric)
-    for prediction, example in zip(predictions, examples, strict=True):
-        accuracy.add(prediction, example.label)
-    right = accuracy.summary()["accuracy"]
-    return {"test_accuracy": right, "tokens_per_row": float(np.mean(counts))}, predictions
-
-
-def _rationales(
-    model: LoadedModel, info: TaskInfo, dataset: PreparedDataset, predictions: list[str]
-) -> list[dict[str, str]]:
-    """Returns the first test rows with the model's labels and rationales, or [] if the model writes no rationales."""
-    names = [o.name for o in info.objectives]
-    if "rationale" not in names:
-        return []
-    examples = list(dataset.examples("test"))[:SHOWN_ROWS]
-    texts, _ = _decode(
-        model, info, names.index("rationale"), [e.input for e in examples], info.target_length
-    )
+def _rationales(folder: pathlib.Path, examples: Sequence[Example]) -> list[dict[str, str]]:
+    """Returns each row's input and gold label with the model's label and rationale."""
+    answers = load(folder).predict([e.input for e in examples], with_rationale=True)
     return [
-        {"input": e.input, "gold": e.label, "label": label, "rationale": rationale}
-        for e, label, rationale in zip(examples, predictions[:SHOWN_ROWS], texts, strict=True)
+        {"input": e.input, "gold": e.label, "label": a["label"], "rationale": a[RATIONALE]}
+        for e, a in zip(examples, answers, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ from stepdistill_jax.runtime.checkpoints.manager import resolve_step
 from stepdistill_jax.runtime.files import read_jsonl
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.metrics import METRICS, read_metrics
-from stepdistill_jax.runtime.stores import local_path
+from stepdistill_jax.runtime.stores import existing_folder, local_path
 from stepdistill_jax.training.workdir import RUN, read_run
 
 DEPTH = 5  # levels of folders searched for runs: ARM/NAME=VALUE/FRACTION/SEED below a sweep's
@@ -216,9 +216,7 @@ def find_runs(paths: Sequence[os.PathLike | str]) -> list[Found]:
     """
     found: dict[pathlib.Path, Found] = {}
     for given in paths:
-        path = local_path(given, "report")
-        if not path.is_dir():
-            raise InputError(f"{path}: no such folder; pass a workdir or the folder of a sweep")
+        path = existing_folder(local_path(given, "report"))
         here = list(_below(path, DEPTH))
         if not here:
             raise InputError(

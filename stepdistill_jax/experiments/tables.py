@@ -18,7 +18,7 @@ from stepdistill_jax.training.provenance import with_defaults
 
 # listed in every table of settings, even at their defaults
 USUAL_SETTINGS = ("TASK", "MODEL_SIZE", "INIT_FROM", "parameters", "TRAIN_STEPS", "BATCH_SIZE")
-USUAL_SETTINGS += ("LEARNING_RATE", "optimizer.name", "optimizer.schedule", "DROPOUT_RATE")
+USUAL_SETTINGS += ("LEARNING_RATE", "optimizer.name", "optimizer.schedule", "train.dropout_rate")
 USUAL_SETTINGS += ("INPUT_LENGTH", "TARGET_LENGTH", "DTYPE", "DATA_FRACTION", "SEED")
 
 
@@ -160,7 +160,7 @@ def cost_table(comparison: Comparison, name: str) -> Table:
             (
                 arm,
                 f"{point.fraction:g}",
-                f"{point.runs[0].parameters:,}",
+                str(point.runs[0].parameters),
                 str(point.runs[0].config["train_steps"]),
                 f"{sum(s for s, _ in costs) / len(costs):.1f}",
                 f"{sum(f for _, f in costs) / len(costs) / 1e12:.4g}",
@@ -180,7 +180,7 @@ def settings_table(comparison: Comparison, name: str) -> Table:
     for run in comparison.runs:
         settings = flat_settings(with_defaults(run.config))
         settings |= {"DATA_FRACTION": f"{run.fraction:g}", "SEED": str(run.seed)}
-        by_arm[run.arm].append(settings | {"parameters": f"{run.parameters:,}"})
+        by_arm[run.arm].append(settings | {"parameters": str(run.parameters)})
     names = dict.fromkeys(
         [*USUAL_SETTINGS, *(n for runs in by_arm.values() for settings in runs for n in settings)]
     )

@@ -112,6 +112,8 @@ If an input contains the spelling of a special token (`</s>`, `<pad>`, `<unk>`),
 but `transformers` turns it into the special token."""
 _GEMMA_TERMS = """ Google's weights of T5Gemma are under the Gemma Terms of Use
 (https://ai.google.dev/gemma/terms), which also apply to models made from them."""
+_OWN_HEAD = """ The warning of `transformers` 5 about tied weights (`shared.weight`, `lm_head.weight`) is harmless: it loads both
+as they are."""
 _UMT5 = """ `transformers` 5 divides the logits of every UMT5 by the square root of its width, but this model
 was trained without that division. In `transformers`, its scores and samples are therefore wrong, but its
 greedy labels are right."""
@@ -161,6 +163,7 @@ def model_card(
         family=family(config, vocabulary),
         adapters=_adapters(lora),
         notes=_SPECIAL
+        + (_OWN_HEAD if is_t5 and not config.logits_via_embedding else "")
         + (_UMT5 if config.position_bias == "layer" else "")
         + _answers(task_info.objectives[0]),
         parameters=f"{num_parameters:,}",

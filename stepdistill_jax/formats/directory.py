@@ -12,7 +12,7 @@ from stepdistill_jax.data.objectives import Objective, check_first
 from stepdistill_jax.data.schedules import Schedule
 from stepdistill_jax.data.text_metrics import METRICS
 from stepdistill_jax.data.vocabulary import EOS_ID, PAD_ID, Vocabulary
-from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.config_json import config_json, config_of
 from stepdistill_jax.formats.fields import size
 from stepdistill_jax.formats.t5x import config_from_shapes, find_t5x
@@ -21,11 +21,12 @@ from stepdistill_jax.formats.vocabulary_files import read_vocabulary, write_voca
 from stepdistill_jax.formats.weights import has_weights, open_weights
 from stepdistill_jax.models.config import MAX_LENGTH, LoraConfig, ModelConfig
 from stepdistill_jax.runtime.files import write_json
-from stepdistill_jax.runtime.stores import as_path, is_remote
+from stepdistill_jax.runtime.stores import as_path, existing_folder, is_remote
 
 CONFIG, TASK_INFO = "config.json", "stepdistill.json"
 GENERATION_CONFIG = "generation_config.json"
 CTRANSLATE2_MODEL, CTRANSLATE2_TOKENS = "model.bin", "shared_vocabulary.json"
+STABLEHLO_DECODER = "label_decoder.jax_export"
 FORMAT_VERSION = 1
 LORA = "stepdistill_lora"  # key in the config.json of a workdir whose checkpoints hold adapters
 
@@ -99,28 +100,6 @@ def write_model_files(
     write_json(directory / GENERATION_CONFIG, generation)
 
 
-def require_directory(path: os.PathLike | str) -> pathlib.Path:
-    """Returns the path of a model directory or workdir, which may be in a store.
-
-    Raises:
-        InputError: there is no such folder.
-    """
-    path = as_path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such model directory or workdir{nearby(path)}")
-    return path
-
-
-def nearby(path: os.PathLike | str) -> str:
-    """Returns a hint such as `; did you mean 'mine'?` at a local folder next to `path`, or ""."""
-    path = as_path(path)
-    try:
-        folders = [] if is_remote(path) else [p.name for p in path.parent.iterdir() if p.is_dir()]
-    except (OSError, ValueError):  # no such folder, or a null byte in its name
-        folders = []
-    return nearest(path.name, folders)
-
-
 def is_ctranslate2(directory: os.PathLike | str) -> bool:
     """Returns whether a local folder is a CTranslate2 directory, even an incomplete one."""
     folder = as_path(directory)
@@ -139,7 +118,7 @@ def read_model_files(directory: os.PathLike | str) -> ModelFiles:
         InputError: a file or field is missing, wrong, or not supported.
     """
     # transformers 5 always writes true as `tie_word_embeddings`, so the field alone does not tell
-    directory = require_directory(directory)
+    directory = existing_folder(directory)
     if not (directory / CONFIG).is_file() and find_t5x(directory) is None:
         raise InputError(f"{directory}: not a model directory or workdir (it has no {CONFIG})")
     config = read_config(directory)
@@ -177,6 +156,11 @@ def read_config(directory: os.PathLike | str) -> ModelConfig:
         raise InputError(
             f"{directory}: this is a CTranslate2 directory, which only `predict`, `evaluate` and `serve`"
             " read; use the model directory that it was made from"
+        )
+    if (directory / STABLEHLO_DECODER).is_file() and not has_weights(directory):
+        raise InputError(
+            f"{directory}: this is a StableHLO directory (`stepdistill export --format jax`), and its README.md shows how to"
+            " run it with jax alone; here, use the workdir or model directory that it was made from"
         )
     raw, weights = read_object(path), None
     if has_weights(directory):

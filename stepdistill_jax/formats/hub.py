@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from stepdistill_jax.data.vocabulary import TOKENIZER_CONFIG
 from stepdistill_jax.errors import InputError, printable
-from stepdistill_jax.formats.directory import CONFIG, TASK_INFO, nearby
+from stepdistill_jax.formats.directory import CONFIG, TASK_INFO
 from stepdistill_jax.formats.vocabulary_files import SPIECE, TOKENIZER_MODEL
 from stepdistill_jax.formats.weights import INDEX_SUFFIX, WEIGHT_FILES, has_weights
 from stepdistill_jax.runtime.progress import log
-from stepdistill_jax.runtime.stores import is_remote
+from stepdistill_jax.runtime.stores import is_remote, nearby
 
 SITE, TIMEOUT_SECS = "huggingface.co", 20.0
 # the hub has pages of these names, so no owner has such a name: `models/x` can only be a folder

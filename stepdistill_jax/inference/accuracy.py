@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepdistill_jax.data.text_metrics import LabelCounts, is_valid, metric_fn
-from stepdistill_jax.inference.calibration import Calibration
+from stepdistill_jax.inference.calibration import ALL_RIGHT, Calibration
 
 
 class AccuracyCounts:
@@ -109,10 +109,10 @@ def in_words(summary: dict[str, Any]) -> str:
     if "expected_calibration_error" in summary:
         parts.append(f"calibration error {summary['expected_calibration_error']:.4g}")
     if summary.get("log_loss") is not None:
-        parts.append(
-            f"log loss {summary['log_loss']:.4g} (lowest at temperature"
-            f" {summary['best_temperature']:.4g})"
-        )
+        best = f"lowest at temperature {summary['best_temperature']:.4g}"
+        if summary["best_temperature"] == ALL_RIGHT:
+            best = "no wrong answers, so no temperature can be fitted"
+        parts.append(f"log loss {summary['log_loss']:.4g} ({best})")
     parts.append(f"{summary['rows_per_second']:.1f} rows/s")
     line = "  ".join(parts)
     if own := summary.get("metrics"):

@@ -8,6 +8,7 @@ import numpy as np
 BINS = 15  # as in Guo et al. 2017
 # 3% apart; the loss is flat near its minimum, so a finer grid would change only its 5th digit
 TEMPERATURES = np.geomspace(0.05, 100.0, 257)
+ALL_RIGHT = 1.0  # reported if all answers are right; none of `TEMPERATURES`
 _SMALLEST = np.log(np.finfo(np.float64).tiny)
 
 
@@ -56,14 +57,15 @@ class Calibration:
             `log_loss`: mean of -log(probability of the gold label), in nats, over the rows whose gold
             label is one of the allowed labels; None if there is no such row.
             `best_temperature`: temperature in [0.05, 100] with the smallest log loss (section 4.2); None if
-            `log_loss` is None.
+            `log_loss` is None. If all answers are right, the log loss has no minimum, and the result is 1.
             `gold_not_a_choice`: number of rows whose gold label is not one of the allowed labels.
         """
         rows = self._count.sum()
         if not rows:
             return {}
         gap = np.abs(self._right - self._sure).sum() / rows
-        best = float(TEMPERATURES[self._losses.argmin()])
+        all_right = self._right.sum() == self._scored
+        best = ALL_RIGHT if all_right else float(TEMPERATURES[self._losses.argmin()])
         return {
             "expected_calibration_error": float(gap),
             "log_loss": self._loss / self._scored if self._scored else None,

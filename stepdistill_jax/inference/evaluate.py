@@ -19,12 +19,12 @@ from stepdistill_jax.errors import InputError
 from stepdistill_jax.formats.ctranslate2 import read_ctranslate2
 from stepdistill_jax.formats.directory import TaskInfo, is_ctranslate2, read_model_files
 from stepdistill_jax.inference.accuracy import AccuracyCounts
-from stepdistill_jax.inference.allowed_answers import OTHER_CHOICES, ROW, allow
+from stepdistill_jax.inference.allowed_answers import ROW, allow
 from stepdistill_jax.inference.answer_files import PREDICTIONS, answers_name, write_answers
 from stepdistill_jax.inference.engines import open_engine
 from stepdistill_jax.inference.labels import Labels, label_rows, score_targets
 from stepdistill_jax.inference.options import DecodeOptions, decode_options
-from stepdistill_jax.inference.predict import answer_file
+from stepdistill_jax.inference.predict import predict
 from stepdistill_jax.inference.prompting import RATIONALE, prompting_for
 from stepdistill_jax.inference.rationale_quality import RationaleCounts
 from stepdistill_jax.runtime.checkpoints.manager import is_workdir, resolve_step
@@ -210,17 +210,21 @@ def _evaluate_dataset(
         folder = pathlib.Path(scratch) if kept is None or remote else kept
         answers = folder / f"{name}.jsonl"
         chosen = options if found is None else dataclasses.replace(options, step=found)
-        result = answer_file(
-            path,
-            source,
-            answers,
-            chosen,
-            task=dataset.name,
-            with_rationale=with_rationale,
-            # not `data_dir`: a module may have registered the dataset from another folder
-            data_dir=dataset.directory.parent,
-            hint=OTHER_CHOICES if options.choices == ROW else "",  # no row of a split is skipped
-        )
+        try:
+            result = predict(
+                path,
+                source,
+                answers,
+                task=dataset.name,
+                with_rationale=with_rationale,
+                # not `data_dir`: a module may have registered the dataset from another folder
+                data_dir=dataset.directory.parent,
+                **vars(chosen),
+            )
+        except KeyboardInterrupt:
+            if folder != kept:  # the scratch folder goes, with the rows that it kept
+                raise KeyboardInterrupt from None
+            raise
         if with_rationale:
             # a model that writes both in one answer has no separate count
             unfinished = result.pop("unfinished_rationales", result["unfinished"])

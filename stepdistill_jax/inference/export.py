@@ -24,7 +24,7 @@ from stepdistill_jax.formats.tokenizer import write_tokenizer
 from stepdistill_jax.inference.model import LoadedModel, load_model
 from stepdistill_jax.inference.prompting import prompting_for
 from stepdistill_jax.inference.stablehlo import decoder_readme, write_decoder
-from stepdistill_jax.runtime.checkpoints.manager import is_workdir, saved_steps
+from stepdistill_jax.runtime.checkpoints.manager import require_workdir, saved_steps
 from stepdistill_jax.runtime.checks import one_of
 from stepdistill_jax.runtime.files import atomic_write, check_writable, fsync
 from stepdistill_jax.runtime.folders import sole_writer, staged_folder
@@ -71,8 +71,8 @@ def export(
     target = local_path(model_dir, "MODEL_DIR")
     target = target if target.name else target.absolute()  # `.`
     _check_target(target)
-    if format == "hf" and not is_workdir(workdir):
-        raise InputError(f"{workdir}: this is not a workdir (it has no checkpoints to export)")
+    if format == "hf":
+        require_workdir(workdir)
     model = load_model(workdir, step)
     write = {
         "hf": _write_hf,

@@ -8,6 +8,7 @@ from stepdistill_jax.data.csv_rows import each_csv_row, is_csv
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.rows import BadRow, JsonRow, each_row, read_example
 from stepdistill_jax.errors import InputError, nearest
+from stepdistill_jax.inference.allowed_answers import OTHER_CHOICES
 from stepdistill_jax.runtime.fingerprints import sha256
 from stepdistill_jax.runtime.stores import local_path
 
@@ -114,15 +115,13 @@ class InputFile:
         check_row: Callable[[Example], None] | None = None,
         reads: Sequence[str] = (),
         field_map: Mapping[str, str] | None = None,
-        hint: str = "",
     ):
         """Reads the whole file once, and counts its good rows.
 
         Args:
             on_error: `stop` or `skip` at a bad row.
-            check_row, field_map: see `read_questions`.
+            check_row, field_map: see `read_questions`. `check_row` only checks a row's choices.
             reads: names of the fields that the prompts need in addition to the input.
-            hint: advice for the message about a bad row.
 
         Raises:
             InputError: the file cannot be read or has no good row; a field of `reads` or `field_map` is
@@ -142,7 +141,8 @@ class InputFile:
                     n for n in absent if row.texts.get(n) or (n == "choices" and row.choices)
                 }
             elif on_error == "stop":
-                raise InputError(f"{row} ({hint})" if hint else f"{row}")
+                hint = OTHER_CHOICES if check_row else "`on_error=skip` continues without such rows"
+                raise InputError(f"{row} ({hint})")
             else:
                 first_bad, bad = first_bad or row, bad + 1
         if first_bad and not self.total:

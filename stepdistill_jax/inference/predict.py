@@ -22,7 +22,7 @@ from stepdistill_jax.inference.allowed_answers import OTHER_CHOICES, Allowed, al
 from stepdistill_jax.inference.engines import Engine, open_engine
 from stepdistill_jax.inference.input_rows import KNOWN_FIELDS, InputFile, next_window
 from stepdistill_jax.inference.labels import explain_rows, label_rows
-from stepdistill_jax.inference.options import DecodeOptions, decode_options
+from stepdistill_jax.inference.options import decode_options
 from stepdistill_jax.inference.prompting import (
     RATIONALE,
     Prompting,
@@ -98,44 +98,13 @@ def predict(
         InputError: an option, the model or a row is bad; the input has changed; or another run is writing the
             output. An error on one process is raised on all.
         SystemExit: one of several processes received a SIGTERM. The status is 75.
+        KeyboardInterrupt: as always, but with a message that says how many rows are kept.
     """
     chosen = decode_options(predict, options)
     one_of("on_error", on_error, ON_ERROR)
-    return answer_file(
-        path,
-        input,
-        output,
-        chosen,
-        task=task,
-        with_rationale=with_rationale,
-        on_error=on_error,
-        field_map=field_map,
-        data_dir=data_dir,
-        hint="`on_error=skip` continues without such rows",
-    )
-
-
-def answer_file(
-    path: os.PathLike | str,
-    input: os.PathLike | str,
-    output: os.PathLike | str,
-    chosen: DecodeOptions,
-    *,
-    task: str | None,
-    with_rationale: bool,
-    data_dir: os.PathLike | str | None,
-    on_error: str = "stop",
-    field_map: Mapping[str, str] | None = None,
-    hint: str = "",
-) -> dict[str, Any]:
-    """Does the work of `predict`, and has its arguments, result and errors.
-
-    Args:
-        hint: what to do about a bad row, for the message if `on_error` is `stop`.
-    """
     on_process_0(lambda: _check_output(output, local_path(input, "input"), chosen.choices, path))
     names = dict(field_map or {})
-    source = on_all_processes(lambda: InputFile(input, on_error, field_map=names, hint=hint))
+    source = on_all_processes(lambda: InputFile(input, on_error, field_map=names))
     model = open_engine(path, chosen)
     prompting = on_all_processes(
         lambda: prompting_for(
@@ -149,9 +118,7 @@ def answer_file(
     if check or prompting.reads:  # only the model tells which fields of a row it needs
         if check:
             on_all_processes(lambda: _require_choices(source))
-        source = on_all_processes(
-            lambda: InputFile(input, on_error, check, prompting.reads, names, hint)
-        )
+        source = on_all_processes(lambda: InputFile(input, on_error, check, prompting.reads, names))
     asked = [dataclasses.asdict(prompting), chosen.num_beams, chosen.length_penalty]
     asked += [sorted(names.items())] if names else []
     # The key leaves out the batch size and the number of devices: they change a score only in its last
@@ -168,7 +135,14 @@ def answer_file(
         contextlib.closing(ResumableFile(output, key)) as shared,
         contextlib.closing(SkippedRows(output)) as skipped,
     ):
-        result = _run(model, prompting, source, shared, skipped, allowed)
+        try:
+            result = _run(model, prompting, source, shared, skipped, allowed)
+        except KeyboardInterrupt:
+            if not (rows := shared.state["rows"]):
+                raise
+            raise KeyboardInterrupt(
+                f"{rows} finished rows are kept in {shared.partial}; run the same command again to continue"
+            ) from None
         _require_unchanged(source, shared, result["rows"])
         on_process_0(skipped.finish)
         shared.finish()

@@ -107,8 +107,9 @@ class RationaleCounts:
         if verdict == INCONSISTENT and len(self._disagreements) < SHOWN:
             row = {"id": example.id, "label": label, "named": named, "rationale": rationale}
             self._disagreements.append(row)
-        if example.rationale and example.llm_label:
-            self._teacher[named_answer(example.rationale, example.llm_label, **options)[1]] += 1
+        if example.rationale:
+            its_label = example.llm_label or example.label
+            self._teacher[named_answer(example.rationale, its_label, **options)[1]] += 1
 
     def summary(self) -> dict[str, Any]:
         """Returns the entry `rationale` of an `evaluate` result, without `unfinished`.
@@ -123,7 +124,7 @@ class RationaleCounts:
             `consistent`, `inconsistent`, `names_no_label`: number of rows with each verdict of `named_answer`;
             None if no row has a verdict.
             `teacher`: {verdict: number of rows}, where the verdicts compare the rationale in the dataset with the
-            teacher's label; None if no row has a verdict.
+            teacher's label or, in rows without one, with the gold label; None if no row has a verdict.
             `disagreements`: the first rows whose verdict is `inconsistent`.
         """
         return {
@@ -158,12 +159,15 @@ def in_words(figures: dict[str, Any]) -> str:
     parts.append(f"{figures['mean_words']:.1f} words on average")
     parts += [f"{name} {figures[name]}" for name in ("empty", "unfinished")]
     lines = ["rationales: " + "  ".join(parts)]
+    teacher = figures["teacher"] or dict.fromkeys(VERDICTS, 0)
     if figures[CONSISTENT] is None:
         lines.append("label and rationale: not compared, since the possible labels are unknown")
+    elif not any(c[verdict] for c in (figures, teacher) for verdict in (CONSISTENT, INCONSISTENT)):
+        lines.append("label and rationale: not compared, since no rationale names a label")
     else:
         lines.append(f"label and rationale: {_verdicts_in_words(figures)}")
-    if figures["teacher"]:
-        lines.append(f"the teacher's own: {_verdicts_in_words(figures['teacher'])}")
+        if figures["teacher"]:
+            lines.append(f"the teacher's own: {_verdicts_in_words(figures['teacher'])}")
     for row in figures["disagreements"]:
         lines.append(
             f"  {row['id']}: label {row['label']!r}, but rationale {row['rationale']!r} names {row['named']!r}"

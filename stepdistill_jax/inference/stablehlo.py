@@ -14,11 +14,12 @@ import stepdistill_jax
 from stepdistill_jax.data.vocabulary import BYTES, Vocabulary, truncate
 from stepdistill_jax.decoding.greedy import greedy_decode
 from stepdistill_jax.errors import InputError
+from stepdistill_jax.formats.directory import STABLEHLO_DECODER
 from stepdistill_jax.formats.vocabulary_files import model_name
 from stepdistill_jax.models.config import ModelConfig
 from stepdistill_jax.runtime.files import atomic_write
 
-DECODER, PARAMS = "label_decoder.jax_export", "params"
+PARAMS = "params"
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -66,7 +67,7 @@ def write_decoder(
         )
     directory = pathlib.Path(directory)
     exported = export_decoder(params, config, max_decode_len=max_decode_len)
-    with atomic_write(directory / DECODER, "wb") as f:
+    with atomic_write(directory / STABLEHLO_DECODER, "wb") as f:
         f.write(exported.serialize())
     flat: dict[str, Any] = flax.traverse_util.flatten_dict(params, sep=".")
     for name, x in flat.items():
@@ -164,7 +165,7 @@ def decoder_readme(
     )
     return _README.format(
         task=task,
-        decoder=DECODER,
+        decoder=STABLEHLO_DECODER,
         params=PARAMS,
         parameters=f"{num_parameters:,}",
         version=stepdistill_jax.__version__,

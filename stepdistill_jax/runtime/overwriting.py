@@ -82,11 +82,18 @@ def check_outputs(
         known: files that may be overwritten, whatever they contain.
 
     Raises:
-        InputError: an output would overwrite an input, was not written by its command, is not a regular file, or
-            cannot be written.
+        InputError: an output would overwrite an input, was not written by its command, is not a regular file,
+            cannot be written, or is named .csv or .tsv.
     """
     inputs = list(inputs)
     for path, made in outputs.items():
+        if made.keys and path.suffix.lower() in (".csv", ".tsv"):
+            kind, suffix = (
+                ("JSON", ".json") if made.head[:2] == b"{\n" else ("JSON lines", ".jsonl")
+            )
+            raise InputError(
+                f"{path}: `{made.by}` writes {kind}; name the output {path.with_suffix(suffix).name}"
+            )
         partial = partial_of(path)
         check_writable(path, name)
         check_apart([path, partial], inputs)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import cast
 
-from stepdistill_jax.errors import InputError, how_to_install
+from stepdistill_jax.errors import InputError, how_to_install, nearest
 
 _GS = "gs://"
 # a URL, or a store's URL that went through pathlib: `gs:/bucket/run`
@@ -104,6 +104,28 @@ def local_path(path: os.PathLike | str, name: str) -> pathlib.Path:
             f"{name} {url}: must be a path on this machine, since only a workdir may be a URL"
         )
     return pathlib.Path(path)
+
+
+def existing_folder(path: os.PathLike | str) -> pathlib.Path:
+    """Returns the path of a folder, which may be in a store.
+
+    Raises:
+        InputError: there is no such folder. The message names a local folder next to it with a similar name.
+    """
+    path = as_path(path)
+    if path.is_dir():
+        return path
+    raise InputError(f"{path}: no such folder{nearby(path)}")
+
+
+def nearby(path: os.PathLike | str) -> str:
+    """Returns a hint such as `; did you mean 'mine'?` at a local folder next to `path`, or ""."""
+    path = as_path(path)
+    try:
+        folders = [] if is_remote(path) else [p.name for p in path.parent.iterdir() if p.is_dir()]
+    except (OSError, ValueError):  # no such folder, or a null byte in its name
+        folders = []
+    return nearest(path.name, folders)
 
 
 @functools.cache

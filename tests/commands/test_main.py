@@ -269,6 +269,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(fake, capsys):
         (InputError("rows.jsonl:7: broken,\n`run_name` is wrong"), 2, "rows.jsonl:7: broken, --run-name is wrong"),
         (RuntimeError("no luck\nat all"), 1, "RuntimeError: no luck"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt("3 rows are kept"), 130, "interrupted: 3 rows are kept"),
         (SystemExit(75), 75, "stopped by a signal; run the same command again to continue"),
         (SystemExit("a library gave up"), 1, "a library gave up"),
     ],

@@ -8,6 +8,8 @@ import pytest
 from stepdistill_jax.commands import main
 from stepdistill_jax.commands.gin_config import load_config
 from stepdistill_jax.commands.settings import settings
+from stepdistill_jax.experiments.comparison import flat_settings
+from stepdistill_jax.training import TrainConfig
 
 
 def listed(capsys, *argv):
@@ -40,6 +42,11 @@ def test_each_default_is_the_one_of_a_config_that_binds_nothing(tmp_path):
     given = [f"{s.name}={s.value}" for s in settings() if s.owner in owners and not s.required]
     assert len(given) > 40
     assert load_config(config, given)[0] == load_config(config)[0]
+
+
+def test_a_report_names_settings_as_set_takes_them():
+    shown = flat_settings(TrainConfig(task="delivery").to_json() | {"objectives": []})
+    assert "LABEL_SOURCE" in shown and shown.keys() <= {s.name for s in settings()}
 
 
 @pytest.mark.parametrize(

@@ -261,9 +261,9 @@ def test_a_signal_to_one_stops_all_and_loses_nothing(workdir, tmp_path, processe
 
 FAULTS = {
     "no input on the second": (2, "process 1: .*none.jsonl: no such file"),
-    "another input on the second": (2, "process 1 has another input or model than process 0"),
-    "another model on the second": (2, "process 1 has another model than process 0"),
-    "no model on the second": (2, "process 1: .*none: no such model directory"),
+    "another input on the second": (2, "process 1 has a different input or model than process 0"),
+    "another model on the second": (2, "process 1 has a different model than process 0"),
+    "no model on the second": (2, "process 1: .*none: no such folder"),
     "output of another run": (2, "process 0: .*another run is writing it"),
     "disk full": (1, "process 0: OSError.*File too large"),
 }

@@ -48,7 +48,7 @@ def make_run(delivery):
         described = {
             "config": config.to_json(),
             "examples": int(1500 * fraction),
-            "parameters": 1000,
+            "parameters": 172864,
         }
         (workdir / "run.json").write_text(json.dumps(described))
         answers = [

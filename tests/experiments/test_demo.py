@@ -7,6 +7,7 @@ import pytest
 
 from stepdistill_jax.experiments.demo import demo
 from stepdistill_jax.experiments.plots import series, smoothed
+from stepdistill_jax.experiments.report import report
 from stepdistill_jax.training import TrainConfig
 
 
@@ -42,6 +43,8 @@ def test_the_demo_compares_its_arms_and_finds_them_done_the_second_time(
     assert [a["test_accuracy"] for a in again["arms"]] == [
         a["test_accuracy"] for a in first["arms"]
     ]
+    written = report([tmp_path], output=tmp_path / "report", data_dir=delivery_data_dir)
+    assert written.comparisons[0].arms == list(arms) and not written.left_out
 
 
 def test_a_curve_has_the_steps_that_have_its_key():

@@ -117,7 +117,7 @@ def test_the_page_has_the_papers_figures_and_commands_that_compose(capsys):
 def test_runs_like_the_papers_stand_beside_its_figures(
     make_run, delivery_data_dir, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(paper, "BASE_PARAMETERS", 1000)
+    monkeypatch.setattr(paper, "BASE_PARAMETERS", 172864)
     monkeypatch.setitem(paper.ACCURACY, "delivery", paper.ACCURACY["cqa"])
     for arm in ("label_only", "single_task", "rationale_input"):
         make_run(tmp_path / arm, arm, 1.0, 0, [True] * 500)

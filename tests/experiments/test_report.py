@@ -124,6 +124,7 @@ def test_the_settings_of_the_runs_are_named(made):
     assert rows["SEED"] == "0, 1, 2" and rows["DATA_FRACTION"] == "0.25, 1"
     assert rows["label.weight"] == "label_only: 1.0; step_by_step: 0.5"
     assert rows["rationale.weight"] == "0.5"  # of the one arm that has it
+    assert rows["parameters"] == "172864" and "train.dropout_rate" in rows
     assert "PACK" not in rows  # at its default, and not among the usual ones
     page = (made[1] / "report.html").read_text()
     assert "<td>TRAIN_STEPS</td><td>40</td>" in page
@@ -142,6 +143,8 @@ def test_ticks_and_legends_say_what_they_are(made):
 
 def test_cost_is_added_up_over_the_steps(made):
     (row, _) = csv.DictReader((made[1] / "cost.csv").read_text().splitlines())
+    assert row["parameters"] == "172864"
+    assert '<td class="n">172,864</td>' in (made[1] / "report.html").read_text()
     assert (row["steps"], row["seconds of steps"], row["TFLOP of steps"]) == ("40", "20.0", "40")
 
 

@@ -210,9 +210,9 @@ def test_bad_flags_are_refused(good, refused, tmp_path, argv, wanted):
     "path, wanted",
     [
         ("x" * 5000, "too long for a file name"),
-        ("a\0b", "no such model directory"),
-        ("/dev/null", "no such model directory"),
-        ("\x1b[2Jred", "\\x1b[2Jred: no such model directory"),
+        ("a\0b", "no such folder"),
+        ("/dev/null", "no such folder"),
+        ("\x1b[2Jred", "\\x1b[2Jred: no such folder"),
         ("https://huggingface.co/t5", "use a local path or gs://BUCKET/..."),
     ],
     ids=["long", "nul", "device", "escape", "URL"],

@@ -227,7 +227,7 @@ def test_what_is_no_model_directory_is_refused(directory, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(InputError, match=r"it has no config\.json"):
         read_model_files(empty)
-    with pytest.raises(InputError, match="no such model directory"):
+    with pytest.raises(InputError, match="no such folder"):
         read_model_files(empty / "none")
     (directory / "spiece.model").unlink()
     with pytest.raises(InputError, match="no vocabulary"):

@@ -67,13 +67,13 @@ def test_export_and_predict_by_command(workdir, questions, write_rows, tmp_path,
 
 def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys):
     source, out = write_rows([{"input": "a"}]), tmp_path / "o.jsonl"
-    broken = tmp_path / "broken.jsonl"
+    broken, mistyped = tmp_path / "broken.jsonl", workdir.parent / "wrokdir"
     broken.write_text('{"input": "a"}\n' * 6 + '{"input": "a"\n')
     for arguments, part in (
         (("predict", workdir, broken, out), "broken.jsonl:7: broken JSON"),
         (("predict", workdir, tmp_path / "none.jsonl", out), "none.jsonl: no such file"),
-        (("predict", tmp_path / "none", source, out), "none: no such model directory"),
-        (("predict", tmp_path / "none", broken, out), "none: no such model directory"),
+        (("predict", tmp_path / "none", source, out), "none: no such folder"),
+        (("predict", tmp_path / "none", broken, out), "none: no such folder"),
         (("predict", workdir, source, out, "--step", "4"), "4"),
         (("predict", workdir, source, out, "--module", "mine"), "--module"),
         (
@@ -83,7 +83,16 @@ def test_bad_usage_is_one_line_and_exit_2(workdir, write_rows, tmp_path, capsys)
         # said before the task is looked for, not after all has been decoded
         (("evaluate", workdir, "--task", "none", "--output", tmp_path), "--output"),
         (("export", workdir, tmp_path), "is not empty"),
-        (("export", tmp_path / "none", tmp_path / "new"), "not a workdir"),
+        *(
+            ((name, mistyped, *flags), "wrokdir: no such folder; did you mean 'workdir")
+            for name, *flags in (
+                ("evaluate", "--task", "roads"),
+                ("serve",),
+                ("checkpoints",),
+                ("export", tmp_path / "new"),
+                ("report", "--output", tmp_path / "r"),
+            )
+        ),
     ):
         code, lines, err = run(capsys, *arguments)
         assert code == 2 and lines == []

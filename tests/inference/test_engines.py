@@ -324,7 +324,7 @@ def refusals(model_dir, folder):
             {"engine": "vllm"},
             "`engine` must be one of jax, ctranslate2",
         ),
-        "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such model directory"),
+        "no folder": (("nowhere",), {"engine": "ctranslate2"}, "no such folder"),
         "a step": ((folder,), {"step": 3}, "`step` 3: .*contains only one model"),
         "a layout": (
             (folder,),

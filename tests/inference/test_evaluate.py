@@ -39,6 +39,21 @@ def test_it_says_what_predict_says_and_keeps_the_answers(
     assert kept.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
 
 
+def test_control_c_says_what_is_kept_only_if_it_is(
+    workdir, model_dir, data_dir, small_windows, tmp_path, capsys
+):
+    model = shutil.copytree(workdir, tmp_path / "run")
+    for path, kept in ((model, "predictions/roads-test-3.jsonl.partial"), (model_dir, "")):
+        small_windows(40, stop_in=2)
+        argv = ["evaluate", path, "--task", "roads", "--data-dir", data_dir]
+        assert main([str(a) for a in argv]) == 130
+        *_, line = capsys.readouterr().err.splitlines()
+        told = (
+            f": 40 finished rows are kept in {path / kept}; run the same command again to continue"
+        )
+        assert line == "stepdistill: interrupted" + (told if kept else "")
+
+
 def test_answers_of_int8_weights_are_kept_apart(workdir, data_dir):
     evaluate(workdir, task="roads", data_dir=data_dir)
     kept = workdir / "predictions" / "roads-test-3.jsonl"

@@ -103,7 +103,7 @@ def test_nothing_is_overwritten(workdir, tmp_path, model_dir):
             export_function(workdir, target)
     for source, message in (
         (model_dir, "not a workdir"),
-        (tmp_path / "none", "not a workdir"),
+        (tmp_path / "none", "none: no such folder"),
     ):
         with pytest.raises(InputError, match=message):
             export_function(source, tmp_path / "new")

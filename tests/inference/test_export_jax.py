@@ -119,6 +119,17 @@ def test_the_directory_says_what_it_is(exported, workdir):
     assert (folder / "label_decoder.jax_export").stat().st_size < 100_000, "weights are beside it"
 
 
+def test_the_directory_is_refused_as_a_model(exported, workdir, write_rows, tmp_path):
+    _, folder = exported
+    message = f"{folder}: this is a StableHLO directory .*README.md shows how to run it"
+    for use in (
+        lambda: predict(folder, write_rows([{"input": "a"}]), tmp_path / "o.jsonl"),
+        lambda: export(folder, tmp_path / "new", format="ctranslate2"),
+    ):
+        with pytest.raises(InputError, match=message):
+            use()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["t5", "t5gemma"])
 def test_what_other_families_have_is_exported_too(tiny_config, tiny_t5gemma, kind):

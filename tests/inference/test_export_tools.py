@@ -115,6 +115,7 @@ def test_the_card_says_which_family_it_is(exported):
     tied = load_model(exported).config.logits_via_embedding
     assert ("A T5 v1.0 (ReLU)" in card) == tied
     assert ("A T5 v1.1 (gated GELU)" in card) != tied
+    assert ("about tied weights" in card) != tied
     assert "Started from random weights" in card and "No validation was run" in card
 
 

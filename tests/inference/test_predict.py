@@ -95,10 +95,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     small_windows(40)
     want_summary = predict(model_dir, source, whole, batch_size=32)
     windows = small_windows(40, stop_in=4)
-    with pytest.raises(KeyboardInterrupt):
+    partial = tmp_path / "out.jsonl.partial"
+    kept = f"^120 finished rows are kept in {partial}; run the same command again to continue$"
+    with pytest.raises(KeyboardInterrupt, match=kept):
         predict(model_dir, source, out, batch_size=32)
     assert not out.exists()
-    partial = tmp_path / "out.jsonl.partial"
     assert partial.read_bytes() == whole.read_bytes()[: partial.stat().st_size]
     with open(partial, "ab") as f:
         f.write(b'{"id": "half a row')  # what a crash in the middle of a write leaves
@@ -471,7 +472,7 @@ def test_missing_files_and_impossible_outputs_are_refused(model_dir, write_rows,
     source = write_rows([{"input": "a"}])
     for arguments, message in (
         ((model_dir, tmp_path / "none.jsonl", tmp_path / "o"), "none.jsonl: no such file"),
-        ((tmp_path / "none", source, tmp_path / "o"), "none: no such model directory"),
+        ((tmp_path / "none", source, tmp_path / "o"), "none: no such folder"),
         ((model_dir, source, source), "it is the input"),
         ((model_dir, source, tmp_path), "got a folder"),
         ((model_dir, tmp_path, tmp_path / "o"), "got a folder"),

@@ -12,6 +12,7 @@ from stepdistill_jax.data.vocabulary import load_vocabulary
 from stepdistill_jax.decoding.choices import ChoiceScorer
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.inference import DecodeOptions, engines, evaluate, export, load_model, predict
+from stepdistill_jax.inference.accuracy import AccuracyCounts, in_words
 from stepdistill_jax.inference.allowed_answers import Allowed
 from stepdistill_jax.inference.calibration import Calibration
 from stepdistill_jax.inference.evaluate import evaluate_tokens
@@ -372,6 +373,21 @@ def test_the_temperature_that_labels_were_drawn_at_is_found(true, applied):
         shown = np.exp(scores / applied) / np.exp(scores / applied).sum()
         calibration.add([float(f"{p:.6g}") for p in shown], np.arange(4) == drawn)
     assert calibration.summary()["best_temperature"] == pytest.approx(true, rel=0.08)
+
+
+def test_without_a_wrong_answer_no_temperature_is_fitted():
+    counts = AccuracyCounts("text_match")
+    for label in (
+        "a",
+        "b",
+        "c",
+    ):  # c is no choice, and counts as wrong, but tells nothing of a temperature
+        counts.add("b" if label == "b" else "a", label, (), {"a": 0.3, "b": 0.7} | {label: 0.9})
+    assert counts.summary()["best_temperature"] == 1.0
+    said = in_words({**counts.summary(), "unfinished": 0, "rows_per_second": 1.0})
+    assert "(no wrong answers, so no temperature can be fitted)" in said
+    counts.add("a", "b", (), {"a": 0.6, "b": 0.4})
+    assert counts.summary()["best_temperature"] != 1.0
 
 
 def test_labels_of_one_value_share_the_gold_probability_and_a_zero_is_no_infinity():

@@ -121,7 +121,7 @@ def test_what_cannot_be_asked_is_one_line(rows, options, part, engine):
 
 
 def test_what_is_no_model_or_option_is_refused(tmp_path, model_dir):
-    with pytest.raises(InputError, match="no such model directory"):
+    with pytest.raises(InputError, match="no such folder"):
         stepdistill_jax.load(tmp_path / "nothing")
     with pytest.raises(
         TypeError, match=r"load\(\) got an unexpected keyword argument 'bach_size'.*batch"

@@ -147,6 +147,20 @@ def test_nothing_is_said_of_what_cannot_be_measured():
     assert "ROUGE" not in said and "not compared" in said
 
 
+def test_verdicts_are_shown_only_if_a_rationale_names_a_label():
+    counted = RationaleCounts("text_match", ("smooth", "trouble"))
+    counted.add(example(1, rationale="a wide road"), "smooth", "a fast pace")
+    found = counted.summary()
+    assert found["names_no_label"] == found["teacher"]["names_no_label"] == 1
+    said = in_words({**found, "unfinished": 0})
+    assert said.endswith("not compared, since no rationale names a label")
+    # without a teacher's label, its rationale is compared with the gold label
+    counted.add(example(2, rationale="so it is smooth"), "smooth", "a fast pace")
+    said = in_words({**counted.summary(), "unfinished": 0})
+    assert "label and rationale: consistent 0 (0.0%)" in said
+    assert "the teacher's own: consistent 1 (50.0%)" in said
+
+
 def test_only_the_first_disagreements_are_kept():
     counted = RationaleCounts("text_match", ("smooth", "trouble"))
     for number in range(20):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pathlib
 
 import pytest
 
@@ -13,6 +14,7 @@ from stepdistill_jax.runtime.overwriting import Made, check_apart, check_folder,
 from stepdistill_jax.runtime.streams import outputs_of
 
 LINES = Made("predict", b'{"id": "', ("id", "label"))
+RESULT = Made("evaluate", b'{\n  "task": "', ("task",))
 PAGE = Made("report", b"<!DOCTYPE html>\n<title>Ours")
 OWN = ["", '{"id": "1", "label": "a"}\n{"id": "2"', '{"id": "1", "more": 1, "label": "a"}']
 THEIRS = [
@@ -38,6 +40,23 @@ def test_an_output_is_known_by_its_beginning_and_its_fields(tmp_path, text):
         with pytest.raises(InputError, match=said):
             check_outputs({path: LINES})
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "part"),
+    [
+        ("out.csv", LINES, "`predict` writes JSON lines; name the output out.jsonl"),
+        ("a.b.TSV", RESULT, "`evaluate` writes JSON; name the output a.b.json"),
+        ("out", LINES, ""),
+        ("out.json", LINES, ""),
+    ],
+)
+def test_json_is_not_written_under_the_name_of_a_table(tmp_path, name, made, part):
+    if not part:
+        return check_outputs({tmp_path / name: made})
+    with pytest.raises(InputError) as error:
+        check_outputs({tmp_path / name: made})
+    assert str(error.value) == f"{tmp_path / name}: {part}"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +94,7 @@ def test_links_pipes_and_devices_are_never_replaced(tmp_path, name):
             check_outputs({tmp_path / "out.jsonl": LINES})
         (tmp_path / name).unlink()
     with pytest.raises(InputError, match="/dev/null: is a pipe or device"):
-        check_outputs({"/dev/null": LINES})
+        check_outputs({pathlib.Path("/dev/null"): LINES})
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

@@ -744,5 +744,5 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_read(tmp_path):
             InputError, match=f"port {port} on 127.0.0.1 is in use; .* `port` .0 means any"
         ):
             serve(tmp_path / "no model", port=port)
-    with pytest.raises(InputError, match="no such model directory"):
+    with pytest.raises(InputError, match="no such folder"):
         serve(tmp_path / "no model", port=0)

@@ -311,7 +311,7 @@ def test_without_the_extra_one_line_says_what_to_install(model_dir, capsys, monk
 
 def test_bad_usage_is_one_line_and_exit_2(model_dir, tmp_path, capsys):
     for argv, part in (
-        ([tmp_path / "none", "--port", "0"], "none: no such model directory"),
+        ([tmp_path / "none", "--port", "0"], "none: no such folder"),
         ([model_dir, "--port", "70000"], "--port must be a whole number from 0 to 65535"),
         ([model_dir, "--port", "0", "--step", "4"], "--step 4"),
         ([model_dir, "--port", "0", "--engine", "ctranslate2"], "--engine ctranslate2"),

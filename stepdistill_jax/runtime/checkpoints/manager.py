@@ -34,7 +34,7 @@ from stepdistill_jax.runtime.checkpoints.manifest import (
 )
 from stepdistill_jax.runtime.fingerprints import digest
 from stepdistill_jax.runtime.on_processes import on_all_processes, on_process_0
-from stepdistill_jax.runtime.stores import StoreError, as_path, is_remote
+from stepdistill_jax.runtime.stores import StoreError, as_path, existing_folder, is_remote
 
 FOLDER = "checkpoints"
 PARAMS, STATE = ITEMS = ("params", "state")
@@ -262,6 +262,12 @@ def checkpoints_folder(workdir: os.PathLike | str) -> pathlib.Path:
 def is_workdir(path: os.PathLike | str) -> bool:
     """Returns whether `path` is the workdir of a training run rather than an exported model."""
     return checkpoints_folder(path).is_dir()
+
+
+def require_workdir(path: os.PathLike | str) -> None:
+    """Raises InputError if `path` is not the workdir of a training run."""
+    if not is_workdir(path):
+        raise InputError(f"{existing_folder(path)}: not a workdir (it has no checkpoints)")
 
 
 def saved_steps(workdir: os.PathLike | str) -> dict[int, dict[str, Any]]:
