@@ -53,8 +53,8 @@ def parse_anli(text: str) -> Parsed:
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale "He was born
     later." and the answer "contradiction".
 
-    Labels are repaired as in `parse_esnli`. The published rule drops an answer's last character, even if it
-    is not a full stop.
+    Labels are repaired as in `parse_esnli`. `Parsed.answer` lacks the last character of the answer, as in the paper's
+    code, which expects a full stop there but does not check it.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:

@@ -77,7 +77,7 @@ class TaskData:
 
     Attributes:
         name: name of the task.
-        parts: only one, unless the task is a mixture.
+        parts: a mixture has one for each dataset, and one for each task that is not paired with others by ids.
         sample_rationales: whether a batch uses only one of an example's rationales.
         share_is_drawn: whether `data_fraction` is already applied.
     """

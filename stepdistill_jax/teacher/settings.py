@@ -108,7 +108,7 @@ class Settings:
             raise refused("batch_file", "write FILE, or read FILE...", " ".join(self.batch_file))
         if self.batch_file and self.teacher:
             raise InputError(
-                "`batch_file`: batches are only for servers; leave this option out, or use `model`"
+                "`batch_file`: cannot be combined with `teacher`, since only servers take batch files; leave one of the two out"
             )
 
     def _check_texts(self) -> None:
