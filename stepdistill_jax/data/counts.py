@@ -16,7 +16,7 @@ from stepdistill_jax.data.rows import place
 from stepdistill_jax.runtime.fingerprints import hash64
 
 TEACHER_METRICS = {
-    "teacher_accuracy": "without repairs; a missing or unreadable answer counts as wrong",
+    "teacher_accuracy": "the answers as given; a missing or unreadable one counts as wrong",
     "teacher_accuracy_by_text": "judged by the text after the letter",
     "teacher_accuracy_repaired": "after our repairs",
 }
