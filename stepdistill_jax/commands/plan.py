@@ -68,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="compile for CHIPS that this machine does not have, and compute a lower bound of"
-        " the time: a TPU slice such as v5e:8x8 (needs the extra [tpu]), or cuda:1 to"
-        " cuda:8 for the H100s of one host (needs the extra [aot-cuda])",
+        help="compile for these chips, which this machine need not have, and show a lower bound of the"
+        " step's time: a TPU slice by its shape, such as v5e:8x8 (needs the extra [tpu]), or 1 to 8"
+        " H100s of one host, cuda:1 to cuda:8 (needs the extra [aot-cuda])",
     )
     parser.add_argument(
         "--rows",
@@ -114,7 +114,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "--devices: --topology already sets the number of devices; leave one of the two flags out"
         )
     if args.quantization and not args.decode:
-        raise InputError("--quantization: only the decoder can be quantized; add --decode")
+        raise InputError(
+            "--quantization: applies only to a decoder; add --decode to plan one, or leave --quantization out"
+        )
     hbm = None if args.hbm is None else parse_size(args.hbm)
     from stepdistill_jax.commands.gin_config import load_config
     from stepdistill_jax.planning import plan, plan_decode

@@ -163,7 +163,7 @@ def show_bad_rows(rows: Sequence[dict[str, Any]], count: int, screen: Any) -> No
     for name in ("file", "line", "what is wrong"):
         table.add_column(name, justify="right" if name == "line" else "left")
     for row in rows:
-        table.add_row(escape(row["file"]), str(row["row"]), escape(row["reason"]))
+        table.add_row(escape(row["file"]), str(row["line"]), escape(row["reason"]))
     if count > len(rows):
         table.add_row("", "", f"and {count - len(rows):,} more")
     screen.print(table)

@@ -13,7 +13,7 @@ from stepdistill_jax.runtime.overwriting import Made, check_outputs
 from stepdistill_jax.runtime.progress import translated
 
 DEFECTS = "defects.jsonl"
-LIST = Made("prepare", b'{"split": ', ("split", "id", "kind", "file", "row", "text"))
+LIST = Made("prepare", b'{"split": ', ("split", "id", "kind", "file", "line", "text"))
 SHOWN = 20  # rows in the table; defects.jsonl lists all
 
 
@@ -37,9 +37,9 @@ class BadRows:
         return {"split": split, "id": "", **vars(defect)}
 
     def table(self) -> list[dict[str, Any]]:
-        """Returns {"file", "row", "reason"} for each row in `first`."""
+        """Returns {"file", "line", "reason"} for each row in `first`."""
         return [
-            {"file": x.file, "row": x.line, "reason": printable(translated(x.reason), 300)}
+            {"file": x.file, "line": x.line, "reason": printable(translated(x.reason), 300)}
             for x in self.first
         ]
 

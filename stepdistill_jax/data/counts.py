@@ -16,7 +16,7 @@ from stepdistill_jax.data.rows import place
 from stepdistill_jax.runtime.fingerprints import hash64
 
 TEACHER_METRICS = {
-    "teacher_accuracy": "as published: without repairs; unreadable answers count as wrong",
+    "teacher_accuracy": "the answers as given; a missing or unreadable one counts as wrong",
     "teacher_accuracy_by_text": "judged by the text after the letter",
     "teacher_accuracy_repaired": "after our repairs",
 }
@@ -32,7 +32,7 @@ class SplitCounts:
 
     Attributes:
         right: {teacher metric: number of rows in which the teacher's answer is right}.
-        first_defects: {kind: `file:row`}.
+        first_defects: {kind: `file:line`}.
         examples: {kind: [(row id, defect), ...]}, at most three of each kind.
         kept: {description of a filter: number of rows that it would keep}.
         lengths: {`input`, `label` or `rationale`: {number of words: number of rows}}.

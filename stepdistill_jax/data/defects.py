@@ -16,7 +16,7 @@ KINDS = {
     "several_answers": "there is more than one answer before the next question; the first is taken",
     "no_rationale": "there is nothing before the answer; the row keeps its label",
     "truncated": "the text breaks off: it has no complete answer and does not end like a sentence",
-    "no_letter": "the answer has no letter `(x)`; its text is taken if it matches a choice",
+    "no_letter": "the answer has no letter `(x)`; if its text is one of the choices, that choice is the answer",
     "letter_not_a_choice": "the question has no choice with this letter",
     "label_not_a_choice": "the answer does not exactly match any choice or label",
     "label_disagrees_with_letter": "letter and text name different choices; the text is taken",
@@ -43,13 +43,13 @@ class Defect:
     Attributes:
         kind: a key of `KINDS`.
         file: name of the file; "" for a list in Python.
-        row: 1-based line of the file, or index in the list.
+        line: line of the file, or number of the item in a list or a JSON array, from 1.
         text: the affected text, truncated.
     """
 
     kind: str
     file: str
-    row: int
+    line: int
     text: str = ""
 
     def __post_init__(self):
@@ -58,5 +58,5 @@ class Defect:
 
     @property
     def where(self) -> str:
-        """Place of the defect: `file:row`, or `row 3` if there is no file."""
-        return place(self.file, self.row)
+        """Place of the defect: `file:line`, or `row 3` if there is no file."""
+        return place(self.file, self.line)

@@ -54,8 +54,8 @@ def parse_anli(text: str) -> Parsed:
     Example: `parse_anli("He was born later. So the answer is contradiction.")` has the rationale "He was born
     later." and the answer "contradiction".
 
-    `answer` lacks the last character of the label's text, even if this is not a full stop, as in the paper's
-    published code. `repaired` is found as in `parse_esnli`.
+    Labels are repaired as in `parse_esnli`. `Parsed.answer` lacks the last character of the answer, as in the paper's
+    published code, which expects a full stop there but does not check it.
     """
     problems, rationale, answer_text = split(text, CHOICE_MARKER, ANLI_NEXT)
     if answer_text is None:

@@ -40,7 +40,7 @@ Ids = Sequence[int]
 
 
 class ChoiceScorer:
-    """Scores given answers by the sum of the log probabilities of their ids.
+    """Computes the log probability that the model gives to each of a row's allowed answers.
 
     A score does not depend on the other answers or inputs.
 

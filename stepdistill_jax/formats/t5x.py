@@ -1,8 +1,9 @@
-"""Opens the parameters of T5X checkpoints under Hugging Face's torch names. Ignores the optimizer state.
+"""Reads the parameters of T5X checkpoints, and renames them as in Hugging Face's torch files.
 
-Source: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older format is a msgpack file `checkpoint`. Each of
-its entries is an array or the name of a zarr folder. The newer format is Orbax's. Layers are `encoder/layers_0/...`,
-or `encoder/encoder/...` if they are stacked along axis 1.
+The optimizer state is not read. Source of the formats: t5x/checkpoints.py and t5x/examples/{t5,scalable_t5}. The older
+format is a msgpack file `checkpoint`. Each of its entries is an array or the name of a zarr folder. The newer format
+is Orbax's. The parameters of a layer are in `encoder/layers_0/...` or, if layers are stacked along axis 1, in
+`encoder/encoder/...`.
 """
 
 import functools

@@ -143,7 +143,7 @@ class DecoderLayer(_Layer):
         return nn.with_logical_constraint(x, ("batch", "length", "embed")), new
 
     def _next(self, attention: Attention, h, window, cache, bias, context: Context):
-        """Returns self-attention of one token over the cache, and the token's key and value."""
+        """Returns the self-attention output of the token being decoded, and the key and value to cache for it."""
         if self.config.unrolled_decoder:
             queries, keys, values = attention.queries_keys_values(h)
         else:

@@ -77,7 +77,7 @@ class TaskData:
 
     Attributes:
         name: name of the task.
-        parts: several only for a mixture. See `Part`.
+        parts: a mixture has one for each dataset, and one for each task that is not paired with others by ids.
         sample_rationales: whether a batch uses only one of an example's rationales.
         share_is_drawn: whether the examples are already the share that the run's `data_fraction` asks for.
     """

@@ -9,6 +9,7 @@ import os
 import random
 import time
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from stepdistill_jax.errors import InputError, how_to_install
 from stepdistill_jax.runtime.progress import log
@@ -29,6 +30,7 @@ SENT_AGAIN = (
     429,
 )  # retried, as is 5xx; any other 4xx means that the request is wrong
 NO_KEY = "none"  # key for local servers, which need none
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 class Teacher(Protocol):
@@ -117,6 +119,7 @@ class ChatClient:
             raise InputError(self.hide(f"`base_url` {settings.server}: {error}")) from None
         # on the monotonic clock: time of the next allowed request, and end of the last reported wait
         self._open_at = self._reported_until = 0.0
+        self._responded = False  # whether the server has responded to any request
 
     def hide(self, text: str) -> str:
         """Returns `text` without the key, which may be in any usual encoding."""
@@ -133,7 +136,7 @@ class ChatClient:
 
         Raises:
             BudgetReached: another attempt might exceed a limit.
-            InputError: the server refuses the request.
+            InputError: the server refuses the request, or no server runs at an address of this machine.
             ServerError: all attempts failed.
         """
         start, failures = time.monotonic(), collections.Counter()
@@ -189,23 +192,39 @@ class ChatClient:
                     messages=[{"role": "user", "content": prompt}],
                     extra_body=parameters,
                 )
-            content = response.content
+            content, self._responded = response.content, True
         except (openai.APITimeoutError, TimeoutError) as error:
             used = self._used_by(error)
             what = "answer" if used is None else "connection"
             message = f"no {what} within {self._settings.timeout:g} s"
             raise SentAgain(message, used=used) from None
         except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            message = self.hide(f"{type(cause).__name__}: {cause}")
-            raise SentAgain(message, used=self._used_by(error)) from None
+            raise self._of_connection(error, str(client.base_url).rstrip("/")) from None
         except openai.APIStatusError as error:
+            self._responded = True
             raise self._of_status(error) from None
         except openai.OpenAIError as error:
             raise SentAgain(self.hide(f"{type(error).__name__}: {error}")) from None
         finally:
             self._free.append(client)
         return self._read(prompt, content, parameters)
+
+    def _of_connection(self, error: Any, url: str) -> Exception:
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {cause}"
+        # a server that has responded may be restarting
+        if (
+            isinstance(cause, self._httpx.ConnectError)
+            and urlsplit(url).hostname in THIS_MACHINE
+            and not self._responded
+        ):
+            return InputError(
+                self.hide(
+                    f"`base_url` {url}: no server answers there ({reason}); start the server, or correct the"
+                    " address"
+                )
+            )
+        return SentAgain(self.hide(f"no answer from {url} ({reason})"), used=self._used_by(error))
 
     def _used_by(self, error: Exception) -> tuple[int, int] | None:
         """Returns the tokens that a failed attempt used; None if their number is unknown."""
@@ -263,11 +282,11 @@ class ChatClient:
             # of refusals are more doublings than a float holds
             longest = min(LONGEST_BACKOFF, self._settings.backoff * 2 ** min(failures - 1, 64))
             wait = random.uniform(longest / 2, longest)
-        if error.status == 429 or error.wait:
-            self._report(str(error), wait)
+        attempt = f"attempt {failures + 1} of {self._settings.attempts}"
+        self._report(str(error), wait, "the next attempt" if error.status == 429 else attempt)
         return wait
 
-    def _report(self, message: str, wait: float) -> None:
+    def _report(self, message: str, wait: float, attempt: str) -> None:
         """Logs the run's first wait and every long wait.
 
         If the waits of several requests end at about the same time, only one of them is logged.
@@ -277,7 +296,7 @@ class ChatClient:
         if self._reported_until and not is_news:
             return
         self._reported_until = until
-        log(f"{message}; waiting {wait:.{0 if wait >= 1 else 2}f} s before the next attempt")
+        log(f"{message}; waiting {wait:.{0 if wait >= 1 else 2}f} s before {attempt}")
 
 
 def completion(body: Any) -> tuple[str, str, dict[str, Any]]:

@@ -108,8 +108,7 @@ class Settings:
             raise refused("batch_file", "write FILE, or read FILE...", " ".join(self.batch_file))
         if self.batch_file and self.teacher:
             raise InputError(
-                "`batch_file`: a local `teacher` cannot answer batch files; leave `batch_file` out, or pass"
-                " `model` instead of `teacher`"
+                "`batch_file`: cannot be combined with `teacher`, since only servers take batch files; leave one of the two out"
             )
 
     def _check_texts(self) -> None:

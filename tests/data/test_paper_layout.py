@@ -35,7 +35,7 @@ def test_a_question_is_read_with_its_lettered_choices(cqa_source):
 def test_a_row_without_a_parsed_rationale_keeps_its_label(cqa_source):
     row = cqa.read(cqa_source).splits["test"][3]
     assert (row.example.label, row.example.rationale, row.example.llm_label) == ("pond", "", "")
-    assert [(d.kind, d.file, d.row) for d in row.defects] == [
+    assert [(d.kind, d.file, d.line) for d in row.defects] == [
         ("no_answer", "llm/test_CoT_0.json", 4),
         ("truncated", "llm/test_CoT_0.json", 4),
     ]
@@ -59,10 +59,10 @@ def test_defects_name_the_file_and_row_of_the_source(cqa_source):
         "truncated": 3,
     }
     repeated = [d for row in rows for d in row.defects if d.kind == "repeated_choices"]
-    assert [(d.file, d.row) for d in repeated] == [("cqa_test.json", 3 + 4 * i) for i in range(3)]
+    assert [(d.file, d.line) for d in repeated] == [("cqa_test.json", 3 + 4 * i) for i in range(3)]
     # the third copy's teacher text is the third of the second file
     assert [d.file for row in rows[8:9] for d in row.defects] == ["llm/test_CoT_1.json"]
-    assert rows[8].defects[0].row == 4
+    assert rows[8].defects[0].line == 4
 
 
 def test_validation_comes_out_of_train_unless_it_has_a_file(cqa_source):
@@ -173,7 +173,7 @@ def test_a_bad_field_names_file_and_line(cqa_source, changes, message):
 def test_a_gold_label_that_is_no_choice_is_a_defect_of_the_source(cqa_source):
     _edit(cqa_source / "cqa_test.json", 1, answer="moon")
     row = cqa.read(cqa_source).splits["test"][0]
-    assert next((d.kind, d.file, d.row) for d in row.defects) == (
+    assert next((d.kind, d.file, d.line) for d in row.defects) == (
         "gold_not_a_choice",
         "cqa_test.json",
         1,

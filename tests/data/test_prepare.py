@@ -313,7 +313,7 @@ def test_the_original_files_are_prepared_whole(name, paper_data, tmp_path):
         assert {kind: kinds.count(kind) for kind in set(kinds)} == figures["defects"]
     first = next(d for d in defects if d["kind"] in ("label_not_a_choice", "equation_goes_on"))
     assert (
-        f"{first['file']}:{first['row']}"
+        f"{first['file']}:{first['line']}"
         == (result["splits"]["train"]["first_defects"][first["kind"]])
     )
 
@@ -427,7 +427,7 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
     assert "3 of 40 rows cannot be used, the first at " in str(caught.value)
     assert "rows.csv:7: the field 'label' is empty; all are listed in" in str(caught.value)
     rows = [row for _, row in read_jsonl(listed)]
-    assert [(row["file"], row["row"], row["kind"]) for row in rows] == [
+    assert [(row["file"], row["line"], row["kind"]) for row in rows] == [
         ("rows.csv", line, "bad_row") for line in (7, 19, 32)
     ]
     assert "the id '4' is also at" in rows[2]["text"]
@@ -438,7 +438,7 @@ def test_every_bad_row_is_listed_before_prepare_stops(tmp_path):
     dataset = open_prepared("mine", tmp_path / "data")
     ids = {e.id for split in dataset.splits for e in dataset.examples(split)}
     assert ids == {str(i) for i in range(40)} - {"5", "17", "30"}
-    assert (result["skipped"], [row["row"] for row in result["bad_rows"]]) == (3, [7, 19, 32])
+    assert (result["skipped"], [row["line"] for row in result["bad_rows"]]) == (3, [7, 19, 32])
     assert result["warnings"][0]["kind"] == "bad_row"
     assert "3 of 40 rows cannot be used" in result["warnings"][0]["message"]
     assert [row for _, row in read_jsonl(tmp_path / "data" / "mine" / "defects.jsonl")] == rows
@@ -454,7 +454,7 @@ def test_the_message_of_a_single_bad_row_says_where_it_is_listed(tmp_path):
         prepare("jsonl", source=source, new_name="mine", data_dir=tmp_path)
     listed = tmp_path / "mine.defects.jsonl"
     assert caught.value.path == listed and str(listed) in str(caught.value)
-    assert [row["row"] for _, row in read_jsonl(listed)] == [21]
+    assert [row["line"] for _, row in read_jsonl(listed)] == [21]
 
 
 def test_a_list_of_bad_rows_replaces_no_file_of_the_users(tmp_path):
@@ -493,7 +493,7 @@ def test_a_list_of_dicts_is_prepared_as_its_file_is(tmp_path, own):
     assert str(caught.value.rows.first[1]) == "row 8: expected a dict, got text"
     assert caught.value.rows.table()[1] == {
         "file": "",
-        "row": 8,
+        "line": 8,
         "reason": "expected a dict, got text",
     }
 

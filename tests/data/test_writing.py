@@ -69,7 +69,7 @@ def test_rows_and_defects_are_written_as_they_were_read(tmp_path):
         "id": "1",
         "kind": "runs_on",
         "file": "a.jsonl",
-        "row": 1,
+        "line": 1,
         "text": "text",
     }
 

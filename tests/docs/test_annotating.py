@@ -80,7 +80,8 @@ def annotate(typed, line):
 def test_questions_become_a_prepared_dataset(typed, walk, tmp_path):
     result = annotate(typed, walk[0])
     assert (result["rows"], result["with_rationale"], result["defects"]) == (ROWS, ROWS, {})
-    prepared, _ = typed(walk[1])
+    prepared, out = typed(walk[1])
+    assert "published" not in out
     splits = prepared["splits"]
     assert sum(split["rows"] for split in splits.values()) == ROWS
     assert sum(split["with_rationale"] for split in splits.values()) == ROWS

@@ -4,8 +4,10 @@ import base64
 import email.utils
 import gzip
 import html
+import http.server
 import json
 import re
+import threading
 import time
 import tracemalloc
 import urllib.parse
@@ -81,18 +83,49 @@ def test_a_server_that_is_down_stops_the_run_before_all_rows_have_failed(annotat
     assert out is None
 
 
-def test_nobody_listening_stops_the_run(annotating):
+def test_nobody_listening_on_this_machine_stops_the_run_at_once(annotating):
     source = annotating.write(questions(3))
-    result = annotate(
-        source,
-        annotating.output,
-        task="generic",
-        model="m",
-        base_url="http://127.0.0.1:9/v1",
-        attempts=2,
-        backoff=0.01,
-    )
+    url = "http://localhost:9/v1"
+    with pytest.raises(InputError, match=rf"`base_url` {url}.*start the server"):
+        annotate(source, annotating.output, task="generic", model="m", base_url=url)
+
+
+def test_a_server_of_this_machine_that_has_answered_may_restart(annotating):
+    """It answers once and ends; nobody listens at the second question."""
+
+    class Once(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.dumps({"choices": [{"message": {"content": GOOD.text}}]}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Once) as server:
+
+        def serve():
+            server.handle_request()
+            server.server_close()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        settings = {"model": "m", "base_url": url, "attempts": 2, "backoff": 0.01, "concurrency": 1}
+        source = annotating.write(questions(2))
+        result = annotate(source, annotating.output, task="generic", **settings)
+        thread.join()
+    assert (result["with_rationale"], result["defects"]) == (1, {"server_error": 1})
+
+
+def test_each_silent_attempt_names_the_server_and_how_many_are_left(annotating, capsys):
+    silent = BROKEN["closed without a word"]
+    result, _ = annotating(questions(1), lambda _: silent, attempts=2)
     assert "rows got an answer" in result["stopped"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "waiting" in line]
+    url = re.escape(annotating.server.url)
+    assert re.fullmatch(rf"no answer from {url} \(.*\); waiting 0.01 s before attempt 2 of 2", line)
 
 
 @pytest.mark.parametrize("status", [429, 503])
@@ -141,7 +174,7 @@ def test_a_long_wait_is_reported_once_however_many_requests_it_holds_back(capsys
     for now in (100.0, 100.1, 102.0, 161.0, 161.5):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(time, "monotonic", lambda now=now: now)
-            client._report("HTTP 429: slow down", 60.0)
+            client._report("HTTP 429: slow down", 60.0, "the next attempt")
     assert capsys.readouterr().err.count("waiting 60 s") == 2
 
 

@@ -144,9 +144,8 @@ def _of_folder(folder: os.PathLike | str, notes: list[str]) -> dict[str, pathlib
     expected_files = {split: source / f"{split}.jsonl" for split in SPLITS}
     if not files:
         raise InputError(
-            f"`source` {source}: the folder has none of"
-            f" {', '.join(p.name for p in expected_files.values())} (or the same names with .csv, .tsv)"
-            + (f" (found: {', '.join(ignored)})" if ignored else "")
+            f"`source` {source}: the folder has no file train, validation or test with the ending .jsonl, .csv"
+            " or .tsv" + (f" (found: {', '.join(ignored)})" if ignored else "")
         )
     notes += absent_notes(expected_files, files)
     for path in files.values():
