@@ -79,10 +79,8 @@ def test_around_a_whole_batch_each_row_is_answered_once(decoder, tiny_params, ro
     assert found.finished.tolist() == decoded.finished[:count].tolist()
 
 
-@pytest.mark.parametrize("length", [2, 4])
-def test_a_short_answer_is_the_beginning_of_a_long_one(
-    tiny_config, tiny_params, rows, decoded, length
-):
+def test_a_short_answer_is_the_beginning_of_a_long_one(tiny_config, tiny_params, rows, decoded):
+    length = 2
     assert 2 * length <= tiny_config.head_dim < 2 * MAX_DECODE_LEN, "two ways to read the input"
     decoder = LabelDecoder(tiny_config, max_decode_len=length, batch_size=45)
     got = decoder(tiny_params, rows)
@@ -119,11 +117,13 @@ def test_greedy_decode_pads_after_the_end_and_leaves_fillers_alone(
 
 
 @pytest.fixture(scope="module")
-def decoded_by(tiny_config, tiny_params, rows):
+def decoded_by(tiny_config, tiny_params, rows, decoded):
     """The answers of a search, in batches of 8 and in the order of `rows`."""
 
     @functools.cache
     def decode(search):
+        if search == "greedy":
+            return decoded
         decoder = LabelDecoder(
             tiny_config, max_decode_len=MAX_DECODE_LEN, batch_size=8, decode_fn=SEARCHES[search]
         )
@@ -136,7 +136,6 @@ def decoded_by(tiny_config, tiny_params, rows):
     "search, batch_size, longest",
     [
         ("greedy", 1, None),
-        ("greedy", 45, None),
         ("greedy", 46, 90),
         pytest.param("greedy", 46, 250, marks=pytest.mark.slow),
         pytest.param("beam", 1, None, marks=pytest.mark.slow),

@@ -1,5 +1,6 @@
 """Random tiny models of each family, and writers of other tools' formats that know nothing of our readers."""
 
+import functools
 import json
 
 import flax.serialization
@@ -36,9 +37,13 @@ FAMILIES = {
 
 def random_params(config, seed=0):
     """Random everywhere: initial norm scales are 1, and any order of them would look right."""
-    initial = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), initial)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes_of(config))
+
+
+@functools.cache
+def shapes_of(config):
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
 @pytest.fixture(scope="session")

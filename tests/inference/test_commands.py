@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -180,7 +181,8 @@ assert main(["evaluate", sys.argv[1], *flags, "absent"]) == 2
 print([m for m in ("tensorflow", "seqio", "tensorflow_datasets", "gin") if m in sys.modules])
 """
     command = [sys.executable, "-c", code, str(model_dir), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    one_device = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS_OF_ONE_DEVICE"]}
+    done = subprocess.run(command, capture_output=True, text=True, env=one_device)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-3])["rows"] == 1
     assert json.loads(done.stdout.splitlines()[-2])["exit_code"] == 2

@@ -33,7 +33,8 @@ def make_random_hf(oracle):
 
 
 # ul2 is T5 v1.1 with another activation
-SLOW_FAMILIES = {"ul2": pytest.param("ul2", marks=pytest.mark.slow)}
+# T5 v1.1 with another activation, and with other sizes; test_families.py and golden/ compare mT5, too
+SLOW_FAMILIES = {name: pytest.param(name, marks=pytest.mark.slow) for name in ("ul2", "mt5")}
 
 
 @pytest.fixture(scope="session", params=[SLOW_FAMILIES.get(name, name) for name in FAMILIES])

@@ -53,7 +53,7 @@ def test_greedy_answers_to_forty_inputs_equal_those_of_generate(family, oracle):
     _, model, directory = family
     rows = oracle.random_rows(40)
     config, params = oracle.load(directory)
-    got = LabelDecoder(config, max_decode_len=16, batch_size=20)(params, rows)
+    got = LabelDecoder(config, max_decode_len=16, batch_size=40)(params, rows)
     want = oracle.torch_greedy(model, rows, 16)
     for ids, row in zip(got.ids, want, strict=True):
         assert ids == row[: len(ids)].tolist()
@@ -66,8 +66,8 @@ def test_greedy_answers_to_forty_inputs_equal_those_of_generate(family, oracle):
 
 # those of T5Gemma in a packed row are compared in test_t5gemma.py
 ALONE_FAMILIES = [
-    *("t5_v1_0", "t5_v1_1", "mt5", "byt5", "umt5"),
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("ul2", "t5gemma")),
+    *("t5_v1_0", "t5_v1_1", "byt5", "umt5"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mt5", "ul2", "t5gemma")),
 ]
 
 

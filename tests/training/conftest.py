@@ -1,5 +1,7 @@
 """What several tests of steps train on."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -7,12 +9,12 @@ import pytest
 
 from stepdistill_jax.data.objectives import step_by_step
 from stepdistill_jax.models.dropout import Dropout
-from stepdistill_jax.models.encoder_decoder import EncoderDecoder
+from stepdistill_jax.models.encoder_decoder import EncoderDecoder, init_params
 from stepdistill_jax.models.sharding import Layout, make_mesh, place_rows
 from stepdistill_jax.models.t5 import T5Config
 from stepdistill_jax.tasks.task_data import TaskData
 from stepdistill_jax.tasks.token_store import TokenExample, write_store
-from stepdistill_jax.training.state import abstract_state, init_state
+from stepdistill_jax.training.state import abstract_state, state_from_params
 from stepdistill_jax.training.step import jit_train_step
 
 ONE_DEVICE = Layout()
@@ -36,6 +38,12 @@ def data(tmp_path_factory) -> TaskData:
     return TaskData.of_store("synthetic", "train", step_by_step(1.0, 0.7), store, None)
 
 
+@functools.cache
+def drawn(model, seed):
+    key = jax.random.fold_in(jax.random.key(seed), 0)
+    return jax.tree.map(np.asarray, jax.jit(init_params, static_argnums=0)(model, key))
+
+
 @pytest.fixture(scope="session")
 def take_steps():
     """`take_steps(model, batches, layout, devices, tx=..., weights=...)`: (state, metrics of each step)."""
@@ -47,7 +55,8 @@ def take_steps():
         abstract = abstract_state(model, tx, mesh)
         static = {"model": EncoderDecoder(model), "tx": tx, "objective_weights": weights}
         step = jit_train_step(abstract, mesh, **static, num_microbatches=num_microbatches)
-        state, found = init_state(model, tx, abstract, seed=seed), []
+        # the parameters of `init_state`, which would compile a program for each layout
+        state, found = state_from_params(drawn(model, seed), tx, abstract, seed=seed), []
         for batch in batches:
             state, metrics = step(state, place_rows(batch, mesh))
             found.append(metrics)
