@@ -238,10 +238,10 @@ class _Decreasing:
         return []
 
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
-        """Returns the positions, input lengths and target lengths of about 24 rows that may fit into `room`.
+        """Returns the positions, input lengths and target lengths of about 24 candidate rows for `room`.
 
-        The rows are evenly spread over the list. For `side` 0, their inputs fit, but their targets may not. For
-        `side` 1, their targets fit, but their inputs may not.
+        The candidates are spread evenly over the rows whose length on the list's own side fits: the input length in
+        the list sorted by inputs, the target length in the other. Their other length may be too long.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)

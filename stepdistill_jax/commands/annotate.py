@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, str | tuple[type, str]]] = {
             " the row's weight is multiplied by the share of usable answers with this label",
         ),
         "--temperature T": "sampling temperature (default: 0, or 0.7 with several samples);"
-        " `--temperature default` sends none",
+        " with `--temperature default`, no temperature is sent, and the server uses its own",
         "--max-tokens N": (
             int,
             "largest number of tokens in an answer, reasoning included (default: 1024)",

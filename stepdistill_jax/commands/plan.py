@@ -36,7 +36,10 @@ _LEGEND = (
     " data x fsdp x NUM_MICROBATCHES",
     "work: FLOPs of a step, padding included, divided by those of the same examples on one device",
 )
-_RULE = "the simplest layout that fits without many more FLOPs: data, then fsdp, then the cheapest with a tensor axis"
+_RULE = (  # 1.25 is `planning.advice.MORE_WORK`
+    "the simplest layout that fits with at most 1.25 times the fewest FLOPs: data is simpler than fsdp,"
+    " and fsdp is simpler than tensor"
+)
 DEFAULT_DEVICES = 16
 # flags for the changes of `planning.plan`; every candidate also has a layout and a remat policy
 _CHANGES = {

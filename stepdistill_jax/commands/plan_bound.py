@@ -10,7 +10,7 @@ _TIMES = ("bound_ms", "products_ms", "memory_ms", "elements_ms")
 
 
 def show_bound(bound: dict[str, Any], what: str, console: "Console") -> None:
-    """Prints a lower bound of the time of a step or batch, its parts, and the slowest operations."""
+    """Prints a lower bound of the time of a step or batch, then the parts of the bound and the slowest operations."""
     console.print(
         f"[bold]At least {bound['bound_ms']:.3g} ms per {what}[/bold] on one device,"
         f" {_rates(bound)}. For each of {bound['kernels']} operations, the bound counts the longest of its times"

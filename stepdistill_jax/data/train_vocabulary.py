@@ -76,7 +76,7 @@ def _only(kept: Set[str], text: str) -> str:
 
 
 def _words_in_other_places(texts: Iterable[str]) -> list[str]:
-    """Returns texts that contain each frequent word twice: alone, and in a list of up to 50 frequent words."""
+    """Returns two kinds of texts: each frequent word alone, and lists of up to 50 frequent words."""
     # the trainer splits a word into letters if it always has the same neighbour, as in labels
     counts = collections.Counter(w for text in texts for w in re.findall(r"\w+|[^\w\s]+", text))
     words = sorted(word for word, count in counts.items() if count >= MIN_WORD_COUNT)

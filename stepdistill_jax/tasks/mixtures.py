@@ -87,7 +87,7 @@ def label_tasks(
 ) -> list[str]:
     """Returns the names of a mixture's datasets and plain tasks that have the model's first objective.
 
-    A plain task is included if `task_objectives` does not name its objective.
+    A plain task (see `load_task`) has the objective that `task_objectives` names, or else the first one.
 
     Args:
         mixture: the `seqio.Mixture` to evaluate.

@@ -58,7 +58,7 @@ class RowsOfFunction:
     def digest(self, split: str) -> dict[str, Any]:
         """Returns {"rows": count, "sha256": hex digest} of the function's rows.
 
-        Reads the rows without TensorFlow, with which this would take far longer (see `rows_digest`).
+        Does not read the rows through TensorFlow, since that would take far longer (see `rows_digest`).
 
         Raises:
             InputError: the user's function fails, or a row is malformed.

@@ -95,7 +95,7 @@ def annotate(
                 return read_batch(prompting, input, cache, paths)
             if len(paths) > 1:
                 raise InputError(
-                    f"`batch_file` write: expected a single FILE, got {len(paths)} files"
+                    f"`batch_file`: expected `write` and a single FILE, got {len(paths)} files"
                 )
             return write_batch(prompting, input, cache, paths[0], inputs)
         return asyncio.run(_annotate(prompting, input, output, cache))

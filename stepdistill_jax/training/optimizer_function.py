@@ -82,10 +82,10 @@ class OptimizerFunction:
     def transformation(
         self, learning_rate: float, train_steps: int
     ) -> optax.GradientTransformation:
-        """Calls the function, and returns the optax transformation that it returns.
+        """Calls the function, and returns its optax transformation with a wrapped `init`.
 
-        The transformation's `init` also checks `update`. It raises InputError if `init` or `update` fails, or if
-        `update` returns wrong shapes or types.
+        The wrapped `init` also tries `update`. It raises InputError if either of the two fails, or if `update` returns
+        wrong shapes or types.
 
         Args:
             learning_rate: the run's peak learning rate.

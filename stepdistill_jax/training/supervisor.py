@@ -189,7 +189,7 @@ class Supervisor:
         return start, state
 
     def _remember(self, start: int) -> None:
-        """Restores from files the losses and non-finite steps up to `start`, and whether the run was rolled back."""
+        """Reads the run's losses and non-finite steps up to `start`, and whether it was rolled back, from its files."""
         if start and self._bar is not None and self._run.config.spike_factor:
             with contextlib.suppress(InputError):  # metrics.jsonl was removed
                 lines = read_metrics(self._run.workdir)

@@ -12,6 +12,7 @@ from stepdistill_jax.commands.plan import parse_size
 from stepdistill_jax.commands.plan_bound import share_used
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.models.sharding import make_mesh
+from stepdistill_jax.planning.advice import MORE_WORK
 
 # two devices: what a layout costs to compile is what these tests cost
 SHORT = ("--set", "INPUT_LENGTH=32", "--set", "TARGET_LENGTH=16", "--set", "BATCH_SIZE=8")
@@ -33,7 +34,13 @@ def run(capsys, tmp_path, *argv):
 def test_layouts_are_compared_and_one_is_recommended(capsys, tmp_path):
     code, out, _ = run(capsys, tmp_path, "demo_step_by_step", *SHORT, "--devices", "2", "--json")
     assert code == 0
-    for part in ("Assumed: ", "fsdp ", "Collectives per step", "Recommended: data, remat"):
+    for part in (
+        "Assumed: ",
+        "fsdp ",
+        "Collectives per step",
+        "Recommended: data, remat",
+        f" {MORE_WORK} times the fewest FLOPs",
+    ):
         assert part in out, out
     found = json.loads(out.splitlines()[-1])
     assert found["hbm"] == 80 * 10**9
