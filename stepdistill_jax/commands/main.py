@@ -30,7 +30,7 @@ from stepdistill_jax.commands.flag_names import as_typed
 from stepdistill_jax.commands.terminal import say, show_traceback
 from stepdistill_jax.errors import EXIT_STOPPED, InputError, nearest, printable
 from stepdistill_jax.runtime.checkpoints.manifest import CheckpointError
-from stepdistill_jax.runtime.distributed import end_soon, is_process_0, leave
+from stepdistill_jax.runtime.distributed import end, is_process_0, leave
 from stepdistill_jax.runtime.files import DISK_ERRORS
 from stepdistill_jax.runtime.on_processes import PeerFailed
 from stepdistill_jax.runtime.progress import log, translate_names, translated
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 def _leave(code: int, *, owns_process: bool) -> None:
     leave(code)
     if code != OK and owns_process:  # not if a notebook called `main([...])`
-        end_soon(code)
+        end(code)
 
 
 def _ended(argv: list[str], code: int, error: str) -> int:

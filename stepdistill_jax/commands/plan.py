@@ -155,10 +155,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if "remat_policy" in candidate:
             candidate["flags"] = _flags(candidate, config.remat_policy, given=bool(args.layout))
     result["advice"] = [_advice(remedy) for remedy in result["remedies"]]
-    if (needed := result["hbm_needed"]) is not None:
-        result["advice"].append(
-            f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: the config fits unchanged"
-        )
+    if (needed := result["hbm_needed"]) is not None and (smallest := _smallest(result)):
+        flags = smallest["flags"]
+        how = f"fits with {flags}" if flags else "the config fits unchanged"
+        result["advice"].append(f"--hbm {math.ceil(needed / 1e8) / 10:g}GB: {how}")
     show(result, _console())
     return result
 
@@ -192,6 +192,12 @@ def _flags(candidate: dict[str, Any], policy: str, *, given: bool) -> str:
     return " ".join(flags)
 
 
+def _smallest(result: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the compiled candidate that needs the least memory, or None."""
+    compiled = (c for c in result["candidates"] if "flops" in c)
+    return min(compiled, key=lambda c: c["per_device"]["total"], default=None)
+
+
 def _advice(remedy: dict[str, Any]) -> str:
     """Returns a line about a remedy, a change that makes the config fit.
 
@@ -215,11 +221,7 @@ def show(result: dict[str, Any], console: "Console") -> None:
     for line in _LEGEND:
         console.print(f"  {line}", soft_wrap=True)
     best = result["best"]
-    one = best or min(
-        (c for c in result["candidates"] if "flops" in c),
-        key=lambda c: c["per_device"]["total"],
-        default=None,
-    )
+    one = best or _smallest(result)
     if one is not None:
         _show_one(one, result, console)
     if best is None:

@@ -123,9 +123,13 @@ def in_words(summary: dict[str, Any]) -> str:
             f"\nin addition to the input, the model reads each row's {' and '.join(summary['reads'])}, so a teacher must"
             " write this for test rows as well"
         )
-    if summary["collapsed"]:
+    if "split" in summary and "accuracy" not in summary:
+        line += "\nno accuracy: no row of this split has a gold label"
+    if summary["collapsed"] and summary.get("majority_baseline") != 1:
+        known = "accuracy" in summary
         line += (
-            f"\nall {rows} answers are the same: the model does not distinguish the inputs"
-            " (train longer, or check the learning rate and the balance of the labels)"
+            f"\nall {rows} answers are the same: {'' if known else 'unless this label is right for all rows, '}"
+            "the model does not distinguish the inputs (train longer, or check the learning rate and the"
+            " balance of the labels)"
         )
     return line

@@ -1,11 +1,13 @@
 """Connects the processes of a job. A process that has to stop ends within seconds, without waiting for the others."""
 
+import atexit
 import contextlib
 import dataclasses
 import importlib.util
 import os
 import sys
 import threading
+from typing import NoReturn
 
 from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.progress import log
@@ -137,15 +139,31 @@ def leave(code: int) -> None:
     """
     if _joined is None:
         return
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    _flush()
     end_soon(code)
     import jax
 
     with contextlib.suppress(Exception):
         jax.distributed.shutdown()
     os._exit(code)
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process with exit status `code`, after the functions that were registered with `atexit`.
+
+    Unlike `sys.exit`, this function does not run the destructors of native libraries. They crash the process
+    while XLA still compiles in a thread, as after a signal.
+    """
+    end_soon(code)
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+            stream.flush()
 
 
 def end_soon(code: int) -> None:

@@ -113,9 +113,22 @@ def test_advice_is_typed_as_printed_and_gives_what_it_says(capsys, tmp_path):
     _, again = planned(capsys, tmp_path, *argv, "--hbm", hbm, *flags.split())
     sizes = again["best"]["per_device"]
     assert by_flags[line]["per_device"] == sizes
-    assert figures.startswith(f"{sizes['total'] / 2**30:.2f} GiB; ")
+    assert figures.startswith(f"needs {sizes['total'] / 2**30:.2f} GiB; ")
     device = found["advice"][-1]
     assert device.startswith("--hbm ") and device.endswith("GB: the config fits unchanged")
+
+
+@pytest.mark.slow
+def test_the_device_that_would_be_enough_is_named_with_the_flags_that_fit_it(capsys, tmp_path):
+    argv = ("demo_step_by_step", *SHORT, "--devices", "2")
+    _, whole = planned(capsys, tmp_path, *argv)
+    sizes = whole["best"]["per_device"]  # the state fits, the rest does not
+    hbm = f"{round((sizes['params'] + sizes['optimizer']) * 1.1 / 0.75)}B"
+    _, found = planned(capsys, tmp_path, *argv, "--hbm", hbm)
+    size, _, flags = found["advice"][-1].partition(": fits with ")
+    assert "memory/remat_full.gin" in flags
+    _, again = planned(capsys, tmp_path, *argv, *size.split())
+    assert again["best"]["flags"] == flags
 
 
 def check_typed(lines, found, parts=()):

@@ -160,7 +160,14 @@ def test_nothing_is_invalid_where_nothing_says_what_is_valid():
 def test_a_collapsed_model_is_said_in_words():
     result = {**counted([("a", "a"), ("a", "b")]), "unfinished": 0, "rows_per_second": 1.0}
     assert result["collapsed"]
-    assert "all 2 answers are the same" in in_words(result)
+    assert "all 2 answers are the same: the model does not" in in_words(result)
+    result = {**counted([("a", ""), ("a", "")]), "unfinished": 0, "rows_per_second": 1.0}
+    assert "the same: unless this label is right for all rows" in in_words(result)
+    assert "no accuracy: no row of this split has a gold label" in in_words(
+        result | {"split": "test"}
+    )
+    result = {**counted([("a", "a"), ("a", "a")]), "unfinished": 0, "rows_per_second": 1.0}
+    assert "the same" not in in_words(result)
     result = {**counted([("a", "a"), ("b", "b")]), "unfinished": 1, "rows_per_second": 1.0}
     assert "the same" not in in_words(result)
     assert "unfinished 1 (50.0%)" in in_words(result)
