@@ -277,7 +277,8 @@ def _table(result: dict[str, Any]) -> Any:
         labelled = result["with_label"]
         comment = f"of {labelled} rows with a gold label; unreadable answers count as wrong"
         line("teacher_accuracy", round(share * labelled), share, comment)
-    line("asked again", result["asked_again"], None, "the first answer was unreadable")
+    if result["asked_again"]:
+        line("asked again", result["asked_again"], None, "the first answer was unreadable")
     table.add_section()
     for kind, count in result["defects"].items():
         first = f"first: {result['first_defects'][kind]}"

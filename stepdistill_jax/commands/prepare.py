@@ -120,7 +120,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     show(result)
     if "train" in result["splits"]:  # a task needs its vocabulary
         where = [] if args.data_dir is None else ["--data-dir", str(args.data_dir)]
-        say(f"next: {shlex.join(['stepdistill', 'inspect', result['name'], *where])}")
+        task, why = [result["name"]], ""
+        if not result["splits"]["train"]["with_label"]:
+            task = ["demo_step_by_step", "--set", f"TASK={result['name']}"]
+            task += ["--set", "LABEL_SOURCE=gold_else_llm"]
+            why = "    # no row of train has a gold label"
+        say(f"next: {shlex.join(['stepdistill', 'inspect', *task, *where])}{why}")
     return result
 
 

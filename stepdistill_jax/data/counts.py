@@ -134,6 +134,7 @@ class SplitCounts:
         """Returns the split's entry in the result of `prepare`."""
         return {
             "rows": self.rows,
+            "with_label": self.labelled,
             "with_rationale": self.with_rationale,
             **{
                 f: self.right[f] / self.labelled if f in self.right else None

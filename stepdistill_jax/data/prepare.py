@@ -72,9 +72,9 @@ def prepare(
         {"name", "directory", "fingerprint", "metric", "reused", "notes", "warnings" (see `data.labels`),
         "skipped" (number of bad rows), "bad_rows" (the first ones: [{"file", "line", "reason"}]),
         "vocabulary_size", "report",
-        "splits": {SPLIT: {"rows", "with_rationale", "teacher_accuracy", "teacher_accuracy_by_text",
-        "teacher_accuracy_repaired", "labels" ({LABEL: rows}; {} for free text), "defects": {KIND: count},
-        "first_defects": {KIND: "file:line"}, "vocabulary" (see `round_trip.round_trips`)}}}.
+        "splits": {SPLIT: {"rows", "with_label" (a gold one), "with_rationale", "teacher_accuracy",
+        "teacher_accuracy_by_text", "teacher_accuracy_repaired", "labels" ({LABEL: rows}; {} for free text),
+        "defects": {KIND: count}, "first_defects": {KIND: "file:line"}, "vocabulary" (see `round_trip.round_trips`)}}}.
         Accuracies are shares of the rows with a gold label, or None if they do not apply.
 
     Raises:

@@ -94,6 +94,8 @@ def _load_prepared(
     store, opened = _joint_store(
         prepared_task, task, split, objectives, columns, vocabulary, folder, key
     )
+    if not store.num_examples:
+        raise _no_labels(found, split, supervision)
     if supervision is not None and supervision.rationale_source is not None:
         explained = [
             rows["targets"].lengths > 0
@@ -146,10 +148,25 @@ def _load_spec(
         [*key, files_of_task(found, split)],
         compare=True,
     )
+    with_rows(store, task, split)
     own = None
     if found.function is not None:
         own = registry.joint_task(found, objectives, vocabulary, supervision)
     return TaskData.of_store(task, split, objectives, store, opened, metric=found.metric, task=own)
+
+
+def _no_labels(dataset: PreparedDataset, split: str, supervision: Supervision | None) -> InputError:
+    """Returns the error for a split in which no row has the label that `supervision` selects."""
+    source = "gold" if supervision is None else supervision.label_source
+    count = sum(bool(example.llm_label) for example in dataset.examples(split))
+    if source == "gold" and count:
+        return InputError(
+            f"dataset {dataset.name!r}: no row of {split} has a gold label, but {count} have `llm_label`: set"
+            " `label_source=gold_else_llm`"
+        )
+    return InputError(
+        f"dataset {dataset.name!r}: no row of {split} has the label that `label_source={source}` selects"
+    )
 
 
 def _check_fields(dataset: PreparedDataset, objectives: Sequence[Objective]) -> None:
@@ -201,7 +218,7 @@ def _joint_store(
         data_dir=folder,
         compare=compare,
     )
-    return with_rows(store, name, split), opened
+    return store, opened
 
 
 def _parts_of(

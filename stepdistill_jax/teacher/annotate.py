@@ -69,7 +69,9 @@ def annotate(
         With `batch_file`: the entries of `write_batch` or `read_batch`.
 
     Raises:
-        InputError: a setting or row is bad, or the server refuses the request.
+        InputError: a setting or row is bad, the server refuses the request, or a limit is too low for a request.
+        SystemExit: SIGTERM arrived. The status is 75.
+        KeyboardInterrupt: as always, but with a message if answers are saved.
     """
     chosen = Settings(**settings)
     input, output = local_path(input, "input"), local_path(output, "output")
@@ -195,7 +197,7 @@ async def _annotate(
                 prompting, teacher, cache, budget, rows_file, defects_file, bar, kept=read.kept
             )
             try:
-                await run_until_signal(run.all(read_questions(input, settings.choices)))
+                await run_until_signal(run, read_questions(input, settings.choices))
                 if run.counts.rows != estimate["rows"]:
                     raise InputError(
                         f"{input}: the file changed while it was read (it had {estimate['rows']} rows at"

@@ -79,7 +79,8 @@ def read_answer(task: str, answer: Answer, row: Example, *, label_given: bool = 
     """
     text = _OPENING.sub("", _THINKING.sub("", answer.text))
     rationale, label, problems = _parse(task, text, row)
-    problems = tuple(problems)
+    # the finish reason tells whether an answer is truncated; the parsers guess it from the text
+    problems = tuple(p for p in problems if p != "truncated")
     # an answer that was complete before it ran on into another question may be truncated there
     if answer.finish_reason == "length" and "runs_on" not in problems:
         return Reading(problems=("truncated",))

@@ -5,12 +5,13 @@ import contextlib
 import dataclasses
 from collections.abc import AsyncIterator
 
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.teacher.answers import Answer
 from stepdistill_jax.teacher.prompts import estimate_tokens
 
 
 class BudgetReached(Exception):
-    """Raised when the next request might exceed a limit. The message names the limit and its value."""
+    """Raised when the next request might exceed a limit. The message says what it needs, and names the limit."""
 
 
 @dataclasses.dataclass
@@ -66,7 +67,7 @@ class Budget:
         On entry, waits for other requests to end if a limit would be exceeded.
 
         Raises:
-            BudgetReached: a limit would be exceeded, and no other request is in progress.
+            BudgetReached, InputError: see `Reservation.renew`.
         """
         reservation = Reservation(self, prompt, longest_answer)
         await reservation.renew()
@@ -96,19 +97,29 @@ class Budget:
         async with self._changed:
             self._changed.notify_all()
 
-    def _exceeded(self, prompt_tokens: int, completion_tokens: int) -> str | None:
+    def _refusal(self, prompt_tokens: int, completion_tokens: int) -> Exception | None:
+        """Returns the error to raise if a request might exceed a limit, else None."""
         # used + reserved by requests in progress + this request. With a limit of 1,000 tokens, 300 used
         # and one reservation of 400, a request of at most 300 fits at once; one of 500 waits until the
         # reservation ends, and fits then if that request has used 200 or less.
         prompts = self.prompt_tokens + prompt_tokens + sum(p for p, _ in self._open.values())
         answers = self.completion_tokens + completion_tokens
         answers += sum(c for _, c in self._open.values())
+        tokens, cost = prompt_tokens + completion_tokens, self.price(prompts, answers)
         if self.max_tokens is not None and prompts + answers > self.max_tokens:
-            return f"`max_tokens_total={self.max_tokens}`"
-        cost = self.price(prompts, answers)
-        if self.max_cost is not None and cost is not None and cost > self.max_cost:
-            return f"`max_cost={self.max_cost:g}`"
-        return None
+            limit, needs = f"`max_tokens_total={self.max_tokens}`", f"may need {tokens:,} tokens"
+            fits = tokens <= self.max_tokens
+        elif self.max_cost is not None and cost is not None and cost > self.max_cost:
+            price = self.price(prompt_tokens, completion_tokens) or 0.0
+            limit, needs = f"`max_cost={self.max_cost:g}`", f"may cost {price:.4g}"
+            fits = price <= self.max_cost
+        else:
+            return None
+        if not fits:  # not in a new run either
+            return InputError(
+                f"{limit}: the next request {needs}; raise the limit, or lower `max_tokens`"
+            )
+        return BudgetReached(f"the next request {needs}, more than this run has left of {limit}")
 
 
 class Reservation:
@@ -125,15 +136,16 @@ class Reservation:
 
         Raises:
             BudgetReached: a limit would be exceeded, and no other request is in progress.
+            InputError: the request alone would exceed a limit, and no other request is in progress.
         """
         budget = self._budget
         if (budget.max_tokens is None and budget.max_cost is None) or id(self) in budget._open:
             return
         async with budget._changed:
             # computed again after each wait: the ratio of tokens to characters may have risen
-            while name := budget._exceeded(*budget._most(self._prompt, self._longest)):
+            while error := budget._refusal(*budget._most(self._prompt, self._longest)):
                 if not budget._open:
-                    raise BudgetReached(name)
+                    raise error
                 await budget._changed.wait()
             budget._open[id(self)] = budget._most(self._prompt, self._longest)
 

@@ -7,6 +7,7 @@ import email.utils
 import json
 import os
 import random
+import socket
 import time
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -136,7 +137,8 @@ class ChatClient:
 
         Raises:
             BudgetReached: another attempt might exceed a limit.
-            InputError: the server refuses the request, or no server runs at an address of this machine.
+            InputError: the server refuses the request, no server runs at an address of this machine, or the server's
+                name is unknown.
             ServerError: all attempts failed.
         """
         start, failures = time.monotonic(), collections.Counter()
@@ -215,7 +217,7 @@ class ChatClient:
         # a server that has responded may be restarting
         if (
             isinstance(cause, self._httpx.ConnectError)
-            and urlsplit(url).hostname in THIS_MACHINE
+            and (urlsplit(url).hostname in THIS_MACHINE or _is_unknown_host(cause))
             and not self._responded
         ):
             return InputError(
@@ -297,6 +299,13 @@ class ChatClient:
             return
         self._reported_until = until
         log(f"{message}; waiting {wait:.{0 if wait >= 1 else 2}f} s before {attempt}")
+
+
+def _is_unknown_host(error: BaseException | None) -> bool:
+    """Returns whether a connection failed because no host has the server's name."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None and error.errno != socket.EAI_AGAIN
 
 
 def completion(body: Any) -> tuple[str, str, dict[str, Any]]:

@@ -6,13 +6,12 @@ The number of simultaneous requests and the number of rows in memory are limited
 import asyncio
 import collections
 import dataclasses
-import signal
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from stepdistill_jax.data.example import Example
 from stepdistill_jax.data.text_metrics import metric_fn
-from stepdistill_jax.errors import EXIT_STOPPED, InputError
+from stepdistill_jax.errors import InputError
 from stepdistill_jax.runtime.progress import Bar
 from stepdistill_jax.runtime.signals import StopSignals, leave
 from stepdistill_jax.runtime.streams import StreamedFile
@@ -101,6 +100,11 @@ class Run:
         self._questions, self._unusable, self._kept = 0, 0, kept
         self._problems: collections.Counter[str] = collections.Counter()  # of unusable answers
         self.counts = Counts()
+
+    @property
+    def saved(self) -> int:
+        """Number of answers in the cache that this run can use."""
+        return self._kept + self._questions - self._unusable
 
     async def all(self, rows: Iterator[Example]) -> None:
         """Asks about every row, and writes the rows in order.
@@ -231,7 +235,7 @@ class Run:
                     )
                     self._budget.spend(prompt, answer)
             except BudgetReached as error:
-                self._end(Stopped(f"the next request might exceed {error}"))
+                self._end(Stopped(str(error)))
             except InputError as error:
                 self._end(error)
         self.counts.requests += 1
@@ -314,18 +318,21 @@ async def _ready(sample: Sample) -> Sample:
     return sample
 
 
-async def run_until_signal(work: Any) -> None:
-    """Awaits `work`, and cancels it at a SIGTERM.
+async def run_until_signal(run: Run, rows: Iterator[Example]) -> None:
+    """Asks about every row, and stops at a SIGTERM or Ctrl-C.
 
     Raises:
         SystemExit: SIGTERM arrived. The exit status is 75.
+        KeyboardInterrupt: Ctrl-C. It has a message if answers are saved.
     """
-    task, loop = asyncio.ensure_future(work), asyncio.get_running_loop()
-    codes: dict[int, int] = {signal.SIGTERM: EXIT_STOPPED}  # asyncio handles Ctrl-C
-    with StopSignals(lambda _: loop.call_soon_threadsafe(task.cancel), codes=codes) as stop:
+    task, loop = asyncio.ensure_future(run.all(rows)), asyncio.get_running_loop()
+    with StopSignals(lambda _: loop.call_soon_threadsafe(task.cancel)) as stop:
         try:
             await task
         except asyncio.CancelledError:
-            if stop.received:
-                leave(stop.received, "stopped; the answers are saved")
-            raise
+            if stop.received == "SIGTERM":
+                leave(stop.received, "stopped; the answers are saved" if run.saved else "stopped")
+            if not stop.received:
+                raise
+            told = "the answers are saved; run the same command again to continue"
+            raise KeyboardInterrupt(*([told] if run.saved else ())) from None

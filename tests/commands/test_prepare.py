@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 
@@ -61,6 +62,19 @@ def test_a_run_ends_with_one_json_object_and_keeps_quiet_beside_its_table(rows, 
     assert sum(figures["rows"] for figures in result["splits"].values()) == 40
     assert (tmp_path / "data" / "mine" / "1.0.0").is_dir()
     assert "Downloading" not in done.stdout
+
+
+def test_the_next_command_reads_rows_that_only_the_teacher_has_labelled(tmp_path, capfd):
+    rows = [{"input": f"parcel {i}", "rationale": "r", "llm_label": "late"} for i in range(40)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["prepare", "jsonl", "--source", source, "--name", "mine", "--data-dir", tmp_path]
+    assert main([str(a) for a in argv]) == 0
+    *_, line = capfd.readouterr().out.splitlines()
+    assert line.endswith("# no row of train has a gold label")
+    _, _, *argv = shlex.split(line, comments=True)
+    assert "LABEL_SOURCE=gold_else_llm" in argv
+    assert main(argv) == 0
 
 
 def test_the_table_shows_each_split_with_its_defects_and_where_the_first_stands(

@@ -85,6 +85,18 @@ def test_a_label_source_decides_labels_rows_and_weights(data_dir, supervision, w
     assert data.stores[0].label_texts == [label for label, _ in want]
 
 
+def test_a_split_without_the_selected_label_is_refused_with_the_setting_to_use(tmp_path):
+    rows = [{"input": f"parcel {i}", "llm_label": "late"} for i in range(3)]
+    prepare("jsonl", source={"train": rows}, new_name="mine", data_dir=tmp_path)
+    says = r"no row of train has a gold label, but \d have `llm_label`: set `label_source=gold_else_llm`"
+    with pytest.raises(InputError, match=f"^dataset 'mine': {says}$"):
+        load(tmp_path)
+    with pytest.raises(
+        InputError, match=r"no row of train has the label that `label_source=agree`"
+    ):
+        load(tmp_path, label_source="agree")
+
+
 @pytest.mark.parametrize(
     ("supervision", "want"),
     [

@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import os
+import signal
 import tracemalloc
 
 import pytest
@@ -192,11 +194,35 @@ def test_an_answer_that_cannot_be_read_is_asked_for_again(annotating):
         prompt = request["messages"][0]["content"]
         first = prompt not in seen
         seen.add(prompt)
-        return Reply("Hm.") if first else GOOD
+        return Reply("**Reason** It is old.\n\n**Answer:** yes") if first else GOOD
 
     result, _ = annotating(questions(5), reply, retries=1)
     assert (result["with_rationale"], result["asked_again"], result["requests"]) == (5, 5, 10)
     assert result["defects"] == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "saved"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, "the answers are saved; run the same command again"),
+        (signal.SIGTERM, SystemExit, "SIGTERM: stopped; the answers are saved; start again"),
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_a_stop_says_that_answers_are_saved_only_if_there_are_any(
+    annotating, capsys, number, error, saved
+):
+    def reply(_):
+        if annotating.server.requests == stop_at:
+            os.kill(os.getpid(), number)
+            return Reply(GOOD.text, delay=0.2)
+        return GOOD
+
+    for stop_at in (1, 3):
+        with pytest.raises(error) as stopped:
+            annotating(questions(6), reply, concurrency=1)
+        told = f"{stopped.value} {capsys.readouterr().err}"
+        assert ("saved" in told, saved in told) == (stop_at > 1, stop_at > 1)
 
 
 def test_concurrency_is_used_and_never_exceeded(annotating):

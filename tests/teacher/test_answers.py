@@ -70,6 +70,16 @@ def test_an_answer_cut_at_the_limit_is_truncated_even_if_a_label_can_be_read():
     assert not reading.usable
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "kind"),
+    [("generic", TICKET, "no_answer"), ("esnli", PAIR, "no_answer"), ("cqa", CQA, "no_answer")],
+)
+def test_only_the_finish_reason_makes_an_answer_truncated(task, row, kind):
+    text = "**Reason** transport.\n\n**Label:** delivery"
+    assert read_answer(task, Answer(text), row).problems == (kind,)
+    assert read_answer(task, Answer(text, "length"), row).problems == ("truncated",)
+
+
 def test_a_filtered_answer_is_named():
     assert read_answer("generic", Answer("", "content_filter"), FREE).problems == ("filtered",)
 

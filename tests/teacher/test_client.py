@@ -7,6 +7,7 @@ import html
 import http.server
 import json
 import re
+import socket
 import threading
 import time
 import tracemalloc
@@ -88,6 +89,22 @@ def test_nobody_listening_on_this_machine_stops_the_run_at_once(annotating):
     url = "http://localhost:9/v1"
     with pytest.raises(InputError, match=rf"`base_url` {url}.*start the server"):
         annotate(source, annotating.output, task="generic", model="m", base_url=url)
+
+
+@pytest.mark.parametrize("number", [socket.EAI_NONAME, socket.EAI_AGAIN], ids=["unknown", "later"])
+def test_an_unknown_host_stops_the_run_at_once(annotating, monkeypatch, number):
+    def no_host(*_, **__):
+        raise socket.gaierror(number, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_host)
+    source = annotating.write(questions(1))
+    settings = {"model": "m", "base_url": "http://my-servr/v1", "attempts": 2, "backoff": 0.01}
+    if number == socket.EAI_AGAIN:  # a name server that is down may come back
+        result = annotate(source, annotating.output, task="generic", **settings)
+        assert result["defects"] == {"server_error": 1}
+        return
+    with pytest.raises(InputError, match=r"`base_url` http://my-servr/v1: .*correct the address"):
+        annotate(source, annotating.output, task="generic", **settings)
 
 
 def test_a_server_of_this_machine_that_has_answered_may_restart(annotating):

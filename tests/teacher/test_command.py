@@ -67,8 +67,35 @@ def test_a_cap_ends_with_1_and_says_that_the_command_goes_on(typed):
     code, out, err = typed("--max-tokens-total", "3000", "--concurrency", "2")
     assert code == 1
     assert json.loads(out.splitlines()[-1])["stopped"]
-    assert "stopped: the next request might exceed --max-tokens-total 3000" in err
+    assert re.search(
+        r"stopped: the next request may need 1,0\d\d tokens, more than this run has left of"
+        r" --max-tokens-total 3000; .*; run the same command again to continue",
+        err,
+    )
+    assert "asked again" not in out
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("limit", "needs"),
+    [
+        (["--max-tokens-total", "500"], "may need 1,081 tokens"),
+        (
+            ["--max-cost", "0.001", "--price-input", "1", "--price-output", "2"],
+            "may cost 0.002105",
+        ),
+    ],
+    ids=["tokens", "cost"],
+)
+def test_a_cap_below_one_request_ends_with_2_and_does_not_advise_the_same_again(
+    typed, limit, needs
+):
+    code, _, err = typed(*limit)
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        f"stepdistill: error: {' '.join(limit[:2])}: the next request {needs}; raise the limit, or lower"
+        " --max-tokens"
+    )
 
 
 def test_a_file_without_a_usable_answer_ends_with_1_and_names_its_defects(typed, tmp_path):
