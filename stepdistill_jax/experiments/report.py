@@ -189,7 +189,7 @@ def headline(comparison: Comparison) -> list[str]:
             f" {point.accuracy:.4f}. The runs do not show that this is better than always answering the"
             f" commonest label ({comparison.majority:.4f}), so an arm that reaches this accuracy proves nothing."
         )
-        sentences += _better(comparison.enough)
+        sentences += _better(comparison.enough, base)
     else:
         sentences += [_reached(comparison, e, data) for e in comparison.enough]
     for arm in comparison.arms:
@@ -220,7 +220,7 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
     part = "the same data" if enough.fraction == full else share_of_data(enough.fraction)
     sentences = [
         f"With {part} ({enough.labels:.0f} labels{fewer}), {enough.arm} reaches {theirs}.",
-        *_better([enough]),
+        *_better([enough], base),
     ]
     if enough.reverse is None:
         last = comparison.of_arm(enough.arm)[-1]
@@ -230,7 +230,7 @@ def _reached(comparison: Comparison, enough: Enough, data: str) -> str:
     return " ".join(sentences)
 
 
-def _better(found: Sequence[Enough]) -> list[str]:
+def _better(found: Sequence[Enough], base: str) -> list[str]:
     """Returns sentences that say how much data each arm needs to be significantly better than the baseline."""
     by_share: dict[float | None, list[str]] = {}
     for enough in found:
@@ -243,12 +243,12 @@ def _better(found: Sequence[Enough]) -> list[str]:
         verb = "are" if others else "is"
         if share is None:
             sentences.append(
-                f"{arms} {verb} not significantly better at any share of the data (95% confidence)."
+                f"{arms} {verb} not significantly better than {base} at any share of the data (95%)."
             )
             continue
         on = "" if share == 1 else " or more"
         sentences.append(
-            f"With {share_of_data(share)}{on}, {arms} {verb} significantly better (95%)."
+            f"With {share_of_data(share)}{on}, {arms} {verb} significantly better than {base} (95%)."
         )
     return sentences
 

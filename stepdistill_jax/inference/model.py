@@ -90,6 +90,8 @@ def load_model(
 
 
 def _read_files(path: pathlib.Path, step: str | int, found: int | None) -> ModelFiles:
+    if found is None and (path / "run.json").is_file():
+        raise InputError(f"{path}: this workdir has no folder checkpoints")
     files = read_model_files(path)
     if found is not None:
         resolve_step(path, found)

@@ -294,3 +294,19 @@ def test_json_has_one_object_of_bad_usage_too(capsys, argv, part):
         main.main([*argv, "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert part in found["error"] and found["exit_code"] == 2
+
+
+def test_a_failed_command_ends_without_the_destructors_of_native_libraries(tmp_path):
+    """XLA's crash the process while it compiles in a thread. Functions of `atexit` run all the same."""
+    code = """
+import atexit, ctypes, os, sys
+destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: os._exit(99))
+ctypes.CDLL(None).__cxa_atexit(destructor, None, None)
+atexit.register(print, "exit functions ran")
+from stepdistill_jax.commands.main import main
+sys.argv = ["stepdistill", "train", "no_such_config", "--workdir", "run"]
+main()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "exit functions ran\n"), done.stderr

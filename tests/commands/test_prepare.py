@@ -60,6 +60,8 @@ def test_a_run_ends_with_one_json_object_and_keeps_quiet_beside_its_table(rows, 
     result = json.loads(result)
     assert set(result["splits"]) == {"train", "validation", "test"}
     assert sum(figures["rows"] for figures in result["splits"].values()) == 40
+    counts = [f"{s} has {result['splits'][s]['rows']}" for s in ("validation", "test")]
+    assert f"too few rows to measure accuracy: {', '.join(counts)}" in " ".join(done.stdout.split())
     assert (tmp_path / "data" / "mine" / "1.0.0").is_dir()
     assert "Downloading" not in done.stdout
 

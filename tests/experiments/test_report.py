@@ -80,7 +80,7 @@ def test_the_smallest_fraction_that_is_enough(made):
     assert (
         "With 25% of the data (375 labels, 4 times fewer), step_by_step reaches the accuracy that label_only"
         " has with all of the data (0.7200, with 1500 labels). With all of the data, step_by_step is"
-        " significantly better (95%)." in sentence
+        " significantly better than label_only (95%)." in sentence
     )
 
 
@@ -92,13 +92,16 @@ def test_a_baseline_at_chance_is_no_mark_to_reach(made):
     assert "times fewer" not in sentence and sentence.endswith(
         "so an arm that reaches this accuracy proves nothing."
     )
-    assert better == "With all of the data, step_by_step is significantly better (95%)."
+    assert (
+        better
+        == "With all of the data, step_by_step is significantly better than label_only (95%)."
+    )
     (enough,) = comparison.enough
     others = [dataclasses.replace(enough, arm=arm, surely=None) for arm in ("a", "b")]
     same = dataclasses.replace(enough, arm="c")
     assert headline(dataclasses.replace(chance, enough=[*others, enough, same]))[1:] == [
-        "With all of the data, step_by_step and c are significantly better (95%).",
-        "a and b are not significantly better at any share of the data (95% confidence).",
+        "With all of the data, step_by_step and c are significantly better than label_only (95%).",
+        "a and b are not significantly better than label_only at any share of the data (95%).",
     ]
     (sentence,) = headline(dataclasses.replace(comparison, majority=low - 1e-6))
     assert "4 times fewer" in sentence

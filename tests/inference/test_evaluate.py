@@ -121,6 +121,13 @@ def test_unknown_names_and_impossible_outputs_are_refused(workdir, data_dir, tmp
             evaluate(workdir, data_dir=data_dir, **options)
 
 
+def test_a_workdir_that_has_lost_its_checkpoints_is_named(workdir, data_dir, tmp_path):
+    lost = shutil.copytree(workdir, tmp_path / "lost", ignore=shutil.ignore_patterns("checkpoints"))
+    (lost / "run.json").touch()
+    with pytest.raises(InputError, match="lost: this workdir has no folder checkpoints"):
+        evaluate(lost, task="roads", data_dir=data_dir)
+
+
 def test_a_model_directory_has_no_steps_to_evaluate(model_dir, data_dir):
     with pytest.raises(InputError, match=r"`step` 5: .* is a model directory"):
         evaluate(model_dir, task="roads", data_dir=data_dir, step="5")
