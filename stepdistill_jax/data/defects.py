@@ -20,7 +20,7 @@ KINDS = {
     "letter_not_a_choice": "the question has no choice with this letter",
     "label_not_a_choice": "the answer does not exactly match any choice or label",
     "label_disagrees_with_letter": "letter and text name different choices; the text is taken",
-    "no_parentheses": "the answer has no `( ... )`; its text is taken if it can be computed",
+    "no_parentheses": "the answer has no `( ... )`; the whole answer is the equation if it can be computed",
     "no_value": "the equation cannot be computed",
     "equation_goes_on": "the equation continues after the `)`; the complete equation is read",
     "arithmetic_wrong": "an equation in the rationale is wrong, such as 3 + 4 = 8",

@@ -23,7 +23,7 @@ def fields_of(template: str) -> tuple[str, ...]:
     for _, name, spec, conversion in parsed:
         if spec or conversion:
             raise InputError(
-                f"template {template!r}: expected only a field's name in the braces of {name!r}"
+                f"template {template!r}: expected only a field's name in the braces that contain {name!r}"
             )
     return tuple(name for _, name, _, _ in parsed if name is not None)
 

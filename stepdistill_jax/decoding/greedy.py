@@ -213,7 +213,7 @@ def rows_at_once(batch_size: int | None, mesh: Mesh | None) -> int:
     """Returns the number of rows to decode at once, summed over all devices.
 
     If `batch_size` is None, each device along the mesh's batch axes gets 64 rows. Otherwise, `batch_size` is rounded
-    up so that each of these devices gets the same number of rows, and a GPU at least 8.
+    up so that all these devices get the same number of rows. A GPU gets at least 8.
     """
     shards = batch_shards(mesh) if mesh else 1
     wanted = ROWS_PER_DEVICE * shards if batch_size is None else batch_size

@@ -193,9 +193,9 @@ def _baseline(runs: Sequence[RunResult], wanted: str | None) -> str:
 
 
 def _settings(runs: Sequence[RunResult]) -> list[dict[str, str]]:
-    """Returns the settings that separate the groups, as {name: value} for each run.
+    """Returns the settings that distinguish the runs' groups, as {name: value} for each run.
 
-    These are the settings of the run's grid, and the settings in which two runs of the same arm differ.
+    These are the settings in the sweep's grid, and all others that differ between runs of the same arm.
     """
     # A setting splits the groups if two runs with the same arm, rows and grid values differ in it. If
     # label_only uses LEARNING_RATE 1e-3 and step_by_step 5e-4, none of them varies within its arm, so

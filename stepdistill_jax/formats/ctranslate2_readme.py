@@ -31,8 +31,9 @@ print({decode}, result.scores[0])
 The score is the natural logarithm of the probability of the answer, including its end of sequence.
 {note}"""
 _INT8 = """
-int8 may change labels that are nearly tied in float32, so evaluate both versions. int8 gives the same answers on every
-processor: the weights leave room for the 16-bit sums of processors without VNNI (AMD before Zen 4, Intel before Cascade Lake).
+Compared with float32, int8 may change labels that are nearly tied, so evaluate both versions. The int8 answers are the
+same on every processor: the weights are small enough for the 16-bit sums of processors without VNNI (AMD before Zen 4,
+Intel before Cascade Lake).
 """
 _SPIECE = {
     "load": """import sentencepiece

@@ -40,8 +40,8 @@ class TaskInfo:
         objectives: training objectives. The label is read from the model's answer to the first one.
         input_length: largest number of ids in an input, the end of sequence included.
         target_length: largest number of ids in any objective's target.
-        max_decode_len: largest number of ids to decode for the label, the end of sequence included. Unless the
-            run's config sets it, every target of the first objective in the train split fits.
+        max_decode_len: largest number of ids to decode for the label, the end of sequence included. By
+            default, every target of the first objective in the train split fits.
         metric: `text_match` or `value_match`.
         labels: all possible labels if they are few; else empty.
         provenance: facts about the training, such as versions, data and metrics.
@@ -159,8 +159,8 @@ def read_config(directory: os.PathLike | str) -> ModelConfig:
         )
     if (directory / STABLEHLO_DECODER).is_file() and not has_weights(directory):
         raise InputError(
-            f"{directory}: this is a StableHLO directory (`stepdistill export --format jax`), and its README.md shows how to"
-            " run it with jax alone; here, use the workdir or model directory that it was made from"
+            f"{directory}: this is a StableHLO directory (`stepdistill export --format jax`), and its"
+            " README.md shows how to run it with jax alone; here, use the workdir or model directory that it was made from"
         )
     raw, weights = read_object(path), None
     if has_weights(directory):

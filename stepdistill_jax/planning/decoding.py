@@ -99,7 +99,7 @@ def plan_decode(
         tokens = max_decode_len(data, config)
     elif (tokens := config.max_decode_len or 0) == 0:
         tokens = ASSUMED_TOKENS
-        assumptions.append(f"labels have {tokens} tokens, since `max_decode_len` is not set")
+        assumptions.append(f"labels of {tokens} tokens, since `max_decode_len` is not set")
     count, length = rows_at_once(rows, mesh), bucket_length(config.input_length)
     assumptions.append(
         f"each batch has at least one input of `input_length` tokens, so all rows are padded to {length}"

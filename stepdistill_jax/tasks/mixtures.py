@@ -197,7 +197,7 @@ def _families(mixture: Any) -> Iterator[tuple[str | None, tuple[Any, ...]]]:
 
 
 def _inner(mixture: Any) -> Iterator[list[Any]]:
-    """Yields a list of direct tasks for each mixture inside `mixture`, and the list of `mixture` itself last."""
+    """Yields the tasks that a mixture contains directly, for each mixture inside `mixture`, and last for `mixture`."""
     import seqio
 
     direct = []

@@ -68,7 +68,7 @@ class Prompting:
         return (answer, reading) if reading.usable else None
 
     def provenance(self, prompt: str) -> dict[str, Any]:
-        """Returns the provenance of a row without its answers: teacher, task, and digest of the prompt."""
+        """Returns where a row's answers come from: teacher, task, and digest of the prompt."""
         found: dict[str, Any] = {
             "model": self.settings.name,
             "task": self.settings.task,

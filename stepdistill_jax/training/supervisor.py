@@ -21,11 +21,11 @@ These events change the state, skip an update or end the run:
 
     STARTING, STEPPING -> SAVING    a step has ended
     SAVING -> VALIDATING -> SAVING  every `eval_every` steps and at the last one
-    SAVING -> STEPPING              the step is saved if it is the best so far, or if it is a multiple
-                                    of `checkpoint_every`
+    SAVING -> STEPPING              the step has been saved, if it is the best so far or a multiple of
+                                    `checkpoint_every`
     any -> same state               a step's loss or gradient is not finite: its update is skipped
-    any -> STARTING                 `max_consecutive_nonfinite` steps in a row were not finite: the
-                                    first time, the run rolls back to an older checkpoint's parameters
+    any -> STARTING                 `max_consecutive_nonfinite` steps in a row were not finite, for the
+                                    first time: the run rolls back to an older checkpoint's parameters
     any -> failed (exit 1)          a step is not finite, and `on_nonfinite` is "stop"
     any -> failed (exit 1)          a second rollback is due, or there is no checkpoint for the first
     any -> stuck (exit 134)         the state lasts longer than its time limit

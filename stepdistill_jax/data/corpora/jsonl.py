@@ -104,7 +104,7 @@ class _Rows:
         self._unanswered: list[str] = []
 
     def read(self) -> Iterator[tuple[str, CheckedExample | BadRow]]:
-        """Yields (split, row). If a hash of the id splits a single file or list, bad rows have the split ""."""
+        """Yields (split, row). If ids decide the split, as in a single file, a bad row has the split ""."""
         found: set[str] = set()
         for split, file in self._sources.items():
             for checked in self._of(file):

@@ -274,10 +274,10 @@ def _vector(ref, start, count, length, step, other, *row):
 
 
 def _inside(start, count, length, step):
-    """Returns which of `count` positions from `start` on lie inside an array of size `length`, [count] bool.
+    """Returns which of the positions `start` to `start + count - 1` lie inside an array, [count] bool.
 
-    The array is processed in blocks of `step` positions. If `length` is a multiple of `step`, all positions lie
-    inside, and the result is None.
+    The array has the size `length` and is processed in blocks of `step` positions. If `length` is a multiple of
+    `step`, all positions lie inside, and the result is None.
     """
     # length 256 in steps of 128 needs no mask. Length 200 needs one, since the second program reaches place 255.
     return None if length % step == 0 else _places(start, count) < length
