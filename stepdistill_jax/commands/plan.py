@@ -214,9 +214,9 @@ def _advice(remedy: dict[str, Any]) -> str:
 def show(result: dict[str, Any], console: "Console") -> None:
     """Prints the result of `planning.plan`."""
     for assumption in result["assumptions"]:
-        console.print(f"Assumed: {assumption}")
+        console.print(f"Assumed: {assumption}", markup=False)
     if result["counted"]:
-        console.print(f"Rows of a step: {result['counted']}", soft_wrap=True)
+        console.print(f"Rows of a step: {result['counted']}", soft_wrap=True, markup=False)
     console.print(_table(result))
     for line in _LEGEND:
         console.print(f"  {line}", soft_wrap=True)

@@ -17,7 +17,8 @@ from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.experiments.plots import learning_curves
 from stepdistill_jax.formats.directory import read_model_files
 from stepdistill_jax.inference import evaluate, load
-from stepdistill_jax.inference.answer_files import PREDICTIONS
+from stepdistill_jax.inference.answer_files import PREDICTIONS, answers_name
+from stepdistill_jax.inference.options import DecodeOptions
 from stepdistill_jax.inference.prompting import RATIONALE
 from stepdistill_jax.runtime.files import read_jsonl, write_json
 from stepdistill_jax.runtime.metrics import read_metrics
@@ -88,7 +89,7 @@ def demo(
         seconds = time.monotonic() - start if trained["examples_per_second"] else None
         # `report` reads these answers, too
         tested = evaluate(folder, task=task, data_dir=data_dir)
-        answers = folder / PREDICTIONS / f"{task}-test-{tested['step']}.jsonl"
+        file = f"{answers_name(task, 'test', tested['step'], DecodeOptions())}.jsonl"
         results.append(
             ArmResult(
                 name,
@@ -96,7 +97,7 @@ def demo(
                 config.train_steps,
                 seconds,
                 tested["accuracy"],
-                _tokens_per_row(folder, answers),
+                _tokens_per_row(folder, folder / PREDICTIONS / file),
             )
         )
         curves[name] = read_metrics(folder)
@@ -116,7 +117,7 @@ def demo(
 
 
 def _tokens_per_row(folder: pathlib.Path, answers: pathlib.Path) -> float:
-    """Returns the mean number of tokens of an answer, the end of sequence included."""
+    """Returns the mean number of tokens of an answer's text, encoded again, and its end of sequence."""
     encode = read_model_files(folder).vocabulary.encode
     return float(np.mean([len(encode(row["label"])) + 1 for _, row in read_jsonl(answers)]))
 

@@ -111,7 +111,7 @@ def in_words(summary: dict[str, Any]) -> str:
     if summary.get("log_loss") is not None:
         best = f"lowest at temperature {summary['best_temperature']:.4g}"
         if summary["best_temperature"] == ALL_RIGHT:
-            best = "no wrong answers, so no temperature can be fitted"
+            best = "no temperature can be fitted, since all answers to rows with an allowed gold label are right"
         parts.append(f"log loss {summary['log_loss']:.4g} ({best})")
     parts.append(f"{summary['rows_per_second']:.1f} rows/s")
     line = "  ".join(parts)

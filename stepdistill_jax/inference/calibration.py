@@ -57,7 +57,8 @@ class Calibration:
             `log_loss`: mean of -log(probability of the gold label), in nats, over the rows whose gold
             label is one of the allowed labels; None if there is no such row.
             `best_temperature`: temperature in [0.05, 100] with the smallest log loss (section 4.2); None if
-            `log_loss` is None. If all answers are right, the log loss has no minimum, and the result is 1.
+            `log_loss` is None. If all answers to these rows are right, the log loss has no
+            minimum, and the result is 1.
             `gold_not_a_choice`: number of rows whose gold label is not one of the allowed labels.
         """
         rows = self._count.sum()

@@ -36,6 +36,7 @@ from stepdistill_jax.runtime.on_processes import (
     until_stopped,
 )
 from stepdistill_jax.runtime.overwriting import Made, check_outputs
+from stepdistill_jax.runtime.progress import log
 from stepdistill_jax.runtime.stores import as_path, is_remote, local_path, upload
 from stepdistill_jax.tasks.load import load_task
 from stepdistill_jax.tasks.lookup import find_task
@@ -99,6 +100,13 @@ def evaluate(
     found = on_all_processes(lambda: find_task(task, data_dir=folder, task_module=module))
     if isinstance(found, PreparedDataset):
         _check_held_out(info, found, split)
+        trained_on = info.provenance.get("dataset") if info and info.task == found.name else None
+        if trained_on not in (None, found.fingerprint):
+            text = (
+                f"warning: {found.name} was prepared again from other rows after this model was trained, so it"
+                f" may have been trained on rows that are in {split} now; train again to be sure"
+            )
+            on_process_0(lambda: log(text))
         result = _evaluate_dataset(path, found, split, chosen, with_rationale)
     elif not isinstance(found, TaskSpec) and is_mixture(found):
         names = label_tasks(found, *_objectives_of(info))

@@ -141,8 +141,8 @@ class InputFile:
                     n for n in absent if row.texts.get(n) or (n == "choices" and row.choices)
                 }
             elif on_error == "stop":
-                hint = OTHER_CHOICES if check_row else "`on_error=skip` continues without such rows"
-                raise InputError(f"{row} ({hint})")
+                hint = "`predict` leaves out such rows with `on_error=skip`"
+                raise InputError(f"{row} ({f'{OTHER_CHOICES}; {hint}' if check_row else hint})")
             else:
                 first_bad, bad = first_bad or row, bad + 1
         if first_bad and not self.total:

@@ -30,7 +30,7 @@ PUBLISHED = {
     for family, names in _HUB_NAMES.items()
     for name in names
     for size in FAMILIES[family].sizes
-    if size != "tiny"
+    if size != "tiny" and (family, size) != ("umt5", "large")  # neither was published
 }
 VOCAB_MULTIPLE = 128  # so that the rows of the embedding can be sharded
 _EOS_ID = 1  # the same in every vocabulary that `data` reads
@@ -74,5 +74,5 @@ def published_model(path: str) -> tuple[str, str] | None:
     >>> published_model("google/t5gemma-b-b-prefixlm"), published_model("models/flan-t5-xl")
     (('t5gemma', 'base'), ('t5_v1_1', 'xl'))
     """
-    last = path.rpartition("/")[2]
+    last = path.rstrip("/").rpartition("/")[2]
     return next((of for name, of in PUBLISHED.items() if name.partition("/")[2] == last), None)

@@ -115,7 +115,8 @@ def existing_folder(path: os.PathLike | str) -> pathlib.Path:
     path = as_path(path)
     if path.is_dir():
         return path
-    raise InputError(f"{path}: no such folder{nearby(path)}")
+    what = "is a file, not a folder" if path.is_file() else f"no such folder{nearby(path)}"
+    raise InputError(f"{path}: {what}")
 
 
 def nearby(path: os.PathLike | str) -> str:

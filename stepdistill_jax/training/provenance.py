@@ -177,6 +177,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                     continue
                 shown = f"`{name}`" if key == "config" else f"{key}.{name}"
                 found.append(f"{shown} was {old.get(name)!r}, is {new.get(name)!r}")
+    tokens = [of.get("fingerprint", {}).get("train") for of in (before, now)]
+    start, given = (of.get("config", {}).get("init_from") for of in (before, now))
+    if tokens[0] != tokens[1] and start != given:  # another vocabulary gives other tokens
+        found.insert(0, f"`init_from` was {start!r}, is {given!r}")
     return found
 
 
@@ -296,5 +300,6 @@ def task_info(run: Run, described: dict[str, Any]) -> TaskInfo:
         provenance={
             name: described[name]
             for name in ("config", "fingerprint", "versions", "device", "commit")
-        },
+        }
+        | {"dataset": run.dataset},
     )

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.prepare import ensure_prepared
-from stepdistill_jax.data.prepared import EMBEDDED, data_folder
+from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hub import local_model
@@ -73,6 +73,7 @@ class Run:
     abstract: TrainState
     validator: Validator | None
     initial: InitialWeights | None = None
+    dataset: str | None = None  # fingerprint of the prepared dataset; None for a SeqIO task
 
     def initial_state(self) -> TrainState:
         """Returns the state at step 0, with random weights or those of `init_from`. Adapters are always new."""
@@ -144,7 +145,11 @@ def assemble(
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
-    return Run(config, workdir, mesh, data, batches, model, tx, abstract, validator, initial)
+    prepared = is_prepared(config.task, data_dir)
+    dataset = open_prepared(config.task, data_dir).fingerprint if prepared else None
+    return Run(
+        config, workdir, mesh, data, batches, model, tx, abstract, validator, initial, dataset
+    )
 
 
 def _row_lengths(

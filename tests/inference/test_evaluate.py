@@ -121,6 +121,17 @@ def test_unknown_names_and_impossible_outputs_are_refused(workdir, data_dir, tmp
             evaluate(workdir, data_dir=data_dir, **options)
 
 
+def test_rows_that_changed_after_the_training_give_a_warning(workdir, data_dir, tmp_path, capsys):
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    file = copy / "stepdistill.json"
+    info, dataset = json.loads(file.read_text()), open_prepared("roads", data_dir)
+    for fingerprint, warned in ((dataset.fingerprint, False), ("0" * 64, True)):
+        info["provenance"]["dataset"] = fingerprint
+        file.write_text(json.dumps(info))
+        evaluate(copy, task="roads", data_dir=data_dir)
+        assert ("roads was prepared again from other rows" in capsys.readouterr().err) == warned
+
+
 def test_a_workdir_that_has_lost_its_checkpoints_is_named(workdir, data_dir, tmp_path):
     lost = shutil.copytree(workdir, tmp_path / "lost", ignore=shutil.ignore_patterns("checkpoints"))
     (lost / "run.json").touch()

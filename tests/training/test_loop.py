@@ -219,6 +219,7 @@ def test_a_finished_run_trained_further_is_the_longer_run(tmp_path, delivery_dat
     assert [life["train_steps"] for life in run["lives"]] == [6, 10]
     info = json.loads((parts / "stepdistill.json").read_text())
     assert info["provenance"]["config"]["train_steps"] == 10
+    assert len(info["provenance"]["dataset"]) == 64
     with pytest.raises(InputError, match="`train_steps` was 10, is 6"):  # it has gone on
         train(short, **given)
 

@@ -55,6 +55,15 @@ def test_a_difference_that_matters_is_named(described, key, name, value, said):
     assert said in found and not re.search(r"[0-9a-f]{13}", found)
 
 
+def test_data_that_another_vocabulary_has_tokenised_names_the_initial_weights(described):
+    other = copy.deepcopy(described)
+    other["config"]["init_from"] = "runs/first"
+    assert differences(described, other) == []
+    other["fingerprint"]["train"] = "abc"
+    first, second = differences(described, other)
+    assert first == "`init_from` was None, is 'runs/first'" and "the train data" in second
+
+
 FURTHER = {
     "constant": ({"schedule": "constant"}, True),
     "rsqrt": ({"schedule": "rsqrt", "warmup_steps": 1}, True),

@@ -148,6 +148,16 @@ def test_a_state_is_born_sharded():
     assert memory.temp_size_in_bytes < whole / 8
 
 
+def test_a_sharded_state_has_the_parameters_of_one_device():
+    tx, found = optax.sgd(0.1), []
+    for layout, devices in ((Layout(), 1), (Layout(fsdp=8), 8), (Layout(fsdp=4, tensor=2), 8)):
+        abstract = abstract_state(MODEL, tx, make_mesh(layout, jax.devices()[:devices]))
+        state = jax.jit(functools.partial(init_state, MODEL, tx, abstract, seed=3))()
+        found.append(jax.tree.leaves(jax.tree.map(np.asarray, state.params)))
+    for other in found[1:]:
+        assert all(np.array_equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
 def test_adafactor_moments_are_cut_like_their_parameter():
     mesh = make_mesh(Layout(fsdp=8))
     tx = optax.adafactor(1e-3, min_dim_size_to_factor=32)
