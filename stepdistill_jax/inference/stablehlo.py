@@ -106,6 +106,7 @@ batch = np.zeros((len(rows), 64), np.int32)  # 0 is padding
 for row, ids in zip(batch, rows):
     row[: len(ids)] = ids
 ids, scores, finished = map(np.asarray, decode(params, batch))
+print(ids, scores, finished)
 ```
 
 - `ids` [rows, {max_decode_len}] int32: the ids of the answer, the end of sequence (1), and zeros as padding.

@@ -35,4 +35,4 @@ def test_a_base_is_pretrained_and_compared_with_a_random_one(tmp_path, paper_dat
         assert model.read_bytes() == (tmp_path / "runs" / "spiece.model").read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.stdout.splitlines()[:-1] == table, "nothing is trained twice"
-    assert "2 of 2 cells are done already" in again.stderr
+    assert "2 of 2 cells are already done" in again.stderr

@@ -266,7 +266,7 @@ def test_the_best_step_is_the_best_validation(undisturbed, delivery_data_dir):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path, delivery_data_dir):
     config = TrainConfig(**SETTINGS | {"learning_rate": 1e30})
-    with pytest.raises(FloatingPointError, match=r"steps 2 to 6: loss .*no checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"steps 2 to 6: the loss .*no checkpoint"):
         train(config, workdir=tmp_path, data_dir=delivery_data_dir)
     assert not [s for s in saved_steps(tmp_path) if s > 5]
 

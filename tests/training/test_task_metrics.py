@@ -314,7 +314,7 @@ def test_a_mixture_has_the_metrics_of_each_task(seqio, add, tmp_path):
     config = {"task": "both_sides", "task_objectives": "single", **SETTINGS, "train_steps": 1}
     with pytest.raises(InputError, match="has no metric 'left'; it has") as error:
         assemble(TrainConfig(**config, best_metric="left"), tmp_path / "run", tmp_path)
-    names = str(error.value).partition("it gives ")[2].partition(";")[0].split(", ")
+    names = str(error.value).partition("it has ")[2].partition(";")[0].split(", ")
     assert {"lefts/left", "rights/right", "lefts/loss/label", "rights/label_accuracy"} < set(names)
     best = TrainConfig(**config, best_metric="lefts/loss_of_all")
     found = train(best, workdir=tmp_path / "run", data_dir=tmp_path)
