@@ -240,8 +240,8 @@ class _Decreasing:
     def some(self, room: list[int]) -> tuple[range, list[int], list[int]]:
         """Returns the positions, input lengths and target lengths of about 24 candidate rows for `room`.
 
-        The candidates are spread evenly over the rows whose length on the list's own side fits: the input length in
-        the list sorted by inputs, the target length in the other. Their other length may be too long.
+        The candidates are spread evenly over the rows that fit by the length that sorts this list. Their other
+        length may be too long.
         """
         start = self._from(room)
         step = max(1, (len(self._keys) - start) // CANDIDATES)

@@ -75,7 +75,7 @@ def find_config(name: str) -> pathlib.Path:
 
 
 def _sibling_parts(path: pathlib.Path) -> list[str]:
-    """Returns the names of all shipped parts in the folder of a path, such as `optimizers/`."""
+    """Returns the names of all shipped parts in the same folder as `path`, for example in `optimizers/`."""
     folder = shipped_folder("gin") / path.parent.as_posix().removeprefix("gin/")
     # os.path.isdir is False for an impossible name, where pathlib would raise an error
     return sorted(part.name for part in folder.glob("*.gin")) if os.path.isdir(folder) else []

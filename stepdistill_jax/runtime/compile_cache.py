@@ -34,7 +34,7 @@ def enable(folder: os.PathLike | str) -> None:
 
     Call this function before anything is compiled. JAX_COMPILATION_CACHE_DIR takes precedence over `folder`,
     and JAX_ENABLE_COMPILATION_CACHE=0 turns the cache off. All processes must see the same folder, since only
-    process 0 writes. The folder may be read-only.
+    process 0 writes. If the folder is read-only, its programs are reused, but no new ones are stored.
     """
     settings: Any = jax.config  # its attributes are created at run time
     if not settings.jax_enable_compilation_cache:

@@ -42,8 +42,8 @@ def output_row(
     """Returns a question and its answers as a row of the generic format.
 
     All rationales of usable answers are stored in `rationales`, and one of them in `rationale`. If the teacher was
-    not given the label, the commonest label is stored in `llm_label`. With several samples, `weight` is then
-    multiplied by this label's share.
+    not given the label, the commonest label is stored in `llm_label`. If there are
+    several samples, `weight` is also multiplied by the share of the usable answers with this label.
 
     Args:
         row: the question.
