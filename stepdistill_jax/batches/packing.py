@@ -120,7 +120,7 @@ class Packing:
 
     @classmethod
     def padded(cls, places: np.ndarray) -> "Packing":
-        """Returns the positions of encodings or examples that are not packed: row `places[i]` contains only the i-th."""
+        """Returns the positions of items that are not packed: row `places[i]` contains only item i."""
         start = np.zeros_like(places)
         return cls(places, start, start, start + 1, len(places))
 
