@@ -278,7 +278,10 @@ def _read(found: Found, split: str, gold_of) -> RunResult | str:
         right = gold.right(answers)
         rationales = _column(explained, gold, "rationale") if explained.is_file() else None
     elif not {"accuracy", "rows", "collapsed"} <= kept.keys():
-        return f"there is no prepared dataset {task} with a split {split} here"
+        return (
+            f"there is no prepared dataset {task} with a split {split} here; prepare it, or pass the"
+            " `data_dir` of the run"
+        )
     return RunResult(
         workdir=workdir,
         arm=str(cell.get("arm") or arm_of(config["objectives"])),
