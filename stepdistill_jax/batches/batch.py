@@ -296,7 +296,7 @@ class Batches:
     def longest(self) -> tuple[int, int]:
         """Returns the lengths of the longest input and of the longest target, after truncation.
 
-        With `pairs`, the lengths of all inputs of an example are added up, and so are those of its targets.
+        With `pairs`, an example counts as one row: its inputs are one long input, and its targets one long target.
         """
         return self._longest
 

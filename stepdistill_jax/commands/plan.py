@@ -34,7 +34,7 @@ _LEGEND = (
     " matmuls inside attention, `full` each layer",
     "filled: rows with tokens; the others are padding, since the number of rows is a multiple of"
     " data x fsdp x NUM_MICROBATCHES",
-    "work: FLOPs of a step, padding included, divided by those of the same examples on one device",
+    "work: FLOPs of a step, padding included; 1 means as many as one device needs for the same examples",
 )
 _RULE = (  # 1.25 is `planning.advice.MORE_WORK`
     "the simplest layout that fits with at most 1.25 times the fewest FLOPs: data is simpler than fsdp,"

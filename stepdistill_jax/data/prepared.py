@@ -210,6 +210,11 @@ def is_prepared(name: str, data_dir: pathlib.Path) -> bool:
     return bool(NAME.fullmatch(name)) and os.path.isfile(data_dir / name / FILE)
 
 
+def prepared_fingerprint(name: str, data_dir: pathlib.Path) -> str | None:
+    """Returns the fingerprint of a prepared dataset, or None if `data_dir` has none of this name."""
+    return open_prepared(name, data_dir).fingerprint if is_prepared(name, data_dir) else None
+
+
 def _described(name: str, directory: pathlib.Path, stored: dict[str, Any]) -> PreparedDataset:
     """Returns the dataset that a dataset.json describes."""
     splits, labels, files = stored["splits"], stored["labels"], stored.get("files", {})

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from stepdistill_jax.data.example import Example
-from stepdistill_jax.data.objectives import resolve
+from stepdistill_jax.data.objectives import gives_rationale, resolve
 from stepdistill_jax.data.prepare import ensure_prepared
 from stepdistill_jax.data.text_metrics import majority_baseline
 from stepdistill_jax.experiments.plots import learning_curves
@@ -101,7 +101,7 @@ def demo(
             )
         )
         curves[name] = read_metrics(folder)
-        if any(o.name == RATIONALE for o in resolve(config.objectives)):
+        if gives_rationale(resolve(config.objectives)):
             shown = _rationales(folder, examples[:SHOWN_ROWS])
     baseline = majority_baseline([e.label for e in examples], dataset.metric)
     plot = workdir / PLOT

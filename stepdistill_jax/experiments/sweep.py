@@ -15,7 +15,7 @@ import jax
 
 from stepdistill_jax.data.objectives import gives_rationale, resolve
 from stepdistill_jax.data.prepare import ensure_prepared
-from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
+from stepdistill_jax.data.prepared import EMBEDDED, data_folder, prepared_fingerprint
 from stepdistill_jax.errors import InputError, printable
 from stepdistill_jax.formats.tensors import read_object
 from stepdistill_jax.inference import evaluate
@@ -280,8 +280,7 @@ def _check_cells(
             raise InputError(
                 f"`split` {split}: {task} has no such split; choose another, or `none` to skip the evaluation"
             )
-        prepared = is_prepared(task, data_dir)
-        datasets[task] = open_prepared(task, data_dir).fingerprint if prepared else None
+        datasets[task] = prepared_fingerprint(task, data_dir)
     return datasets
 
 

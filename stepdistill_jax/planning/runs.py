@@ -70,9 +70,8 @@ def runs(module: Module, unknown_trips: int | None = None) -> Iterator[Run]:
 def trips(module: Module, loop: Instruction, around: Computation) -> int | None:
     """Returns the trip count of a `while` in the computation `around`, or None if it is unknown.
 
-    If XLA's annotation `known_trip_count` is missing, the count is ceil((limit - start) / step), where the three
-    values are those of the loop's counter. If the HLO text does not show them, a `start` of 0 and a `step` of 1
-    are assumed.
+    If XLA's annotation `known_trip_count` is missing, the count is ceil((limit - start) / step) of the loop's
+    counter. If the HLO text does not show where the counter starts, 0 is assumed; if it does not show the step, 1.
     """
     if known := _TRIPS.search(loop.attributes):
         return int(known.group(1))

@@ -67,7 +67,7 @@ class Workload:
     counted: str = ""
 
     def step_flops(self, multiple: int) -> float:
-        """Returns the FLOPs of a step, including those of rows of padding.
+        """Returns the FLOPs of a step. Rows of padding count, too.
 
         Row counts are rounded up to multiples of `multiple`, so a larger `multiple` can add rows of padding.
         """

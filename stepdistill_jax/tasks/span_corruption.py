@@ -1,7 +1,7 @@
 """Span corruption (Raffel et al. 2020, arXiv 1910.10683, section 3.1.4): pretraining on plain text.
 
-The text `We hold these truths` becomes the inputs `We hold <X>` and the targets `<X> these truths`. For the
-same seeds, results equal those of the package `t5` (t5/data/preprocessors.py, version 0.9.4).
+The text `We hold these truths` becomes the inputs `We hold <X>` and the targets `<X> these truths`. With the
+same seeds, the package `t5` gives the same results (t5/data/preprocessors.py, version 0.9.4).
 """
 
 import functools

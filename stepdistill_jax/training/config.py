@@ -330,7 +330,7 @@ class TrainConfig:
 
     @property
     def pairs(self) -> bool:
-        """Whether the extra loss needs all targets of an example in the same row of a batch."""
+        """Whether an example's targets must all be in one row of a batch, for the extra loss."""
         return isinstance(self.extra_loss, PairedLoss)
 
     def to_json(self) -> dict[str, Any]:

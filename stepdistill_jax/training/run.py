@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from stepdistill_jax.batches.batch import Batches
 from stepdistill_jax.batches.packing import round_up
 from stepdistill_jax.data.prepare import ensure_prepared
-from stepdistill_jax.data.prepared import EMBEDDED, data_folder, is_prepared, open_prepared
+from stepdistill_jax.data.prepared import EMBEDDED, data_folder, prepared_fingerprint
 from stepdistill_jax.errors import InputError, nearest
 from stepdistill_jax.formats.directory import GENERATION_CONFIG, read_model_files
 from stepdistill_jax.formats.hub import local_model
@@ -145,8 +145,7 @@ def assemble(
         )
     else:
         log(f"{config.task} has no {VALIDATION} split: the best step is the last one")
-    prepared = is_prepared(config.task, data_dir)
-    dataset = open_prepared(config.task, data_dir).fingerprint if prepared else None
+    dataset = prepared_fingerprint(config.task, data_dir)
     return Run(
         config, workdir, mesh, data, batches, model, tx, abstract, validator, initial, dataset
     )
